@@ -1,0 +1,145 @@
+"""Write a bundle: graph, weights, tokenizer, generation config and the description of them all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_export.acceptance_prior import prior_acceptance
+from medusa_export.cache_shape import CacheShape
+from medusa_export.checkpoints import save_tokenizer
+from medusa_export.errors import ExportError
+from medusa_export.step import MedusaStep
+from medusa_runtime.bundle import DESCRIPTION, GRAPH, Bundle, FileFacts, HeadFacts, ModelFacts
+
+WEIGHTS = f"{GRAPH}.data"
+# Smaller tensors stay within the graph.
+EXTERNAL_THRESHOLD = 1024
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace_existing: bool) -> Iterator[Path]:
+    """A folder to fill, which takes its place at ``target`` only if nothing failed.
+
+    Raises:
+        ExportError: Something is at ``target`` already, and may not be replaced.
+    """
+    check_target(target, replace_existing=replace_existing)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old)
+        else:
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path, *, replace_existing: bool) -> None:
+    """Refuses a place that holds something of the user's.
+
+    Raises:
+        ExportError: There is a file, a folder that is no bundle, or a bundle that may not be replaced.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise ExportError(f"{target} is a file: give a folder to write the bundle to.")
+    if not any(target.iterdir()):
+        return
+    if not (target / DESCRIPTION).is_file():
+        raise ExportError(f"{target} holds other files and no bundle: give an empty or new folder.")
+    if not replace_existing:
+        raise ExportError(f"There is a bundle at {target} already: give another folder, or --overwrite to replace it.")
+
+
+def model_facts(model: PreTrainedModel, name: str) -> ModelFacts:
+    """What the runtime has to know of a model.
+
+    Raises:
+        ExportError: The model doesn't say how many positions it holds.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
+    generation = model.generation_config
+    eos = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else config.eos_token_id
+    return ModelFacts(
+        name=name,
+        model_type=config.model_type,
+        **asdict(CacheShape.of(model)),
+        hidden_size=config.hidden_size,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        max_positions=positions,
+        eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
+    )
+
+
+def write_bundle(
+    graph: ir.Model,
+    step: MedusaStep,
+    tokenizer: PreTrainedTokenizerBase | None,
+    target: Path,
+    *,
+    name: str,
+    tree_name: str,
+    trained: bool,
+    replace_existing: bool = False,
+) -> Bundle:
+    """Writes a bundle; it appears whole or not at all.
+
+    Args:
+        graph: The step's graph, by ``onnx_export.build_graph``.
+        step: What it was traced from.
+        tokenizer: Its tokenizer, or None.
+        target: The folder to write.
+        name: What to call the model.
+        tree_name: What to call the tree.
+        trained: Whether the heads are more than freshly initialised.
+        replace_existing: Replace a bundle that is there.
+
+    Raises:
+        ExportError: The folder can't be written.
+    """
+    heads = step.heads
+    bundle = Bundle(
+        folder=target,
+        model=model_facts(step.model, name),
+        dtype=str(step.model.dtype).removeprefix("torch."),
+        tree=step.tree,
+        acceptance=prior_acceptance(step.tree, trained=trained),
+        heads=HeadFacts(heads.config.num_heads, heads.config.variant, trained) if heads is not None else None,
+        tree_name=tree_name,
+        producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
+    )
+    try:
+        with atomic_folder(target, replace_existing=replace_existing) as folder:
+            ir.save(graph, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, folder)
+            if step.model.generation_config is not None:
+                step.model.generation_config.save_pretrained(folder)
+            files = {
+                str(path.relative_to(folder)): FileFacts.of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            }
+            bundle = replace(bundle, files=files)
+            (folder / DESCRIPTION).write_text(bundle.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"The bundle can't be written to {target}: {error}.") from error
+    return bundle

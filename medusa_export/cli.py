@@ -1,0 +1,68 @@
+"""The command line. Commands import what they need when they run, so that help is instant and needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+import click
+
+from medusa_runtime import __version__
+from medusa_runtime.errors import MedusaError
+
+COMMANDS = {
+    "onnx": "Compile a model with MEDUSA heads to an ONNX bundle.",
+    "generate": "Answer a prompt with a bundle.",
+    "inspect": "Show what is in a bundle.",
+    "verify": "Check a bundle against PyTorch.",
+}
+
+
+class Failure(click.ClickException):
+    """An error of ours as one line on stderr, exit code 1."""
+
+    def show(self, file: object = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+class _Commands(click.Group):
+    """Loads a command's module when the command is used."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"medusa_export.commands.{name}").command
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except MedusaError as error:
+            raise Failure(str(error)) from error
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around a command's imports: a missing package becomes the name of the extra that holds it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("medusa_export", "medusa_runtime"):
+            raise
+        raise Failure(
+            f"This command needs the package {error.name!r}. Install it with: pip install 'medusa-export[{name}]'"
+        ) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="medusa-export")
+def main() -> None:
+    """Compile language models with MEDUSA heads, and decode with them losslessly."""

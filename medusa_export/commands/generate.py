@@ -1,0 +1,95 @@
+"""``medusa-export generate``: answer a prompt with a bundle, streaming."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medusa_export.cli import extra
+
+
+def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor 'auto'.") from None
+
+
+@click.command("generate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--chat", is_flag=True, help="Give the prompt as a user's message, through the chat template.")
+@click.option("--system", metavar="TEXT", help="A system message before it; implies --chat.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--tree-size", callback=_tree_size, default="auto", show_default=True, help="Nodes per step, or 'auto'.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; by default all.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result and its statistics as JSON instead.")
+def command(
+    bundle: Path,
+    prompt: str,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int,
+    tree_size: int | str,
+    stop: tuple[str, ...],
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Answer PROMPT with BUNDLE; '-' reads the prompt from standard input."""
+    with extra("cpu"):
+        from medusa_runtime.engine import MedusaEngine
+
+    text = _read_prompt() if prompt == "-" else prompt
+    request: Any = text
+    if chat or system is not None:
+        request = [{"role": "system", "content": system}] if system is not None else []
+        request.append({"role": "user", "content": text})
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree_size": tree_size, "stop": stop}
+    with MedusaEngine.load(bundle, backend, threads=threads) as engine:
+        stream = engine.stream(request, **options)
+        for chunk in stream:
+            if not as_json:
+                click.echo(chunk.text if engine.tokenizer else " ".join(map(str, chunk.token_ids)) + " ", nl=False)
+        result = stream.result()
+    stats = result.stats
+    if as_json:
+        figures = {
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "finish_reason": result.finish_reason,
+            "stats": {
+                "prompt_tokens": stats.prompt_tokens,
+                "completion_tokens": stats.completion_tokens,
+                "steps": stats.steps,
+                "tokens_per_step": stats.tokens_per_step,
+                "tokens_per_second": stats.tokens_per_second,
+                "accepted_lengths": dict(sorted(stats.accepted_lengths.items())),
+                "prefill_seconds": stats.prefill_seconds,
+                "decode_seconds": stats.decode_seconds,
+                "tree_size": stats.tree_size,
+            },
+        }
+        click.echo(json.dumps(figures, indent=1, ensure_ascii=False))
+        return
+    click.echo()
+    click.echo(
+        f"[{stats.completion_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"{stats.tokens_per_step:.2f} tokens/step with a tree of {stats.tree_size}]",
+        err=True,
+    )
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"The prompt on standard input is not valid UTF-8 (byte {error.start}).") from error

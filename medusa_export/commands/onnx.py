@@ -1,0 +1,111 @@
+"""``medusa-export onnx``: load a model and heads, trace the step, write a bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from medusa_export.cli import extra
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Progress:
+    """Says on stderr what is being done, and how long it took."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._started = time.monotonic()
+
+    def __call__(self, doing: str) -> None:
+        if not self._quiet:
+            click.echo(f"[{time.monotonic() - self._started:6.1f} s] {doing}", err=True)
+
+
+@click.command("onnx")
+@click.argument("model")
+@click.option("--heads", metavar="PATH", help="Heads to attach: a file or folder in any published format.")
+@click.option("--init-heads", type=click.IntRange(1, 16), metavar="K", help="Attach K fresh, untrained heads.")
+@click.option("--no-heads", is_flag=True, help="Plain decoding: a tree of one node.")
+@click.option("--tree", default="default", show_default=True, help="A reference tree's name, or a JSON file of rank paths.")
+@click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Candidates per head.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Weights and cache.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    model: str,
+    heads: str | None,
+    init_heads: int | None,
+    no_heads: bool,
+    tree: str,
+    top_k: int,
+    dtype: str,
+    output: Path,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Compile MODEL to an ONNX bundle.
+
+    MODEL is a Hugging Face folder, a hub id, or a .gguf file. Exactly one of --heads, --init-heads and
+    --no-heads says what drafts.
+    """
+    if sum((heads is not None, init_heads is not None, no_heads)) != 1:
+        raise click.UsageError(
+            "Say what drafts, with exactly one of: --heads PATH (trained heads; a merged MEDUSA-2 model holds its own: "
+            "give its folder), --init-heads K (fresh ones, to try the pipeline or to train), --no-heads (plain decoding)."
+        )
+    if no_heads and tree != "default":
+        raise click.UsageError("--tree needs heads to draft from: drop it, or drop --no-heads.")
+    progress = Progress(quiet=quiet)
+    progress("starting")
+    with extra("export"):
+        import torch
+
+        from medusa_export.attention import ATTENTION_NAME
+        from medusa_export.bundle_writer import check_target, write_bundle
+        from medusa_export.checkpoints import load_model, load_tokenizer
+        from medusa_export.gguf_cache import gguf_cache
+        from medusa_export.head_files import load_heads
+        from medusa_export.heads import MedusaHeads
+        from medusa_export.onnx_export import build_graph
+        from medusa_export.step import MedusaStep
+        from medusa_export.support import check_supported
+        from medusa_export.trees import NamedTree, load_tree
+        from medusa_runtime.tree import Tree
+
+    check_target(output, replace_existing=overwrite)
+    progress(f"loading {model}")
+    with gguf_cache():
+        base = load_model(model, dtype=getattr(torch, DTYPES[dtype]), attn_implementation=ATTENTION_NAME)
+        check_supported(base)
+        tokenizer = load_tokenizer(model)
+
+    attached: MedusaHeads | None = None
+    if heads is not None:
+        progress(f"loading heads from {heads}")
+        attached = load_heads(heads, base)
+    elif init_heads is not None:
+        attached = MedusaHeads.fresh(init_heads, base.get_output_embeddings())
+    if attached is None:
+        chosen = NamedTree("single node", Tree())
+    else:
+        chosen = load_tree(tree, num_heads=attached.config.num_heads, top_k=min(top_k, attached.config.draft_vocab_size))
+        attached = attached.truncated(chosen.tree.max_depth) if chosen.tree.max_depth else None
+
+    step = MedusaStep(base, attached, chosen.tree).eval()
+    graph = build_graph(step, progress)
+    progress(f"writing {output}")
+    write_bundle(
+        graph,
+        step,
+        tokenizer,
+        output,
+        name=Path(model).stem if model.endswith(".gguf") else Path(model).name,
+        tree_name=chosen.name,
+        trained=heads is not None,
+        replace_existing=overwrite,
+    )
+    progress("done")

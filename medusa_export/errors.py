@@ -1,0 +1,25 @@
+"""The exceptions of the exporter; their base and those of the runtime are in ``medusa_runtime.errors``."""
+
+from __future__ import annotations
+
+from medusa_runtime.errors import MedusaError
+
+
+class CheckpointError(MedusaError):
+    """A model or a heads file that can't be read, or that doesn't fit."""
+
+
+class ExportError(MedusaError):
+    """Tracing, rewriting or writing the graph failed."""
+
+
+class ModelNotSupportedError(ExportError):
+    """The model needs something that the exported step can't honour.
+
+    Args:
+        feature: What the model needs, named for a person.
+    """
+
+    def __init__(self, feature: str) -> None:
+        super().__init__(f"This model can't be exported: it uses {feature}, which the decoding step does not support.")
+        self.feature = feature

@@ -1,0 +1,186 @@
+"""From a ``MedusaStep`` to an ONNX graph in which every layer but the first of its kind is a mark.
+
+``onnx_layers`` then replaces the marks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import values
+from torch import Tensor, nn
+
+from medusa_export.cache_shape import CacheShape
+from medusa_export.errors import ExportError, ModelNotSupportedError
+from medusa_export.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
+from medusa_export.step import MedusaStep
+
+OPSET_VERSION = 24
+MARK_DOMAIN = "medusa_export"
+
+
+def _mark(name: str, *attributes: str) -> Any:
+    """An operator of our own domain, which no finished graph holds."""
+    types = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int64", "int32", "bool")]
+    parameter = onnx.defs.OpSchema.FormalParameter
+    kinds = {"port": onnx.defs.OpSchema.AttrType.STRING}
+    schema = onnx.defs.OpSchema(
+        name,
+        MARK_DOMAIN,
+        1,
+        inputs=[
+            parameter("inputs", "T", param_option=onnx.defs.OpSchema.FormalParameterOption.Variadic, is_homogeneous=False)
+        ],
+        outputs=[parameter("output", "T")],
+        type_constraints=[("T", types, "")],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(attribute, kinds.get(attribute, onnx.defs.OpSchema.AttrType.INT), "")
+            for attribute in attributes
+        ],
+    )
+    return values.Op(values.Opset(MARK_DOMAIN, 1), name, schema)
+
+
+def _translations() -> dict[Any, Any]:
+    """How our custom ops become ONNX nodes."""
+    onnx_op = values.Opset("", OPSET_VERSION)
+    boundary = _mark("LayerBoundary", "layer", "port")
+    layer_op = _mark("DecoderLayer", "layer", "like")
+    blocks_op = _mark("ConcatBlocks")
+
+    def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
+        return onnx_op.TensorScatter(cache, update, write_indices, axis=2)
+
+    def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float) -> Any:
+        return onnx_op.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
+
+    def layer_boundary(tensor: Any, layer: int, port: str) -> Any:
+        return boundary(tensor, layer=layer, port=port)
+
+    def decoder_layer(inputs: Any, layer: int, like: int) -> Any:
+        return layer_op(*inputs, layer=layer, like=like)
+
+    def concat_blocks(blocks: Any) -> Any:
+        return blocks_op(*blocks)
+
+    ops = torch.ops.medusa_export
+    return {
+        ops.cache_scatter.default: cache_scatter,
+        ops.attention.default: attention,
+        ops.layer_boundary.default: layer_boundary,
+        ops.decoder_layer.default: decoder_layer,
+        ops.concat_blocks.default: concat_blocks,
+    }
+
+
+class _TracedStep(nn.Module):
+    """A step with one cache pair and one pending block standing for those of all layers."""
+
+    def __init__(self, step: MedusaStep) -> None:
+        super().__init__()
+        self.step = step
+        self.num_caches = CacheShape.of(step.model).num_caches
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        num_tokens: Tensor,
+        is_prefill: Tensor,
+        cache_lengths: Tensor,
+        past: Tensor,
+        pending: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        pendings = [] if pending is None else [pending] * self.num_caches
+        out = self.step.run(input_ids, num_tokens, is_prefill, cache_lengths, pendings, [past] * self.num_caches)
+        named = (out.tokens, out.count, out.next_input_ids, out.next_cache_lengths, out.logits)
+        optional = [tensor for tensor in (out.head_logits, out.next_pending_kv) if tensor is not None]
+        return (*named, *optional, *out.present)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the tracer's own chatter from the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def trace(step: MedusaStep) -> ir.Model:
+    """Traces a step.
+
+    Returns:
+        A graph whose inputs and outputs are those of ``_TracedStep``; layers beyond the first of each
+        kind are ``DecoderLayer`` nodes, and the first are enclosed by ``LayerBoundary`` nodes.
+
+    Raises:
+        ModelNotSupportedError: The model does something that a step can't honour.
+        ExportError: The model's code can't be traced.
+    """
+    shape = CacheShape.of(step.model)
+    heads, head_dim = shape.num_key_value_heads, shape.head_dim
+    batch, tokens, capacity, dtype = 2, 7, 96, step.model.dtype
+    margin = step.tree.max_depth
+    example: dict[str, Tensor] = {
+        "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
+        "num_tokens": torch.ones(batch, dtype=torch.int64),
+        "is_prefill": torch.zeros(batch, dtype=torch.bool),
+        "cache_lengths": torch.ones(batch, dtype=torch.int64),
+        "past": torch.zeros(batch, heads, capacity, head_dim, dtype=dtype),
+    }
+    if margin:
+        example["pending"] = torch.zeros(batch, heads, margin, head_dim, dtype=dtype)
+    dynamic = torch.export.Dim.DYNAMIC
+    free: dict[str, Any] = {name: {0: dynamic} for name in example}
+    free["input_ids"] = {0: dynamic, 1: dynamic}
+    free["past"] = {0: dynamic, 2: dynamic}
+
+    traced = _TracedStep(step)
+    layers = decoder_layers(step.model)
+    like = kinds_of(layers)
+    with torch.no_grad(), _quiet():
+        while True:
+            try:
+                with reusing_layers(layers, like):
+                    program = torch.export.export(traced, (), example, dynamic_shapes=free, strict=False)
+                break
+            except AnotherKindError as error:
+                like[error.layer] = error.layer
+            except ModelNotSupportedError:
+                raise
+            except Exception as error:
+                raise ExportError(f"Tracing the model failed: {_first_line(error)}") from error
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET_VERSION,
+                custom_translation_table=_translations(),
+            )
+        except Exception as error:
+            raise ExportError(f"Translating the traced model to ONNX failed: {_first_line(error)}") from error
+    if exported is None:
+        raise ExportError("Translating the traced model to ONNX gave no graph.")
+    return exported.model
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,243 @@
+"""One decoding step: commit, verify, accept, draft.
+
+``MedusaStep`` is the product: its eager run is the PyTorch reference, its trace is the ONNX graph.
+
+A cache of capacity C holds entry i of a row in slot M + i, where M is the depth of the tree: the M
+slots in front make room for a block that begins before the sequence does. Each step writes one
+contiguous block per cache, at slot ``cache_lengths``: the last M committed entries once more, then
+the S new ones. Those last entries are where acceptance has to move something: the root of the
+previous tree already lies in its place, the accepted nodes below it do not, and there are at most M
+of them. Which entries they are is known at the end of a step, so the step gathers them into
+``next_pending_kv`` and the next one writes them (deferred commit). No cache is read or written twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from medusa_export.attention import StepCache, StepMasks, attending, concat_blocks
+from medusa_export.heads import MedusaHeads
+from medusa_runtime.tree import Tree
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gives back; names and shapes are those of the graph contract."""
+
+    tokens: Tensor
+    count: Tensor
+    next_input_ids: Tensor
+    next_cache_lengths: Tensor
+    next_pending_kv: Tensor | None
+    present: list[Tensor]
+    logits: Tensor
+    head_logits: Tensor | None
+
+
+def _take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """values[b, rows[b, i]]: [B, N, ...] and [B, R] to [B, R, ...], as one gather on a folded axis."""
+    offsets = torch.arange(values.shape[0], device=rows.device) * values.shape[1]
+    return values.flatten(0, 1)[rows + offsets.unsqueeze(1)]
+
+
+class MedusaStep(nn.Module):
+    """The base model, its heads and a tree as one function of a batch's state.
+
+    Args:
+        model: A Hugging Face causal LM whose attention implementation is ours.
+        heads: The heads, or None for plain decoding with a tree of one node.
+        tree: The draft tree; no deeper than there are heads.
+    """
+
+    tree_ancestors: Tensor
+    tree_sees: Tensor
+    tree_depths: Tensor
+    tree_parents: Tensor
+    tree_paths: Tensor
+    tree_candidates: Tensor
+
+    def __init__(self, model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = heads
+        self.tree = tree
+        self.register_buffer("tree_ancestors", torch.from_numpy(tree.ancestor_mask))
+        # The same table as the cache sees it, flat: a column in front for committed entries, one behind for no node.
+        sees = torch.nn.functional.pad(self.tree_ancestors, (0, 1))
+        sees = torch.cat([torch.ones(tree.size, 1, dtype=torch.bool), sees], dim=1)
+        self.register_buffer("tree_sees", sees.flatten())
+        self.register_buffer("tree_depths", torch.from_numpy(tree.depths))
+        self.register_buffer("tree_parents", torch.from_numpy(tree.parents))
+        self.register_buffer("tree_paths", torch.from_numpy(tree.node_paths))
+        # Where each drafted node's token stands among the heads' candidates, laid out [K, top_k].
+        candidates = (tree.depths[1:] - 1) * tree.top_k + tree.ranks[1:]
+        self.register_buffer("tree_candidates", torch.from_numpy(candidates))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        num_tokens: Tensor,
+        is_prefill: Tensor,
+        cache_lengths: Tensor,
+        pending_kv: Tensor | None,
+        past: Sequence[Tensor],
+    ) -> StepOutput:
+        """Runs one step.
+
+        Args:
+            input_ids: [B, S], a chunk of the prompt, or the first S nodes of the tree.
+            num_tokens: [B], how many of a chunk's tokens are valid.
+            is_prefill: [B] boolean.
+            cache_lengths: [B], committed entries.
+            pending_kv: The last M of them, [B, 2L * num_key_value_heads, M, head_dim]; None if M is 0.
+            past: 2L caches, keys and values alternating, each [B, num_key_value_heads, C, head_dim].
+        """
+        pending = [] if pending_kv is None else pending_kv.chunk(len(past), dim=1)
+        return self.run(input_ids, num_tokens, is_prefill, cache_lengths, pending, past)
+
+    def run(
+        self,
+        input_ids: Tensor,
+        num_tokens: Tensor,
+        is_prefill: Tensor,
+        cache_lengths: Tensor,
+        pending: Sequence[Tensor],
+        past: Sequence[Tensor],
+    ) -> StepOutput:
+        """``forward``, with the pending entries of each cache by themselves."""
+        verified = torch.sym_min(input_ids.shape[1], self.tree.size)
+        positions, masks = self._positions_and_masks(input_ids, is_prefill, cache_lengths, past[0].shape[2])
+        cache = StepCache(past, pending, cache_lengths, masks)
+        last = (num_tokens - 1).clamp(min=0)
+        rows = torch.where(is_prefill.unsqueeze(1), last.unsqueeze(1), torch.arange(verified))
+        logits, hidden = self._verify(input_ids, positions, cache, rows)
+
+        chosen = logits.argmax(-1)
+        best, count = self._accept(input_ids[:, :verified], chosen, is_prefill)
+        path = self.tree_paths[best]
+        tokens = chosen.gather(1, path.clamp(max=verified - 1))
+
+        next_root = chosen.gather(1, best.unsqueeze(1))
+        head_logits, next_input_ids = self._draft(_take_rows(hidden, best.unsqueeze(1)).squeeze(1), next_root, verified)
+
+        added = torch.where(is_prefill, num_tokens, count)
+        return StepOutput(
+            tokens=tokens,
+            count=count,
+            next_input_ids=next_input_ids,
+            next_cache_lengths=cache_lengths + added,
+            next_pending_kv=self._carry(cache, path, added, is_prefill),
+            present=[cache.present[i] for i in sorted(cache.present)],
+            logits=logits,
+            head_logits=head_logits,
+        )
+
+    def _positions_and_masks(
+        self, input_ids: Tensor, is_prefill: Tensor, cache_lengths: Tensor, capacity: int
+    ) -> tuple[Tensor, StepMasks]:
+        """Positions [B, S] of the new tokens, and the entries that each may look at."""
+        size, margin = self.tree.size, self.tree.max_depth
+        step = torch.arange(input_ids.shape[1])
+        node = step.clamp(max=size - 1)
+        prefill = is_prefill.unsqueeze(1)
+        lengths = cache_lengths.unsqueeze(1)
+        positions = lengths + torch.where(prefill, step, self.tree_depths[node])
+
+        entry = torch.arange(capacity) - margin  # the slots in front hold none: < 0
+        new = entry - lengths  # [B, C], an entry's index among the new ones; < 0 where committed
+        column = (new.clamp(-1, size) + 1).unsqueeze(1)
+        sees_tree = self.tree_sees[(node * (size + 2)).unsqueeze(1) + column]
+        sees_chunk = new.unsqueeze(1) <= step.unsqueeze(1)
+        prefill = prefill.unsqueeze(1)
+        full = ((prefill & sees_chunk) | (~prefill & sees_tree)) & (entry >= 0)
+        return positions, StepMasks(full.unsqueeze(1), lambda: self._distances(positions, entry, new, is_prefill))
+
+    def _distances(self, positions: Tensor, entry: Tensor, new: Tensor, is_prefill: Tensor) -> Tensor:
+        """[B, S, C], how far each new token lies behind each entry of the cache, in positions."""
+        size = self.tree.size
+        depth = self.tree_depths[new.clamp(0, size - 1)]
+        in_tree = (new >= 0) & ~is_prefill.unsqueeze(1)
+        entry_positions = entry + torch.where(in_tree, depth - new, 0)
+        return positions.unsqueeze(2) - entry_positions.unsqueeze(1)
+
+    def _verify(self, input_ids: Tensor, positions: Tensor, cache: StepCache, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own forward, its ``lm_head`` applied to the verified rows only.
+
+        Returns:
+            Logits [B, R, V], with whatever the model does behind its ``lm_head``, and hidden states [B, R, H].
+        """
+        captured: list[Tensor] = []
+
+        def keep_verified(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            captured.append(_take_rows(args[0], rows))
+            return (captured[0], *args[1:])
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_verified)
+        try:
+            with attending(cache.masks):
+                output = self.model(
+                    input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+        finally:
+            hook.remove()
+        return output.logits, captured[0]
+
+    def _accept(self, nodes: Tensor, chosen: Tensor, is_prefill: Tensor) -> tuple[Tensor, Tensor]:
+        """Greedy acceptance [2.1.2]: the deepest node that the base model would have chosen, with its ancestors.
+
+        Args:
+            nodes: [B, R], the verified tree.
+            chosen: [B, R], the base model's choice after each node.
+
+        Returns:
+            The node's index and its depth + 1, the number of tokens that the step emits; [B] each. A row
+            that prefills accepts its one verified row.
+        """
+        verified = nodes.shape[1]
+        parents = self.tree_parents[:verified]
+        wrong = (nodes != chosen[:, parents]) & (self.tree_depths[:verified] > 0)
+        ancestors = self.tree_ancestors[:verified, :verified]
+        confirmed = ~(wrong.unsqueeze(1) & ancestors).any(-1)
+        depths = self.tree_depths[:verified]
+        score = torch.where(confirmed & ~is_prefill.unsqueeze(1), depths + 1, 0)
+        best = score.argmax(-1)
+        return best, self.tree_depths[best] + 1
+
+    def _draft(self, hidden: Tensor, next_root: Tensor, verified: int) -> tuple[Tensor | None, Tensor]:
+        """The next tree: the base model's choice as its root, the heads' best candidates below.
+
+        Args:
+            hidden: [B, H], at the accepted node.
+            next_root: [B, 1].
+            verified: R; a tree of R nodes is at most R - 1 deep, so no more heads run.
+        """
+        if self.heads is None:
+            return None, next_root
+        num_heads, top_k = self.tree.max_depth, self.tree.top_k
+        active = torch.sym_min(verified - 1, num_heads)
+        head_logits = self.heads(hidden, active)
+        candidates = head_logits.topk(top_k, dim=-1).indices
+        if self.heads.token_map is not None:
+            candidates = self.heads.token_map[candidates]
+        flat = candidates.flatten(1)
+        # Heads that did not run propose token 0 for nodes that the host can't reach with this R.
+        flat = torch.cat([flat, flat.new_zeros(1).expand(flat.shape[0], num_heads * top_k)], dim=1)
+        return head_logits, torch.cat([next_root, flat[:, self.tree_candidates]], dim=1)
+
+    def _carry(self, cache: StepCache, path: Tensor, added: Tensor, is_prefill: Tensor) -> Tensor | None:
+        """The last M committed entries, from this step's blocks: [B, 2L * num_key_value_heads, M, head_dim]."""
+        margin = self.tree.max_depth
+        if margin == 0:
+            return None
+        blocks = concat_blocks([cache.blocks[i] for i in range(len(cache.past))])
+        batch, heads, length, head_dim = blocks.shape
+        kept = added.unsqueeze(1) + torch.arange(-margin, 0)  # [B, M], among the added ones; < 0 before them
+        accepted = torch.where(is_prefill.unsqueeze(1), kept, path.gather(1, kept.clamp(0, margin)))
+        source = torch.where(kept < 0, kept, accepted) + margin
+        rows = torch.arange(batch * heads).view(batch, heads, 1) * length + source.unsqueeze(1)
+        return blocks.reshape(-1, head_dim)[rows]

@@ -1,0 +1,75 @@
+"""What the engine asks of whatever runs the graph.
+
+A backend holds the state of ``rows`` sequences: caches, pending entries, the drafted trees. The host
+sees of a step only the emitted tokens and how many they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step emitted.
+
+    Attributes:
+        tokens: [rows, M + 1]; row b holds ``count[b]`` valid ones. The views are valid until the next step.
+        count: [rows].
+    """
+
+    tokens: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+
+class Backend(Protocol):
+    """Runs steps of one bundle over a fixed number of rows."""
+
+    @property
+    def name(self) -> str:
+        """What runs the graph, for people and for the key of measured latencies."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """How many sequences it holds (B)."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row of the caches (C)."""
+        ...
+
+    def reserve(self, capacity: int) -> None:
+        """Makes the caches at least so large, keeping what is in them.
+
+        Raises:
+            BackendError: There is no memory for it, or the capacity is fixed and smaller.
+        """
+        ...
+
+    def reset(self, row: int) -> None:
+        """Empties a row."""
+        ...
+
+    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+        """Runs one step.
+
+        Args:
+            size: S: rows in ``prompts`` prefill up to S tokens, all others verify the first S nodes of
+                the tree that they drafted (at most T).
+            prompts: Chunks of prompt by row, each of at most S tokens.
+
+        Raises:
+            BackendError: The graph failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        ...

@@ -1,0 +1,62 @@
+"""The graph contract: names, shapes and types of the step's inputs and outputs (version 1).
+
+B is the batch, S the new tokens, C the cache capacity, T the nodes of the tree, M its depth, L the
+layers, N the key/value heads of a layer and d their size. ``docs/contract.md`` says what each means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CONTRACT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of the graph; free dimensions have names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+def cache_name(role: str, index: int) -> str:
+    """``past_key_3`` for role ``past`` and cache 6: keys and values of the layers alternate."""
+    return f"{role}_{'value' if index % 2 else 'key'}_{index // 2}"
+
+
+def step_inputs(
+    *, num_layers: int, num_key_value_heads: int, head_dim: int, tree_depth: int, dtype: str
+) -> tuple[TensorSpec, ...]:
+    """The inputs of a step graph. ``dtype`` is that of weights and cache."""
+    caches = 2 * num_layers
+    specs = [
+        TensorSpec("input_ids", "int64", ("batch", "sequence")),
+        TensorSpec("num_tokens", "int64", ("batch",)),
+        TensorSpec("is_prefill", "bool", ("batch",)),
+        TensorSpec("cache_lengths", "int64", ("batch",)),
+    ]
+    if tree_depth:
+        specs.append(TensorSpec("pending_kv", dtype, ("batch", caches * num_key_value_heads, tree_depth, head_dim)))
+    cache_shape = ("batch", num_key_value_heads, "capacity", head_dim)
+    specs += [TensorSpec(cache_name("past", i), dtype, cache_shape) for i in range(caches)]
+    return tuple(specs)
+
+
+def step_outputs(
+    *, num_layers: int, num_key_value_heads: int, head_dim: int, tree_depth: int, tree_size: int, dtype: str
+) -> tuple[TensorSpec, ...]:
+    """The outputs of a step graph, in order."""
+    caches = 2 * num_layers
+    specs = [
+        TensorSpec("tokens", "int64", ("batch", tree_depth + 1)),
+        TensorSpec("count", "int64", ("batch",)),
+        TensorSpec("next_input_ids", "int64", ("batch", tree_size)),
+        TensorSpec("next_cache_lengths", "int64", ("batch",)),
+    ]
+    if tree_depth:
+        shape = ("batch", caches * num_key_value_heads, tree_depth, head_dim)
+        specs.append(TensorSpec("next_pending_kv", dtype, shape))
+    cache_shape = ("batch", num_key_value_heads, "capacity", head_dim)
+    specs += [TensorSpec(cache_name("present", i), dtype, cache_shape) for i in range(caches)]
+    return tuple(specs)

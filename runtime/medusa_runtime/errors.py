@@ -1,0 +1,26 @@
+"""The exceptions that the runtime and the exporter raise on purpose.
+
+Every message is one sentence or two: what was wrong, what was expected, how to fix it.
+"""
+
+from __future__ import annotations
+
+
+class MedusaError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class TreeError(MedusaError):
+    """A draft tree that can't be used: not prefix-closed, repeated, too deep or too wide."""
+
+
+class BundleError(MedusaError):
+    """A bundle that can't be served: missing, altered, from a newer contract, or unreadable."""
+
+
+class BackendError(MedusaError):
+    """A backend that is not installed, or that refused to load or run the graph."""
+
+
+class RequestError(MedusaError, ValueError):
+    """A request that can't be served as it stands: empty, too long, or of the wrong kind."""

@@ -1,0 +1,69 @@
+"""What a request asks for and what it gets back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Stats:
+    """How a request went.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        completion_tokens: Tokens generated.
+        steps: Decoding steps; the first token comes from prefill and takes none.
+        accepted_lengths: How many steps emitted 1, 2, … tokens.
+        prefill_seconds: Until the first token.
+        decode_seconds: From then to the last.
+        tree_size: Nodes verified per step.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    accepted_lengths: Counter[int] = field(default_factory=Counter)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    tree_size: int = 1
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens emitted by a decoding step; 1 if there was none."""
+        emitted = sum(length * times for length, times in self.accepted_lengths.items())
+        return emitted / self.steps if self.steps else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, prefill left out; 0 if no step was needed."""
+        return (self.completion_tokens - 1) / self.decode_seconds if self.steps and self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step adds to a stream: the new tokens, and the text that is final by now."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished request.
+
+    Attributes:
+        text: The completion without special tokens, cut before a stop string; empty without a tokenizer.
+        token_ids: The completion's tokens, an end-of-text token included.
+        finish_reason: ``stop`` (a stop token or string) or ``length``.
+        stats: How it went.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stats: Stats

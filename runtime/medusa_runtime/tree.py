@@ -1,0 +1,167 @@
+"""The draft tree: which guesses one step verifies, and how they hang together.
+
+A tree is a prefix-closed set of *rank paths* (MEDUSA, arXiv 2401.10774, section 2.1.2): the path
+``(0, 2)`` is the third-best token of head 2 below the best token of head 1. Node 0 is the root, the
+token that the base model has already chosen. Nodes are stored parents first, in the order in which
+they earn their place, so that every prefix of the node list is a tree of its own: a step that feeds
+the first R nodes verifies a tree of R nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_runtime.errors import TreeError
+
+RankPath = tuple[int, ...]
+
+
+def _parents_first(paths: Sequence[RankPath]) -> list[RankPath]:
+    """The same paths, each moved behind its ancestors; an order that already is so stays as it is."""
+    ordered: dict[RankPath, None] = {}
+    for path in paths:
+        for depth in range(1, len(path) + 1):
+            ordered.setdefault(path[:depth])
+    return list(ordered)
+
+
+def _checked(path: object) -> RankPath:
+    if not isinstance(path, (list, tuple)) or not path:
+        raise TreeError(f"A tree path must be a non-empty list of ranks, but got {path!r}.")
+    for rank in path:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise TreeError(f"The tree path {list(path)} holds {rank!r}: ranks are integers from 0 upwards.")
+    return tuple(path)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A draft tree of ``size`` nodes, the root included.
+
+    Attributes:
+        paths: The rank path of each node but the root, parents first.
+    """
+
+    paths: tuple[RankPath, ...] = ()
+
+    @classmethod
+    def from_paths(
+        cls,
+        paths: Iterable[Sequence[int]],
+        *,
+        max_depth: int | None = None,
+        top_k: int | None = None,
+    ) -> Tree:
+        """Checks rank paths and orders them parents first.
+
+        Args:
+            paths: Rank paths in any order; in gain order every prefix is the best tree of its size.
+            max_depth: The number of heads: a node can't lie deeper.
+            top_k: The number of candidates kept per head: a rank can't reach it.
+
+        Raises:
+            TreeError: A path is malformed, repeated, without its parent, too deep or ranked too high.
+        """
+        checked = [_checked(path) for path in paths]
+        known = set(checked)
+        if len(known) != len(checked):
+            repeated = next(path for i, path in enumerate(checked) if path in checked[:i])
+            raise TreeError(f"The tree path {list(repeated)} stands twice: each node may be listed once.")
+        for path in checked:
+            if len(path) > 1 and path[:-1] not in known:
+                raise TreeError(
+                    f"The tree is not prefix-closed: {list(path)} is there but its parent {list(path[:-1])} is not. "
+                    "Add the parent, or drop the path."
+                )
+            if max_depth is not None and len(path) > max_depth:
+                raise TreeError(
+                    f"The tree path {list(path)} is {len(path)} deep, but there are {max_depth} heads. "
+                    "Use a shallower tree or more heads."
+                )
+            if top_k is not None and max(path) >= top_k:
+                raise TreeError(
+                    f"The tree path {list(path)} uses rank {max(path)}, but only ranks below {top_k} are drafted. "
+                    "Raise top-k, or drop the path."
+                )
+        return cls(tuple(_parents_first(checked)))
+
+    @property
+    def size(self) -> int:
+        """Number of nodes, the root included (T)."""
+        return len(self.paths) + 1
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node; the root has depth 0. It is also the number of heads in use."""
+        return max((len(path) for path in self.paths), default=0)
+
+    @property
+    def top_k(self) -> int:
+        """How many candidates of each head the tree draws on."""
+        return max((max(path) for path in self.paths), default=-1) + 1
+
+    @cached_property
+    def depths(self) -> NDArray[np.int64]:
+        """Depth of each node, [T]."""
+        return np.array([0, *(len(path) for path in self.paths)], dtype=np.int64)
+
+    @cached_property
+    def ranks(self) -> NDArray[np.int64]:
+        """Rank of each node among its head's candidates, [T]; 0 for the root."""
+        return np.array([0, *(path[-1] for path in self.paths)], dtype=np.int64)
+
+    @cached_property
+    def parents(self) -> NDArray[np.int64]:
+        """Index of each node's parent, [T]; the root is its own parent."""
+        index = {path: i + 1 for i, path in enumerate(self.paths)}
+        return np.array([0, *(index.get(path[:-1], 0) for path in self.paths)], dtype=np.int64)
+
+    @cached_property
+    def node_paths(self) -> NDArray[np.int64]:
+        """The nodes from the root to each node, [T, max_depth + 1]; filled up with 0 behind the node."""
+        table = np.zeros((self.size, self.max_depth + 1), dtype=np.int64)
+        for node in range(1, self.size):
+            depth = int(self.depths[node])
+            table[node] = table[self.parents[node]]
+            table[node, depth] = node
+        return table
+
+    @cached_property
+    def ancestor_mask(self) -> NDArray[np.bool_]:
+        """[T, T]; row n is True at n and at its ancestors: what node n attends to."""
+        mask = np.eye(self.size, dtype=np.bool_)
+        for node in range(1, self.size):
+            mask[node] |= mask[self.parents[node]]
+        return mask
+
+    def prefix(self, size: int) -> Tree:
+        """The tree of the first ``size`` nodes, the root included.
+
+        Raises:
+            TreeError: ``size`` is not between 1 and the size of this tree.
+        """
+        if not 1 <= size <= self.size:
+            raise TreeError(f"A tree of {self.size} nodes has no prefix of {size}: choose 1 to {self.size}.")
+        return Tree(self.paths[: size - 1])
+
+    def draw(self) -> str:
+        """The tree as text, a line per node: its rank and its number in the node list."""
+        children: dict[int, list[int]] = {}
+        for node in range(1, self.size):
+            children.setdefault(int(self.parents[node]), []).append(node)
+        lines = ["root"]
+
+        def visit(node: int, indent: str) -> None:
+            below = children.get(node, [])
+            for i, child in enumerate(below):
+                last = i == len(below) - 1
+                lines.append(f"{indent}{'└─' if last else '├─'} {self.ranks[child]}  #{child}")
+                visit(child, indent + ("   " if last else "│  "))
+
+        visit(0, "")
+        return "\n".join(lines)

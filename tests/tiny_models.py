@@ -1,0 +1,242 @@
+"""Random models of real architectures, small enough for a test: a few layers, 64 channels, a vocabulary of 101.
+
+Every parameter is drawn from a seed and large enough that attention, windows, caps, biases and norms all change
+the result, so that a step that gets one of them wrong picks other tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+
+VOCAB_SIZE = 101
+SLIDING_WINDOW = 8
+
+_COMMON: dict[str, object] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+# What sets each architecture apart, switched on.
+_SUPPORTED: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": SLIDING_WINDOW},
+    "qwen2": {
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": SLIDING_WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma2": {
+        "num_hidden_layers": 3,
+        "sliding_window": SLIDING_WINDOW,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 10.0,
+        "query_pre_attn_scalar": 24,
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "sliding_window": SLIDING_WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+        },
+    },
+    "phi3": {"partial_rotary_factor": 0.5},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
+    "starcoder2": {"sliding_window": SLIDING_WINDOW},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {
+        "num_hidden_layers": 3,
+        "sliding_window": SLIDING_WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "logit_scale": 0.25,
+    },
+}
+
+# A family that has to be refused: its model type, what is special, and the keys of `_COMMON` that it has no use for.
+_REFUSED: dict[str, tuple[str, dict[str, object]]] = {
+    "t5": ("t5", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
+    "bart": (
+        "bart",
+        {
+            "d_model": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "mamba": ("mamba", {"state_size": 8, "expand": 2, "num_hidden_layers": 2}),
+    "jamba": (
+        "jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+        },
+    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": SLIDING_WINDOW}),
+    "llama_dynamic_rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    ),
+    "gemma3_dynamic_rope": (
+        "gemma3_text",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "gemma3_bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+            },
+        },
+    ),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "laurel_rank": 4,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            "attention_chunk_size": SLIDING_WINDOW,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 2,
+        },
+    ),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "falcon_alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
+    "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
+}
+
+SUPPORTED_FAMILIES = tuple(_SUPPORTED)
+REFUSED_FAMILIES = tuple(_REFUSED)
+
+
+def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
+    """A small configuration of a family, its special features switched on; ``overrides`` win."""
+    model_type, special = _REFUSED[family] if family in _REFUSED else (family, _SUPPORTED[family])
+    settings = {**_COMMON, **special}
+    if model_type in ("mpt", "mamba", "bloom"):  # names of their own for these; some are read-only aliases
+        for name in ("num_key_value_heads", "head_dim", "num_attention_heads", "intermediate_size"):
+            settings.pop(name)
+    if model_type == "mpt":
+        for name in ("hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            settings.pop(name)
+    if model_type in ("t5", "bart"):
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+            settings.pop(name)
+        settings.update(pad_token_id=0, eos_token_id=1, bos_token_id=0)
+    if model_type in ("deepseek_v3", "falcon"):
+        settings.pop("head_dim")
+    return AutoConfig.for_model(model_type, **{**settings, **overrides})
+
+
+def randomize(model: torch.nn.Module, seed: int, std: float = 0.25) -> None:
+    """Draws every parameter: matrices from N(0, std²), vectors (norms, biases) moved by a tenth."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if parameter.ndim >= 2:
+                parameter.copy_(std * noise)
+            else:
+                parameter.add_(0.1 * noise)
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random fp32 model of a family, in eval mode and without gradients; the same for the same seed."""
+    config = tiny_config(family, **overrides)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    randomize(model, seed)
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
+    model.eval().requires_grad_(False)
+    return model
