@@ -7,7 +7,7 @@ are marked as a prior; a calibration replaces them.
 from __future__ import annotations
 
 from medusa_runtime.bundle import Acceptance
-from medusa_runtime.tree import Tree
+from medusa_runtime.tree import RankPath, Tree
 
 TOP_1 = (0.560, 0.316, 0.201, 0.147, 0.118)
 TOP_5 = (0.780, 0.563, 0.417, 0.340, 0.300)
@@ -32,7 +32,7 @@ def prior_acceptance(tree: Tree, *, trained: bool) -> Acceptance:
     """The chance of each node: the product of the accuracies along its path; none for untrained heads."""
     if not trained:
         return Acceptance("untrained", (1.0, *(0.0 for _ in tree.paths)))
-    values = {(): 1.0}
+    values: dict[RankPath, float] = {(): 1.0}
     for path in tree.paths:
         values[path] = values[path[:-1]] * rank_accuracy(len(path) - 1, path[-1])
     return Acceptance("prior", tuple(round(value, 6) for value in values.values()))

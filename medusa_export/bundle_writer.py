@@ -17,8 +17,9 @@ from medusa_export.acceptance_prior import prior_acceptance
 from medusa_export.cache_shape import CacheShape
 from medusa_export.checkpoints import save_tokenizer
 from medusa_export.errors import ExportError
+from medusa_export.onnxruntime_fusions import fuse_for_onnxruntime
 from medusa_export.step import MedusaStep
-from medusa_runtime.bundle import DESCRIPTION, GRAPH, Bundle, FileFacts, HeadFacts, ModelFacts
+from medusa_runtime.bundle import DESCRIPTION, GRAPH, ONNXRUNTIME_GRAPH, Bundle, FileFacts, HeadFacts, ModelFacts
 
 WEIGHTS = f"{GRAPH}.data"
 # Smaller tensors stay within the graph.
@@ -79,7 +80,11 @@ def model_facts(model: PreTrainedModel, name: str) -> ModelFacts:
     if not isinstance(positions, int):
         raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
     generation = model.generation_config
-    eos = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else config.eos_token_id
+    eos = (
+        generation.eos_token_id
+        if generation is not None and generation.eos_token_id is not None
+        else config.eos_token_id
+    )
     return ModelFacts(
         name=name,
         model_type=config.model_type,
@@ -131,12 +136,18 @@ def write_bundle(
     try:
         with atomic_folder(target, replace_existing=replace_existing) as folder:
             ir.save(graph, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD)
+            derived = ir.load(folder / GRAPH)
+            positions = bundle.model.max_positions
+            if fuse_for_onnxruntime(derived, margin=step.tree.max_depth, max_positions=positions):
+                ir.save(derived, folder / ONNXRUNTIME_GRAPH)  # its weights stay references to those of the first
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder)
             if step.model.generation_config is not None:
                 step.model.generation_config.save_pretrained(folder)
             files = {
-                str(path.relative_to(folder)): FileFacts.of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+                str(path.relative_to(folder)): FileFacts.of(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
             }
             bundle = replace(bundle, files=files)
             (folder / DESCRIPTION).write_text(bundle.to_json(), encoding="utf-8")

@@ -119,12 +119,13 @@ class MedusaHeads(nn.Module):
             [B, active, draft_vocab_size].
         """
         active = self.config.num_heads if active is None else active
+        # With no head active all of this runs over no rows: no weight is read.
+        hidden = hidden.unsqueeze(1)[:, : torch.sym_min(active, 1)]
         states = [block(hidden) for block in self.blocks]
         if self.projections is None:
-            return self._shared[0](torch.stack(states, dim=1)[:, :active])
-        # A head beyond `active` projects no rows: its large matrix is not read at all.
+            return self._shared[0](torch.cat(states, dim=1)[:, :active])
+        # Likewise the large matrix of each head beyond `active`.
         rows = [torch.sym_max(torch.sym_min(active - k, 1), 0) for k in range(self.config.num_heads)]
         return torch.cat(
-            [project(state[:, None][:, :n]) for project, state, n in zip(self.projections, states, rows, strict=True)],
-            dim=1,
+            [project(state[:, :n]) for project, state, n in zip(self.projections, states, rows, strict=True)], dim=1
         )

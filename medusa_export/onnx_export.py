@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
@@ -20,6 +19,8 @@ from medusa_export.step import MedusaStep
 from medusa_runtime import contract
 
 Progress = Callable[[str], None]
+# Named values of the graph that are no outputs, for those who build other graphs from it.
+INTERNAL = ("logits", "head_logits", "accepted_path")
 REWRITES = (fuse_rms_norm, fuse_rotary_embedding, lay_out_linears)
 
 
@@ -52,8 +53,8 @@ def _simplify(model: ir.Model) -> None:
 def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Model:
     """Traces a step and brings the graph into the form of the contract.
 
-    Weights stay where they are until the model is written. ``logits`` and, with heads, ``head_logits``
-    are named values of the graph, not outputs.
+    Weights stay where they are until the model is written. ``logits``, ``accepted_path`` and, with heads,
+    ``head_logits`` are named values of the graph, not outputs.
 
     Raises:
         ModelNotSupportedError: The model does something that a step can't honour.
@@ -72,9 +73,9 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
             node.resize_outputs(1)
     _simplify(model)
 
-    names = ["tokens", "count", "next_input_ids", "next_cache_lengths", "logits"]
+    names = ["tokens", "count", "next_input_ids", "next_cache_lengths", "logits", "accepted_path"]
     names += ["head_logits", "next_pending_kv"] if margin else []
-    outputs = {name: value for name, value in zip(names, graph.outputs, strict=False)}
+    outputs = dict(zip(names, graph.outputs, strict=False))
 
     cache_type = graph.inputs[4].type
     cache_shape: list[int | str] = ["batch", heads, "capacity", head_dim]
@@ -128,7 +129,7 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
             *(_rename(value, contract.cache_name("present", i), cache_shape) for i, value in enumerate(present)),
         ]
     )
-    for name in ("logits", "head_logits"):
+    for name in INTERNAL:
         if name in outputs:
             _rename(outputs[name], name)
     graph.name = "medusa_step"

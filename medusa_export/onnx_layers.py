@@ -37,18 +37,121 @@ class _Layer:
         own = []
         for node in nodes:
             if node in needed and any(
-                value in varying or (value is not None and self._is_weight(value)) for value in node.inputs
+                value in varying or (value is not None and self.owns(value)) for value in node.inputs
             ):
                 varying.update(node.outputs)
                 own.append(node)
         return own
 
-    def _is_weight(self, value: ir.Value) -> bool:
+    def owns(self, value: ir.Value) -> bool:
+        """Whether a value is one of this layer's weights."""
         return value.is_initializer() and (value.name or "").startswith(self.prefix)
+
+    def behind(self, port: str) -> ir.Value:
+        """What a mark marks."""
+        value = self.marks[port].inputs[0]
+        assert value is not None
+        return value
 
 
 def _enters(port: str) -> bool:
     return port.startswith(("in", "past", "pending"))
+
+
+class _Expansion:
+    """What is known while marks are replaced.
+
+    Attributes:
+        present: The updated caches so far.
+        blocks: What is written to each cache so far.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        layer_prefix: str,
+        caches: Sequence[ir.Value],
+        pending: Sequence[ir.Value],
+        weight: Callable[[str], ir.TensorProtocol],
+    ) -> None:
+        self.graph = graph
+        self.prefix = layer_prefix
+        self.caches = caches
+        self.pending = pending
+        self.weight = weight
+        self.present: dict[int, ir.Value] = {}
+        self.blocks: dict[int, ir.Value] = {}
+
+    def copy(self, layer: _Layer, index: int, node: ir.Node) -> ir.Value:
+        """Copies ``layer`` in front of its mark ``node`` as layer ``index``; gives its hidden state."""
+        mapped: dict[ir.Value, ir.Value] = {}
+        for number, value in enumerate(node.inputs):
+            mark = layer.marks.get(f"in{number}")  # none where the layer ignores an argument
+            if mark is not None and value is not None:
+                mapped[mark.outputs[0]] = value
+        for slot in (0, 1):
+            mapped[layer.marks[f"past{slot}"].outputs[0]] = self.caches[2 * index + slot]
+            if self.pending:
+                mapped[layer.marks[f"pending{slot}"].outputs[0]] = self.pending[2 * index + slot]
+        copies = [self._copy_node(original, layer, index, mapped) for original in layer.body]
+        self.graph.insert_before(node, copies)
+        self._note(index, layer, mapped)
+        return mapped[layer.behind("hidden")]
+
+    def _copy_node(self, original: ir.Node, layer: _Layer, index: int, mapped: dict[ir.Value, ir.Value]) -> ir.Node:
+        for value in original.inputs:
+            if value is not None and value not in mapped and layer.owns(value):
+                mapped[value] = self._weight(f"{self.prefix}{index}." + (value.name or "").removeprefix(layer.prefix))
+        copy = ir.Node(
+            original.domain,
+            original.op_type,
+            [None if value is None else mapped.get(value, value) for value in original.inputs],
+            list(original.attributes.values()),
+            overload=original.overload,
+            num_outputs=len(original.outputs),
+            name=f"layers.{index}/{original.name}",
+        )
+        for old, new in zip(original.outputs, copy.outputs, strict=True):
+            new.name, new.type, new.shape = f"layers.{index}/{old.name}", old.type, old.shape
+            mapped[old] = new
+        return copy
+
+    def _weight(self, name: str) -> ir.Value:
+        if name not in self.graph.initializers:
+            tensor = self.weight(name)
+            shape = ir.Shape(tensor.shape.numpy())
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def keep(self, index: int, layer: _Layer) -> None:
+        """Connects a traced layer, which stays where it is."""
+        for slot in (0, 1):
+            layer.marks[f"past{slot}"].replace_input_with(0, self.caches[2 * index + slot])
+            if self.pending:
+                layer.marks[f"pending{slot}"].replace_input_with(0, self.pending[2 * index + slot])
+        self._note(index, layer, {})
+
+    def _note(self, index: int, layer: _Layer, mapped: dict[ir.Value, ir.Value]) -> None:
+        for slot in (0, 1):
+            present = layer.behind(f"present{slot}")
+            self.present[2 * index + slot] = mapped.get(present, present)
+            if self.pending:  # else nothing is carried over, and no block has a mark
+                block = layer.behind(f"block{slot}")
+                self.blocks[2 * index + slot] = mapped.get(block, block)
+
+    def concat_blocks(self, node: ir.Node) -> None:
+        """Puts the concatenation of all blocks in the place of its mark."""
+        concat = ir.node("Concat", [self.blocks[i] for i in range(len(self.caches))], {"axis": 1}, name="concat_blocks")
+        self.graph.insert_before(node, concat)
+        _remove(self.graph, node, concat.outputs[0])
+
+
+def _remove(graph: ir.Graph, mark: ir.Node, instead: ir.Value | None) -> None:
+    """Takes a mark out; what read its output reads ``instead``."""
+    assert instead is not None
+    ir.convenience.replace_all_uses_with(mark.outputs[0], instead, replace_graph_outputs=True)
+    graph.remove(mark, safe=True)
 
 
 def expand_layers(
@@ -70,103 +173,35 @@ def expand_layers(
 
     Returns:
         The 2L updated caches.
+
+    Raises:
+        ExportError: A mark has no place in this scheme.
     """
     graph = model.graph
+    marks = [node for node in graph if node.domain == MARK_DOMAIN]
     layers: dict[int, _Layer] = {}
-    nodes = list(graph)
-    for node in nodes:
-        if node.domain == MARK_DOMAIN and node.op_type == "LayerBoundary":
+    for node in marks:
+        if node.op_type == "LayerBoundary":
             index = node.attributes["layer"].as_int()
             layer = layers.setdefault(index, _Layer(f"{layer_prefix}{index}."))
             layer.marks[node.attributes["port"].as_string()] = node
+    nodes = list(graph)
     for layer in layers.values():
         layer.body = layer.own(nodes)
 
-    blocks: dict[int, ir.Value] = {}
-    present: dict[int, ir.Value] = {}
-    initializers = dict(graph.initializers)
-
-    def place(layer: _Layer, index: int, node: ir.Node) -> ir.Value:
-        """Copies ``layer`` in front of ``node`` as layer ``index``; gives its hidden state."""
-        mapped: dict[ir.Value, ir.Value] = {}
-        for number, value in enumerate(node.inputs):
-            mark = layer.marks.get(f"in{number}")  # none where the layer ignores an argument
-            if mark is not None and value is not None:
-                mapped[mark.outputs[0]] = value
-        for slot in (0, 1):
-            mapped[layer.marks[f"past{slot}"].outputs[0]] = caches[2 * index + slot]
-            if pending:
-                mapped[layer.marks[f"pending{slot}"].outputs[0]] = pending[2 * index + slot]
-        prefix = f"{layer_prefix}{index}."
-
-        def map_value(value: ir.Value | None) -> ir.Value | None:
-            if value is None or value in mapped:
-                return None if value is None else mapped[value]
-            name = value.name or ""
-            if value.is_initializer() and name.startswith(layer.prefix):
-                new_name = prefix + name.removeprefix(layer.prefix)
-                if new_name not in initializers:
-                    tensor = weight(new_name)
-                    new = ir.Value(
-                        name=new_name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
-                    )
-                    graph.register_initializer(new)
-                    initializers[new_name] = new
-                mapped[value] = initializers[new_name]
-                return mapped[value]
-            return value
-
-        copies = []
-        for original in layer.body:
-            copy = ir.Node(
-                original.domain,
-                original.op_type,
-                [map_value(value) for value in original.inputs],
-                list(original.attributes.values()),
-                overload=original.overload,
-                num_outputs=len(original.outputs),
-                name=f"layers.{index}/{original.name}",
-            )
-            for old, new in zip(original.outputs, copy.outputs, strict=True):
-                new.name, new.type, new.shape = f"layers.{index}/{old.name}", old.type, old.shape
-                mapped[old] = new
-            copies.append(copy)
-        graph.insert_before(node, copies)
-        for slot in (0, 1):
-            blocks[2 * index + slot] = mapped[_mark_input(layer, f"block{slot}")]
-            present[2 * index + slot] = mapped[_mark_input(layer, f"present{slot}")]
-        return mapped[_mark_input(layer, "hidden")]
-
-    for node in nodes:
-        if node.domain == MARK_DOMAIN and node.op_type == "DecoderLayer":
-            hidden = place(layers[node.attributes["like"].as_int()], node.attributes["layer"].as_int(), node)
-            ir.convenience.replace_all_uses_with(node.outputs[0], hidden)
-            graph.remove(node, safe=True)
-
+    expansion = _Expansion(graph, layer_prefix, caches, pending, weight)
+    for node in marks:
+        if node.op_type == "DecoderLayer":
+            like = layers[node.attributes["like"].as_int()]
+            _remove(graph, node, expansion.copy(like, node.attributes["layer"].as_int(), node))
     for index, layer in layers.items():
-        for slot in (0, 1):
-            blocks[2 * index + slot] = _mark_input(layer, f"block{slot}")
-            present[2 * index + slot] = _mark_input(layer, f"present{slot}")
-            layer.marks[f"past{slot}"].replace_input_with(0, caches[2 * index + slot])
-            if pending:
-                layer.marks[f"pending{slot}"].replace_input_with(0, pending[2 * index + slot])
-    for node in nodes:
-        if node.domain == MARK_DOMAIN and node.op_type == "ConcatBlocks":
-            concat = ir.node("Concat", [blocks[i] for i in range(len(caches))], {"axis": 1}, name="concat_blocks")
-            graph.insert_before(node, concat)
-            ir.convenience.replace_all_uses_with(node.outputs[0], concat.outputs[0])
-            graph.remove(node, safe=True)
-    for layer in layers.values():
-        for mark in layer.marks.values():
-            ir.convenience.replace_all_uses_with(mark.outputs[0], mark.inputs[0], replace_graph_outputs=True)
-            graph.remove(mark, safe=True)
+        expansion.keep(index, layer)
+    for node in marks:
+        if node.op_type == "ConcatBlocks":
+            expansion.concat_blocks(node)
+        elif node.op_type == "LayerBoundary":
+            _remove(graph, node, node.inputs[0])
     left = sorted({node.op_type for node in graph if node.domain == MARK_DOMAIN})
     if left:
         raise ExportError(f"Marks are left in the graph after its layers were placed: {', '.join(left)}.")
-    return [present[i] for i in range(len(caches))]
-
-
-def _mark_input(layer: _Layer, port: str) -> ir.Value:
-    value = layer.marks[port].inputs[0]
-    assert value is not None
-    return value
+    return [expansion.present[i] for i in range(len(caches))]

@@ -13,19 +13,20 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 
-def _producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The node behind a value, if it is a standard operator of one of these types."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.domain == "" and node.op_type in op_types else None
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
+def constant(value: ir.Value | None) -> np.ndarray | None:
     """The value of a small constant."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return tensor.numpy() if tensor is not None and tensor.size <= 16 else None
 
 
-def _only_user(value: ir.Value) -> ir.Node | None:
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value; None if there are more, or if it is an output."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
@@ -35,15 +36,20 @@ def _other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return second if first is value else first
 
 
-def _replace(old: ir.Value, nodes: list[ir.Node]) -> None:
-    """Puts ``nodes`` where ``old`` is produced; the last one's first output takes its place."""
-    producer, new = old.producer(), nodes[-1].outputs[0]
-    assert producer is not None and producer.graph is not None
-    producer.graph.insert_before(producer, nodes)
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """``new`` takes the name, the type and the readers of ``old``."""
     new.type, new.shape = old.type, old.shape
     name, old.name = old.name, f"{old.name}/replaced"
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     new.name = name
+
+
+def replace(old: ir.Value, nodes: list[ir.Node]) -> None:
+    """Puts ``nodes`` where ``old`` is produced; the last one's first output takes its place."""
+    maker = old.producer()
+    assert maker is not None and maker.graph is not None
+    maker.graph.insert_before(maker, nodes)
+    replace_value(old, nodes[-1].outputs[0])
 
 
 def fuse_rms_norm(model: ir.Model) -> int:
@@ -54,39 +60,42 @@ def fuse_rms_norm(model: ir.Model) -> int:
     """
     count = 0
     for inverse in [node for node in model.graph if node.op_type == "Reciprocal"]:
-        root = _producer(inverse.inputs[0], "Sqrt")
-        total = _producer(root.inputs[0], "Add") if root else None
+        root = producer(inverse.inputs[0], "Sqrt")
+        total = producer(root.inputs[0], "Add") if root else None
         if total is None:
             continue
-        mean = _producer(total.inputs[0], "ReduceMean") or _producer(total.inputs[1], "ReduceMean")
-        epsilon = _constant(_other_input(total, mean.outputs[0])) if mean else None
-        square = _producer(mean.inputs[0], "Pow") if mean else None
+        mean = producer(total.inputs[0], "ReduceMean") or producer(total.inputs[1], "ReduceMean")
+        epsilon = constant(_other_input(total, mean.outputs[0])) if mean else None
+        square = producer(mean.inputs[0], "Pow") if mean else None
         if mean is None or square is None or epsilon is None or epsilon.size != 1:
             continue
-        axes, exponent, wide = _constant(mean.inputs[1]), _constant(square.inputs[1]), square.inputs[0]
+        axes, exponent, wide = constant(mean.inputs[1]), constant(square.inputs[1]), square.inputs[0]
         if axes is None or axes.tolist() != [-1] or exponent is None or float(exponent) != 2.0 or wide is None:
             continue
-        scaled = _only_user(inverse.outputs[0])
+        scaled = only_user(inverse.outputs[0])
         if scaled is None or scaled.op_type != "Mul" or wide not in scaled.inputs:
             continue
         source, last = wide, scaled.outputs[0]
-        widening = _producer(wide, "Cast")
+        widening = producer(wide, "Cast")
         if widening is not None:  # half precision: computed in fp32, returned to the type of the input
-            narrowing = _only_user(last)
+            narrowing = only_user(last)
             source = widening.inputs[0]  # type: ignore[assignment]
             if narrowing is None or narrowing.op_type != "Cast" or source is None or source.dtype is None:
                 continue
             if narrowing.attributes["to"].as_int() != source.dtype.value:
                 continue
             last = narrowing.outputs[0]
-        weighted = _only_user(last)
+        weighted = only_user(last)
         if weighted is None or weighted.op_type != "Mul":
             continue
         weight = _other_input(weighted, last)
         if weight is None or weight.shape is None or len(weight.shape) != 1:
             continue
         attributes = {"axis": -1, "epsilon": float(epsilon.reshape(())), "stash_type": 1}
-        _replace(weighted.outputs[0], [ir.node("RMSNormalization", [source, weight], attributes, name=f"{weighted.name}/norm")])
+        replace(
+            weighted.outputs[0],
+            [ir.node("RMSNormalization", [source, weight], attributes, name=f"{weighted.name}/norm")],
+        )
         count += 1
     return count
 
@@ -99,7 +108,7 @@ def fuse_rotary_embedding(model: ir.Model) -> int:
     halves: dict[ir.Value, ir.Value] = {}
     count = 0
     for total in [node for node in model.graph if node.op_type == "Add"]:
-        left, right = _producer(total.inputs[0], "Mul"), _producer(total.inputs[1], "Mul")
+        left, right = producer(total.inputs[0], "Mul"), producer(total.inputs[1], "Mul")
         if left is None or right is None:
             continue
         found = _match_rotary(left, right) or _match_rotary(right, left)
@@ -112,7 +121,7 @@ def fuse_rotary_embedding(model: ir.Model) -> int:
         rotary = ir.node(
             "RotaryEmbedding", [source, halves[cos], halves[sin]], {"interleaved": 0}, name=f"{total.name}/rotary"
         )
-        _replace(total.outputs[0], [rotary])
+        replace(total.outputs[0], [rotary])
         count += 1
     return count
 
@@ -120,28 +129,28 @@ def fuse_rotary_embedding(model: ir.Model) -> int:
 def _match_rotary(plain: ir.Node, rotated: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """x and the [B, S, d] tables, if the nodes are x · cos and rotate_half(x) · sin."""
     for turned in rotated.inputs:
-        concat = _producer(turned, "Concat")
+        concat = producer(turned, "Concat")
         if concat is None or len(concat.inputs) != 2 or turned is None:
             continue
-        negated = _producer(concat.inputs[0], "Neg")
-        upper = _producer(negated.inputs[0], "Slice") if negated else None
-        lower = _producer(concat.inputs[1], "Slice")
+        negated = producer(concat.inputs[0], "Neg")
+        upper = producer(negated.inputs[0], "Slice") if negated else None
+        lower = producer(concat.inputs[1], "Slice")
         if upper is None or lower is None or upper.inputs[0] is not lower.inputs[0]:
             continue
         source = lower.inputs[0]
         if source not in plain.inputs or source is None or source.shape is None:
             continue
         width = source.shape[-1]
-        split = _constant(lower.inputs[2])
+        split = constant(lower.inputs[2])
         if not isinstance(width, int) or split is None or split.tolist() != [width // 2]:
             continue
-        begin = _constant(upper.inputs[1])
+        begin = constant(upper.inputs[1])
         if begin is None or begin.tolist() != [width // 2]:
             continue
         tables = []
         for node, known in ((plain, source), (rotated, turned)):
-            unsqueeze = _producer(_other_input(node, known), "Unsqueeze")
-            axes = _constant(unsqueeze.inputs[1]) if unsqueeze else None
+            unsqueeze = producer(_other_input(node, known), "Unsqueeze")
+            axes = constant(unsqueeze.inputs[1]) if unsqueeze else None
             if unsqueeze is None or axes is None or axes.tolist() != [1] or not _repeats(unsqueeze.inputs[0]):
                 break
             tables.append(unsqueeze.inputs[0])
@@ -152,20 +161,21 @@ def _match_rotary(plain: ir.Node, rotated: ir.Node) -> tuple[ir.Value, ir.Value,
 
 def _repeats(table: ir.Value | None) -> bool:
     """Whether a cosine or sine table comes from angles concatenated with themselves."""
-    while (node := _producer(table, "Cos", "Sin", "Mul", "Cast")) is not None:
+    while (node := producer(table, "Cos", "Sin", "Mul", "Cast")) is not None:
         table = node.inputs[0]
-    concat = _producer(table, "Concat")
+    concat = producer(table, "Concat")
     return concat is not None and len(concat.inputs) == 2 and concat.inputs[0] is concat.inputs[1]
 
 
 def _first_half(table: ir.Value) -> ir.Value:
     """The first half of a table's last axis."""
-    producer = table.producer()
-    assert producer is not None and producer.graph is not None
-    split = ir.node("Split", [table], {"axis": -1, "num_outputs": 2}, num_outputs=2, name=f"{producer.name}/halves")
-    producer.graph.insert_after(producer, split)
-    split.outputs[0].type = table.type
-    return split.outputs[0]
+    maker, width = table.producer(), table.shape[-1] if table.shape is not None else None
+    assert maker is not None and maker.graph is not None and table.shape is not None and isinstance(width, int)
+    split = ir.node("Split", [table], {"axis": -1, "num_outputs": 2}, num_outputs=2, name=f"{maker.name}/halves")
+    maker.graph.insert_after(maker, split)
+    half = split.outputs[0]
+    half.type, half.shape = table.type, ir.Shape([*table.shape[:-1], width // 2])
+    return half
 
 
 def lay_out_linears(model: ir.Model) -> int:
@@ -177,7 +187,7 @@ def lay_out_linears(model: ir.Model) -> int:
     graph = model.graph
     groups: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = defaultdict(list)
     for node in graph:
-        transpose = _producer(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
+        transpose = producer(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
         weight = transpose.inputs[0] if transpose else None
         if weight is None or not weight.is_initializer() or len(list(weight.uses())) != 1 or node.inputs[0] is None:
             continue

@@ -100,7 +100,7 @@ class _TracedStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         pendings = [] if pending is None else [pending] * self.num_caches
         out = self.step.run(input_ids, num_tokens, is_prefill, cache_lengths, pendings, [past] * self.num_caches)
-        named = (out.tokens, out.count, out.next_input_ids, out.next_cache_lengths, out.logits)
+        named = (out.tokens, out.count, out.next_input_ids, out.next_cache_lengths, out.logits, out.accepted_path)
         optional = [tensor for tensor in (out.head_logits, out.next_pending_kv) if tensor is not None]
         return (*named, *optional, *out.present)
 

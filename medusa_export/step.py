@@ -27,7 +27,15 @@ from medusa_runtime.tree import Tree
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step gives back; names and shapes are those of the graph contract."""
+    """What a step gives back; names and shapes are those of the graph contract.
+
+    Beyond the contract:
+
+    Attributes:
+        logits: [B, R, V], of the verified rows.
+        head_logits: [B, active heads, draft_vocab_size], or None without heads.
+        accepted_path: [B, M + 1], the accepted nodes from the root on; ``count`` of them hold.
+    """
 
     tokens: Tensor
     count: Tensor
@@ -37,6 +45,7 @@ class StepOutput:
     present: list[Tensor]
     logits: Tensor
     head_logits: Tensor | None
+    accepted_path: Tensor
 
 
 def _take_rows(values: Tensor, rows: Tensor) -> Tensor:
@@ -135,6 +144,7 @@ class MedusaStep(nn.Module):
             present=[cache.present[i] for i in sorted(cache.present)],
             logits=logits,
             head_logits=head_logits,
+            accepted_path=path,
         )
 
     def _positions_and_masks(

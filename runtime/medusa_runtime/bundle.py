@@ -15,6 +15,7 @@ from medusa_runtime.tree import Tree
 
 DESCRIPTION = "medusa.json"
 GRAPH = "model.onnx"
+ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"  # derived from it, of the same weights
 DTYPES = ("float32", "float16", "bfloat16")
 
 T = TypeVar("T")

@@ -1,16 +1,22 @@
-"""The ONNX Runtime backend: every buffer bound once, caches updated in place."""
+"""The ONNX Runtime backend: every buffer bound once, caches updated in place.
+
+It runs the graph that was derived for ONNX Runtime where a bundle has one. That graph appends new entries
+to the caches without carrying accepted ones over from step to step: it says which nodes it accepted, and
+the few entries below the root are moved to their places here. Plain decoding moves none.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.bundle import Bundle
+from medusa_runtime.bundle import ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
 
@@ -40,11 +46,11 @@ class OnnxRuntimeBackend:
         bundle: What to run.
         rows: Sequences held at a time.
         threads: Threads of one step; all that this process may use if None.
-        graph: The graph to run instead of the bundle's own, by path or as bytes.
+        graph: The graph to run, by path or as bytes; if None the bundle's derived one, or else its own.
     """
 
     def __init__(
-        self, bundle: Bundle, *, rows: int = 1, threads: int | None = None, graph: str | bytes | None = None
+        self, bundle: Bundle, *, rows: int = 1, threads: int | None = None, graph: Path | bytes | None = None
     ) -> None:
         ort = import_onnxruntime()
         if bundle.dtype == "bfloat16":
@@ -52,34 +58,30 @@ class OnnxRuntimeBackend:
                 "This bundle is bfloat16, which ONNX Runtime has no CPU kernels for. "
                 "Export it with --dtype fp32 or fp16 to run it on a CPU."
             )
+        if graph is None:
+            graph = bundle.folder / ONNXRUNTIME_GRAPH if ONNXRUNTIME_GRAPH in bundle.files else bundle.graph
         self._ort = ort
         self._bundle = bundle
         self._rows = rows
         self._threads = threads or len(os.sched_getaffinity(0))
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
-        )
-        try:
-            self._session = ort.InferenceSession(
-                str(bundle.graph) if graph is None else graph, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions share no base of their own
-            raise BackendError(f"ONNX Runtime {ort.__version__} can't load {bundle.graph}: {error}") from error
+        self._session = _open_session(ort, bundle, graph, self._threads)
         self._dtype = np.dtype(bundle.dtype)
         self._binding = self._session.io_binding()
-        self._caches: dict[str, Any] = {}
         self._capacity = 0
 
+        # [2L, rows, N, C, d], the caches in the order of the contract.
+        self._caches: NDArray[Any] = np.zeros((0,), self._dtype)
         depth = bundle.tree.max_depth
         self._num_tokens = self._bind("num_tokens", np.zeros(rows, np.int64))
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
         # A step reads these before it writes them, so each is its own successor.
         self._lengths = self._bind("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
-        if depth:
+        if any(value.name == "pending_kv" for value in self._session.get_inputs()):
             shape = next(spec.shape for spec in bundle.inputs if spec.name == "pending_kv")
-            self._bind("pending_kv", np.zeros((rows, *shape[1:]), self._dtype), output="next_pending_kv")
+            self._bind("pending_kv", np.zeros((rows, *map(int, shape[1:])), self._dtype), output="next_pending_kv")
+        self._path: NDArray[np.int64] | None = None
+        if any(value.name == "accepted_path" for value in self._session.get_outputs()):
+            self._path = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="accepted_path")
         self._tokens = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="tokens")
         self._count = self._bind(None, np.zeros(rows, np.int64), output="count")
         self._draft = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
@@ -112,19 +114,20 @@ class OnnxRuntimeBackend:
             return
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         model = self._bundle.model
-        shape = (self._rows, model.num_key_value_heads, capacity, model.head_dim)
-        names = [cache_name("past", index) for index in range(2 * model.num_layers)]
+        shape = (2 * model.num_layers, self._rows, model.num_key_value_heads, capacity, model.head_dim)
         try:
             # Slots that no token has reached are attended with weight 0, so they must hold numbers.
-            grown = {name: np.zeros(shape, self._dtype) for name in names}
+            grown = np.zeros(shape, self._dtype)
         except MemoryError as error:
-            size = len(names) * int(np.prod(shape)) * self._dtype.itemsize
-            raise BackendError(f"There is no memory for caches of {capacity} tokens ({size / 2**20:.0f} MiB).") from error
-        for index, name in enumerate(names):
-            if name in self._caches:
-                grown[name][:, :, : self._capacity] = self._caches[name]
-            self._caches[name] = self._bind(name, grown[name], output=cache_name("present", index))
-        self._capacity = capacity
+            size = int(np.prod(shape)) * self._dtype.itemsize
+            raise BackendError(
+                f"There is no memory for caches of {capacity} tokens ({size / 2**20:.0f} MiB)."
+            ) from error
+        if self._capacity:
+            grown[:, :, :, : self._capacity] = self._caches
+        for index, cache in enumerate(grown):
+            self._bind(cache_name("past", index), cache, output=cache_name("present", index))
+        self._caches, self._capacity = grown, capacity
 
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
@@ -137,7 +140,20 @@ class OnnxRuntimeBackend:
             raise BackendError(
                 f"ONNX Runtime failed in a step of {size} tokens at capacity {self._capacity}: {error}"
             ) from error
+        if self._path is not None:
+            self._move_accepted(self._path)
         return self._result
+
+    def _move_accepted(self, path: NDArray[np.int64]) -> None:
+        """Moves the entries of accepted nodes together; that of the root, the first, is in its place."""
+        for row in range(self._rows):
+            count = int(self._count[row])
+            if count == 1 or self._is_prefill[row]:
+                continue
+            nodes = path[row, 1:count]
+            root = self._bundle.tree.max_depth + int(self._lengths[row]) - count
+            cache = self._caches[:, row]
+            cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
 
     def _bind_input_ids(self, size: int, prompts: Mapping[int, Sequence[int]]) -> None:
         known = self._input_ids.get(size)
@@ -158,7 +174,22 @@ class OnnxRuntimeBackend:
         self._binding.bind_ortvalue_input("input_ids", value)
 
     def close(self) -> None:
-        self._caches.clear()
+        self._caches = np.zeros((0,), self._dtype)
+        self._capacity = 0
         self._input_ids.clear()
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
+
+
+def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
+    )
+    try:
+        return ort.InferenceSession(
+            graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # its exceptions share no base of their own
+        raise BackendError(f"ONNX Runtime {ort.__version__} can't load {bundle.graph}: {error}") from error
