@@ -14,7 +14,7 @@ from medusa_export.errors import ExportError
 from medusa_export.layer_reuse import decoder_layers
 from medusa_export.onnx_layers import expand_layers
 from medusa_export.onnx_rewrites import fuse_rms_norm, fuse_rotary_embedding, lay_out_linears
-from medusa_export.onnx_trace import MARK_DOMAIN, trace
+from medusa_export.onnx_trace import MARK_DOMAIN, quiet, trace
 from medusa_export.step import MedusaStep
 from medusa_runtime import contract
 
@@ -44,7 +44,8 @@ def _simplify(model: ir.Model) -> None:
     for value in weights.values():
         value.const_value = None
     try:
-        optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
+        with quiet():  # it remarks on each weight that it can't see
+            optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
     finally:
         for name, value in weights.items():
             value.const_value = tensors[name]

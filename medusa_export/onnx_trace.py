@@ -37,7 +37,9 @@ def _mark(name: str, *attributes: str) -> Any:
         MARK_DOMAIN,
         1,
         inputs=[
-            parameter("inputs", "T", param_option=onnx.defs.OpSchema.FormalParameterOption.Variadic, is_homogeneous=False)
+            parameter(
+                "inputs", "T", param_option=onnx.defs.OpSchema.FormalParameterOption.Variadic, is_homogeneous=False
+            )
         ],
         outputs=[parameter("output", "T")],
         type_constraints=[("T", types, "")],
@@ -106,17 +108,19 @@ class _TracedStep(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the tracer's own chatter from the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Keeps the tracer's and the optimizer's own chatter from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def trace(step: MedusaStep) -> ir.Model:
@@ -151,7 +155,7 @@ def trace(step: MedusaStep) -> ir.Model:
     traced = _TracedStep(step)
     layers = decoder_layers(step.model)
     like = kinds_of(layers)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         while True:
             try:
                 with reusing_layers(layers, like):

@@ -1,0 +1,15 @@
+# Sourced by the other scripts: a virtual environment with the pinned versions, in .venv.
+# Afterwards `python` and `medusa-export` are the environment's.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+_extras=${MEDUSA_EXTRAS:-dev}
+_stamp=".venv/installed-$_extras"
+_wanted=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
+  echo "Installing medusa-export[$_extras] into .venv …" >&2
+  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$_extras]"
+  echo "$_wanted" > "$_stamp"
+fi
+. .venv/bin/activate

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, types, tests. Arguments go to pytest: scripts/test.sh -m "not slow" -k tree
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+
+ruff check .
+ruff format --check .
+mypy
+MEDUSA_SMOLLM2_GGUF=$(scripts/smollm2.sh)
+export MEDUSA_SMOLLM2_GGUF
+pytest --numprocesses "${MEDUSA_TEST_WORKERS:-2}" "$@"
