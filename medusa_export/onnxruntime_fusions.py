@@ -6,6 +6,7 @@ with ONNX Runtime's own operators, in which a decoder layer has a third of the n
 * ``Attention`` with its two ``TensorScatter``, and the layout changes around them, become one
   ``GroupQueryAttention``. It appends the new entries to the cache by itself, and reads no more of it than is filled.
 * ``Add`` followed by ``RMSNormalization`` becomes one ``SkipSimplifiedLayerNormalization``.
+* Acceptance and drafting stand in an ``If``: a plain step, which has nothing to accept or to draft, passes them by.
 
 ``GroupQueryAttention`` writes new entries only, so nothing is carried from step to step: in the place of
 ``pending_kv`` and ``next_pending_kv`` the graph has the output ``accepted_path`` [B, M + 1], by which the
@@ -14,7 +15,7 @@ backend moves accepted entries to their places (see ``medusa_runtime.backends.on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ def fuse_for_onnxruntime(model: ir.Model, *, margin: int, max_positions: int) ->
     if margin:
         _drop_pending(graph)
     _fuse_skip_norms(graph)
+    if margin:
+        _skip_tree_in_plain_steps(graph)
     model.opset_imports[CONTRIB] = 1
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
@@ -124,7 +127,7 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-def _integers(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
+def _integers(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
     return _initializer(graph, name, np.array(values, dtype=np.int64))
 
 
@@ -321,6 +324,79 @@ def _drop_pending(graph: ir.Graph) -> None:
     graph.outputs.remove(next(value for value in graph.outputs if value.name == "next_pending_kv"))
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "pending_kv"))
     graph.outputs.append(next(value for node in graph for value in node.outputs if value.name == PATH))
+
+
+def _skip_tree_in_plain_steps(graph: ir.Graph) -> None:
+    """Puts what follows the base model's choice of tokens into the branch of an ``If`` for steps of several tokens."""
+    results = {
+        value.name: value for value in graph.outputs if value.name in ("tokens", "count", "next_input_ids", PATH)
+    }
+    gather = producer(results["tokens"], "GatherElements")
+    assert gather is not None
+    chosen = _given(gather.inputs[0])
+    tail = _tail(graph, set(results.values()), chosen)
+    inputs = {value.name: value for value in graph.inputs}
+    head = _Builder(graph)
+    tokens = head("Shape", [inputs["input_ids"]], start=1, end=2)
+    plain = head("Equal", [head("Squeeze", [tokens]), _integers(graph, "one", [1])])
+    condition = head("Squeeze", [plain])
+    step = ir.node(
+        "If",
+        [condition],
+        {
+            "then_branch": _plain_branch(graph, results, chosen, inputs["num_tokens"]),
+            "else_branch": ir.Graph([], [], nodes=[]),
+        },
+        num_outputs=len(results),
+        name="step",
+    )
+    graph.insert_after(tail[-1], [*head.nodes, step])
+    for old, new in zip(results.values(), step.outputs, strict=True):
+        readers = [(use.node, use.idx) for use in old.uses() if use.node not in tail]
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        old.name = f"tree/{old.name}"
+        for reader, index in readers:
+            reader.replace_input_with(index, new)
+        graph.outputs[graph.outputs.index(old)] = new
+    graph.remove(tail)
+    step.attributes["else_branch"] = ir.AttrGraph(
+        "else_branch", ir.Graph([], list(results.values()), nodes=tail, name="tree")
+    )
+
+
+def _tail(graph: ir.Graph, results: set[ir.Value], chosen: ir.Value) -> list[ir.Node]:
+    """The nodes that nothing but ``results`` needs, in order; ``chosen`` and what it is computed from stay out."""
+    tail: list[ir.Node] = []
+    inside: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        values = [value for value in node.outputs if value not in results]
+        if chosen in values or any(value.is_graph_output() for value in values):
+            continue
+        if all(use.node in inside for value in values for use in value.uses()):
+            inside.add(node)
+            tail.append(node)
+    return tail[::-1]
+
+
+def _plain_branch(graph: ir.Graph, results: Mapping[str, ir.Value], chosen: ir.Value, num_tokens: ir.Value) -> ir.Graph:
+    """A step of one token: it emits the base model's choice, accepts the root, and drafts nothing."""
+    _, depth = _shape(results["tokens"])
+    _, size = _shape(results["next_input_ids"])
+    assert isinstance(depth, int)
+    assert isinstance(size, int)
+    one, zero = _integers(graph, "scalar_one", 1), _integers(graph, "scalar_zero", 0)
+    make = _Builder(graph)
+    tokens = make("Expand", [chosen, _integers(graph, "emitted", [1, depth])])
+    made = {
+        "tokens": tokens,
+        "count": make("Clip", [num_tokens, one, one]),
+        "next_input_ids": make("Pad", [chosen, _integers(graph, "undrafted", [0, 0, 0, size - 1])]),
+        PATH: make("Mul", [tokens, zero]),
+    }
+    for name, value in made.items():
+        old = results[name]
+        value.name, value.type, value.shape = f"plain/{name}", old.type, old.shape
+    return ir.Graph([], [made[name] for name in results], nodes=make.nodes, name="plain")
 
 
 def _fuse_skip_norms(graph: ir.Graph) -> None:

@@ -190,9 +190,7 @@ class MedusaStep(nn.Module):
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_verified)
         try:
             with attending(cache.masks):
-                output = self.model(
-                    input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
-                )
+                output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         finally:
             hook.remove()
         return output.logits, captured[0]

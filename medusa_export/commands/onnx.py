@@ -29,7 +29,9 @@ class Progress:
 @click.option("--heads", metavar="PATH", help="Heads to attach: a file or folder in any published format.")
 @click.option("--init-heads", type=click.IntRange(1, 16), metavar="K", help="Attach K fresh, untrained heads.")
 @click.option("--no-heads", is_flag=True, help="Plain decoding: a tree of one node.")
-@click.option("--tree", default="default", show_default=True, help="A reference tree's name, or a JSON file of rank paths.")
+@click.option(
+    "--tree", default="default", show_default=True, help="A reference tree's name, or a JSON file of rank paths."
+)
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Candidates per head.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Weights and cache.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
@@ -92,7 +94,9 @@ def command(
     if attached is None:
         chosen = NamedTree("single node", Tree())
     else:
-        chosen = load_tree(tree, num_heads=attached.config.num_heads, top_k=min(top_k, attached.config.draft_vocab_size))
+        chosen = load_tree(
+            tree, num_heads=attached.config.num_heads, top_k=min(top_k, attached.config.draft_vocab_size)
+        )
         attached = attached.truncated(chosen.tree.max_depth) if chosen.tree.max_depth else None
 
     step = MedusaStep(base, attached, chosen.tree).eval()

@@ -152,7 +152,9 @@ class Bundle:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise BundleError(f"{folder / DESCRIPTION} is not valid JSON ({error}). Export the bundle again.") from error
+            raise BundleError(
+                f"{folder / DESCRIPTION} is not valid JSON ({error}). Export the bundle again."
+            ) from error
         reader = _Reader(data, folder / DESCRIPTION)
         version = reader.get("contract_version", int)
         if version > CONTRACT_VERSION:
@@ -198,7 +200,9 @@ def _read_description(folder: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BundleError(f"{folder} is no bundle: it has no {DESCRIPTION}. Make one with 'medusa-export onnx'.") from None
+        raise BundleError(
+            f"{folder} is no bundle: it has no {DESCRIPTION}. Make one with 'medusa-export onnx'."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} can't be read: {error}.") from error
 

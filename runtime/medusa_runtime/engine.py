@@ -120,7 +120,9 @@ class MedusaEngine:
         text = TextStream(self.tokenizer, stops, prompt_ids=prompt_ids) if self.tokenizer else None
         stats = Stats(prompt_tokens=len(prompt_ids), tree_size=size)
         self.backend.reset(0)
-        return GenerationStream(self._steps(prompt_ids, max_new_tokens, size, prefill_chunk, stats), eos, max_new_tokens, text, stats)
+        return GenerationStream(
+            self._steps(prompt_ids, max_new_tokens, size, prefill_chunk, stats), eos, max_new_tokens, text, stats
+        )
 
     def _steps(
         self, prompt_ids: Sequence[int], max_new_tokens: int, size: int, prefill_chunk: int, stats: Stats
@@ -197,7 +199,9 @@ class MedusaEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

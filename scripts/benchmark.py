@@ -1,0 +1,182 @@
+"""Decoding speed of plain steps, interleaved: each round every contestant generates the same number of tokens."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from medusa_runtime import MedusaEngine
+
+PROMPT = "Write a long story about a lighthouse keeper who finds a message in a bottle."
+# Generates this many tokens; gives the seconds from the first to the last.
+Contestant = Callable[[int], float]
+
+
+class Bundle:
+    """A bundle at one tree size; it also notes what part of a step is not the session's run."""
+
+    def __init__(self, folder: Path, prompt: list[int], threads: int, tree_size: int) -> None:
+        self.engine = MedusaEngine.load(folder, threads=threads, check_digests=False)
+        self.prompt, self.tree_size = prompt, tree_size
+        self.in_session: list[float] = []
+        self.overheads: list[float] = []
+        backend: Any = self.engine.backend
+        session = backend._session
+
+        class Timed:
+            """The session, with its runs timed."""
+
+            @staticmethod
+            def run_with_iobinding(binding: Any) -> None:
+                started = time.perf_counter()
+                session.run_with_iobinding(binding)
+                self.in_session.append(time.perf_counter() - started)
+
+        backend._session = Timed
+
+    def __call__(self, tokens: int) -> float:
+        self.in_session.clear()
+        result = self.engine.generate(self.prompt, max_new_tokens=tokens, tree_size=self.tree_size)
+        seconds, steps = result.stats.decode_seconds, result.stats.steps
+        self.overheads.append(1 - sum(self.in_session[-steps:]) / seconds)
+        return seconds * (tokens - 1) / (len(result.token_ids) - 1)
+
+
+def genai(folder: Path, prompt: list[int], threads: int) -> Contestant:
+    """onnxruntime-genai's model of the same weights."""
+    import onnxruntime_genai as og  # noqa: PLC0415  # optional
+
+    config = og.Config(str(folder))
+    config.clear_providers()
+    options = {"session_options": {"intra_op_num_threads": threads}}
+    config.overlay(json.dumps({"model": {"decoder": options}}))
+    model = og.Model(config)
+
+    def run(tokens: int) -> float:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+        started = time.perf_counter()
+        generated = 1
+        while not generator.is_done():
+            generator.generate_next_token()
+            generated += 1
+        return (time.perf_counter() - started) * (tokens - 1) / (generated - 1)
+
+    return run
+
+
+def transformers(model_path: str, prompt: list[int], threads: int) -> Contestant:
+    """transformers' greedy generate."""
+    import torch  # noqa: PLC0415  # slow to import
+
+    from medusa_export.checkpoints import load_model  # noqa: PLC0415
+
+    torch.set_num_threads(threads)
+    model: Any = load_model(model_path, dtype=torch.float32)
+    model.generation_config.update(temperature=None, top_p=None, top_k=None)
+    ids = torch.tensor([prompt])
+
+    def timed(tokens: int) -> tuple[float, int]:
+        started = time.perf_counter()
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
+        return time.perf_counter() - started, output.shape[1] - len(prompt)
+
+    def run(tokens: int) -> float:
+        first, _ = timed(1)
+        whole, generated = timed(tokens)
+        return (whole - first) * (tokens - 1) / (generated - 1)
+
+    return run
+
+
+@click.command()
+@click.option("--heads", type=click.Path(path_type=Path), required=True, help="Bundle with heads.")
+@click.option("--no-heads", type=click.Path(path_type=Path), required=True, help="The same model without.")
+@click.option("--genai", "genai_model", type=click.Path(path_type=Path), help="Folder of onnxruntime-genai.")
+@click.option("--model", help="The model for transformers.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--rounds", default=15, show_default=True)
+@click.option("--tokens", default=48, show_default=True, help="Tokens per contestant and round.")
+@click.option("--tree-size", "tree_sizes", multiple=True, type=int, help="Also the bundle with a tree of this size.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+def main(
+    heads: Path,
+    no_heads: Path,
+    genai_model: Path | None,
+    model: str | None,
+    threads: int,
+    rounds: int,
+    tokens: int,
+    tree_sizes: tuple[int, ...],
+    json_path: Path | None,
+) -> None:
+    """Prints a table of medians, and of ratios within a round."""
+    plain_name = "bundle with heads, tree size 1"
+    with MedusaEngine.load(heads, check_digests=False) as engine:
+        assert engine.tokenizer is not None
+        prompt = engine.tokenizer.encode_chat([{"role": "user", "content": PROMPT}])
+    plain = Bundle(heads, prompt, threads, 1)
+    contestants: dict[str, Contestant] = {
+        plain_name: plain,
+        "bundle without heads": Bundle(no_heads, prompt, threads, 1),
+    }
+    for size in tree_sizes:
+        contestants[f"bundle with heads, tree size {size}, per step"] = _per_step(Bundle(heads, prompt, threads, size))
+    if genai_model is not None:
+        contestants["onnxruntime-genai, fp32"] = genai(genai_model, prompt, threads)
+    if model is not None:
+        contestants["transformers generate"] = transformers(model, prompt, threads)
+
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for run in range(rounds + 1):
+        # The order turns, so that nobody always follows the same neighbour.
+        names = list(contestants)[run % len(contestants) :] + list(contestants)[: run % len(contestants)]
+        for name in names:
+            taken = contestants[name](tokens)
+            if run > 0:  # the first round warms up
+                seconds[name].append(taken / (tokens - 1))
+
+    table = Table("", "ms/step", "best", "tokens/s", f"speed against\n{plain_name}", box=box.SIMPLE_HEAD)
+    report = {"threads": threads, "rounds": rounds, "tokens": tokens, "host_overhead": _median(plain.overheads[1:])}
+    report["contestants"] = {}
+    for name, taken in seconds.items():
+        ratio = _median([ours / theirs for ours, theirs in zip(seconds[plain_name], taken, strict=True)])
+        table.add_row(
+            name, f"{_median(taken) * 1e3:.2f}", f"{min(taken) * 1e3:.2f}", f"{1 / _median(taken):.1f}", f"{ratio:.3f}"
+        )
+        report["contestants"][name] = {"seconds_per_step": taken, "speed_ratio": ratio}
+    console = Console()
+    console.print(table)
+    console.print(f"Host overhead at tree size 1: {report['host_overhead']:.2%} of a step.")
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _per_step(bundle: Bundle) -> Contestant:
+    """A tree's steps emit more than a token: the time of as many steps as there would be tokens."""
+
+    def run(tokens: int) -> float:
+        result = bundle.engine.generate(bundle.prompt, max_new_tokens=tokens, tree_size=bundle.tree_size)
+        return result.stats.decode_seconds / result.stats.steps * (tokens - 1)
+
+    return run
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+if __name__ == "__main__":
+    main()
