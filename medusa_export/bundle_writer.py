@@ -69,7 +69,7 @@ def check_target(target: Path, *, replace_existing: bool) -> None:
         raise ExportError(f"There is a bundle at {target} already: give another folder, or --overwrite to replace it.")
 
 
-def model_facts(model: PreTrainedModel, name: str) -> ModelFacts:
+def model_facts(model: PreTrainedModel, shape: CacheShape, name: str) -> ModelFacts:
     """What the runtime has to know of a model.
 
     Raises:
@@ -88,7 +88,7 @@ def model_facts(model: PreTrainedModel, name: str) -> ModelFacts:
     return ModelFacts(
         name=name,
         model_type=config.model_type,
-        **asdict(CacheShape.of(model)),
+        **asdict(shape),
         hidden_size=config.hidden_size,
         vocab_size=model.get_output_embeddings().weight.shape[0],
         max_positions=positions,
@@ -125,7 +125,7 @@ def write_bundle(
     heads = step.heads
     bundle = Bundle(
         folder=target,
-        model=model_facts(step.model, name),
+        model=model_facts(step.model, step.cache_shape, name),
         dtype=str(step.model.dtype).removeprefix("torch."),
         tree=step.tree,
         acceptance=prior_acceptance(step.tree, trained=trained),

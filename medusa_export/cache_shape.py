@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
+
+from medusa_export.attention import StepCache, StepMasks, attending
+from medusa_export.errors import ModelNotSupportedError
 
 
 @dataclass(frozen=True)
@@ -18,13 +24,34 @@ class CacheShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """Reads the config, whose families leave some of it to be derived."""
-        config = model.config.get_text_config()
-        return cls(
-            num_layers=config.num_hidden_layers,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        )
+        """Looks at what the layers hand to a cache, for configs name these things in many ways, or not at all.
+
+        Args:
+            model: A model whose attention implementation is ours.
+
+        Raises:
+            ModelNotSupportedError: Its keys and values are not all of one size.
+        """
+        shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
+
+        class Probe(StepCache):
+            """Notes shapes, and hands new keys and values back as if there were no others."""
+
+            def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+                shapes[layer_idx] = tuple((t.shape[1], t.shape[3]) for t in (key_states, value_states))
+                return key_states, value_states
+
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            token = torch.zeros(1, 1, dtype=torch.int64)
+            masks = StepMasks(torch.ones(1, 1, 1, 1, dtype=torch.bool), lambda: torch.zeros(1, 1, 1))
+            with attending(masks):
+                model(
+                    input_ids=token, position_ids=token, past_key_values=Probe([], [], token[0], masks), use_cache=True
+                )
+        found = {shape for pair in shapes.values() for shape in pair}
+        if len(found) != 1 or sorted(shapes) != list(range(len(shapes))):
+            raise ModelNotSupportedError("keys and values of more than one size")
+        return cls(len(shapes), *found.pop())
 
     @property
     def num_caches(self) -> int:

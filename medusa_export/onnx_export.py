@@ -9,7 +9,6 @@ from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
 
-from medusa_export.cache_shape import CacheShape
 from medusa_export.errors import ExportError
 from medusa_export.layer_reuse import decoder_layers
 from medusa_export.onnx_layers import expand_layers
@@ -65,7 +64,7 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
     model = trace(step)
     progress("assembling")
     graph = model.graph
-    shape = CacheShape.of(step.model)
+    shape = step.cache_shape
     heads, head_dim, num_caches = shape.num_key_value_heads, shape.head_dim, shape.num_caches
     margin = step.tree.max_depth
 

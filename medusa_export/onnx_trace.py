@@ -18,7 +18,6 @@ import torch
 from onnxscript import values
 from torch import Tensor, nn
 
-from medusa_export.cache_shape import CacheShape
 from medusa_export.errors import ExportError, ModelNotSupportedError
 from medusa_export.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.step import MedusaStep
@@ -89,7 +88,7 @@ class _TracedStep(nn.Module):
     def __init__(self, step: MedusaStep) -> None:
         super().__init__()
         self.step = step
-        self.num_caches = CacheShape.of(step.model).num_caches
+        self.num_caches = step.cache_shape.num_caches
 
     def forward(
         self,
@@ -134,7 +133,7 @@ def trace(step: MedusaStep) -> ir.Model:
         ModelNotSupportedError: The model does something that a step can't honour.
         ExportError: The model's code can't be traced.
     """
-    shape = CacheShape.of(step.model)
+    shape = step.cache_shape
     heads, head_dim = shape.num_key_value_heads, shape.head_dim
     batch, tokens, capacity, dtype = 2, 7, 96, step.model.dtype
     margin = step.tree.max_depth

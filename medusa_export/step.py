@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.attention import StepCache, StepMasks, attending, concat_blocks
+from medusa_export.cache_shape import CacheShape
 from medusa_export.heads import MedusaHeads
 from medusa_runtime.tree import Tree
 
@@ -61,6 +62,9 @@ class MedusaStep(nn.Module):
         model: A Hugging Face causal LM whose attention implementation is ours.
         heads: The heads, or None for plain decoding with a tree of one node.
         tree: The draft tree; no deeper than there are heads.
+
+    Raises:
+        ModelNotSupportedError: The model's caches are not all of one size.
     """
 
     tree_ancestors: Tensor
@@ -75,6 +79,7 @@ class MedusaStep(nn.Module):
         self.model = model
         self.heads = heads
         self.tree = tree
+        self.cache_shape = CacheShape.of(model)
         self.register_buffer("tree_ancestors", torch.from_numpy(tree.ancestor_mask))
         # The same table as the cache sees it, flat: a column in front for committed entries, one behind for no node.
         sees = torch.nn.functional.pad(self.tree_ancestors, (0, 1))

@@ -45,6 +45,11 @@ class Backend(Protocol):
         """Slots per row of the caches (C)."""
         ...
 
+    @property
+    def drafts(self) -> NDArray[np.int64]:
+        """The tree that each row verifies next, [rows, T]; whoever knows better may write other guesses here."""
+        ...
+
     def reserve(self, capacity: int) -> None:
         """Makes the caches at least so large, keeping what is in them.
 

@@ -1,6 +1,7 @@
 """The ONNX Runtime backend: every buffer bound once, caches updated in place.
 
-It runs the graph that was derived for ONNX Runtime where a bundle has one. That graph appends new entries
+It runs the graph that was derived for ONNX Runtime where a bundle has one, for a single row at least:
+``GroupQueryAttention`` takes several tokens of one sequence or one token of several. That graph appends new entries
 to the caches without carrying accepted ones over from step to step: it says which nodes it accepted, and
 the few entries below the root are moved to their places here. Plain decoding moves none.
 """
@@ -47,10 +48,17 @@ class OnnxRuntimeBackend:
         rows: Sequences held at a time.
         threads: Threads of one step; all that this process may use if None.
         graph: The graph to run, by path or as bytes; if None the bundle's derived one, or else its own.
+        extra_outputs: Outputs beyond the contract that a graph has, kept for ``extra_output``.
     """
 
     def __init__(
-        self, bundle: Bundle, *, rows: int = 1, threads: int | None = None, graph: Path | bytes | None = None
+        self,
+        bundle: Bundle,
+        *,
+        rows: int = 1,
+        threads: int | None = None,
+        graph: Path | bytes | None = None,
+        extra_outputs: Sequence[str] = (),
     ) -> None:
         ort = import_onnxruntime()
         if bundle.dtype == "bfloat16":
@@ -59,7 +67,8 @@ class OnnxRuntimeBackend:
                 "Export it with --dtype fp32 or fp16 to run it on a CPU."
             )
         if graph is None:
-            graph = bundle.folder / ONNXRUNTIME_GRAPH if ONNXRUNTIME_GRAPH in bundle.files else bundle.graph
+            derived = rows == 1 and ONNXRUNTIME_GRAPH in bundle.files
+            graph = bundle.folder / ONNXRUNTIME_GRAPH if derived else bundle.graph
         self._ort = ort
         self._bundle = bundle
         self._rows = rows
@@ -67,6 +76,7 @@ class OnnxRuntimeBackend:
         self._session = _open_session(ort, bundle, graph, self._threads)
         self._dtype = np.dtype(bundle.dtype)
         self._binding = self._session.io_binding()
+        self._outputs: dict[str, None] = {}  # names in the order in which they were bound
         self._capacity = 0
 
         # [2L, rows, N, C, d], the caches in the order of the contract.
@@ -84,8 +94,11 @@ class OnnxRuntimeBackend:
             self._path = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="accepted_path")
         self._tokens = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="tokens")
         self._count = self._bind(None, np.zeros(rows, np.int64), output="count")
-        self._draft = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
+        self._drafts = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
         self._result = StepResult(self._tokens, self._count)
+        for name in extra_outputs:
+            self._binding.bind_output(name)
+            self._outputs[name] = None
         self._input_ids: dict[int, tuple[NDArray[np.int64], Any]] = {}
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
@@ -95,6 +108,7 @@ class OnnxRuntimeBackend:
             self._binding.bind_ortvalue_input(name, value)
         if output is not None:
             self._binding.bind_ortvalue_output(output, value)
+            self._outputs[output] = None
         return array
 
     @property
@@ -108,6 +122,15 @@ class OnnxRuntimeBackend:
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    @property
+    def drafts(self) -> NDArray[np.int64]:
+        return self._drafts
+
+    def extra_output(self, name: str) -> NDArray[Any]:
+        """What the last step gave for one of ``extra_outputs``."""
+        value: NDArray[Any] = self._binding.get_outputs()[list(self._outputs).index(name)].numpy()
+        return value
 
     def reserve(self, capacity: int) -> None:
         if capacity <= self._capacity:
@@ -164,7 +187,7 @@ class OnnxRuntimeBackend:
         for row in range(self._rows):
             prompt = prompts.get(row)
             if prompt is None:
-                drafted = self._draft[row, :size]
+                drafted = self._drafts[row, :size]
                 array[row, : len(drafted)] = drafted
             else:
                 array[row, : len(prompt)] = prompt

@@ -1,0 +1,87 @@
+"""``MedusaStep`` in PyTorch behind the runtime's own interface: the reference that compiled graphs are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medusa_export.step import MedusaStep, StepOutput
+from medusa_runtime.backends.base import StepResult
+
+
+class EagerBackend:
+    """Runs steps in PyTorch; a ``medusa_runtime`` backend.
+
+    Args:
+        step: The step.
+        rows: Sequences held at a time.
+
+    Attributes:
+        output: All that the last step gave; None before the first.
+    """
+
+    def __init__(self, step: MedusaStep, *, rows: int = 1) -> None:
+        self._step = step
+        self._shape = step.cache_shape
+        self._rows = rows
+        self._lengths = torch.zeros(rows, dtype=torch.int64)
+        self._caches: list[Tensor] = []
+        self._drafts = np.zeros((rows, step.tree.size), np.int64)
+        self._pending: Tensor | None = None
+        if margin := step.tree.max_depth:
+            heads = self._shape.num_caches * self._shape.num_key_value_heads
+            self._pending = torch.zeros(rows, heads, margin, self._shape.head_dim, dtype=step.model.dtype)
+        self.output: StepOutput | None = None
+
+    @property
+    def name(self) -> str:
+        return f"torch {torch.__version__}, CPU"
+
+    @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
+    def capacity(self) -> int:
+        return self._caches[0].shape[2] if self._caches else 0
+
+    @property
+    def drafts(self) -> NDArray[np.int64]:
+        return self._drafts
+
+    def reserve(self, capacity: int) -> None:
+        if capacity <= self.capacity:
+            return
+        shape = (self._rows, self._shape.num_key_value_heads, capacity, self._shape.head_dim)
+        grown = [torch.zeros(shape, dtype=self._step.model.dtype) for _ in range(self._shape.num_caches)]
+        for new, old in zip(grown, self._caches, strict=False):
+            new[:, :, : old.shape[2]] = old
+        self._caches = grown
+
+    def reset(self, row: int) -> None:
+        self._lengths[row] = 0
+
+    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+        prompts = prompts or {}
+        ids = torch.zeros(self._rows, size, dtype=torch.int64)
+        num_tokens = torch.full((self._rows,), size)
+        for row in range(self._rows):
+            given = prompts.get(row, self._drafts[row, :size])
+            ids[row, : len(given)] = torch.as_tensor(np.asarray(given))
+            if row in prompts:
+                num_tokens[row] = len(given)
+        is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
+        with torch.no_grad():
+            output = self._step(ids, num_tokens, is_prefill, self._lengths, self._pending, self._caches)
+        self._caches, self._pending = output.present, output.next_pending_kv
+        self._lengths = output.next_cache_lengths
+        self._drafts[:] = output.next_input_ids.numpy()
+        self.output = output
+        return StepResult(output.tokens.numpy(), output.count.numpy())
+
+    def close(self) -> None:
+        self._caches = []

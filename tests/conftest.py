@@ -1,0 +1,61 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from decoding import export, guessing_heads, make_step
+from medusa_runtime import Bundle
+from tiny_models import tiny_model
+
+torch.set_num_threads(1)  # tests run side by side
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def make_tokenizer(vocab_size: int = 101) -> PreTrainedTokenizerFast:
+    """Bytes and nothing else, as far as a vocabulary goes: the first token is <eos>, the others printable ASCII."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda character: (not character.isascii(), character))
+    vocab = {"<eos>": 0} | {character: i + 1 for i, character in enumerate(alphabet[: vocab_size - 1])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of two layers with a tokenizer, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """That model with three guessing heads and a tree of nine nodes, exported; not to be changed."""
+    model = tiny_model("llama")
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    return export(make_step(model, guessing_heads(model)), folder, tokenizer=make_tokenizer(), trained=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> str:
+    """The real model; ``scripts/smollm2.sh`` fetches it."""
+    known = os.environ.get("MEDUSA_SMOLLM2_GGUF")
+    path = Path(known) if known else Path(__file__).parents[1] / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip("SmolLM2 is not here: scripts/smollm2.sh fetches it")
+    return str(path)
