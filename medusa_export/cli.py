@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -60,6 +61,18 @@ def extra(name: str) -> Iterator[None]:
         raise Failure(
             f"This command needs the package {error.name!r}. Install it with: pip install 'medusa-export[{name}]'"
         ) from error
+
+
+class Progress:
+    """Says on stderr what is being done, and how long it took."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._started = time.monotonic()
+
+    def __call__(self, doing: str) -> None:
+        if not self._quiet:
+            click.echo(f"[{time.monotonic() - self._started:6.1f} s] {doing}", err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

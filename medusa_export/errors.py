@@ -13,6 +13,10 @@ class ExportError(MedusaError):
     """Tracing, rewriting or writing the graph failed."""
 
 
+class VerificationError(MedusaError):
+    """A bundle and a model that can't be compared."""
+
+
 class ModelNotSupportedError(ExportError):
     """The model needs something that the exported step can't honour.
 

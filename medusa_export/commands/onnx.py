@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
 
-from medusa_export.cli import extra
+from medusa_export.cli import Progress, extra
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-class Progress:
-    """Says on stderr what is being done, and how long it took."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._started = time.monotonic()
-
-    def __call__(self, doing: str) -> None:
-        if not self._quiet:
-            click.echo(f"[{time.monotonic() - self._started:6.1f} s] {doing}", err=True)
 
 
 @click.command("onnx")

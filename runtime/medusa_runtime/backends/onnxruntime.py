@@ -124,6 +124,11 @@ class OnnxRuntimeBackend:
         return self._capacity
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Committed entries per row, [rows]."""
+        return self._lengths
+
+    @property
     def drafts(self) -> NDArray[np.int64]:
         return self._drafts
 
