@@ -51,8 +51,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 
     Args:
         query: [B, num_attention_heads, S, head_dim].
-        key: [B, num_key_value_heads, C, head_dim]; likewise ``value``.
+        key: [B, num_key_value_heads, C, head_dim].
+        value: As ``key``.
         mask: [B, 1, S, C], True where a query may look.
+        scale: What scores are multiplied with.
+        softcap: Scores s become softcap · tanh(s / softcap).
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -206,6 +206,7 @@ class MedusaStep(nn.Module):
         Args:
             nodes: [B, R], the verified tree.
             chosen: [B, R], the base model's choice after each node.
+            is_prefill: [B].
 
         Returns:
             The node's index and its depth + 1, the number of tokens that the step emits; [B] each. A row

@@ -91,6 +91,6 @@ def decode(
                 left[row] = left[row][chunk:]
             if not left[row]:
                 emitted = step.tokens[row, : step.count[row]].tolist()
-                tokens += emitted[: count - len(tokens)] if len(tokens) < count else []
+                tokens.extend(emitted[: count - len(tokens)])
                 result.accepted[len(emitted)] += row not in chunks
     return result

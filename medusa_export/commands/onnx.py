@@ -44,7 +44,7 @@ def command(
     if sum((heads is not None, init_heads is not None, no_heads)) != 1:
         raise click.UsageError(
             "Say what drafts, with exactly one of: --heads PATH (trained heads; a merged MEDUSA-2 model holds its own: "
-            "give its folder), --init-heads K (fresh ones, to try the pipeline or to train), --no-heads (plain decoding)."
+            "give its folder), --init-heads K (fresh ones, to try the pipeline), --no-heads (plain decoding)."
         )
     if no_heads and tree != "default":
         raise click.UsageError("--tree needs heads to draft from: drop it, or drop --no-heads.")

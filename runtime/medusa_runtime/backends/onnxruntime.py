@@ -96,9 +96,7 @@ class OnnxRuntimeBackend:
         self._count = self._bind(None, np.zeros(rows, np.int64), output="count")
         self._drafts = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
         self._result = StepResult(self._tokens, self._count)
-        for name in extra_outputs:
-            self._binding.bind_output(name)
-            self._outputs[name] = None
+        self._extra_outputs = tuple(extra_outputs)
         self._input_ids: dict[int, tuple[NDArray[np.int64], Any]] = {}
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
@@ -162,6 +160,9 @@ class OnnxRuntimeBackend:
 
     def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
         self._bind_input_ids(size, prompts or {})
+        for name in self._extra_outputs:  # of another shape in each step
+            self._binding.bind_output(name)
+            self._outputs[name] = None
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:

@@ -1,0 +1,278 @@
+"""``verify`` passes what is right, and catches what is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from decoding import export, guessing_heads, make_step
+from onnx import helper, numpy_helper
+from tiny_models import tiny_model
+
+from medusa_export.cli import main
+from medusa_export.errors import VerificationError
+from medusa_export.heads import MedusaHeads
+from medusa_export.step import MedusaStep
+from medusa_export.verify import Check, Verification, verify_bundle
+from medusa_runtime import Bundle, Tree
+from medusa_runtime.bundle import DESCRIPTION, FileFacts
+
+PROMPTS = [[(7 * i * i + 3) % 101 for i in range(13)], [(5 * i * i + 11 * i + 1) % 101 for i in range(22)]]
+
+
+@pytest.fixture(scope="module")
+def step() -> MedusaStep:
+    model = tiny_model("llama")
+    return make_step(model, guessing_heads(model))
+
+
+@pytest.fixture
+def copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+
+
+def redescribe(folder: Path) -> Bundle:
+    """The bundle with the digests of what its files hold now."""
+    path = folder / DESCRIPTION
+    data = json.loads(path.read_text())
+    for name in data["files"]:
+        facts = FileFacts.of(folder / name)
+        data["files"][name] = {"size": facts.size, "sha256": facts.sha256}
+    path.write_text(json.dumps(data))
+    return Bundle.load(folder)
+
+
+def failed(outcome: Verification) -> set[str]:
+    return {check.name for check in outcome.checks if not check.passed}
+
+
+def verify(bundle: Bundle, step: MedusaStep) -> Verification:
+    return verify_bundle(bundle, step, PROMPTS, max_new_tokens=40)
+
+
+def test_a_right_bundle_passes(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    outcome = verify(tiny_bundle, step)
+    assert outcome.passed, [(check.name, check.notes) for check in outcome.checks]
+    names = [check.name for check in outcome.checks]
+    assert names == [
+        "model.onnx: logits",
+        "model.onnx: head logits",
+        "model.onnx: integers of a step",
+        "model.onnxruntime.onnx: logits",
+        "model.onnxruntime.onnx: integers of a step",
+        "tokens, tree size 1",
+        "tokens, tree size 5",
+        "tokens, tree size 9",
+    ]
+    integers = outcome.checks[2]
+    assert set(integers.figures) == {"accepted_1", "accepted_2", "accepted_3", "accepted_4"}
+
+
+def edit(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Bundle:
+    path = folder / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    return redescribe(folder)
+
+
+def test_a_wrong_weight_is_caught(copy: Path, step: MedusaStep) -> None:
+    data = copy / "model.onnx.data"
+    raw = np.fromfile(data, np.float32)
+    raw[len(raw) // 2 : len(raw) // 2 + 64] += 1.0
+    raw.tofile(data)
+    wrong = failed(verify(redescribe(copy), step))
+    assert {"model.onnx: logits", "model.onnxruntime.onnx: logits"} <= wrong
+
+
+def test_a_wrong_mask_bit_is_caught(copy: Path, step: MedusaStep) -> None:
+    size = 9
+
+    def change(model: onnx.ModelProto) -> None:
+        tables = [
+            t
+            for t in model.graph.initializer
+            if t.data_type == onnx.TensorProto.BOOL and list(t.dims) == [size * (size + 2)]
+        ]
+        (table,) = tables
+        values = numpy_helper.to_array(table).copy()
+        place = 4 * (size + 2) + 1 + 1  # node 4, (0, 0, 0), no longer sees node 1, its ancestor (0,)
+        assert values[place]
+        values[place] = False
+        table.CopyFrom(numpy_helper.from_array(values, table.name))
+
+    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
+
+
+def test_a_wrong_position_is_caught(copy: Path, step: MedusaStep) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        depths = next(t for t in model.graph.initializer if t.name == "step.tree_depths")
+        values = numpy_helper.to_array(depths).copy()
+        values[4] += 1
+        model.graph.initializer.append(numpy_helper.from_array(values, "wrong_depths"))
+        first = next(node for node in model.graph.node if "step.tree_depths" in node.input)  # that of the positions
+        first.input[list(first.input).index("step.tree_depths")] = "wrong_depths"
+
+    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
+
+
+def test_a_wrong_commit_index_is_caught(copy: Path, step: MedusaStep) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if "next_pending_kv" in node.output)
+        model.graph.initializer.append(numpy_helper.from_array(np.array(1), "one_off"))
+        place = list(model.graph.node).index(node)
+        model.graph.node.insert(place, helper.make_node("Sub", [node.input[1], "one_off"], ["wrong_rows"]))
+        model.graph.node[place + 1].input[1] = "wrong_rows"
+
+    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
+
+
+def test_a_wrong_derived_graph_is_caught(copy: Path, step: MedusaStep) -> None:
+    path = copy / "model.onnxruntime.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            next(a for a in node.attribute if a.name == "epsilon").f = 0.5
+    path.write_bytes(model.SerializeToString())
+    wrong = failed(verify(redescribe(copy), step))
+    assert "model.onnxruntime.onnx: logits" in wrong
+    assert "model.onnx: logits" not in wrong
+
+
+def test_wrong_heads_are_caught(tiny_bundle: Bundle) -> None:
+    model = tiny_model("llama")
+    other = make_step(model, guessing_heads(model, seed=6))
+    wrong = failed(verify(tiny_bundle, other))
+    assert {"model.onnx: head logits", "model.onnx: integers of a step"} <= wrong
+
+
+def test_nothing_compared_is_a_failure(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    assert not Check("empty").passed
+    assert not Verification([], verify(tiny_bundle, step).tolerances).passed
+    assert not verify_bundle(tiny_bundle, step, [], max_new_tokens=8).passed
+
+
+def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    with pytest.raises(VerificationError, match="number of layers"):
+        verify(tiny_bundle, make_step(model, guessing_heads(model)))
+
+
+def test_a_tie_is_shown_and_is_no_failure(tmp_path: Path) -> None:
+    """Two tokens with one and the same row of lm_head: whichever is taken, the margin is 0."""
+    model = tiny_model("llama")
+    step = make_step(model, None, Tree())
+    bundle = export(step, tmp_path / "bundle")
+    other = tiny_model("llama")
+    weight = other.get_output_embeddings().weight
+    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], max_new_tokens=12)
+    assert outcome.passed
+    first = outcome.checks[-1]
+    # The reference now prefers a twin of what the bundle says, by less than the margin.
+    expected = make_step(other, None, Tree())
+    token = int(next(iter(verify_tokens(expected, PROMPTS[0]))))
+    twin = 0 if token else 1
+    weight[twin] = weight[token] * (1 + 1e-7)
+    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], max_new_tokens=12)
+    notes = [note for check in outcome.checks for note in check.notes]
+    assert first.passed
+    if any(check.mismatches for check in outcome.checks if check.name.startswith("tokens")):
+        pytest.fail(f"a tie counted as a failure: {notes}")
+
+
+def verify_tokens(step: MedusaStep, prompt: list[int]) -> list[int]:
+    from medusa_export.verify import reference_tokens
+
+    return reference_tokens(step, prompt, 1)
+
+
+def test_without_heads(tmp_path: Path) -> None:
+    model = tiny_model("qwen3", 3)
+    step = make_step(model, None, Tree())
+    outcome = verify_bundle(export(step, tmp_path / "bundle"), step, PROMPTS, max_new_tokens=12)
+    assert outcome.passed
+
+
+@pytest.mark.parametrize("dtype", ["float16"])
+def test_half_precision(tmp_path: Path, dtype: str) -> None:
+    import torch
+
+    model = tiny_model("llama").to(getattr(torch, dtype))
+    step = make_step(model, guessing_heads(model))
+    bundle = export(step, tmp_path / "bundle")
+    assert bundle.dtype == dtype
+    reference = make_step(model.float(), guessing_heads(model).float())
+    outcome = verify_bundle(bundle, reference, PROMPTS, max_new_tokens=24)
+    assert all(check.compared for check in outcome.checks)
+    wrong = [(c.name, c.notes) for c in outcome.checks if not c.passed and "No step accepted" not in str(c.notes)]
+    assert not wrong
+
+
+def test_command_writes_reports(tiny_model_folder: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    bundle = tmp_path / "bundle"
+    made = runner.invoke(
+        main, ["onnx", str(tiny_model_folder), "--init-heads", "2", "-o", str(bundle), "--top-k", "2", "-q"]
+    )
+    assert made.exit_code == 0, made.output
+    report, junit = tmp_path / "out" / "report.json", tmp_path / "junit.xml"
+    arguments = [
+        "verify",
+        str(bundle),
+        "--model",
+        str(tiny_model_folder),
+        "-n",
+        "40",
+        "--json",
+        str(report),
+        "--junit",
+        str(junit),
+    ]
+    result = runner.invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads(report.read_text())
+    assert data["passed"] is True
+    assert {check["name"] for check in data["checks"]} >= {"model.onnx: logits", "tokens, tree size 1"}
+    suite = ElementTree.parse(junit).getroot()
+    assert int(suite.get("tests", 0)) == len(data["checks"])
+    assert suite.get("failures") == "0"
+
+    raw = np.fromfile(bundle / "model.onnx.data", np.float32)
+    raw[: len(raw) // 2] *= 1.5
+    raw.tofile(bundle / "model.onnx.data")
+    redescribe(bundle)
+    result = runner.invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "error: " in result.output
+    assert json.loads(report.read_text())["passed"] is False
+    assert ElementTree.parse(junit).getroot().get("failures") != "0"
+
+
+def test_trained_heads_have_to_be_given(tiny_bundle: Bundle, tiny_model_folder: Path) -> None:
+    result = CliRunner().invoke(main, ["verify", str(tiny_bundle.folder), "--model", str(tiny_model_folder), "-q"])
+    assert result.exit_code == 1
+    assert "--heads" in result.output
+
+
+def test_fresh_heads_are_made_again() -> None:
+    model = tiny_model("llama")
+    first, second = (MedusaHeads.fresh(2, model.get_output_embeddings()) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2_gguf: str, tmp_path: Path) -> None:
+    runner = CliRunner()
+    bundle = str(tmp_path / "bundle")
+    assert runner.invoke(main, ["onnx", smollm2_gguf, "--init-heads", "4", "-o", bundle, "-q"]).exit_code == 0
+    result = runner.invoke(
+        main, ["verify", bundle, "--model", smollm2_gguf, "-n", "24", "--tree-sizes", "1,4,10,full", "-q"]
+    )
+    assert result.exit_code == 0, result.output
