@@ -135,7 +135,9 @@ def trace(step: MedusaStep) -> ir.Model:
     """
     shape = step.cache_shape
     heads, head_dim = shape.num_key_value_heads, shape.head_dim
-    batch, tokens, capacity, dtype = 2, 7, 96, step.model.dtype
+    # Free dimensions, of sizes that nothing else has: the tracer takes equal sizes for the same one.
+    batch, capacity, dtype = 3, 251, step.model.dtype
+    tokens = next(size for size in (37, 41, 43) if size not in (step.tree.size, shape.head_dim, heads))
     margin = step.tree.max_depth
     example: dict[str, Tensor] = {
         "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),

@@ -267,6 +267,7 @@ class _StepChecks:
         self._logits = {name: _Logits(f"{graph}: {name.replace('_', ' ')}", tolerances) for name in self._extra}
         self._integers = Check(f"{graph}: integers of a step")
         self._accepted: Counter[int] = Counter()
+        self._drafts = 0
 
     def run(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> list[Check]:
         """All scenarios: groups of prompts by tree size and chunk."""
@@ -276,7 +277,7 @@ class _StepChecks:
             size, chunk = sizes[number % len(sizes)], chunks[number // len(sizes) % len(chunks)]
             self._scenario(group, size, chunk, rng)
             self._scenario(group, self._tree.size, min(chunks), rng)
-        if len(prompts) < self._rows:
+        if 0 < len(prompts) < self._rows:
             self._scenario([prompts[0]] * self._rows, self._tree.size, min(chunks), rng)
         self._compiled.close()
         self._integers.figures = {f"accepted_{length}": times for length, times in sorted(self._accepted.items())}
@@ -311,7 +312,7 @@ class _StepChecks:
                     continue
                 if len(rest) <= depth:  # the reference ends here
                     return
-                node = int(rng.integers(min(width, self._tree.size)))
+                node = self._next_node(min(width, self._tree.size), rng)
                 draft = oracle_tree(self._tree, emitted[row][-1], rest, node, self._bundle.model.vocab_size)
                 for backend in (self._compiled, self._eager):
                     backend.drafts[row] = draft
@@ -326,6 +327,13 @@ class _StepChecks:
                     count = int(output.count[row])
                     self._accepted[count] += row not in parts
                     emitted[row] += output.tokens[row, :count].tolist()
+
+    def _next_node(self, size: int, rng: np.random.Generator) -> int:
+        """The node that the next draft is right up to: of each depth in turn, any one."""
+        depths = self._tree.depths[:size]
+        depth = self._tree.max_depth - self._drafts % (self._tree.max_depth + 1)
+        self._drafts += 1
+        return int(rng.choice(np.flatnonzero(depths == min(depth, depths.max()))))
 
     def _compare_step(self, width: int, parts: dict[int, list[int]]) -> bool:
         """One step of both; whether they still go the same way."""

@@ -1,0 +1,144 @@
+"""What the compiler makes of a step, beyond what ``test_families`` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from decoding import TREE, decode, export, greedy, guessing_heads, make_step
+from medusa_export import layer_reuse, onnx_trace
+from medusa_export.eager import EagerBackend
+from medusa_export.heads import HeadsConfig, MedusaHeads
+from medusa_export.onnx_export import build_graph
+from medusa_runtime import BackendError, Tree
+from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from tiny_models import tiny_model
+
+PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
+    """A tree of seven nodes once met an example of seven tokens, and both became one constant."""
+    tree = TREE.prefix(size)
+    model = tiny_model("llama", num_hidden_layers=1)
+    expected = [greedy(model, PROMPT, 16)]
+    bundle = export(make_step(model, guessing_heads(model, tree.max_depth), tree), tmp_path / "bundle")
+    for graph in (bundle.graph, None):
+        backend = OnnxRuntimeBackend(bundle, threads=1, graph=graph)
+        for chunk in (size - 1 or 1, size, size + 1, 13):
+            result = decode(backend, tree, [PROMPT], expected, size=size, chunk=chunk, count=16)
+            assert result.tokens == expected, (graph, chunk)
+
+
+@pytest.mark.parametrize("variant", ["two blocks", "own projection", "reduced vocabulary"])
+def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    expected = [greedy(model, PROMPT, 16)]
+    reduced = variant == "reduced vocabulary"
+    config = HeadsConfig(
+        num_heads=3,
+        num_layers=2 if variant == "two blocks" else 1,
+        hidden_size=64,
+        draft_vocab_size=40 if reduced else 101,
+        shared_lm_head=variant == "two blocks",
+        reduced_vocab=reduced,
+    )
+    heads = MedusaHeads(config, model.get_output_embeddings())
+    generator = torch.Generator().manual_seed(1)
+    for parameter in heads.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    if reduced:
+        heads.token_map = torch.randperm(101, generator=generator)[:40]
+    step = make_step(model, heads.eval().requires_grad_(False))
+    bundle = export(step, tmp_path / "bundle")
+    for graph in (bundle.graph, None):
+        compiled, eager = OnnxRuntimeBackend(bundle, threads=1, graph=graph), EagerBackend(step)
+        for backend in (compiled, eager):
+            backend.reserve(64)
+            backend.step(13, {0: PROMPT})
+        for size in (9, 1, 2, 5, 9):
+            got, wanted = compiled.step(size), eager.step(size)
+            assert got.count == wanted.count
+            np.testing.assert_array_equal(compiled.drafts[:, :size], eager.drafts[:, :size])
+        if reduced:
+            assert set(compiled.drafts[0, 1:].tolist()) <= set(heads.token_map.tolist())
+        assert decode(compiled, TREE, [PROMPT], expected, size=9, chunk=64, count=16, seed=None).tokens == expected
+
+
+def test_one_node_drafts_nothing() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    eager = EagerBackend(make_step(model, guessing_heads(model)))
+    eager.reserve(64)
+    eager.step(13, {0: PROMPT})
+    eager.step(1)
+    assert eager.output is not None
+    assert eager.output.head_logits is not None
+    assert eager.output.head_logits.shape == (1, 0, 101)
+    eager.step(2)
+    assert eager.output.head_logits.shape == (1, 1, 101)
+
+
+def test_layers_of_one_kind_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma2", num_hidden_layers=4)
+    assert layer_reuse.kinds_of(layer_reuse.decoder_layers(model)) in ([0, 1, 0, 1], [0, 0, 0, 0])
+    other = tiny_model("llama", num_hidden_layers=3)
+    other.model.layers[2].self_attn.scaling *= 2
+    assert layer_reuse.kinds_of(other.model.layers) == [0, 0, 2]
+
+
+def test_a_trace_of_every_layer_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen2")
+    step = make_step(model, guessing_heads(model))
+    reused = export(step, tmp_path / "reused")
+    monkeypatch.setattr(onnx_trace, "kinds_of", lambda layers: list(range(len(layers))))
+    traced = export(step, tmp_path / "traced")
+    outcomes = []
+    for bundle in (reused, traced):
+        backend = OnnxRuntimeBackend(bundle, threads=1)
+        outcomes.append(decode(backend, TREE, [PROMPT], [[]], size=9, chunk=5, count=16, seed=None).tokens)
+    assert outcomes[0] == outcomes[1] == [greedy_again(model)]
+
+
+def greedy_again(model: object) -> list[int]:
+    model.set_attn_implementation("sdpa")
+    return greedy(model, PROMPT, 16)
+
+
+def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=1).to(torch.bfloat16)
+    bundle = export(make_step(model, guessing_heads(model)), tmp_path / "bundle")
+    onnx.checker.check_model(str(bundle.graph), full_check=True)
+    assert bundle.dtype == "bfloat16"
+    with pytest.raises(BackendError, match="--dtype fp32 or fp16"):
+        OnnxRuntimeBackend(bundle)
+
+
+def test_heads_that_are_odd_for_the_derived_graph(tmp_path: Path) -> None:
+    """ONNX Runtime's attention wants heads of a multiple of 8, and of 16 to rotate them: others do without."""
+    for head_dim, derived in ((12, False), (24, True)):
+        model = tiny_model("llama", num_hidden_layers=1, head_dim=head_dim)
+        expected = [greedy(model, PROMPT, 12)]
+        bundle = export(make_step(model, None, Tree()), tmp_path / f"{head_dim}")
+        assert ("model.onnxruntime.onnx" in bundle.files) == derived
+        backend = OnnxRuntimeBackend(bundle, threads=1)
+        assert decode(backend, Tree(), [PROMPT], expected, size=1, chunk=5, count=12).tokens == expected
+
+
+def test_a_layer_that_computes_with_its_index_is_refused() -> None:
+    from medusa_export.errors import ModelNotSupportedError
+
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        forward = layer.forward
+
+        def scaled(hidden, *args, _forward=forward, _layer=layer, **kwargs):
+            return _forward(hidden * (_layer.self_attn.layer_idx + 1), *args, **kwargs)
+
+        layer.forward = scaled
+    with pytest.raises(ModelNotSupportedError, match="their own index"):
+        build_graph(make_step(model, None, Tree()))
