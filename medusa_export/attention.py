@@ -105,7 +105,7 @@ def _(blocks: list[Tensor]) -> Tensor:
     return blocks[0].new_empty(batch, heads * len(blocks), length, head_dim)
 
 
-class StepCache(Cache):
+class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
     """The ``past_key_values`` of one step: commits each layer's block and hands back the whole cache.
 
     Args:
@@ -129,7 +129,7 @@ class StepCache(Cache):
         *,
         first_layer: int = 0,
     ) -> None:
-        self.layers = []  # transformers looks here for layers of other kinds: there are none
+        self.layers: list[object] = []  # transformers looks here for layers of other kinds: there are none
         self.past = past
         self.pending = pending
         self.write_indices = write_indices
@@ -138,7 +138,7 @@ class StepCache(Cache):
         self.blocks: dict[int, Tensor] = {}
         self.present: dict[int, Tensor] = {}
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         index = 2 * (operator.index(layer_idx) - self.first_layer)

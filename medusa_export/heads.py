@@ -15,6 +15,18 @@ from torch import Tensor, nn
 Size = int
 
 
+def sym_min(a: Size, b: Size) -> Size:
+    """The smaller size, symbolic if one of them is."""
+    size: Size = torch.sym_min(a, b)  # type: ignore[no-untyped-call]
+    return size
+
+
+def sym_max(a: Size, b: Size) -> Size:
+    """The larger size, symbolic if one of them is."""
+    size: Size = torch.sym_max(a, b)  # type: ignore[no-untyped-call]
+    return size
+
+
 @dataclass(frozen=True)
 class HeadsConfig:
     """The shape of a set of heads.
@@ -120,12 +132,13 @@ class MedusaHeads(nn.Module):
         """
         active = self.config.num_heads if active is None else active
         # With no head active all of this runs over no rows: no weight is read.
-        hidden = hidden.unsqueeze(1)[:, : torch.sym_min(active, 1)]
+        hidden = hidden.unsqueeze(1)[:, : sym_min(active, 1)]
         states = [block(hidden) for block in self.blocks]
         if self.projections is None:
-            return self._shared[0](torch.cat(states, dim=1)[:, :active])
+            logits: Tensor = self._shared[0](torch.cat(states, dim=1)[:, :active])
+            return logits
         # Likewise the large matrix of each head beyond `active`.
-        rows = [torch.sym_max(torch.sym_min(active - k, 1), 0) for k in range(self.config.num_heads)]
+        rows = [sym_max(sym_min(active - k, 1), 0) for k in range(self.config.num_heads)]
         return torch.cat(
             [project(state[:, :n]) for project, state, n in zip(self.projections, states, rows, strict=True)], dim=1
         )

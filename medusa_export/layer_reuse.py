@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from medusa_export.attention import StepCache, attending
+from medusa_export.attention import StepCache, StepMasks, attending
 from medusa_export.errors import ModelNotSupportedError
 
 
@@ -72,8 +72,8 @@ class _LayerIndex(int):
     def _used(self, *_: object) -> Any:
         raise ModelNotSupportedError("decoder layers that compute with their own index")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _used  # type: ignore[assignment]
-    __floordiv__ = __mod__ = __pow__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = _used  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _used
+    __floordiv__ = __mod__ = __pow__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = _used
 
 
 def _describe(layer: nn.Module) -> object:
@@ -185,12 +185,16 @@ class _Tracer:
         cache = call.cache
 
         def mark(tensor: Tensor, port: str) -> Tensor:
-            return layer_boundary(tensor, index, port)
+            marked: Tensor = layer_boundary(tensor, index, port)
+            return marked
 
         windows: list[int | None] = []
 
-        class Masks:
+        class Masks(StepMasks):
             """Hands out the one mask that a layer asks for."""
+
+            def __init__(self) -> None:
+                pass
 
             def for_window(self, window: int | None) -> Tensor:
                 windows.append(window)
@@ -233,17 +237,17 @@ def reusing_layers(layers: nn.ModuleList, like: list[int]) -> Iterator[None]:
     """
     tracer = _Tracer(like)
     originals = list(layers)
-    indices: list[tuple[nn.Module, int]] = []
+    indices: list[tuple[Any, int]] = []
     try:
         for index, layer in enumerate(originals):
             if like[index] != index:
                 layers[index] = _Stub(tracer, index, layer)
                 continue
             layer.forward = functools.partial(tracer.run, index, layer.forward)
-            for part in layer.modules():
-                if isinstance(vars(part).get("layer_idx"), int):
-                    indices.append((part, part.layer_idx))
-                    part.layer_idx = _LayerIndex(part.layer_idx)
+            parts: list[Any] = [part for part in layer.modules() if isinstance(vars(part).get("layer_idx"), int)]
+            for part in parts:
+                indices.append((part, part.layer_idx))
+                part.layer_idx = _LayerIndex(part.layer_idx)
         yield
     finally:
         for part, layer_idx in indices:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.attention import StepCache, StepMasks, attending, concat_blocks
 from medusa_export.cache_shape import CacheShape
-from medusa_export.heads import MedusaHeads
+from medusa_export.heads import MedusaHeads, sym_min
 from medusa_runtime.tree import Tree
 
 
@@ -124,7 +124,7 @@ class MedusaStep(nn.Module):
         past: Sequence[Tensor],
     ) -> StepOutput:
         """``forward``, with the pending entries of each cache by themselves."""
-        verified = torch.sym_min(input_ids.shape[1], self.tree.size)
+        verified = sym_min(input_ids.shape[1], self.tree.size)
         positions, masks = self._positions_and_masks(input_ids, is_prefill, cache_lengths, past[0].shape[2])
         cache = StepCache(past, pending, cache_lengths, masks)
         last = (num_tokens - 1).clamp(min=0)
@@ -233,7 +233,7 @@ class MedusaStep(nn.Module):
         if self.heads is None:
             return None, next_root
         num_heads, top_k = self.tree.max_depth, self.tree.top_k
-        active = torch.sym_min(verified - 1, num_heads)
+        active = sym_min(verified - 1, num_heads)
         head_logits = self.heads(hidden, active)
         candidates = head_logits.topk(top_k, dim=-1).indices
         if self.heads.token_map is not None:
@@ -254,4 +254,5 @@ class MedusaStep(nn.Module):
         accepted = torch.where(is_prefill.unsqueeze(1), kept, path.gather(1, kept.clamp(0, margin)))
         source = torch.where(kept < 0, kept, accepted) + margin
         rows = torch.arange(batch * heads).view(batch, heads, 1) * length + source.unsqueeze(1)
-        return blocks.reshape(-1, head_dim)[rows]
+        carried: Tensor = blocks.reshape(-1, head_dim)[rows]
+        return carried

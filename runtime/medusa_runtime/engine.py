@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
+
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundle import Bundle
@@ -35,6 +37,7 @@ class MedusaEngine:
         self.backend = backend
         self.tokenizer = tokenizer
         self._best_tree_size: int | None = None
+        self._turn = 0  # counts who may use the backend: the newest stream
 
     @classmethod
     def load(
@@ -108,7 +111,7 @@ class MedusaEngine:
         """Answers a prompt piece by piece: iterate over the chunks; arguments and errors as for ``generate``.
 
         The request is checked at once, before the first chunk is asked for. The engine serves one
-        stream at a time: a new one ends the one before.
+        stream at a time: once there is a newer one, the one before raises ``RequestError``.
         """
         prompt_ids = self._encode(prompt)
         size = self._tree_size(tree_size)
@@ -120,12 +123,17 @@ class MedusaEngine:
         text = TextStream(self.tokenizer, stops, prompt_ids=prompt_ids) if self.tokenizer else None
         stats = Stats(prompt_tokens=len(prompt_ids), tree_size=size)
         self.backend.reset(0)
+        self._turn += 1
         return GenerationStream(
-            self._steps(prompt_ids, max_new_tokens, size, prefill_chunk, stats), eos, max_new_tokens, text, stats
+            self._steps(prompt_ids, max_new_tokens, size, prefill_chunk, stats, self._turn),
+            eos,
+            max_new_tokens,
+            text,
+            stats,
         )
 
     def _steps(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, size: int, prefill_chunk: int, stats: Stats
+        self, prompt_ids: Sequence[int], max_new_tokens: int, size: int, prefill_chunk: int, stats: Stats, turn: int
     ) -> Iterator[list[int]]:
         """The tokens that each step emits, without end: prefill gives one, every step after it at least one."""
         backend, depth = self.backend, self.bundle.tree.max_depth
@@ -135,11 +143,13 @@ class MedusaEngine:
         backend.reserve(depth + len(prompt_ids) + max_new_tokens + depth + widest)
         started = time.perf_counter()
         for chunk in chunks:
+            self._check_turn(turn)
             result = backend.step(max(len(chunk), size), {0: chunk})
         stats.prefill_seconds = time.perf_counter() - started
         yield [int(result.tokens[0, 0])]
         started = time.perf_counter()
         while True:
+            self._check_turn(turn)
             result = backend.step(size)
             emitted: list[int] = result.tokens[0, : result.count[0]].tolist()
             stats.steps += 1
@@ -147,13 +157,20 @@ class MedusaEngine:
             stats.decode_seconds = time.perf_counter() - started
             yield emitted
 
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise RequestError(
+                "This stream's engine has been closed or has begun another request: read a stream to its end first, "
+                "or load a second engine."
+            )
+
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
             if self.tokenizer is None:
                 raise RequestError("This bundle has no tokenizer: give the prompt as a list of token ids.")
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
         else:
-            ids = list(prompt)  # type: ignore[arg-type]
+            ids = [token.item() if isinstance(token, np.integer) else token for token in prompt]  # type: ignore[misc]
         if not ids:
             raise RequestError("The prompt is empty: give at least one token.")
         vocab_size = self.bundle.model.vocab_size
@@ -194,6 +211,7 @@ class MedusaEngine:
 
     def close(self) -> None:
         """Gives the backend's memory back."""
+        self._turn += 1
         self.backend.close()
 
     def __enter__(self) -> Self:
@@ -232,30 +250,28 @@ class GenerationStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        tokens = self._until_stop(next(self._steps))
+        tokens, reason = self._until_stop(next(self._steps))
         text = ""
         if self._text is not None:
             before = self._text.consumed
             text = self._text.push(tokens)
             if self._text.stopped_by is not None:
                 tokens = tokens[: self._text.consumed - before]
-                self.finish_reason = "stop"
-            elif self.finish_reason is not None:
+                reason = "stop"
+            elif reason is not None:
                 text += self._text.finish()
+        self.finish_reason = reason
         self._token_ids += tokens
         self.stats.completion_tokens = len(self._token_ids)
         return Chunk(text, tuple(tokens))
 
-    def _until_stop(self, tokens: list[int]) -> list[int]:
-        """Cuts a step's tokens behind a stop token or at the length asked for."""
+    def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
+        """Cuts a step's tokens behind a stop token or at the length asked for; says which it was."""
         left = self._max_new_tokens - len(self._token_ids)
         for place, token in enumerate(tokens[:left]):
             if token in self._stop_token_ids:
-                self.finish_reason = "stop"
-                return tokens[: place + 1]
-        if len(tokens) >= left:
-            self.finish_reason = "length"
-        return tokens[:left]
+                return tokens[: place + 1], "stop"
+        return tokens[:left], "length" if len(tokens) >= left else None
 
     def result(self) -> GenerationResult:
         """Runs to the end and gives the whole."""

@@ -1,0 +1,85 @@
+"""``medusa-export inspect``: show what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medusa_export.cli import extra
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON instead.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what is in BUNDLE: model, heads, tree, inputs and outputs, size, operators."""
+    with extra("export"):
+        import onnx
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
+
+    opened = Bundle.load(bundle, check_digests=False)
+    ops = {
+        name: Counter(node.op_type for node in onnx.load(bundle / name, load_external_data=False).graph.node)
+        for name in (GRAPH, ONNXRUNTIME_GRAPH)
+        if name in opened.files
+    }
+    if as_json:
+        description = json.loads(opened.to_json())
+        description["operators"] = {name: dict(counts.most_common()) for name, counts in ops.items()}
+        click.echo(json.dumps(description, indent=1))
+        return
+
+    console = Console()
+    model, heads, tree = opened.model, opened.heads, opened.tree
+    size = sum(facts.size for facts in opened.files.values())
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", f"{model.name} ({model.model_type}), {opened.dtype}")
+    facts.add_row("", f"{model.num_layers} layers, {model.num_key_value_heads} KV heads of {model.head_dim}")
+    facts.add_row("", f"vocabulary {model.vocab_size:,}, up to {model.max_positions:,} positions")
+    if heads is None:
+        facts.add_row("heads", "none: plain decoding")
+    else:
+        facts.add_row("heads", f"{heads.num_heads}, {heads.variant}, {'trained' if heads.trained else 'untrained'}")
+    facts.add_row("tree", f"{opened.tree_name}: {tree.size} nodes, {tree.max_depth} deep, ranks below {tree.top_k}")
+    expected = opened.acceptance.expected_tokens(tree.size)
+    facts.add_row("", f"expected tokens per step {expected:.2f} ({opened.acceptance.source})")
+    facts.add_row("files", f"{len(opened.files)}, {size / 2**20:,.1f} MiB")
+    facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in opened.producer.items()))
+    console.print(facts)
+
+    console.print("\n[bold]Tree[/bold] (rank among the head's candidates, #node)\n")
+    console.print(tree.draw(), highlight=False)
+
+    table = Table("", "name", "type", "shape", box=box.SIMPLE_HEAD, title="Inputs and outputs", title_justify="left")
+    for kind, specs in (("in", opened.inputs), ("out", opened.outputs)):
+        for row in _grouped(specs):
+            table.add_row(kind, *row)
+    console.print(table)
+
+    for name, counts in ops.items():
+        console.print(f"[bold]{name}[/bold]: {sum(counts.values()):,} nodes")
+        console.print(", ".join(f"{op} {count}" for op, count in counts.most_common()), highlight=False)
+
+
+def _grouped(specs: Any) -> list[tuple[str, str, str]]:
+    """A row per tensor, but one for each kind of cache."""
+    rows: dict[str, list[Any]] = {}
+    for spec in specs:
+        stem, _, index = spec.name.rpartition("_")
+        rows.setdefault(stem if index.isdigit() else spec.name, []).append(spec)
+    return [
+        (
+            name if len(group) == 1 and group[0].name == name else f"{name}_0 … {len(group) - 1}",
+            group[0].dtype,
+            ", ".join(str(size) for size in group[0].shape),
+        )
+        for name, group in rows.items()
+    ]
