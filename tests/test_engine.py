@@ -143,6 +143,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_auto_measures_once_and_keeps_it(tiny_bundle: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+    (folder / CACHE_FILE).unlink(missing_ok=True)
     with MedusaEngine.load(folder, threads=1) as engine:
         size = engine.generate(PROMPT, max_new_tokens=3).stats.tree_size
     (known,) = json.loads((folder / CACHE_FILE).read_text()).values()
