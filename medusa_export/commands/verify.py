@@ -18,12 +18,14 @@ PROMPTS = (
 )
 
 
-def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> list[int | str] | None:
+def _sizes(_: click.Context, parameter: click.Parameter, value: str | None) -> list[int | str] | None:
     if value is None:
         return None
     parts = [part.strip() for part in value.split(",")]
-    if not all(part == "full" or (part.isdigit() and int(part) > 0) for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of sizes: give numbers or 'full', separated by commas.")
+    full = parameter.name == "tree_sizes"
+    if not all((part == "full" and full) or (part.isdigit() and int(part) > 0) for part in parts):
+        allowed = "numbers or 'full'" if full else "numbers"
+        raise click.BadParameter(f"{value!r} is not a list of sizes: give {allowed}, separated by commas.")
     return [part if part == "full" else int(part) for part in parts]
 
 
@@ -38,6 +40,9 @@ def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> list[int
 )
 @click.option("-n", "--max-new-tokens", type=click.IntRange(2), default=32, show_default=True)
 @click.option("--tree-sizes", callback=_sizes, help="Such as 1,4,full; by default 1, a middle one and all.")
+@click.option(
+    "--prefill-chunks", callback=_sizes, default="512,5", show_default=True, help="Tokens of a prompt per step."
+)
 @click.option("--margin", type=click.FloatRange(0), help="Logits no further apart are a tie; by default by dtype.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write a report here.")
 @click.option("--junit", "junit_path", type=click.Path(path_type=Path), help="Write a JUnit report here.")
@@ -49,6 +54,7 @@ def command(
     prompts: Path | None,
     max_new_tokens: int,
     tree_sizes: list[int | str] | None,
+    prefill_chunks: list[int],
     margin: float | None,
     json_path: Path | None,
     junit_path: Path | None,
@@ -89,6 +95,7 @@ def command(
         ids,
         max_new_tokens=max_new_tokens,
         tree_sizes=sizes,
+        prefill_chunks=prefill_chunks,
         tolerances=tolerances,
         progress=progress,
     )
