@@ -51,22 +51,6 @@ def atomic_folder(target: Path, *, replace_existing: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_text(target: Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        ExportError: It can't be written.
-    """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ExportError(f"{target} can't be written: {error}.") from error
-
-
 def check_target(target: Path, *, replace_existing: bool) -> None:
     """Refuses a place that holds something of the user's.
 

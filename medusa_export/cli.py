@@ -17,7 +17,10 @@ COMMANDS = {
     "generate": "Answer a prompt with a bundle.",
     "inspect": "Show what is in a bundle.",
     "verify": "Check a bundle against PyTorch.",
+    "distill": "Have a model write the data that its heads are trained on.",
 }
+# What --dtype may be, and what torch calls it.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Failure(click.ClickException):

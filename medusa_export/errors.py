@@ -13,6 +13,18 @@ class ExportError(MedusaError):
     """Tracing, rewriting or writing the graph failed."""
 
 
+class OutputError(MedusaError):
+    """A file that can't be written."""
+
+
+class DatasetError(MedusaError):
+    """Prompts, conversations or cached features that can't be read, or are not what a job needs."""
+
+
+class TrainingError(MedusaError):
+    """A training that can't be begun, or went wrong."""
+
+
 class VerificationError(MedusaError):
     """A bundle and a model that can't be compared."""
 

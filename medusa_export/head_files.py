@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.errors import CheckpointError
+from medusa_export.files import atomic_file, write_text
 from medusa_export.heads import HeadsConfig, MedusaHeads
 
 _HEADS_FILE = "medusa_lm_head.safetensors"
@@ -75,7 +75,6 @@ def save_heads(heads: MedusaHeads, folder: str | Path, *, base_model_name_or_pat
     file appears whole or not at all.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "medusa_num_heads": heads.config.num_heads,
         "medusa_num_layers": heads.config.num_layers,
@@ -83,8 +82,9 @@ def save_heads(heads: MedusaHeads, folder: str | Path, *, base_model_name_or_pat
         "version": "2" if heads.projections is None else "1",
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(heads)}
-    _write_whole(folder / _HEADS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _write_whole(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+    with atomic_file(folder / _HEADS_FILE) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _named_tensors(heads: MedusaHeads) -> Iterable[tuple[str, Tensor]]:
@@ -99,14 +99,6 @@ def _named_tensors(heads: MedusaHeads) -> Iterable[tuple[str, Tensor]]:
         yield from ((f"{k}.{heads.config.num_layers}.weight", weight) for k, weight in enumerate(weights))
     if heads.token_map is not None:
         yield _TOKEN_MAP, heads.token_map
-
-
-def _write_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the target and moves the result there."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        file = Path(scratch) / target.name
-        write(file)
-        file.replace(target)
 
 
 def _heads_file(path: Path) -> Path:

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import Progress, extra
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+from medusa_export.cli import DTYPES, Progress, extra
 
 
 @click.command("onnx")

@@ -71,7 +71,7 @@ def command(
 
         from rich.console import Console
 
-        from medusa_export.bundle_writer import write_text
+        from medusa_export.files import write_text
         from medusa_export.reference import load_reference, prompt_ids
         from medusa_export.verify import Tolerances, verify_bundle
         from medusa_export.verify_report import as_json, as_junit, as_table

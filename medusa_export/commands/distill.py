@@ -1,0 +1,101 @@
+"""``medusa-export distill``: have a model write the data that its heads are trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from medusa_export.cli import DTYPES, Progress, extra
+
+
+@click.command("distill")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the data set.")
+@click.option(
+    "--prompts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Prompts to answer: .txt, or .json/.jsonl with messages, conversations (ShareGPT), data (UltraChat) or prompt.",
+)
+@click.option(
+    "--magpie",
+    type=click.IntRange(0),
+    help="Prompts that the model writes itself, from its chat template. [default: 1000 without --prompts]",
+)
+@click.option("--limit", type=click.IntRange(1), help="Conversations at most.")
+@click.option("--turns", type=click.IntRange(1), default=1, show_default=True, help="User turns per conversation.")
+@click.option("--system", help="A system message.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.3, show_default=True, help="Of answers; 0 is greedy.")
+@click.option("--prompt-temperature", type=click.FloatRange(0), default=1.0, show_default=True, help="Of own prompts.")
+@click.option("--heldout", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Fraction set aside.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Conversations at a time.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights. [default: bf16 on a GPU, else fp32]")
+@click.option("--device", help="Such as cuda:1. [default: the GPU, if there is one]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    model: str,
+    output: Path,
+    prompts: tuple[Path, ...],
+    magpie: int | None,
+    limit: int | None,
+    turns: int,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    prompt_temperature: float,
+    heldout: float,
+    batch_size: int,
+    seed: int,
+    dtype: str | None,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Have MODEL write the data that its heads are trained on.
+
+    It answers prompts from files, or such as it writes itself. Interrupted, the same command goes on where
+    it stopped. OUTPUT/train.jsonl and OUTPUT/heldout.jsonl load with the datasets library.
+    """
+    progress = Progress(quiet=quiet)
+    with extra("train"):
+        import torch
+
+        from medusa_export.checkpoints import load_model, load_tokenizer
+        from medusa_export.errors import DatasetError
+        from medusa_export.training.conversations import read_conversations
+        from medusa_export.training.distillation import DistillSettings, distill
+        from medusa_export.training.generation import Writer
+        from medusa_runtime.bundle import FileFacts
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
+    conversations = [conversation for path in prompts for conversation in read_conversations(path)]
+    settings = DistillSettings(
+        model=Path(model).name,
+        prompts={path.name: FileFacts.of(path).sha256 for path in prompts},
+        magpie=magpie if magpie is not None else 0 if prompts else 1000,
+        limit=limit,
+        turns=turns,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        prompt_temperature=prompt_temperature,
+        heldout=heldout,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=kind,
+    )
+
+    def open_writer(told: object) -> Writer:
+        progress(f"loading {model}")
+        tokenizer = load_tokenizer(model)
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise DatasetError(f"{model} has no chat template, so it can't answer prompts: give an instruct model.")
+        base = load_model(model, dtype=getattr(torch, kind)).to(place)
+        return Writer(base, tokenizer, told)  # type: ignore[arg-type]
+
+    splits = distill(output, settings, conversations, open_writer, quiet=quiet)
+    for name, split in splits.items():
+        click.echo(f"{output / name}.jsonl: {split.rows:,} conversations, {split.tokens:,} tokens written")

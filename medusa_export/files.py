@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from medusa_export.errors import OutputError
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` to write to, which takes its place only if nothing failed; survives a crash.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        raise OutputError(f"{target} can't be written: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes a text whole or not at all.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    write_bytes(target, text.encode())
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Writes bytes whole or not at all.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    with atomic_file(target) as partial:
+        partial.write_bytes(data)

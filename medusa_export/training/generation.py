@@ -1,0 +1,195 @@
+"""Batches of answers by the base model, and of user turns that it writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_export.errors import DatasetError
+from medusa_export.training.conversations import Message, render
+
+# Stands for a user's words in a chat template; no template alters it.
+_MARK = "medusa0export1user2turn"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote.
+
+    Attributes:
+        text: Without the token that ends it.
+        complete: It ended by itself, not at the limit.
+        tokens: How many it took.
+    """
+
+    text: str
+    complete: bool
+    tokens: int
+
+
+class Writer:
+    """Writes many rows at a time.
+
+    Args:
+        model: The model, on the device to run on.
+        tokenizer: Its tokenizer, with a chat template.
+        told: Called with the number of rows that got a token, at each step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        told: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._model: Any = model
+        self._tokenizer = tokenizer
+        self._told = told
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+        eos = tokenizer.eos_token_id if eos is None else eos
+        if eos is None:
+            raise DatasetError("Neither the model nor its tokenizer names an end-of-sequence token: answers never end.")
+        self._stop_ids = [eos] if isinstance(eos, int) else list(eos)
+
+    def answer(
+        self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Written]:
+        """The assistant's next message in each conversation; greedy at temperature 0."""
+        texts = [render(self._tokenizer, messages, answering=True) for messages in conversations]
+        return self._write(texts, self._stop_ids, max_new_tokens, temperature, seed)
+
+    def user_turns(
+        self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Written]:
+        """What the user might say next in each: the template, cut off where a user's words begin (Magpie).
+
+        arXiv 2406.08464.
+        """
+        texts, ends = [], set()
+        for messages in conversations:
+            before, _, after = render(
+                self._tokenizer, [*messages, {"role": "user", "content": _MARK}], answering=False
+            ).partition(_MARK)
+            texts.append(before)
+            ends.add(after.strip())
+        stop_ids = {*self._stop_ids}
+        for end in ends:
+            first = self._tokenizer(end, add_special_tokens=False)["input_ids"][:1]
+            stop_ids |= set(first) & set(self._tokenizer.all_special_ids)
+        written = self._write(texts, sorted(stop_ids), max_new_tokens, temperature, seed)
+        # A template without special tokens ends a turn with words.
+        cut = [next((w.text.partition(end)[0] for end in ends if end and end in w.text), None) for w in written]
+        return [
+            w if text is None else Written(text, True, w.tokens) for w, text in zip(written, cut, strict=True)
+        ]
+
+    def _write(
+        self, texts: Sequence[str], stop_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Written]:
+        prompts = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        width = max(map(len, prompts))
+        limit = self._model.config.get_text_config().max_position_embeddings - max_new_tokens
+        if width > limit:
+            raise DatasetError(
+                f"A prompt of {width} tokens leaves no room for an answer of {max_new_tokens}: the limit is {limit}. "
+                "Shorten the prompts or lower --max-new-tokens."
+            )
+        batch = _Batch(self._model, prompts, pad=stop_ids[0])
+        rng = np.random.default_rng(seed)
+        draws = rng.random((len(prompts), max_new_tokens), np.float32) if temperature else None
+        written: list[list[int]] = [[] for _ in prompts]
+        stop = set(stop_ids)
+        for place in range(max_new_tokens):
+            rows = batch.rows
+            uniform = None if draws is None else torch.from_numpy(draws[rows, place])
+            tokens = _choose(batch.logits, temperature, uniform).tolist()
+            for row, token in zip(rows, tokens, strict=True):
+                written[row].append(token)
+            self._told(len(rows))
+            running = [i for i, token in enumerate(tokens) if token not in stop]
+            if not running or place + 1 == max_new_tokens:
+                break
+            batch.step(tokens, running)
+        return [self._cut(row, stop) for row in written]
+
+    def _cut(self, tokens: list[int], stop_ids: set[int]) -> Written:
+        complete = tokens[-1] in stop_ids
+        text = self._tokenizer.decode(
+            tokens[:-1] if complete else tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return Written(text, complete, len(tokens))
+
+
+def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
+    """A token per row: the best one, or where a uniform draw falls among the probabilities.
+
+    Args:
+        logits: [R, V].
+        temperature: What they are divided by, where there is a draw.
+        uniform: [R] in [0, 1), or None.
+    """
+    if uniform is None:
+        return logits.argmax(-1)
+    heights = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
+    drawn = uniform.to(logits.device).unsqueeze(1) * heights[:, -1:]
+    return torch.searchsorted(heights, drawn, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+class _Batch:
+    """Rows that are being written, left-padded; those that have ended are let go.
+
+    transformers' ``generate`` computes every row until the last has ended, which takes a multiple of the time.
+
+    Args:
+        model: The model.
+        prompts: Token ids of each row.
+        pad: A token for the places before a prompt.
+
+    Attributes:
+        rows: Which of the prompts the rows are.
+        logits: [R, V], for the next token of each.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int) -> None:
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(prompts):
+            ids[row, width - len(tokens) :] = torch.tensor(tokens)
+            mask[row, width - len(tokens) :] = 1
+        self._model = model
+        self._mask = mask.to(model.device)
+        self._cache = DynamicCache(config=model.config)
+        self.rows = list(range(len(prompts)))
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        self.logits = self._run(ids.to(model.device), positions)
+
+    def step(self, tokens: Sequence[int], running: Sequence[int]) -> None:
+        """Takes in a token per row; of rows, those that are not ``running`` are dropped."""
+        if len(running) < len(self.rows):
+            kept = torch.tensor(running, device=self._mask.device)
+            self._cache.batch_select_indices(kept)
+            self._mask = self._mask[kept]
+            self.rows = [self.rows[i] for i in running]
+            tokens = [tokens[i] for i in running]
+        positions = self._mask.sum(-1, keepdim=True)
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        self.logits = self._run(torch.tensor(tokens, device=self._mask.device).unsqueeze(1), positions)
+
+    @torch.inference_mode()
+    def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
