@@ -13,13 +13,21 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medusa_export.acceptance_prior import prior_acceptance
 from medusa_export.cache_shape import CacheShape
 from medusa_export.checkpoints import save_tokenizer
 from medusa_export.errors import ExportError
 from medusa_export.onnxruntime_fusions import fuse_for_onnxruntime
 from medusa_export.step import MedusaStep
-from medusa_runtime.bundle import DESCRIPTION, GRAPH, ONNXRUNTIME_GRAPH, Bundle, FileFacts, HeadFacts, ModelFacts
+from medusa_runtime.bundle import (
+    DESCRIPTION,
+    GRAPH,
+    ONNXRUNTIME_GRAPH,
+    Acceptance,
+    Bundle,
+    FileFacts,
+    HeadFacts,
+    ModelFacts,
+)
 
 WEIGHTS = f"{GRAPH}.data"
 # Smaller tensors stay within the graph.
@@ -104,6 +112,7 @@ def write_bundle(
     *,
     name: str,
     tree_name: str,
+    acceptance: Acceptance,
     trained: bool,
     replace_existing: bool = False,
 ) -> Bundle:
@@ -116,6 +125,7 @@ def write_bundle(
         target: The folder to write.
         name: What to call the model.
         tree_name: What to call the tree.
+        acceptance: How likely its nodes are to be accepted.
         trained: Whether the heads are more than freshly initialised.
         replace_existing: Replace a bundle that is there.
 
@@ -128,7 +138,7 @@ def write_bundle(
         model=model_facts(step.model, step.cache_shape, name),
         dtype=str(step.model.dtype).removeprefix("torch."),
         tree=step.tree,
-        acceptance=prior_acceptance(step.tree, trained=trained),
+        acceptance=acceptance,
         heads=HeadFacts(heads.config.num_heads, heads.config.variant, trained) if heads is not None else None,
         tree_name=tree_name,
         producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},

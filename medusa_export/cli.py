@@ -18,6 +18,9 @@ COMMANDS = {
     "inspect": "Show what is in a bundle.",
     "verify": "Check a bundle against PyTorch.",
     "distill": "Have a model write the data that its heads are trained on.",
+    "train": "Train heads on what a model wrote.",
+    "calibrate": "Measure how often heads are right.",
+    "tree": "Search the best draft tree for calibrated heads.",
 }
 # What --dtype may be, and what torch calls it.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

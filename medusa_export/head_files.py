@@ -5,6 +5,7 @@
 * v0.1: ``{k}.{j}.linear.weight`` and ``.bias``, ``{k}.{n}.weight``, the head's own projection;
 * v2: the same without projections, since the heads share the base model's ``lm_head``;
 * merged 1.0 (Medusa-2): either of them behind ``medusa_head.``, among the base model's shards;
+* conditioned heads, our own: v0.1 or v2 with ``{k}.0.condition.weight``;
 * vLLM: ``blocks.{k}.layers.{j}.weight``, ``lm_heads.{k}.weight`` or one ``lm_head.weight`` for all, and
   ``token_map`` where the draft vocabulary is reduced.
 
@@ -44,6 +45,7 @@ _PICKLES = (".pt", ".bin", ".pth")
 
 _PREFIX = re.compile(r"^medusa_heads?\.")
 _BLOCK = re.compile(r"^(?:(\d+)\.(\d+)\.linear|blocks\.(\d+)\.layers\.(\d+))\.(weight|bias)$")
+_CONDITION = re.compile(r"^(\d+)\.0\.condition\.weight$")
 _PROJECTION = re.compile(r"^(?:(\d+)\.\d+|lm_heads\.(\d+))\.weight$")
 _COMMON = "lm_head.weight"
 _TOKEN_MAP = "token_map"  # noqa: S105  # no password
@@ -67,12 +69,29 @@ def load_heads(path: str | Path, model: PreTrainedModel) -> MedusaHeads:
     return _build(tensors, lm_head).to(dtype=lm_head.weight.dtype).eval().requires_grad_(False)
 
 
-def save_heads(heads: MedusaHeads, folder: str | Path, *, base_model_name_or_path: str) -> None:
+def save_heads(
+    heads: MedusaHeads,
+    folder: str | Path,
+    *,
+    base_model_name_or_path: str,
+    dtype: torch.dtype | None = None,
+    lm_head: nn.Linear | None = None,
+) -> None:
     """Writes heads so that ``load_heads`` and the reference implementation read them.
 
     The layout is v0.1, or v2 where the heads share the base model's ``lm_head``; a reduced vocabulary adds
     ``token_map``, and a projection that all heads have in common is written once, as ``lm_head.weight``. Each
     file appears whole or not at all.
+
+    Args:
+        heads: The heads.
+        folder: Where to.
+        base_model_name_or_path: What they belong to.
+        dtype: What their weights are rounded to; as they are if None.
+        lm_head: The base model's, to leave out a common projection that is made of its rows.
+
+    Raises:
+        OutputError: A file can't be written.
     """
     folder = Path(folder)
     config = {
@@ -81,24 +100,32 @@ def save_heads(heads: MedusaHeads, folder: str | Path, *, base_model_name_or_pat
         "base_model_name_or_path": base_model_name_or_path,
         "version": "2" if heads.projections is None else "1",
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(heads)}
+    tensors = {}
+    for name, tensor in _named_tensors(heads, lm_head):
+        kept = tensor.detach().cpu().contiguous()
+        tensors[name] = kept.to(dtype) if dtype is not None and kept.is_floating_point() else kept
     with atomic_file(folder / _HEADS_FILE) as file:
         save_file(tensors, file, metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _named_tensors(heads: MedusaHeads) -> Iterable[tuple[str, Tensor]]:
+def _named_tensors(heads: MedusaHeads, lm_head: nn.Linear | None) -> Iterable[tuple[str, Tensor]]:
     for k in range(heads.config.num_heads):
         for j in range(heads.config.num_layers):
-            linear = heads.blocks.get_submodule(f"{k}.{j}.linear")
-            yield from ((f"{k}.{j}.linear.{name}", parameter) for name, parameter in linear.named_parameters())
+            block = heads.blocks.get_submodule(f"{k}.{j}")
+            yield from ((f"{k}.{j}.{name}", parameter) for name, parameter in block.named_parameters())
     weights = [projection.get_parameter("weight") for projection in heads.projections or ()]
-    if len(weights) > 1 and all(weight is weights[0] for weight in weights):
-        yield _COMMON, weights[0]
+    common = heads.common_projection if weights else None
+    if common is not None and lm_head is not None and heads.token_map is not None:
+        known = torch.equal(common.weight, lm_head.weight[heads.token_map].to(common.weight.dtype))
     else:
+        known = False
+    if common is not None and not known:
+        yield _COMMON, common.weight
+    elif not known:
         yield from ((f"{k}.{heads.config.num_layers}.weight", weight) for k, weight in enumerate(weights))
     if heads.token_map is not None:
-        yield _TOKEN_MAP, heads.token_map
+        yield _TOKEN_MAP, heads.token_map.int()
 
 
 def _heads_file(path: Path) -> Path:
@@ -194,7 +221,7 @@ def _select(file: Path, names: Iterable[str]) -> list[str]:
 
 
 def _is_known(name: str) -> bool:
-    return name in (_COMMON, _TOKEN_MAP) or bool(_BLOCK.match(name) or _PROJECTION.match(name))
+    return name in (_COMMON, _TOKEN_MAP) or any(pattern.match(name) for pattern in (_BLOCK, _PROJECTION, _CONDITION))
 
 
 class _Tensors:
@@ -217,6 +244,7 @@ class _Tensors:
         self.projected = {int(m[1] or m[2]) for name in self._left if (m := _PROJECTION.match(name))}
         self.num_heads = max([*(int(match[1] or match[3]) for match in blocks), *self.projected], default=0) + 1
         self.num_layers = max((int(match[2] or match[4]) for match in blocks), default=0) + 1
+        self.conditioned = any(_CONDITION.match(name) for name in self._left)
         self.has_biases = any(match[5] == "bias" for match in blocks)
 
     def block(self, k: int, j: int, size: int) -> tuple[Tensor, Tensor]:
@@ -226,8 +254,12 @@ class _Tensors:
         bias = self._take(f"{name}.bias", (size,)) if self.has_biases else weight.new_zeros(size)
         return weight, bias
 
+    def condition(self, k: int, size: int) -> Tensor:
+        """The weight [size, size] by which the next token's embedding enters a head."""
+        return self._take(f"{k}.0.condition.weight", (size, size))
+
     def projections(self, token_map: Tensor | None, lm_head: nn.Linear) -> list[nn.Parameter] | None:
-        """K projections [draft_vocab_size, size], perhaps one and the same; None if it is the ``lm_head``."""
+        """Projections [draft_vocab_size, size], one per head or one for all; None if it is the ``lm_head``."""
         if self._one_for_all is None and self.projected:
             names = [self._projection_name(k) for k in range(self.num_heads)]
             return [nn.Parameter(self._projection(name, token_map, lm_head)) for name in names]
@@ -239,7 +271,7 @@ class _Tensors:
             return None
         if token_map is None and torch.equal(weight.to(lm_head.weight.dtype), lm_head.weight):
             return None
-        return [nn.Parameter(weight)] * self.num_heads
+        return [nn.Parameter(weight)]
 
     def token_map(self, vocab_size: int) -> Tensor | None:
         """The base model's token of each draft token, [draft_vocab_size]; None if the vocabulary is not reduced."""
@@ -308,6 +340,7 @@ def _build(tensors: _Tensors, lm_head: nn.Linear) -> MedusaHeads:
     token_map = tensors.token_map(vocab_size)
     blocks = [[tensors.block(k, j, size) for j in range(tensors.num_layers)] for k in range(tensors.num_heads)]
     projections = tensors.projections(token_map, lm_head)
+    conditions = [tensors.condition(k, size) for k in range(tensors.num_heads) if tensors.conditioned]
     tensors.check_none_left()
     config = HeadsConfig(
         num_heads=tensors.num_heads,
@@ -316,6 +349,8 @@ def _build(tensors: _Tensors, lm_head: nn.Linear) -> MedusaHeads:
         draft_vocab_size=vocab_size if token_map is None else len(token_map),
         shared_lm_head=projections is None,
         reduced_vocab=token_map is not None,
+        one_projection=projections is not None and len(projections) < tensors.num_heads,
+        conditioned=tensors.conditioned,
     )
     with torch.device("meta"):  # what it would fill with zeros and noise is here already
         heads = MedusaHeads(config, lm_head)
@@ -323,6 +358,8 @@ def _build(tensors: _Tensors, lm_head: nn.Linear) -> MedusaHeads:
         for j, (weight, bias) in enumerate(parameters):
             linear = heads.blocks.get_submodule(f"{k}.{j}.linear")
             linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+    for k, weight in enumerate(conditions):
+        heads.blocks.get_submodule(f"{k}.0.condition").weight = nn.Parameter(weight)
     for projection, parameter in zip(heads.projections or (), projections or (), strict=True):
         projection.weight = parameter
     heads.token_map = token_map

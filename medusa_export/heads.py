@@ -1,7 +1,8 @@
 """MEDUSA heads: from the last hidden state, guess the tokens that follow the next one.
 
 Head k (k = 1..K) predicts the token k + 1 places ahead: softmax(W2 (SiLU(W1 h + b1) + h))
-(arXiv 2401.10774, section 2.1.1).
+(arXiv 2401.10774, section 2.1.1). *Conditioned* heads are also given the embedding e of the next token, which the
+base model has chosen by the time they draft: SiLU(W1 h + U e + b1) in their first block.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class HeadsConfig:
         draft_vocab_size: How many tokens a head can propose, V unless the draft vocabulary is reduced.
         shared_lm_head: The heads project with the base model's ``lm_head`` instead of their own.
         reduced_vocab: A ``token_map`` leads from draft tokens to the tokens of the base model.
+        one_projection: One projection, that is not the ``lm_head`` itself, serves all heads.
+        conditioned: The heads are given the embedding of the token that the base model has chosen.
     """
 
     num_heads: int
@@ -46,25 +49,39 @@ class HeadsConfig:
     draft_vocab_size: int
     shared_lm_head: bool = False
     reduced_vocab: bool = False
+    one_projection: bool = False
+    conditioned: bool = False
 
     @property
     def variant(self) -> str:
         """The kind of head in words."""
-        kind = "shared lm_head" if self.shared_lm_head else "own projection per head"
-        return f"{kind}, reduced vocabulary" if self.reduced_vocab else kind
+        kinds = {self.shared_lm_head: "shared lm_head", self.one_projection: "one projection"}
+        words = [kinds.get(True, "own projection per head")]
+        if self.reduced_vocab:
+            words.append(f"vocabulary of {self.draft_vocab_size:,}")
+        if self.conditioned:
+            words.append("conditioned on the next token")
+        return ", ".join(words)
 
 
 class ResidualBlock(nn.Module):
-    """x + SiLU(W x + b), W starting at 0 so that a fresh head copies the base model."""
+    """x + SiLU(W x + U e + b), all starting at 0 so that a fresh head copies the base model; U only if conditioned."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, *, conditioned: bool = False) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, hidden_size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        self.condition: nn.Linear | None = None
+        if conditioned:
+            self.condition = nn.Linear(hidden_size, hidden_size, bias=False)
+            nn.init.zeros_(self.condition.weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + nn.functional.silu(self.linear(hidden))
+    def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
+        inner = self.linear(hidden)
+        if self.condition is not None:
+            inner = inner + self.condition(embedded)
+        return hidden + nn.functional.silu(inner)
 
 
 class MedusaHeads(nn.Module):
@@ -81,7 +98,10 @@ class MedusaHeads(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(config.hidden_size) for _ in range(config.num_layers)))
+            nn.ModuleList(
+                ResidualBlock(config.hidden_size, conditioned=config.conditioned and layer == 0)
+                for layer in range(config.num_layers)
+            )
             for _ in range(config.num_heads)
         )
         self.projections: nn.ModuleList | None = None
@@ -92,18 +112,53 @@ class MedusaHeads(nn.Module):
             self._shared = (lm_head,)
         else:
             self.projections = nn.ModuleList(
-                nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False) for _ in range(config.num_heads)
+                nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+                for _ in range(1 if config.one_projection else config.num_heads)
             )
         self.register_buffer(
             "token_map", torch.arange(config.draft_vocab_size) if config.reduced_vocab else None, persistent=True
         )
 
     @classmethod
-    def fresh(cls, num_heads: int, lm_head: nn.Linear) -> MedusaHeads:
-        """Untrained heads as the paper starts them: W1 = 0, and W2 the base model's ``lm_head``."""
+    def fresh(
+        cls,
+        num_heads: int,
+        lm_head: nn.Linear,
+        *,
+        num_layers: int = 1,
+        conditioned: bool = False,
+        token_map: Tensor | None = None,
+        own_projections: bool = False,
+    ) -> MedusaHeads:
+        """Untrained heads as the paper starts them: W1 = 0, and W2 the base model's ``lm_head``.
+
+        Args:
+            num_heads: K.
+            lm_head: The base model's output projection.
+            num_layers: Residual blocks per head.
+            conditioned: Give them the embedding of the next token.
+            token_map: The tokens that they can propose, [draft_vocab_size]; all if None.
+            own_projections: A copy of W2 for each head, to be trained.
+        """
         vocab_size, hidden_size = lm_head.weight.shape
-        config = HeadsConfig(num_heads, 1, hidden_size, vocab_size, shared_lm_head=True)
-        return cls(config, lm_head).to(dtype=lm_head.weight.dtype)
+        shared = token_map is None and not own_projections
+        draft_vocab_size = vocab_size if token_map is None else len(token_map)
+        config = HeadsConfig(
+            num_heads,
+            num_layers,
+            hidden_size,
+            draft_vocab_size,
+            shared_lm_head=shared,
+            reduced_vocab=token_map is not None,
+            one_projection=not shared and not own_projections,
+            conditioned=conditioned,
+        )
+        heads = cls(config, lm_head)
+        rows = lm_head.weight.detach() if token_map is None else lm_head.weight.detach()[token_map]
+        for projection in heads.projections or ():
+            projection.weight = nn.Parameter(rows.clone())
+        heads.token_map = token_map
+        return heads.to(dtype=lm_head.weight.dtype)
 
     def truncated(self, num_heads: int) -> MedusaHeads:
         """The first ``num_heads`` heads, for a tree that is no deeper; the modules are these, not copies.
@@ -116,15 +171,25 @@ class MedusaHeads(nn.Module):
         with torch.device("meta"):  # replaced below
             kept = MedusaHeads(replace(self.config, num_heads=num_heads), getattr(self, "_shared", (None,))[0])
         kept.blocks = self.blocks[:num_heads]
-        kept.projections = None if self.projections is None else self.projections[:num_heads]
+        kept.projections = None if self.projections is None else self.projections[:num_heads]  # perhaps but one
         kept.token_map = self.token_map
         return kept.train(self.training)
 
-    def forward(self, hidden: Tensor, active: Size | None = None) -> Tensor:
+    @property
+    def common_projection(self) -> nn.Linear | None:
+        """The one projection of all heads; None if each has its own."""
+        if self.projections is None:
+            return self._shared[0]
+        first = self.projections[0] if self.config.one_projection else None
+        assert first is None or isinstance(first, nn.Linear)
+        return first
+
+    def forward(self, hidden: Tensor, embedded: Tensor | None = None, active: Size | None = None) -> Tensor:
         """Draft logits of the first ``active`` heads.
 
         Args:
             hidden: [B, H], the base model's last hidden state at the token to draft from.
+            embedded: [B, H], its embedding of the token chosen there; used by conditioned heads.
             active: How many heads to run; all of them if None.
 
         Returns:
@@ -132,12 +197,21 @@ class MedusaHeads(nn.Module):
         """
         active = self.config.num_heads if active is None else active
         # With no head active all of this runs over no rows: no weight is read.
-        hidden = hidden.unsqueeze(1)[:, : sym_min(active, 1)]
-        states = [block(hidden) for block in self.blocks]
-        if self.projections is None:
-            logits: Tensor = self._shared[0](torch.cat(states, dim=1)[:, :active])
+        some = sym_min(active, 1)
+        hidden = hidden.unsqueeze(1)[:, :some]
+        embedded = embedded.unsqueeze(1)[:, :some] if self.config.conditioned and embedded is not None else None
+        states = []
+        for blocks in self.blocks:
+            assert isinstance(blocks, nn.ModuleList)
+            state = hidden
+            for block in blocks:
+                state = block(state, embedded)
+            states.append(state)
+        if (common := self.common_projection) is not None:
+            logits: Tensor = common(torch.cat(states, dim=1)[:, :active])
             return logits
         # Likewise the large matrix of each head beyond `active`.
+        assert self.projections is not None
         rows = [sym_max(sym_min(active - k, 1), 0) for k in range(self.config.num_heads)]
         return torch.cat(
             [project(state[:, :n]) for project, state, n in zip(self.projections, states, rows, strict=True)], dim=1

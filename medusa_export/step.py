@@ -234,7 +234,8 @@ class MedusaStep(nn.Module):
             return None, next_root
         num_heads, top_k = self.tree.max_depth, self.tree.top_k
         active = sym_min(verified - 1, num_heads)
-        head_logits = self.heads(hidden, active)
+        embedded = self.model.get_input_embeddings()(next_root).squeeze(1) if self.heads.config.conditioned else None
+        head_logits = self.heads(hidden, embedded, active)
         candidates = head_logits.topk(top_k, dim=-1).indices
         if self.heads.token_map is not None:
             candidates = self.heads.token_map[candidates]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from medusa_export.calibration import Calibration
+from medusa_export.tree_search import search_tree
 from medusa_runtime.errors import TreeError
 from medusa_runtime.tree import RankPath, Tree
 
@@ -26,18 +28,26 @@ def reference_trees() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in (files("medusa_export") / "data" / "trees").iterdir())
 
 
-def load_tree(spec: str, *, num_heads: int, top_k: int) -> NamedTree:
+def load_tree(
+    spec: str, *, num_heads: int, top_k: int, calibration: Calibration | None = None, size: int = 64
+) -> NamedTree:
     """A tree for a number of heads.
 
     Args:
         spec: The name of a reference tree, a JSON file of rank paths, or ``default``: the reference's
-            general tree, without the nodes that are too deep for the heads.
+            general tree, without the nodes that are too deep for the heads; with a calibration the best
+            tree for these heads.
         num_heads: The deepest that a node may lie.
         top_k: The number of candidates per head; a rank lies below it.
+        calibration: How often the heads are right, where that was measured.
+        size: Nodes of the tree that is searched by it.
 
     Raises:
         TreeError: There is no such tree, or it can't be used with these heads; the message names the path.
     """
+    if spec == "default" and calibration is not None:
+        found = search_tree(calibration, size)
+        return NamedTree("calibrated", Tree.from_paths(found.paths, max_depth=num_heads, top_k=top_k))
     if spec == "default":
         paths = [path for path in _reference(_DEFAULT) if len(path) <= num_heads and max(path) < top_k]
         return NamedTree("default", Tree.from_paths(paths))

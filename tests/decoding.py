@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from medusa_export.acceptance_prior import prior_acceptance
 from medusa_export.attention import ATTENTION_NAME
 from medusa_export.bundle_writer import write_bundle
 from medusa_export.heads import MedusaHeads
@@ -44,7 +45,16 @@ def make_step(model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree = TR
 
 
 def export(step: MedusaStep, folder: Path, *, tokenizer: object = None, trained: bool = False) -> Bundle:
-    write_bundle(build_graph(step), step, tokenizer, folder, name="tiny", tree_name="test", trained=trained)
+    write_bundle(
+        build_graph(step),
+        step,
+        tokenizer,
+        folder,
+        name="tiny",
+        tree_name="test",
+        acceptance=prior_acceptance(step.tree, trained=trained),
+        trained=trained,
+    )
     return Bundle.load(folder)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medusa_export.checkpoints import load_model
-from medusa_export.errors import CheckpointError
+from medusa_export.errors import CheckpointError, OutputError
 from medusa_export.head_files import load_heads, save_heads
 from medusa_export.heads import HeadsConfig, MedusaHeads
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -167,8 +167,8 @@ def test_vllm_with_one_projection(tmp_path: Path, name: str) -> None:
     weight = draw(VOCAB_SIZE, HIDDEN, seed=9)
     heads = load_heads(written(tmp_path, {**vllm(tensors), name: weight}), MODEL)
     check(heads, {**tensors, **{f"{k}.1.weight": weight for k in range(3)}})
-    assert heads.projections is not None
-    assert heads.projections[0].weight is heads.projections[2].weight
+    assert heads.config.one_projection
+    assert heads.projections is not None and len(heads.projections) == 1
 
 
 def test_a_projection_that_is_the_lm_head_is_shared(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("disk full")
 
     monkeypatch.setattr("medusa_export.head_files.save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="disk full"):
         save_heads(heads.truncated(1), tmp_path / "out", base_model_name_or_path="base")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
@@ -387,3 +387,27 @@ def test_a_shard_without_its_tensor(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"medusa_head\.2\.1\.weight in a\.safetensors, which lacks it"):
         load_heads(tmp_path, MODEL)
+
+
+def test_conditioned_heads_are_given_the_next_token(tmp_path: Path) -> None:
+    tensors = reference(num_layers=2, shared=True)
+    conditions = {f"{k}.0.condition.weight": draw(HIDDEN, HIDDEN, seed=300 + k) for k in range(3)}
+    heads = load_heads(written(tmp_path / "in", {**tensors, **conditions}), MODEL)
+    assert heads.config.conditioned
+    embedded = draw(3, HIDDEN, seed=7)
+    inner = [
+        STATE @ tensors[f"{k}.0.linear.weight"].T + tensors[f"{k}.0.linear.bias"] + embedded @ weight.T
+        for k, weight in enumerate(conditions.values())
+    ]
+    states = [STATE + nn.functional.silu(x) for x in inner]
+    states = [
+        x + nn.functional.silu(x @ tensors[f"{k}.1.linear.weight"].T + tensors[f"{k}.1.linear.bias"])
+        for k, x in enumerate(states)
+    ]
+    torch.testing.assert_close(heads(STATE, embedded), MODEL.lm_head(torch.stack(states, 1)))
+    save_heads(heads, tmp_path / "out", base_model_name_or_path="base")
+    torch.testing.assert_close(load_heads(tmp_path / "out", MODEL)(STATE, embedded), heads(STATE, embedded))
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 1\.0\.condition\.weight"):
+        load_heads(
+            written(tmp_path / "cut", {**tensors, "0.0.condition.weight": conditions["0.0.condition.weight"]}), MODEL
+        )

@@ -16,7 +16,7 @@ from medusa_export.cli import DTYPES, Progress, extra
     "--prompts",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Prompts to answer: .txt, or .json/.jsonl with messages, conversations (ShareGPT), data (UltraChat) or prompt.",
+    help="Prompts to answer: .txt, or .json(l) with messages, conversations (ShareGPT), data (UltraChat) or prompt.",
 )
 @click.option(
     "--magpie",
@@ -27,7 +27,7 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.option("--turns", type=click.IntRange(1), default=1, show_default=True, help="User turns per conversation.")
 @click.option("--system", help="A system message.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.3, show_default=True, help="Of answers; 0 is greedy.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.3, show_default=True, help="Of answers; 0: greedy.")
 @click.option("--prompt-temperature", type=click.FloatRange(0), default=1.0, show_default=True, help="Of own prompts.")
 @click.option("--heldout", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Fraction set aside.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Conversations at a time.")
@@ -88,13 +88,13 @@ def command(
         dtype=kind,
     )
 
-    def open_writer(told: object) -> Writer:
+    def open_writer() -> Writer:
         progress(f"loading {model}")
         tokenizer = load_tokenizer(model)
         if tokenizer is None or tokenizer.chat_template is None:
             raise DatasetError(f"{model} has no chat template, so it can't answer prompts: give an instruct model.")
         base = load_model(model, dtype=getattr(torch, kind)).to(place)
-        return Writer(base, tokenizer, told)  # type: ignore[arg-type]
+        return Writer(base, tokenizer)
 
     splits = distill(output, settings, conversations, open_writer, quiet=quiet)
     for name, split in splits.items():

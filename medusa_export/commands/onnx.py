@@ -17,17 +17,28 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.option(
     "--tree", default="default", show_default=True, help="A reference tree's name, or a JSON file of rank paths."
 )
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="What 'calibrate' measured: the default tree is then the best one for these heads, and the runtime knows "
+    "what to expect of it.",
+)
+@click.option(
+    "--tree-size", type=click.IntRange(1), default=64, show_default=True, help="Of the tree by --calibration."
+)
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Candidates per head.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Weights and cache.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def command(
+def command(  # noqa: PLR0915  # what it does is a list
     model: str,
     heads: str | None,
     init_heads: int | None,
     no_heads: bool,
     tree: str,
+    calibration: Path | None,
+    tree_size: int,
     top_k: int,
     dtype: str,
     output: Path,
@@ -46,13 +57,17 @@ def command(
         )
     if no_heads and tree != "default":
         raise click.UsageError("--tree needs heads to draft from: drop it, or drop --no-heads.")
+    if calibration is not None and heads is None:
+        raise click.UsageError("--calibration is of trained heads: give them with --heads.")
     progress = Progress(quiet=quiet)
     progress("starting")
     with extra("export"):
         import torch
 
+        from medusa_export.acceptance_prior import prior_acceptance
         from medusa_export.attention import ATTENTION_NAME
         from medusa_export.bundle_writer import check_target, write_bundle
+        from medusa_export.calibration import Calibration
         from medusa_export.checkpoints import load_model, load_tokenizer
         from medusa_export.gguf_cache import gguf_cache
         from medusa_export.head_files import load_heads
@@ -64,6 +79,7 @@ def command(
         from medusa_runtime.tree import Tree
 
     check_target(output, replace_existing=overwrite)
+    measured = Calibration.load(calibration) if calibration is not None else None
     progress(f"loading {model}")
     with gguf_cache():
         base = load_model(model, dtype=getattr(torch, DTYPES[dtype]), attn_implementation=ATTENTION_NAME)
@@ -80,9 +96,17 @@ def command(
         chosen = NamedTree("single node", Tree())
     else:
         chosen = load_tree(
-            tree, num_heads=attached.config.num_heads, top_k=min(top_k, attached.config.draft_vocab_size)
+            tree,
+            num_heads=attached.config.num_heads,
+            top_k=min(top_k, attached.config.draft_vocab_size),
+            calibration=measured,
+            size=tree_size,
         )
         attached = attached.truncated(chosen.tree.max_depth) if chosen.tree.max_depth else None
+    if measured is not None:
+        acceptance = measured.acceptance(chosen.tree)
+    else:
+        acceptance = prior_acceptance(chosen.tree, trained=heads is not None)
 
     step = MedusaStep(base, attached, chosen.tree).eval()
     graph = build_graph(step, progress)
@@ -94,6 +118,7 @@ def command(
         output,
         name=Path(model).stem if model.endswith(".gguf") else Path(model).name,
         tree_name=chosen.name,
+        acceptance=acceptance,
         trained=heads is not None,
         replace_existing=overwrite,
     )

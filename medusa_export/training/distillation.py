@@ -11,13 +11,14 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from medusa_export.errors import DatasetError
 from medusa_export.files import write_bytes, write_text
-from medusa_export.progress import progress_bar
+from medusa_export.progress import Bar, progress_bar
 from medusa_export.training.conversations import Conversation, Message, unique
 from medusa_export.training.generation import Writer
 from medusa_export.training.parts import Parts, to_jsonl
@@ -77,7 +78,7 @@ def distill(
     folder: Path,
     settings: DistillSettings,
     prompts: Sequence[Conversation],
-    open_writer: Callable[[Callable[[int], None]], Writer],
+    open_writer: Callable[[], Writer],
     *,
     quiet: bool = False,
 ) -> dict[str, Split]:
@@ -87,7 +88,7 @@ def distill(
         folder: Its folder.
         settings: What to make.
         prompts: Conversations of which the user turns are answered anew.
-        open_writer: Loads the model, given whom to tell of tokens; not called if nothing is left to write.
+        open_writer: Loads the model; not called if nothing is left to write.
         quiet: No progress.
 
     Raises:
@@ -95,22 +96,19 @@ def distill(
         OutputError: A file can't be written.
     """
     _begin(folder, settings)
-    writers: list[Writer] = []
-    tell: list[Callable[[int], None]] = [lambda _: None]
+    open_once = cache(open_writer)
 
-    def writer() -> Writer:
-        if not writers:
-            writers.append(open_writer(lambda rows: tell[0](rows)))
-        return writers[0]
+    def writer(bar: Bar) -> Writer:
+        open_once().told = bar.add
+        return open_once()
 
     seeds = unique([_as_prompt(prompt, settings) for prompt in prompts])
     own = Parts(folder / "prompts")
     if (missing := settings.magpie - len(_new(own, seeds, settings))) > 0 and len(own) < _most_batches(settings):
         done = settings.magpie - missing
         with progress_bar("writing prompts", settings.magpie, done=done, unit="tokens", quiet=quiet) as bar:
-            tell[0] = bar.add
             while bar.done < bar.total and len(own) < _most_batches(settings):
-                own.write(len(own), _own_prompts(writer(), settings, number=len(own)))
+                own.write(len(own), _own_prompts(writer(bar), settings, number=len(own)))
                 bar.done = min(len(_new(own, seeds, settings)), bar.total)
                 bar.within(0)
     seeds = [*seeds, *_new(own, seeds, settings)][: settings.limit]
@@ -123,10 +121,9 @@ def distill(
     batches = [seeds[i : i + settings.batch_size] for i in range(0, len(seeds), settings.batch_size)]
     done = sum(number in answers for number in range(len(batches)))
     with progress_bar("answering", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
-        tell[0] = bar.add
         for number, batch in enumerate(batches):
             if number not in answers:
-                answers.write(number, _answer(writer(), settings, batch, number))
+                answers.write(number, _answer(writer(bar), settings, batch, number))
                 bar.finish_piece()
     return _finish(folder, settings, answers)
 

@@ -38,18 +38,15 @@ class Writer:
     Args:
         model: The model, on the device to run on.
         tokenizer: Its tokenizer, with a chat template.
+
+    Attributes:
         told: Called with the number of rows that got a token, at each step.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        told: Callable[[int], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model: Any = model
         self._tokenizer = tokenizer
-        self._told = told
+        self.told: Callable[[int], None] = lambda _: None
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         eos = tokenizer.eos_token_id if eos is None else eos
         if eos is None:
@@ -84,9 +81,7 @@ class Writer:
         written = self._write(texts, sorted(stop_ids), max_new_tokens, temperature, seed)
         # A template without special tokens ends a turn with words.
         cut = [next((w.text.partition(end)[0] for end in ends if end and end in w.text), None) for w in written]
-        return [
-            w if text is None else Written(text, True, w.tokens) for w, text in zip(written, cut, strict=True)
-        ]
+        return [w if text is None else Written(text, True, w.tokens) for w, text in zip(written, cut, strict=True)]
 
     def _write(
         self, texts: Sequence[str], stop_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int
@@ -110,7 +105,7 @@ class Writer:
             tokens = _choose(batch.logits, temperature, uniform).tolist()
             for row, token in zip(rows, tokens, strict=True):
                 written[row].append(token)
-            self._told(len(rows))
+            self.told(len(rows))
             running = [i for i, token in enumerate(tokens) if token not in stop]
             if not running or place + 1 == max_new_tokens:
                 break

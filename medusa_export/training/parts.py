@@ -37,7 +37,9 @@ class Parts:
             if match := _NAME.match(path.name):
                 number = int(match[1])
                 if number in self._files:
-                    raise DatasetError(f"{path} and {self._files[number]} are the same part: delete both and run again.")
+                    raise DatasetError(
+                        f"{path} and {self._files[number]} are the same part: delete both and run again."
+                    )
                 self._files[number] = path
 
     def __contains__(self, number: int) -> bool:

@@ -1,0 +1,72 @@
+"""``medusa-export calibrate``: measure how often heads are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from medusa_export.cli import Progress, extra
+
+
+@click.command("calibrate")
+@click.argument("model")
+@click.option("--heads", metavar="PATH", required=True, help="Heads in any published format.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What 'distill' wrote: its held-out part is used. Or a file of conversations: all of it is.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also write a plot, as PNG.")
+@click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(model: str, heads: str, data: Path, output: Path, plot: Path | None, max_length: int, quiet: bool) -> None:
+    """Measure how often the heads of MODEL are right, by head and rank, on text that they were not trained on.
+
+    'medusa-export tree' searches the best tree by it, and 'medusa-export onnx --calibration' tells the runtime.
+    """
+    progress = Progress(quiet=quiet)
+    with extra("train"):
+        import tempfile
+
+        import torch
+        from rich.console import Console
+
+        from medusa_export.calibration import Calibration
+        from medusa_export.checkpoints import load_model, load_tokenizer
+        from medusa_export.errors import DatasetError
+        from medusa_export.head_files import load_heads
+        from medusa_export.training.calibrate import target_places
+        from medusa_export.training.dataset import load_heldout
+        from medusa_export.training.features import FeatureKey, compute_features
+        from medusa_export.training.medusa1 import TOP
+        from medusa_export.training.report import calibration_table, plot_calibration
+
+    split = load_heldout(data)
+    progress(f"loading {model}")
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise DatasetError(f"{model} has no chat template, so it is not known how it reads conversations.")
+    base = load_model(model, dtype=torch.float32)
+    attached = load_heads(heads, base)
+    lm_head = base.get_output_embeddings()
+    with tempfile.TemporaryDirectory() as scratch:
+        features = compute_features(
+            base,
+            split.samples(tokenizer),
+            Path(scratch) / "features",
+            FeatureKey(Path(model).name, split.sha256, attached.config.num_heads, "float32"),
+            max_length=max_length,
+            name=split.name,
+            quiet=quiet,
+        )
+    progress(f"running the heads over {len(features):,} positions")
+    places = target_places(attached, base.get_input_embeddings(), lm_head.out_features, features)
+    calibration = Calibration.count(places, TOP[-1], model=Path(model).name, heads=Path(heads).name)
+    calibration.save(output)
+    if plot is not None:
+        plot_calibration(calibration, plot)
+    progress("done")
+    Console().print(calibration_table(calibration))

@@ -1,0 +1,70 @@
+"""``medusa-export tree``: search the best draft tree for calibrated heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from medusa_export.cli import Progress, extra
+
+
+@click.command("tree")
+@click.argument("calibration", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the tree here, for 'onnx --tree'.")
+@click.option("--size", type=click.IntRange(1), default=64, show_default=True, help="Nodes, the root included.")
+@click.option(
+    "--measure",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Time steps of this bundle on this machine, and tell which size is fastest.",
+)
+@click.option("--draw", is_flag=True, help="Draw the tree.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(calibration: Path, output: Path | None, size: int, measure: Path | None, draw: bool, quiet: bool) -> None:
+    """Search the tree that accepts most tokens per step, by what 'medusa-export calibrate' measured.
+
+    Its nodes come in the order of their gain, so that every prefix is the best tree of its size.
+    """
+    progress = Progress(quiet=quiet)
+    with extra("export"):
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        from medusa_export.calibration import Calibration
+        from medusa_export.files import write_text
+        from medusa_export.tree_search import search_tree
+        from medusa_runtime.engine import MedusaEngine
+        from medusa_runtime.latency import LatencyTable, candidate_sizes
+
+    measured = Calibration.load(calibration)
+    tree = search_tree(measured, size)
+    expected = measured.acceptance(tree)
+    sizes = candidate_sizes(tree.size)
+    seconds: dict[int, float] = {}
+    if measure is not None:
+        progress(f"timing steps of {measure}")
+        with MedusaEngine.load(measure) as engine:
+            seconds = LatencyTable.measured(engine.bundle, engine.backend).seconds
+            sizes = sorted({*sizes, *(s for s in seconds if s <= tree.size)})
+    console = Console()
+    table = Table("nodes", "expected tokens/step", box=box.SIMPLE_HEAD)
+    for header in ("ms/step", "expected tokens/s") if seconds else ():
+        table.add_column(header)
+    for nodes in sizes:
+        tokens = expected.expected_tokens(nodes)
+        cells = [str(nodes), f"{tokens:.2f}"]
+        if nodes in seconds:
+            cells += [f"{seconds[nodes] * 1e3:.1f}", f"{tokens / seconds[nodes]:.1f}"]
+        table.add_row(*cells)
+    console.print(table)
+    if seconds:
+        usable = LatencyTable({nodes: taken for nodes, taken in seconds.items() if nodes <= tree.size})
+        console.print(f"Fastest on this machine: {usable.best_size(expected)} nodes.")
+    if draw:
+        console.print(tree.draw(), highlight=False)
+    if output is not None:
+        write_text(output, json.dumps([list(path) for path in tree.paths]) + "\n")
+    progress("done")

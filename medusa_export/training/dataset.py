@@ -1,0 +1,88 @@
+"""Training and held-out conversations: what ``distill`` wrote, or a file of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from medusa_export.errors import DatasetError
+from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize
+from medusa_export.training.distillation import SPLITS, read_description
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """Conversations, and a digest of them."""
+
+    name: str
+    conversations: list[Conversation]
+    sha256: str
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        """Its conversations as tokens.
+
+        Raises:
+            DatasetError: The chat template doesn't fit them.
+        """
+        return [tokenize(tokenizer, conversation) for conversation in self.conversations]
+
+
+def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list[DatasetSplit]:
+    """The splits ``train`` and ``heldout``.
+
+    Args:
+        data: A folder that ``distill`` wrote, or a file of conversations.
+        heldout: The fraction of a file's prompts to set aside.
+        limit: Conversations to train on, at most.
+
+    Raises:
+        DatasetError: The data can't be read, was altered, or is not finished; or a split is empty.
+    """
+    if data.is_dir():
+        recorded = read_description(data).get("splits")
+        if recorded is None:
+            raise DatasetError(f"The distillation in {data} is not finished: run 'medusa-export distill' again.")
+        splits = [_recorded(data / f"{name}.jsonl", name, recorded[name]["sha256"]) for name in SPLITS]
+    else:
+        found = read_conversations(data)
+        digest = _digest(data)
+        splits = [
+            DatasetSplit(name, [c for c in found if c.is_held_out(heldout) == (name == "heldout")], digest)
+            for name in SPLITS
+        ]
+    for split in splits:
+        if not split.conversations:
+            raise DatasetError(
+                f"No conversation of {data} falls to the split {split.name!r}: give more, or another --heldout."
+            )
+    train = splits[0]
+    if limit is not None and limit < len(train.conversations):
+        splits[0] = DatasetSplit(train.name, train.conversations[:limit], f"{train.sha256}, first {limit}")
+    return splits
+
+
+def load_heldout(data: Path) -> DatasetSplit:
+    """What to measure on: the held-out part of what ``distill`` wrote, or a file as a whole.
+
+    Raises:
+        DatasetError: The data can't be read, was altered, or is not finished.
+    """
+    return load_splits(data, heldout=0)[1] if data.is_dir() else _whole(data)
+
+
+def _whole(path: Path) -> DatasetSplit:
+    return DatasetSplit(path.stem, read_conversations(path), _digest(path))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded(path: Path, name: str, sha256: str) -> DatasetSplit:
+    if not path.is_file() or _digest(path) != sha256:
+        raise DatasetError(f"{path} is missing or altered: run 'medusa-export distill' again to restore it.")
+    return DatasetSplit(name, read_conversations(path), sha256)

@@ -1,0 +1,227 @@
+"""What a head sees and what it should say, position by position: hidden states of the frozen base model, kept on disk.
+
+The base model's share of an epoch is by far the larger, and always gives the same. So it runs once;
+what it gives is kept in parts, which also lets the job stop and go on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from medusa_export.errors import DatasetError
+from medusa_export.files import atomic_file, write_text
+from medusa_export.progress import progress_bar
+from medusa_export.training.conversations import Sample
+
+DESCRIPTION = "features.json"
+# Tokens of a batch, padding included.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Features:
+    """Positions to draft from.
+
+    Attributes:
+        hidden: [N, H], the base model's last hidden state.
+        next_tokens: [N], the token that follows.
+        targets: [N, K], the tokens after that; -1 where the conversation, or the assistant's turn, has ended.
+    """
+
+    hidden: Tensor
+    next_tokens: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """What features depend on; others are not taken for these."""
+
+    model: str
+    data: str
+    num_heads: int
+    dtype: str
+
+
+def last_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """What the model hands to its ``lm_head``, [B, S, H], without the cost of logits."""
+    captured: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(args[0])
+        return (args[0][:, :1], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        hook.remove()
+    return captured[0]
+
+
+def positions_of(sample: Sample, num_heads: int) -> tuple[list[int], list[list[int]]]:
+    """The positions from which a step drafts the assistant's words, and the targets of each.
+
+    A step drafts at position i once the base model has chosen token i + 1; head k is to say token i + 1 + k.
+    """
+    ids, is_label = sample.input_ids, sample.is_label
+    positions: list[int] = []
+    targets: list[list[int]] = []
+    for i in range(len(ids) - 1):
+        if not is_label[i + 1]:
+            continue
+        row: list[int] = []
+        for place in range(i + 2, i + 2 + num_heads):
+            inside = place < len(ids) and is_label[place] and (not row or row[-1] >= 0)
+            row.append(ids[place] if inside else -1)
+        if row[0] >= 0:
+            positions.append(i)
+            targets.append(row)
+    return positions, targets
+
+
+def compute_features(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    folder: Path,
+    key: FeatureKey,
+    *,
+    max_length: int,
+    name: str,
+    quiet: bool = False,
+) -> Features:
+    """Features of samples: from the folder, or computed and kept there.
+
+    Args:
+        model: The base model, on the device to run on.
+        samples: Conversations as tokens.
+        folder: Where they are kept.
+        key: What they depend on.
+        max_length: Tokens of a conversation, at most; the rest is cut off.
+        name: What to call them on the progress bar.
+        quiet: No progress.
+
+    Raises:
+        DatasetError: There is nothing to learn from, no room for the features, or those there are damaged.
+        OutputError: They can't be written.
+    """
+    _begin(folder, key)
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
+    batches = list(_batches([samples[i] for i in order], max_length))
+    _check_room(folder, model, batches, sum((folder / _file(n)).is_file() for n in range(len(batches))))
+    done = sum((folder / _file(number)).is_file() for number in range(len(batches)))
+    with progress_bar(f"hidden states, {name}", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
+        for number, batch in enumerate(batches):
+            if not (folder / _file(number)).is_file():
+                tensors = _compute(model, batch, key.num_heads)
+                with atomic_file(folder / _file(number)) as path:
+                    save_file(tensors, path)
+                bar.add(sum(len(sample.input_ids) for sample in batch))
+                bar.finish_piece()
+    return _load(folder, len(batches))
+
+
+def _file(number: int) -> str:
+    return f"{number:06d}.safetensors"
+
+
+def _begin(folder: Path, key: FeatureKey) -> None:
+    """Drops features of another model or data."""
+    path = folder / DESCRIPTION
+    text = json.dumps(asdict(key), indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
+        raise DatasetError(f"{folder} holds other files: give an empty or new folder for hidden states.")
+    shutil.rmtree(folder, ignore_errors=True)
+    write_text(path, text)
+
+
+def _batches(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample]]:
+    """Samples cut to size, in batches of a number of tokens; they come sorted by length."""
+    batch: list[Sample] = []
+    for sample in samples:
+        short = Sample(sample.input_ids[:max_length], sample.is_label[:max_length])
+        if batch and (len(batch) + 1) * len(short.input_ids) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(short)
+    if batch:
+        yield batch
+
+
+def _check_room(folder: Path, model: PreTrainedModel, batches: Sequence[Sequence[Sample]], done: int) -> None:
+    left = batches[done:]
+    positions = sum(sum(sample.is_label) for batch in left for sample in batch)
+    needed = positions * model.get_output_embeddings().in_features * torch.finfo(model.dtype).bits // 8
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DatasetError(
+            f"Hidden states of {positions:,} positions take {needed / 2**30:.1f} GiB, but {folder} has "
+            f"{free / 2**30:.1f} GiB free: make room, or train on fewer conversations with --limit."
+        )
+
+
+@torch.inference_mode()
+def _compute(model: PreTrainedModel, batch: Sequence[Sample], num_heads: int) -> dict[str, Tensor]:
+    width = max(len(sample.input_ids) for sample in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(batch):
+        ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
+        mask[row, : len(sample.input_ids)] = 1
+    hidden = last_hidden(model, ids.to(model.device), mask.to(model.device)).cpu()
+    kept, next_tokens, targets = [], [], []
+    for row, sample in enumerate(batch):
+        positions, found = positions_of(sample, num_heads)
+        kept.append(hidden[row, positions])
+        next_tokens += [sample.input_ids[i + 1] for i in positions]
+        targets += found
+    return {
+        "hidden": torch.cat(kept).contiguous(),
+        "next_tokens": torch.tensor(next_tokens, dtype=torch.int32),
+        "targets": torch.tensor(targets, dtype=torch.int32).reshape(-1, num_heads),
+    }
+
+
+def _load(folder: Path, count: int) -> Features:
+    parts: dict[str, list[Tensor]] = {"hidden": [], "next_tokens": [], "targets": []}
+    for number in range(count):
+        path = folder / _file(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name, tensors in parts.items():
+                    tensors.append(file.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise DatasetError(f"{path} is damaged ({error}): delete it and run again to compute it anew.") from error
+    features = Features(**{name: torch.cat(tensors) for name, tensors in parts.items()})
+    if not len(features):
+        raise DatasetError("The conversations hold no assistant's turn of more than one token: nothing to learn from.")
+    return features
+
+
+def frequent_tokens(features: Features, count: int, vocab_size: int, always: Iterable[int] = ()) -> Tensor:
+    """The tokens that are to be drafted most often, ascending: a reduced vocabulary (FR-Spec, arXiv 2502.14856).
+
+    Args:
+        features: The training set.
+        count: How many.
+        vocab_size: V of the base model.
+        always: Tokens that must be among them.
+    """
+    seen = torch.bincount(features.targets[features.targets >= 0].long(), minlength=vocab_size)
+    seen[list(always)] = seen.sum() + 1
+    return seen.argsort(descending=True, stable=True)[:count].sort().values

@@ -1,0 +1,320 @@
+"""Distillation, label masks, features and Medusa-1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import PreTrainedTokenizerBase
+
+from conftest import CHAT_TEMPLATE, make_tokenizer
+from medusa_export.cli import main
+from medusa_export.errors import DatasetError
+from medusa_export.head_files import load_heads
+from medusa_export.training import distillation
+from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize, unique
+from medusa_export.training.dataset import load_splits
+from medusa_export.training.features import positions_of
+from medusa_export.training.generation import Writer, _choose
+from medusa_export.training.medusa1 import places
+from medusa_export.training.parts import Parts
+from medusa_runtime import Bundle, MedusaEngine
+from tiny_models import tiny_model
+
+TEMPLATES = {
+    "plain": CHAT_TEMPLATE,
+    "chatml": (
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "llama2": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+}
+TALK = (
+    {"role": "user", "content": "yes"},
+    {"role": "assistant", "content": "yes"},  # the same words, so that only places can tell them apart
+    {"role": "user", "content": "Really?"},
+    {"role": "assistant", "content": "I think so."},
+)
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerBase:
+    tokenizer = make_tokenizer(260)
+    tokenizer.add_special_tokens({
+        "bos_token": "<s>",
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>"],
+    })  # fmt: skip
+    tokenizer.chat_template = TEMPLATES[template]
+    return tokenizer
+
+
+def labelled(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[str]:
+    """The runs of tokens that are labels, as text."""
+    runs: list[list[int]] = [[]]
+    for token, label in zip(sample.input_ids, sample.is_label, strict=True):
+        if label:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [("plain", ""), ("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("llama2", " <eos>"),
+                          ("zephyr", "<eos>")]
+)  # fmt: skip
+def test_labels_are_what_the_assistant_says(template: str, end: str) -> None:
+    tokenizer = tokenizer_with(template)
+    assert labelled(tokenizer, tokenize(tokenizer, Conversation(TALK))) == [f"yes{end}", f"I think so.{end}"]
+    cut = tokenize(tokenizer, Conversation(TALK, complete=False))
+    assert labelled(tokenizer, cut) == [f"yes{end}", "I think so."]
+    assert cut.is_label[-1]
+
+
+def test_a_template_that_alters_answers_is_refused() -> None:
+    tokenizer = tokenizer_with("plain")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(DatasetError, match="alters what the assistant says"):
+        tokenize(tokenizer, Conversation(TALK))
+
+
+def test_positions() -> None:
+    sample = Sample([10, 11, 12, 13, 14, 15, 16], [False, False, True, True, True, False, True])
+    positions, targets = positions_of(sample, 3)
+    # From 11 the model says 12 and the heads 13 and 14; beyond that the turn has ended.
+    assert positions == [1, 2]
+    assert targets == [[13, 14, -1], [14, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi"},
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        {"id": "1", "data": ["Hi", "Ho", "Ha"]},
+        {"instruction": "Hi"},
+        "Hi",
+    ],
+)
+def test_shapes_of_prompts(tmp_path: Path, row: object) -> None:
+    (tmp_path / "lines.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "list.json").write_text(json.dumps([row]))
+    for name in ("lines.jsonl", "list.json"):
+        assert read_conversations(tmp_path / name)[0].user_turns[0] == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a"}\n{"pro', "line 2 is not valid JSON"),
+        ('{"text2": "a"}', "has the keys 'text2'"),
+        ('{"messages": [{"role": "alien", "content": "a"}]}', "holds the turn"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "no message of a user"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(DatasetError, match=words):
+        read_conversations(tmp_path / "p.jsonl")
+
+
+def test_copies_of_a_prompt_are_one_and_go_to_one_split() -> None:
+    said = ["What is it?", "what is  it", "WHAT is it!", "Something else"]
+    talks = [Conversation(({"role": "user", "content": text},)) for text in said]
+    assert [talk.user_turns[0] for talk in unique(talks)] == ["What is it?", "Something else"]
+    for fraction in (0.1, 0.5, 0.9):
+        assert len({talk.is_held_out(fraction) for talk in talks[:3]}) == 1
+    many = [Conversation(({"role": "user", "content": f"prompt {i}"},)).is_held_out(0.2) for i in range(2000)]
+    assert 0.17 < sum(many) / 2000 < 0.23
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1e9, 2.0]])
+    expected = torch.softmax(logits[0] / 0.5, -1)
+    draws = _choose(logits.expand(20_000, 4), 0.5, torch.rand(20_000, generator=torch.Generator().manual_seed(1)))
+    seen = torch.bincount(draws, minlength=4) / 20_000
+    torch.testing.assert_close(seen, expected, atol=0.015, rtol=0)
+    assert seen[2] == 0
+
+
+def test_a_batch_writes_what_each_row_would_alone() -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = 7
+    writer = Writer(model, make_tokenizer())
+    prompts = ["a", "some longer prompt", "and", "the fourth of them"]
+    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    together = writer.answer(talks, max_new_tokens=24, temperature=0, seed=0)
+    alone = [writer.answer([talk], max_new_tokens=24, temperature=0, seed=0)[0] for talk in talks]
+    assert together == alone
+    drawn = [writer.answer(talks, max_new_tokens=24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({answer.tokens for answer in drawn[0]}) > 1  # rows ended at different times
+
+
+def distilled(model: Path, folder: Path, *options: object) -> tuple[int, str]:
+    arguments = ["distill", model, "-o", folder, "--batch-size", 4, "-n", 12, "--heldout", 0.3, *options]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(f"Prompt number {i}, {'very ' * (i % 5)}good" for i in range(22)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tiny_model_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "data"
+    code, output = distilled(tiny_model_folder, folder, "--prompts", prompts, "--temperature", 1)
+    assert code == 0, output
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for name in ("train", "heldout") for line in (folder / f"{name}.jsonl").open()]
+    return sorted(found, key=lambda row: row["id"])
+
+
+def test_distilled_data(data: Path) -> None:
+    rows = rows_of(data)
+    assert [row["id"] for row in rows] == list(range(22))
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
+    splits = load_splits(data, heldout=0)
+    assert {split.name: len(split.conversations) > 0 for split in splits} == {"train": True, "heldout": True}
+
+
+def test_an_interrupted_distillation_goes_on(
+    data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    real = Parts.write
+
+    def fail(self: Parts, number: int, rows: Any) -> None:
+        if number == 3:
+            raise OSError(28, "No space left on device")
+        real(self, number, rows)
+
+    options = ("--prompts", prompts, "--temperature", 1)
+    monkeypatch.setattr(distillation.Parts, "write", fail)
+    with pytest.raises(AssertionError):
+        distilled(tiny_model_folder, folder, *options)
+    monkeypatch.undo()
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "answers").iterdir()}
+    assert len(kept) == 3
+    code, output = distilled(tiny_model_folder, folder, *options, "--turns", 2)
+    assert code == 1
+    assert "begun with turns = 1" in output
+    code, output = distilled(tiny_model_folder, folder, *options)
+    assert code == 0, output
+    assert rows_of(folder) == rows_of(data)  # nothing lost, nothing twice, nothing else
+    assert all((folder / "answers" / name).stat().st_mtime_ns == time for name, time in kept.items())
+
+
+def test_damaged_data_is_found(data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    options = ("--prompts", prompts, "--temperature", 1)
+    assert distilled(tiny_model_folder, folder, *options)[0] == 0
+    (folder / "train.jsonl").write_text((folder / "train.jsonl").read_text()[:-60])
+    with pytest.raises(DatasetError, match="missing or altered"):
+        load_splits(folder, heldout=0)
+    part = sorted((folder / "answers").iterdir())[1]
+    part.write_bytes(part.read_bytes().replace(b"Prompt", b"prompt"))
+    code, output = distilled(tiny_model_folder, folder, *options)
+    assert code == 1
+    assert "is damaged: delete it" in output
+    part.unlink()
+    assert distilled(tiny_model_folder, folder, *options)[0] == 0
+    assert rows_of(folder) == rows_of(data)
+
+
+def test_a_model_writes_its_own_prompts_over_several_turns(tiny_model_folder: Path, tmp_path: Path) -> None:
+    code, output = distilled(tiny_model_folder, tmp_path / "d", "--magpie", 5, "--turns", 2, "--system", "Be kind")
+    assert code in (0, 1), output
+    if code == 1:  # a random model may never end a turn
+        assert "There are no prompts" in output
+        return
+    for row in rows_of(tmp_path / "d"):
+        assert row["messages"][0] == {"role": "system", "content": "Be kind"}
+
+
+def test_places() -> None:
+    logits = torch.tensor([[[0.1, 0.9, 0.5], [1.0, 2.0, 3.0]]])
+    assert places(logits, torch.tensor([[1, 0]]), torch.tensor([[5, 6]])).tolist() == [[0, 2]]
+    # A target outside of the draft vocabulary counts as missed; one that doesn't exist does not count.
+    assert places(logits, torch.tensor([[-1, -1]]), torch.tensor([[5, -1]])).tolist() == [[10, -1]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--conditioned", "--num-layers", 2, "--draft-vocab", 40),
+        ("--plain",),
+        ("--plain", "--own-projections", "--draft-vocab", 60),
+    ],
+)
+def test_trained_heads_learn_and_decode_losslessly(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    out = tmp_path / "heads"
+    arguments = [
+        "train", tiny_model_folder, "--data", data, "-o", out, "--num-heads", 2, "--epochs", 12, "--batch-size", 16,
+        "-q", *options,
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    losses = [entry["loss"] for entry in json.loads((out / "training.json").read_text())["history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert (out / "training.png").stat().st_size > 1000
+    model = tiny_model("llama")
+    heads = load_heads(out, model)
+    assert heads.config.conditioned == ("--conditioned" in options)
+    arguments = ["onnx", tiny_model_folder, "--heads", out, "--top-k", 4, "-o", tmp_path / "bundle", "-q"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    with MedusaEngine.load(Bundle.load(tmp_path / "bundle").folder) as engine:
+        tokens = [
+            engine.generate("A prompt", max_new_tokens=32, tree_size=size).token_ids
+            for size in (1, 3, engine.bundle.tree.size)
+        ]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["train", tiny_model_folder, "--data", data, "--num-heads", 2, "--batch-size", 16, "-q"]
+
+    def train(folder: Path, epochs: int) -> dict[str, torch.Tensor]:
+        command = [str(a) for a in (*arguments, "-o", folder, "--epochs", epochs)]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return dict(load_heads(folder, tiny_model("llama")).state_dict())
+
+    whole = train(tmp_path / "whole", 2)
+    checkpoints = sorted((tmp_path / "whole" / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    assert len(checkpoints) == 2
+    # As after a kill in the second epoch.
+    (tmp_path / "again" / "checkpoints").mkdir(parents=True)
+    checkpoints[0].rename(tmp_path / "again" / "checkpoints" / checkpoints[0].name)
+    again = train(tmp_path / "again", 2)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, msg=name)
