@@ -12,7 +12,7 @@ from medusa_runtime.tree import RankPath, Tree
 TOP_1 = (0.560, 0.316, 0.201, 0.147, 0.118)
 TOP_5 = (0.780, 0.563, 0.417, 0.340, 0.300)
 # Each further rank is right about this much less often than the one before.
-RANK_DECAY = 0.5
+RANK_DECAY = 0.6
 # Each head beyond those measured is right about this much less often than the one before.
 DEPTH_DECAY = 0.8
 
