@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train heads on what a model wrote.",
     "calibrate": "Measure how often heads are right.",
     "tree": "Search the best draft tree for calibrated heads.",
+    "bench": "Measure what the tree brings.",
 }
 # What --dtype may be, and what torch calls it.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from medusa_export import bench
 from medusa_runtime import MedusaEngine
 
 PROMPT = "Write a long story about a lighthouse keeper who finds a message in a bottle."
@@ -51,52 +52,12 @@ class Bundle:
         return seconds * (tokens - 1) / (len(result.token_ids) - 1)
 
 
-def genai(folder: Path, prompt: list[int], threads: int) -> Contestant:
-    """onnxruntime-genai's model of the same weights."""
-    import onnxruntime_genai as og  # noqa: PLC0415  # optional
-
-    config = og.Config(str(folder))
-    config.clear_providers()
-    options = {"session_options": {"intra_op_num_threads": threads}}
-    config.overlay(json.dumps({"model": {"decoder": options}}))
-    model = og.Model(config)
+def seconds_of(peer: bench.Contestant, prompt: list[int]) -> Contestant:
+    """Another runtime, by the seconds that it takes."""
 
     def run(tokens: int) -> float:
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(prompt)
-        generator.generate_next_token()
-        started = time.perf_counter()
-        generated = 1
-        while not generator.is_done():
-            generator.generate_next_token()
-            generated += 1
-        return (time.perf_counter() - started) * (tokens - 1) / (generated - 1)
-
-    return run
-
-
-def transformers(model_path: str, prompt: list[int], threads: int) -> Contestant:
-    """transformers' greedy generate."""
-    import torch  # noqa: PLC0415  # slow to import
-
-    from medusa_export.checkpoints import load_model  # noqa: PLC0415
-
-    torch.set_num_threads(threads)
-    model: Any = load_model(model_path, dtype=torch.float32)
-    model.generation_config.update(temperature=None, top_p=None, top_k=None)
-    ids = torch.tensor([prompt])
-
-    def timed(tokens: int) -> tuple[float, int]:
-        started = time.perf_counter()
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
-        return time.perf_counter() - started, output.shape[1] - len(prompt)
-
-    def run(tokens: int) -> float:
-        first, _ = timed(1)
-        whole, generated = timed(tokens)
-        return (whole - first) * (tokens - 1) / (generated - 1)
+        answer = peer(prompt, tokens)
+        return answer.decode_seconds * (tokens - 1) / answer.steps
 
     return run
 
@@ -135,9 +96,9 @@ def main(
     for size in tree_sizes:
         contestants[f"bundle with heads, tree size {size}, per step"] = _per_step(Bundle(heads, prompt, threads, size))
     if genai_model is not None:
-        contestants["onnxruntime-genai, fp32"] = genai(genai_model, prompt, threads)
+        contestants["onnxruntime-genai, fp32"] = seconds_of(bench.genai_contestant(genai_model, threads), prompt)
     if model is not None:
-        contestants["transformers generate"] = transformers(model, prompt, threads)
+        contestants["transformers generate"] = seconds_of(bench.transformers_contestant(model, threads), prompt)
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for run in range(rounds + 1):

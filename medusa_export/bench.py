@@ -1,0 +1,265 @@
+"""Decoding speed told honestly: everything in turns, on the same prompts, against plain decoding in the same engine.
+
+Each repeat every contestant answers every prompt; the order rotates, so that nobody always follows the same
+neighbour. Speeds are totals over prompts, ratios are taken within a repeat, and medians over repeats.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from medusa_export.errors import DatasetError
+from medusa_runtime import MedusaEngine
+
+
+@dataclass(frozen=True)
+class BenchPrompt:
+    """A prompt, and what kind of request it is."""
+
+    category: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        token_ids: All of it.
+        prefill_seconds: Until the first token.
+        decode_seconds: From there to the last.
+        steps: After the first token.
+    """
+
+    token_ids: tuple[int, ...]
+    prefill_seconds: float
+    decode_seconds: float
+    steps: int
+
+
+# Answers token ids with at most so many tokens, greedily.
+Contestant = Callable[[list[int], int], Generation]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a contestant came to; medians over repeats.
+
+    Attributes:
+        tokens_per_second: After the first token.
+        spread: The slowest and the fastest repeat.
+        tokens_per_step: Tokens that a step emitted on average.
+        speedup: Tokens per second against the baseline's, within a repeat.
+        overhead: Seconds per step against the baseline's.
+        first_token_seconds: Median over prompts, too.
+        identical: The tokens are the baseline's.
+    """
+
+    tokens_per_second: float
+    spread: tuple[float, float]
+    tokens_per_step: float
+    speedup: float
+    overhead: float
+    first_token_seconds: float
+    identical: bool
+
+
+def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
+    """The fixed prompts that come with the package, or those of a file: JSON lines of ``category`` and ``prompt``.
+
+    Raises:
+        DatasetError: The file can't be read.
+    """
+    source: Any = path if path is not None else files("medusa_export") / "data" / "bench_prompts.jsonl"
+    try:
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [BenchPrompt(str(row.get("category", "")), str(row["prompt"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{source} can't be read as JSON lines of category and prompt ({error!r}).") from error
+    if not found:
+        raise DatasetError(f"{source} holds no prompts.")
+    return found
+
+
+def engine_contestant(engine: MedusaEngine, tree_size: int) -> Contestant:
+    """An engine at one tree size."""
+
+    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
+        result = engine.generate(prompt, max_new_tokens=max_new_tokens, tree_size=tree_size)
+        stats = result.stats
+        return Generation(result.token_ids, stats.prefill_seconds, stats.decode_seconds, stats.steps)
+
+    return answer
+
+
+def transformers_contestant(model_path: str, threads: int | None) -> Contestant:
+    """transformers' greedy ``generate``, in fp32."""
+    import torch  # noqa: PLC0415  # slow to import, and not always wanted
+
+    from medusa_export.checkpoints import load_model  # noqa: PLC0415
+
+    if threads:
+        torch.set_num_threads(threads)
+    model: Any = load_model(model_path, dtype=torch.float32)
+    model.generation_config.update(temperature=None, top_p=None, top_k=None)
+
+    def timed(ids: Any, count: int) -> tuple[float, Any]:
+        started = time.perf_counter()
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+        return time.perf_counter() - started, output[0, ids.shape[1] :].tolist()
+
+    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
+        ids = torch.tensor([prompt])
+        first, _ = timed(ids, 1)
+        whole, tokens = timed(ids, max_new_tokens)
+        return Generation(tuple(tokens), first, whole - first, len(tokens) - 1)
+
+    return answer
+
+
+def genai_contestant(folder: Path, threads: int | None) -> Contestant:
+    """onnxruntime-genai with a model of the same weights."""
+    import onnxruntime_genai as og  # noqa: PLC0415  # optional
+
+    config = og.Config(str(folder))
+    config.clear_providers()
+    if threads:
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
+
+    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(prompt) + max_new_tokens, do_sample=False)
+        generator = og.Generator(model, params)
+        started = time.perf_counter()
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+        first = time.perf_counter()
+        steps = 0
+        while not generator.is_done():
+            generator.generate_next_token()
+            steps += 1
+        done = time.perf_counter()
+        tokens = [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+        return Generation(tuple(tokens), first - started, done - first, steps)
+
+    return answer
+
+
+def race(
+    contestants: Mapping[str, Contestant],
+    baseline: str,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    repeats: int,
+    told: Callable[[], None] = lambda: None,
+) -> dict[str, list[list[Generation]]]:
+    """Everyone's answers, [repeat][prompt]; the first prompt is answered once more before, to warm up."""
+    names = [baseline, *(name for name in contestants if name != baseline)]
+    for name in names:
+        contestants[name](prompts[0], max_new_tokens)
+    answers: dict[str, list[list[Generation]]] = {name: [[] for _ in range(repeats)] for name in names}
+    turn = 0
+    for repeat in range(repeats):
+        for prompt in prompts:
+            order = names[turn % len(names) :] + names[: turn % len(names)]
+            turn += 1
+            for name in order:
+                answers[name][repeat].append(contestants[name](prompt, max_new_tokens))
+            told()
+    return answers
+
+
+def speeds(answers: Mapping[str, list[list[Generation]]], baseline: str) -> dict[str, Speed]:
+    """Speeds of everyone against the baseline."""
+    rates = {name: [_rate(repeat) for repeat in repeats] for name, repeats in answers.items()}
+    step_seconds = {name: [_step_seconds(repeat) for repeat in repeats] for name, repeats in answers.items()}
+    expected = [answer.token_ids for answer in answers[baseline][0]]
+    return {
+        name: Speed(
+            tokens_per_second=statistics.median(rates[name]),
+            spread=(min(rates[name]), max(rates[name])),
+            tokens_per_step=_tokens(repeats[0]) / max(sum(answer.steps for answer in repeats[0]), 1),
+            speedup=_ratio(rates[name], rates[baseline]),
+            overhead=_ratio(step_seconds[name], step_seconds[baseline]),
+            first_token_seconds=statistics.median(a.prefill_seconds for repeat in repeats for a in repeat),
+            identical=all([answer.token_ids for answer in repeat] == expected for repeat in repeats),
+        )
+        for name, repeats in answers.items()
+    }
+
+
+def by_category(
+    answers: Mapping[str, list[list[Generation]]], categories: Sequence[str], name: str, baseline: str
+) -> dict[str, dict[str, float]]:
+    """Speedup and tokens per step of one contestant, by kind of request."""
+    figures = {}
+    for category in dict.fromkeys(categories):
+        part = {
+            who: [
+                [a for a, kind in zip(repeat, categories, strict=True) if kind == category] for repeat in answers[who]
+            ]
+            for who in {name, baseline}
+        }
+        speed = speeds(part, baseline)[name]
+        figures[category] = {"speedup": speed.speedup, "tokens_per_step": speed.tokens_per_step}
+    return figures
+
+
+def _tokens(repeat: Sequence[Generation]) -> int:
+    """Tokens after the first of each answer."""
+    return sum(len(answer.token_ids) - 1 for answer in repeat)
+
+
+def _rate(repeat: Sequence[Generation]) -> float:
+    return _tokens(repeat) / max(sum(answer.decode_seconds for answer in repeat), 1e-9)
+
+
+def _step_seconds(repeat: Sequence[Generation]) -> float:
+    return sum(answer.decode_seconds for answer in repeat) / max(sum(answer.steps for answer in repeat), 1)
+
+
+def _ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(value / max(other, 1e-12) for value, other in zip(values, others, strict=True))
+
+
+def environment() -> dict[str, Any]:
+    """Where a figure was measured."""
+    found = {}
+    for package in ("medusa-export", "onnxruntime", "onnxruntime-genai", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "platform": platform.platform(),
+        "versions": found,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def report(
+    measured: Mapping[str, Speed], chosen: str, tree_size: int, categories: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """The figures of a bench as JSON: at the top those of the tree size that ``auto`` chooses."""
+    return {
+        "speedup": measured[chosen].speedup,
+        "tokens_per_step": measured[chosen].tokens_per_step,
+        "overhead": measured[chosen].overhead,
+        "tree_size": tree_size,
+        "identical": all(speed.identical for speed in measured.values()),
+        "contestants": {name: asdict(speed) for name, speed in measured.items()},
+        "categories": {name: dict(figures) for name, figures in categories.items()},
+        "environment": environment(),
+    }

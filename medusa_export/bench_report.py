@@ -1,0 +1,96 @@
+"""A bench as a table, as Markdown, as a plot, and against an earlier one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from medusa_export.bench import Speed
+from medusa_export.errors import DatasetError
+from medusa_export.files import atomic_file
+
+COLUMNS = ("", "tokens/s", "range", "tokens/step", "overhead", "speedup", "first token", "same tokens")
+
+
+def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
+    """A line of words per contestant."""
+    return [
+        (
+            name,
+            f"{speed.tokens_per_second:.1f}",
+            f"{speed.spread[0]:.1f} to {speed.spread[1]:.1f}",
+            f"{speed.tokens_per_step:.2f}",
+            f"{speed.overhead:.2f}",
+            f"{speed.speedup:.2f}x",
+            f"{speed.first_token_seconds * 1e3:.0f} ms",
+            "yes" if speed.identical else "NO",
+        )
+        for name, speed in measured.items()
+    ]
+
+
+def as_table(measured: Mapping[str, Speed]) -> Table:
+    """For people at a terminal."""
+    table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+    for row in rows(measured):
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[str, float]]) -> str:
+    """For people elsewhere."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(row)} |" for row in rows(measured)]
+    if categories:
+        lines += ["", "| category | tokens/step | speedup |", "|---|---|---|"]
+        lines += [f"| {name} | {f['tokens_per_step']:.2f} | {f['speedup']:.2f}x |" for name, f in categories.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot_sizes(sizes: Mapping[int, Speed], target: Path) -> None:
+    """Speed, tokens per step and overhead over the tree size, as a PNG.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415  # of an extra, and slow to import
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    places = sorted(sizes)
+    for label, name in (("speedup", "speedup"), ("tokens per step", "tokens_per_step"), ("overhead", "overhead")):
+        axes.plot(places, [getattr(sizes[size], name) for size in places], "o-", label=label)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set(xlabel="tree size (nodes)", ylabel="against tree size 1", title="Decoding with a tree")
+    axes.legend()
+    with atomic_file(target) as path:
+        figure.savefig(path, dpi=110, format="png")
+
+
+def regressions(new: Mapping[str, Any], old_file: Path, tolerance: float) -> list[str]:
+    """Where a bench falls behind an earlier one, in words.
+
+    Ratios are compared, not tokens per second: another machine has other speeds.
+
+    Raises:
+        DatasetError: The earlier report can't be read.
+    """
+    try:
+        old = json.loads(old_file.read_text(encoding="utf-8"))
+        before = {name: float(old[name]) for name in ("speedup", "tokens_per_step", "overhead")}
+        was_identical = bool(old["identical"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{old_file} is no report of 'medusa-export bench' ({error!r}).") from error
+    found = []
+    for name, value in before.items():
+        worse = new[name] > value * (1 + tolerance) if name == "overhead" else new[name] < value * (1 - tolerance)
+        if worse:
+            found.append(f"{name.replace('_', ' ')} is {new[name]:.2f}, was {value:.2f}")
+    if was_identical and not new["identical"]:
+        found.append("the tokens are no longer the same")
+    return found

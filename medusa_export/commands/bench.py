@@ -1,0 +1,117 @@
+"""``medusa-export bench``: measure what the tree brings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medusa_export.cli import Failure, Progress, extra
+
+
+def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of sizes: give numbers, separated by commas.")
+    return [int(part) for part in parts]
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--tree-sizes", callback=_sizes, help="Such as 4,8,16; by default a few, and what 'auto' chooses.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="JSON lines of category and prompt; by default built-in ones."
+)
+@click.option("-n", "--max-new-tokens", type=click.IntRange(2), default=96, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Of every contestant. [default: all]")
+@click.option("--plain", type=click.Path(path_type=Path), help="Also a bundle of the same model without heads.")
+@click.option("--model", help="Also transformers' generate with this model.")
+@click.option("--genai", type=click.Path(path_type=Path), help="Also onnxruntime-genai with the model in this folder.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write a report here.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write tables here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of speed against tree size here, as PNG.")
+@click.option("--compare", type=click.Path(path_type=Path), help="Fail if it falls behind this earlier report.")
+@click.option("--tolerance", type=click.FloatRange(0), default=0.1, show_default=True, help="Of --compare.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    bundle: Path,
+    tree_sizes: list[int] | None,
+    prompts: Path | None,
+    max_new_tokens: int,
+    repeats: int,
+    threads: int | None,
+    plain: Path | None,
+    model: str | None,
+    genai: Path | None,
+    json_path: Path | None,
+    markdown: Path | None,
+    plot: Path | None,
+    compare: Path | None,
+    tolerance: float,
+    quiet: bool,
+) -> None:
+    """Measure what the tree of BUNDLE brings: tokens per second, per step, and the price of a step.
+
+    Everything is measured in turns, against plain decoding (tree size 1) in the same engine.
+    """
+    progress = Progress(quiet=quiet)
+    with extra("export"):
+        from rich.console import Console
+
+        from medusa_export import bench as b
+        from medusa_export.bench_report import as_markdown, as_table, plot_sizes, regressions
+        from medusa_export.errors import DatasetError
+        from medusa_export.files import write_text
+        from medusa_export.progress import progress_bar
+        from medusa_runtime.engine import MedusaEngine
+
+    asked = b.bench_prompts(prompts)
+    progress(f"loading {bundle}")
+    engine = MedusaEngine.load(bundle, threads=threads)
+    if engine.tokenizer is None:
+        raise DatasetError(f"{bundle} has no tokenizer to read prompts with.")
+    tokenizer = engine.tokenizer
+    ids = [tokenizer.encode_chat([{"role": "user", "content": p.prompt}]) for p in asked]
+    chosen = engine.generate(ids[0], max_new_tokens=1).stats.tree_size
+    largest = engine.bundle.tree.size
+    sizes = sorted({1, chosen, *(tree_sizes or (s for s in (2, 4, 6, 8, 10, 12, 16, 32, 64) if s <= largest))})
+    if sizes[-1] > largest:
+        raise click.UsageError(f"--tree-sizes holds {sizes[-1]}, but this bundle's tree has {largest} nodes.")
+    names = {size: f"tree size {size}" for size in sizes}
+    contestants: dict[str, Any] = {names[size]: b.engine_contestant(engine, size) for size in sizes}
+    if plain is not None:
+        contestants["bundle without heads"] = b.engine_contestant(MedusaEngine.load(plain, threads=threads), 1)
+    if genai is not None:
+        with extra("bench"):
+            contestants["onnxruntime-genai"] = b.genai_contestant(genai, threads)
+    if model is not None:
+        with extra("export"):
+            contestants["transformers"] = b.transformers_contestant(model, threads)
+
+    with progress_bar("answering", len(ids) * repeats, quiet=quiet) as bar:
+        answers = b.race(
+            contestants, names[1], ids, max_new_tokens=max_new_tokens, repeats=repeats, told=bar.finish_piece
+        )
+    measured = b.speeds(answers, names[1])
+    categories = b.by_category(answers, [p.category for p in asked], names[chosen], names[1])
+    figures = b.report(measured, names[chosen], chosen, categories)
+    if json_path is not None:
+        write_text(json_path, json.dumps(figures, indent=1) + "\n")
+    if markdown is not None:
+        write_text(markdown, as_markdown(measured, categories))
+    if plot is not None:
+        with extra("train"):
+            plot_sizes({size: measured[name] for size, name in names.items()}, plot)
+    console = Console()
+    console.print(as_table(measured))
+    console.print(
+        f"'auto' chooses {chosen} nodes: {figures['tokens_per_step']:.2f} tokens/step, {figures['speedup']:.2f} times "
+        "the speed of plain decoding in the same engine."
+    )
+    if compare is not None and (behind := regressions(figures, compare, tolerance)):
+        raise Failure(f"This falls behind {compare}: {'; '.join(behind)}.")

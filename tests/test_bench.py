@@ -1,0 +1,105 @@
+"""The bench: its arithmetic on made-up answers, and the command on a tiny bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from medusa_export.bench import Generation, bench_prompts, by_category, race, speeds
+from medusa_export.bench_report import as_markdown, regressions
+from medusa_export.cli import main
+from medusa_export.errors import DatasetError
+from medusa_runtime import Bundle
+
+
+def answer(tokens: int, seconds: float, steps: int, first: int = 7) -> Generation:
+    return Generation((first, *range(tokens)), 0.1, seconds, steps)
+
+
+def test_speeds() -> None:
+    answers = {
+        "plain": [[answer(10, 1.0, 10)], [answer(10, 2.0, 10)], [answer(10, 4.0, 10)]],
+        "tree": [[answer(10, 0.5, 5)], [answer(10, 1.0, 5)], [answer(10, 4.0, 5)]],
+        "other": [[answer(10, 1.0, 10, first=8)]] * 3,
+    }
+    found = speeds(answers, "plain")
+    assert found["plain"].tokens_per_second == 5
+    assert found["plain"].spread == (2.5, 10)
+    assert found["plain"].speedup == found["plain"].overhead == 1
+    assert found["tree"].speedup == 2  # the median of 2, 2 and 1
+    assert found["tree"].tokens_per_step == 2
+    assert found["tree"].overhead == 1
+    assert found["tree"].identical
+    assert not found["other"].identical
+
+
+def test_categories() -> None:
+    answers = {
+        "plain": [[answer(10, 1.0, 10), answer(10, 1.0, 10)]],
+        "tree": [[answer(10, 0.5, 4), answer(10, 2.0, 10)]],
+    }
+    figures = by_category(answers, ["a", "b"], "tree", "plain")
+    assert figures["a"] == {"speedup": 2, "tokens_per_step": 2.5}
+    assert figures["b"] == {"speedup": 0.5, "tokens_per_step": 1}
+    assert "| a | 2.50 | 2.00x |" in as_markdown(speeds(answers, "plain"), figures)
+
+
+def test_everyone_answers_everything_and_the_order_turns() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def contestant(name: str):
+        def run(prompt: list[int], count: int) -> Generation:
+            asked.append((name, prompt[0]))
+            return answer(count, 1.0, count)
+
+        return run
+
+    answers = race({n: contestant(n) for n in "ab"}, "a", [[1], [2]], max_new_tokens=3, repeats=2)
+    assert asked[:2] == [("a", 1), ("b", 1)]  # to warm up
+    assert [name for name, _ in asked[2:]] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert {name: [len(repeat) for repeat in repeats] for name, repeats in answers.items()} == {
+        "a": [2, 2],
+        "b": [2, 2],
+    }
+
+
+def test_prompts(tmp_path: Path) -> None:
+    prompts = bench_prompts()
+    assert len({prompt.category for prompt in prompts}) >= 6
+    assert len(set(prompts)) == len(prompts)
+    (tmp_path / "p").write_text('{"text": 1}')
+    with pytest.raises(DatasetError, match="category and prompt"):
+        bench_prompts(tmp_path / "p")
+
+
+def test_an_earlier_report(tmp_path: Path) -> None:
+    old = {"speedup": 1.5, "tokens_per_step": 2.0, "overhead": 1.3, "identical": True}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert regressions({**old, "speedup": 1.4}, tmp_path / "old.json", 0.1) == []
+    assert regressions({**old, "speedup": 1.3}, tmp_path / "old.json", 0.1) == ["speedup is 1.30, was 1.50"]
+    assert regressions({**old, "overhead": 1.5, "identical": False}, tmp_path / "old.json", 0.1) == [
+        "overhead is 1.50, was 1.30",
+        "the tokens are no longer the same",
+    ]
+
+
+def test_the_command(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"category": "a", "prompt": "Hello"}\n{"category": "b", "prompt": "World"}\n')
+    arguments = [
+        "bench", tiny_bundle.folder, "--prompts", tmp_path / "p.jsonl", "-n", 8, "--repeats", 1, "--tree-sizes", "3,9",
+        "--json", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--plot", tmp_path / "r.png", "-q",
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {"speedup", "tokens_per_step", "overhead", "tree_size", "identical"} <= set(report)
+    assert report["identical"]
+    assert set(report["categories"]) == {"a", "b"}
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "old.json").write_text(json.dumps({**report, "tokens_per_step": 99}))
+    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--compare", tmp_path / "old.json")])
+    assert result.exit_code == 1
+    assert "tokens per step is" in result.output
