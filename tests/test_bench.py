@@ -60,10 +60,8 @@ def test_everyone_answers_everything_and_the_order_turns() -> None:
     answers = race({n: contestant(n) for n in "ab"}, "a", [[1], [2]], max_new_tokens=3, repeats=2)
     assert asked[:2] == [("a", 1), ("b", 1)]  # to warm up
     assert [name for name, _ in asked[2:]] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert {name: [len(repeat) for repeat in repeats] for name, repeats in answers.items()} == {
-        "a": [2, 2],
-        "b": [2, 2],
-    }
+    lengths = {name: [len(repeat) for repeat in repeats] for name, repeats in answers.items()}
+    assert lengths == {"a": [2, 2], "b": [2, 2]}
 
 
 def test_prompts(tmp_path: Path) -> None:
