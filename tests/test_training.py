@@ -15,12 +15,13 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
 from medusa_export.head_files import load_heads
+from medusa_export.heads import MedusaHeads
 from medusa_export.training import distillation
 from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize, unique
 from medusa_export.training.dataset import load_splits
-from medusa_export.training.features import positions_of
+from medusa_export.training.features import Features, _left, positions_of
 from medusa_export.training.generation import Writer, _choose
-from medusa_export.training.medusa1 import places
+from medusa_export.training.medusa1 import HeadLoss, _Positions, places
 from medusa_export.training.parts import Parts
 from medusa_runtime import Bundle, MedusaEngine
 from tiny_models import tiny_model
@@ -258,6 +259,25 @@ def test_a_model_writes_its_own_prompts_over_several_turns(tiny_model_folder: Pa
         assert row["messages"][0] == {"role": "system", "content": "Be kind"}
 
 
+def test_soft_targets_are_the_base_models_distribution_at_the_targets_place() -> None:
+    """With the base model's own projection, a head that knew the state ahead would have the least loss possible."""
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 16)
+    lm_head, embedding = torch.nn.Linear(16, 30, bias=False), torch.nn.Embedding(30, 16)
+    left = torch.tensor(_left([0, 1, 2, 3, 7, 8, 9, 10, 11]))
+    features = Features(hidden, torch.arange(9), torch.randint(30, (9, 2)), left)
+    assert features.left.tolist() == [3, 2, 1, 0, 4, 3, 2, 1, 0]
+    ahead = _Positions(features, ahead=True).__getitems__(range(9))["ahead"]
+    assert torch.equal(ahead[0], hidden[1:3])
+    assert ahead[3].isnan().all()
+    assert torch.equal(ahead[2, 0], hidden[3]) and ahead[2, 1].isnan().all()
+    loss = HeadLoss(MedusaHeads.fresh(2, lm_head), embedding, lm_head, soft=1.0).train()
+    teacher = torch.softmax(lm_head(hidden[1:3]), -1)
+    own = torch.log_softmax(lm_head(hidden[0]), -1)  # a fresh head copies the base model
+    got = loss(hidden[:1], features.next_tokens[:1], features.targets[:1], ahead[:1])["loss"]
+    torch.testing.assert_close(got, -(teacher * own).sum())
+
+
 def test_places() -> None:
     logits = torch.tensor([[[0.1, 0.9, 0.5], [1.0, 2.0, 3.0]]])
     assert places(logits, torch.tensor([[1, 0]]), torch.tensor([[5, 6]])).tolist() == [[0, 2]]
@@ -268,7 +288,7 @@ def test_places() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--conditioned", "--num-layers", 2, "--draft-vocab", 40),
+        ("--conditioned", "--num-layers", 2, "--draft-vocab", 40, "--soft", 0.5),
         ("--plain",),
         ("--plain", "--own-projections", "--draft-vocab", 60),
     ],

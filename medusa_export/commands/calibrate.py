@@ -51,7 +51,6 @@ def command(model: str, heads: str, data: Path, output: Path, plot: Path | None,
         raise DatasetError(f"{model} has no chat template, so it is not known how it reads conversations.")
     base = load_model(model, dtype=torch.float32)
     attached = load_heads(heads, base)
-    lm_head = base.get_output_embeddings()
     with tempfile.TemporaryDirectory() as scratch:
         features = compute_features(
             base,
@@ -63,7 +62,7 @@ def command(model: str, heads: str, data: Path, output: Path, plot: Path | None,
             quiet=quiet,
         )
     progress(f"running the heads over {len(features):,} positions")
-    places = target_places(attached, base.get_input_embeddings(), lm_head.out_features, features)
+    places = target_places(attached, base.get_input_embeddings(), base.get_output_embeddings(), features)
     calibration = Calibration.count(places, TOP[-1], model=Path(model).name, heads=Path(heads).name)
     calibration.save(output)
     if plot is not None:

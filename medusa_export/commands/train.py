@@ -29,6 +29,13 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.option("--own-projections", is_flag=True, help="A trained output projection per head, as in the paper.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True)
+@click.option(
+    "--soft",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="How much of the loss asks for the base model's distribution instead of its token alone.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=2048, show_default=True, help="Positions per step.")
 @click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
 @click.option("--limit", type=click.IntRange(1), help="Conversations to train on, at most.")
@@ -51,6 +58,7 @@ def command(
     own_projections: bool,
     epochs: float,
     learning_rate: float,
+    soft: float,
     batch_size: int,
     max_length: int,
     limit: int | None,
@@ -121,6 +129,7 @@ def command(
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=batch_size,
+        soft=soft,
         seed=seed,
         bf16=place.type == "cuda" if bf16 is None else bf16,
     )
@@ -128,7 +137,7 @@ def command(
     history = train_medusa1(
         heads.to(place),
         base.get_input_embeddings(),
-        lm_head.out_features,
+        lm_head,
         features["train"],
         features["heldout"],
         settings,

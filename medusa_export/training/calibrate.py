@@ -15,9 +15,11 @@ _BATCH = 1024
 
 
 @torch.inference_mode()
-def target_places(heads: MedusaHeads, embedding: nn.Module, vocab_size: int, features: Features) -> NDArray[np.int64]:
+def target_places(
+    heads: MedusaHeads, embedding: nn.Module, lm_head: nn.Linear, features: Features
+) -> NDArray[np.int64]:
     """The rank of each target among its head's candidates, [N, K]; see ``Calibration.count``."""
-    loss = HeadLoss(heads, embedding, vocab_size, head_decay=1.0).eval()
+    loss = HeadLoss(heads, embedding, lm_head).eval()
     found = []
     for first in range(0, len(features), _BATCH):
         rows = slice(first, first + _BATCH)

@@ -36,11 +36,13 @@ class Features:
         hidden: [N, H], the base model's last hidden state.
         next_tokens: [N], the token that follows.
         targets: [N, K], the tokens after that; -1 where the conversation, or the assistant's turn, has ended.
+        left: [N], how many of the rows that follow are the next positions of the same turn.
     """
 
     hidden: Tensor
     next_tokens: Tensor
     targets: Tensor
+    left: Tensor
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -184,21 +186,32 @@ def _compute(model: PreTrainedModel, batch: Sequence[Sample], num_heads: int) ->
         ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
         mask[row, : len(sample.input_ids)] = 1
     hidden = last_hidden(model, ids.to(model.device), mask.to(model.device)).cpu()
-    kept, next_tokens, targets = [], [], []
+    kept, next_tokens, targets, left = [], [], [], []
     for row, sample in enumerate(batch):
         positions, found = positions_of(sample, num_heads)
         kept.append(hidden[row, positions])
         next_tokens += [sample.input_ids[i + 1] for i in positions]
         targets += found
+        left += _left(positions)
     return {
         "hidden": torch.cat(kept).contiguous(),
         "next_tokens": torch.tensor(next_tokens, dtype=torch.int32),
         "targets": torch.tensor(targets, dtype=torch.int32).reshape(-1, num_heads),
+        "left": torch.tensor(left, dtype=torch.int32),
     }
 
 
+def _left(positions: Sequence[int]) -> list[int]:
+    """For each position how many follow it without a gap."""
+    counts = [0] * len(positions)
+    for place in range(len(positions) - 2, -1, -1):
+        if positions[place + 1] == positions[place] + 1:
+            counts[place] = counts[place + 1] + 1
+    return counts
+
+
 def _load(folder: Path, count: int) -> Features:
-    parts: dict[str, list[Tensor]] = {"hidden": [], "next_tokens": [], "targets": []}
+    parts: dict[str, list[Tensor]] = {"hidden": [], "next_tokens": [], "targets": [], "left": []}
     for number in range(count):
         path = folder / _file(number)
         try:

@@ -33,6 +33,8 @@ class Recipe:
         warmup_steps: Until the peak.
         weight_decay: AdamW's.
         head_decay: Head k counts head_decay^k in the loss.
+        soft: How much of the loss asks for the base model's whole distribution at the target's place; the rest asks
+            for the target alone.
         seed: For the order of the data.
         bf16: Matrix products in bfloat16.
     """
@@ -43,6 +45,7 @@ class Recipe:
     warmup_steps: int = 40
     weight_decay: float = 0.0
     head_decay: float = 0.8
+    soft: float = 0.0
     seed: int = 0
     bf16: bool = False
 
@@ -53,53 +56,80 @@ class HeadLoss(nn.Module):
     Args:
         heads: What is trained.
         embedding: The base model's, for conditioned heads; it is not trained.
-        vocab_size: V of the base model.
+        lm_head: The base model's, for what it would say itself; it is not trained.
         head_decay: Head k counts head_decay^k.
+        soft: See ``Recipe``.
     """
 
     draft_ids: Tensor | None
 
-    def __init__(self, heads: MedusaHeads, embedding: nn.Module, vocab_size: int, head_decay: float) -> None:
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        embedding: nn.Module,
+        lm_head: nn.Linear,
+        *,
+        head_decay: float = 1.0,
+        soft: float = 0.0,
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self._embedding = (embedding,)  # not a submodule: neither trained nor saved
+        self._frozen = (embedding, lm_head)  # in a tuple, so that they are neither trained nor saved
         self._head_decay = head_decay
+        self._soft = soft
         ids = None
         if heads.token_map is not None:
-            ids = torch.full((vocab_size,), -1)
+            ids = torch.full((lm_head.out_features,), -1)
             ids[heads.token_map] = torch.arange(len(heads.token_map))
         self.register_buffer("draft_ids", ids, persistent=False)
 
-    def forward(self, hidden: Tensor, next_tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, hidden: Tensor, next_tokens: Tensor, targets: Tensor, ahead: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The loss over a batch of positions, Σ_k head_decay^k · CE_k, and hits.
 
         Args:
             hidden: [N, H].
             next_tokens: [N].
             targets: [N, K]; -1 where there is none.
+            ahead: [N, K, H], the hidden states that the base model chose the targets from; NaN where they are not
+                known. Needed for soft targets.
 
         Returns:
             ``loss``, and in eval mode ``places`` [N, K]: at which place among a head's candidates its target
             stands, no further than the last of ``TOP``; -1 where there is no target.
         """
+        embedding, _ = self._frozen
         embedded = None
         if self.heads.config.conditioned:
             with torch.no_grad():
-                embedded = self._embedding[0](next_tokens.long()).to(hidden.dtype)
+                embedded = embedding(next_tokens.long()).to(hidden.dtype)
         logits = self.heads(hidden, embedded)
         targets = targets.long()
         labels = targets
         if self.draft_ids is not None:
             labels = torch.where(targets >= 0, self.draft_ids[targets.clamp(min=0)], -1)
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1, reduction="none"
-        ).view_as(labels)
-        counts = (labels >= 0).sum(0).clamp(min=1)
+        there = labels >= 0
+        scores = torch.log_softmax(logits.float(), dim=-1)
+        losses = -scores.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        if self._soft and ahead is not None and self.training:
+            known = there & ~ahead[..., 0].isnan()
+            soft = -(self._teacher(ahead) * scores).sum(-1)
+            losses = torch.where(known, self._soft * soft + (1 - self._soft) * losses, losses)
         weights = self._head_decay ** torch.arange(1, labels.shape[1] + 1, device=losses.device)
-        output = {"loss": (losses.sum(0) / counts * weights).sum()}
+        means = (losses * there).sum(0) / there.sum(0).clamp(min=1)
+        output = {"loss": (means * weights).sum()}
         if not self.training:
             output["places"] = places(logits, labels, targets)
         return output
+
+    @torch.no_grad()
+    def _teacher(self, ahead: Tensor) -> Tensor:
+        """The base model's own distribution over the draft vocabulary, [N, K, V']."""
+        weight: Tensor = self._frozen[1].get_parameter("weight")
+        if self.heads.token_map is not None:
+            weight = weight[self.heads.token_map]
+        return torch.softmax((ahead.nan_to_num().to(weight.dtype) @ weight.T).float(), dim=-1)
 
 
 def places(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -111,10 +141,11 @@ def places(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Positions(Dataset[dict[str, Tensor]]):
-    """Features, handed out a batch at a time."""
+    """Features, handed out a batch at a time; with the hidden states ahead if they are asked for."""
 
-    def __init__(self, features: Features) -> None:
+    def __init__(self, features: Features, *, ahead: bool = False) -> None:
         self._features = features
+        self._ahead = ahead
 
     def __len__(self) -> int:
         return len(self._features)
@@ -122,11 +153,17 @@ class _Positions(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.as_tensor(indices)
         features = self._features
-        return {
+        batch = {
             "hidden": features.hidden[rows].float(),
             "next_tokens": features.next_tokens[rows],
             "targets": features.targets[rows],
         }
+        if self._ahead:
+            steps = torch.arange(1, features.targets.shape[1] + 1)
+            known = features.left[rows].unsqueeze(1) >= steps
+            ahead = features.hidden[torch.where(known, rows.unsqueeze(1) + steps, 0)].float()
+            batch["ahead"] = torch.where(known.unsqueeze(-1), ahead, torch.nan)
+        return batch
 
 
 def accuracies(found: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -142,7 +179,7 @@ def accuracies(found: np.ndarray[Any, Any]) -> dict[str, float]:
 def train_medusa1(
     heads: MedusaHeads,
     embedding: nn.Module,
-    vocab_size: int,
+    lm_head: nn.Linear,
     train: Features,
     heldout: Features,
     recipe: Recipe,
@@ -159,7 +196,7 @@ def train_medusa1(
     Raises:
         TrainingError: The loss is no longer a number.
     """
-    model = HeadLoss(heads, embedding, vocab_size, recipe.head_decay)
+    model = HeadLoss(heads, embedding, lm_head, head_decay=recipe.head_decay, soft=recipe.soft)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
@@ -186,7 +223,7 @@ def train_medusa1(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Positions(train),
+        train_dataset=_Positions(train, ahead=recipe.soft > 0),
         eval_dataset=_Positions(heldout),
         data_collator=lambda batch: batch,
         compute_metrics=_metrics,
