@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -217,6 +218,38 @@ def test_a_folder_of_other_things_is_not_replaced(tiny_model_folder: Path, tmp_p
     assert code == 1
     assert "holds other files and no bundle" in output
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate"])
+def test_a_closed_pipe_ends_quietly(tiny_bundle: Bundle, command: str) -> None:
+    arguments = [command, str(tiny_bundle.folder), *(["Hello", "-n", "200"] if command == "generate" else [])]
+    with subprocess.Popen(
+        [sys.executable, "-m", "medusa_export", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # as 'head' does once it has enough
+        errors = process.stderr.read().decode()
+        process.wait(60)
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
+def test_an_interrupted_export_leaves_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = ["onnx", str(tiny_model_folder), "--init-heads", "2", "-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "medusa_export", *command], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "writing" in line or "tracing" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        errors = process.stderr.read()
+        process.wait(60)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert "Aborted" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_wheel_holds_what_it_needs(tmp_path: Path) -> None:
