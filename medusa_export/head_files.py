@@ -110,10 +110,12 @@ def save_heads(
 
 
 def _named_tensors(heads: MedusaHeads, lm_head: nn.Linear | None) -> Iterable[tuple[str, Tensor]]:
-    for k in range(heads.config.num_heads):
-        for j in range(heads.config.num_layers):
-            block = heads.blocks.get_submodule(f"{k}.{j}")
-            yield from ((f"{k}.{j}.{name}", parameter) for name, parameter in block.named_parameters())
+    for j, layer in enumerate(heads.residual_layers):
+        for k in range(heads.config.num_heads):
+            yield f"{k}.{j}.linear.weight", layer.weight[k].T
+            yield f"{k}.{j}.linear.bias", layer.bias[k, 0]
+            if layer.condition is not None:
+                yield f"{k}.{j}.condition.weight", layer.condition[k].T
     weights = [projection.get_parameter("weight") for projection in heads.projections or ()]
     common = heads.common_projection if weights else None
     if common is not None and lm_head is not None and heads.token_map is not None:
@@ -195,14 +197,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is not a whole PyTorch file ({reason}): get it once more.") from e
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file} holds no table of named tensors: save the state_dict of the heads.")
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name in _select(file, state):
-        storage = state[name].untyped_storage().data_ptr()
-        # The reference repeats one block for all layers of a head; training must not change them together.
-        tensors[name] = state[name].clone() if storage in storages else state[name]
-        storages.add(storage)
-    return tensors
+    return {name: state[name] for name in _select(file, state)}
 
 
 def _select(file: Path, names: Iterable[str]) -> list[str]:
@@ -354,12 +349,11 @@ def _build(tensors: _Tensors, lm_head: nn.Linear) -> MedusaHeads:
     )
     with torch.device("meta"):  # what it would fill with zeros and noise is here already
         heads = MedusaHeads(config, lm_head)
-    for k, parameters in enumerate(blocks):
-        for j, (weight, bias) in enumerate(parameters):
-            linear = heads.blocks.get_submodule(f"{k}.{j}.linear")
-            linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-    for k, weight in enumerate(conditions):
-        heads.blocks.get_submodule(f"{k}.0.condition").weight = nn.Parameter(weight)
+    for j, layer in enumerate(heads.residual_layers):
+        layer.weight = nn.Parameter(torch.stack([block[j][0].T for block in blocks]))
+        layer.bias = nn.Parameter(torch.stack([block[j][1].unsqueeze(0) for block in blocks]))
+        if layer.condition is not None:
+            layer.condition = nn.Parameter(torch.stack([weight.T for weight in conditions]))
     for projection, parameter in zip(heads.projections or (), projections or (), strict=True):
         projection.weight = parameter
     heads.token_map = token_map

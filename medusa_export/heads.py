@@ -64,24 +64,41 @@ class HeadsConfig:
         return ", ".join(words)
 
 
-class ResidualBlock(nn.Module):
-    """x + SiLU(W x + U e + b), all starting at 0 so that a fresh head copies the base model; U only if conditioned."""
+class ResidualLayer(nn.Module):
+    """A residual block of every head, x + SiLU(x W + e U + b), as one batched product.
 
-    def __init__(self, hidden_size: int, *, conditioned: bool = False) -> None:
+    All start at 0, so that a fresh head copies the base model; U only if conditioned.
+
+    Attributes:
+        weight: [K, H, H], from input to output.
+        bias: [K, 1, H].
+        condition: As ``weight``, or None.
+    """
+
+    condition: nn.Parameter | None
+
+    def __init__(self, num_heads: int, hidden_size: int, *, conditioned: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, hidden_size)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.condition: nn.Linear | None = None
-        if conditioned:
-            self.condition = nn.Linear(hidden_size, hidden_size, bias=False)
-            nn.init.zeros_(self.condition.weight)
+        self.weight = nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_heads, 1, hidden_size))
+        condition = nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size)) if conditioned else None
+        self.register_parameter("condition", condition)
 
-    def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
-        inner = self.linear(hidden)
+    def forward(self, states: Tensor, embedded: Tensor | None) -> Tensor:
+        """[B, K or 1, N, H] to [B, K, N, H]; ``embedded`` is [B, 1, N, H]."""
+        inner = torch.matmul(states, self.weight) + self.bias
         if self.condition is not None:
-            inner = inner + self.condition(embedded)
-        return hidden + nn.functional.silu(inner)
+            assert embedded is not None
+            inner = inner + torch.matmul(embedded, self.condition)
+        return states + nn.functional.silu(inner)
+
+    def first(self, num_heads: int) -> ResidualLayer:
+        """The blocks of the first heads, on the same memory."""
+        with torch.device("meta"):  # replaced below
+            kept = ResidualLayer(num_heads, self.weight.shape[-1], conditioned=self.condition is not None)
+        for name, parameter in self.named_parameters():
+            setattr(kept, name, nn.Parameter(parameter.detach()[:num_heads], parameter.requires_grad))
+        return kept
 
 
 class MedusaHeads(nn.Module):
@@ -97,12 +114,9 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: HeadsConfig, lm_head: nn.Linear | None = None) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                ResidualBlock(config.hidden_size, conditioned=config.conditioned and layer == 0)
-                for layer in range(config.num_layers)
-            )
-            for _ in range(config.num_heads)
+        self.layers = nn.ModuleList(
+            ResidualLayer(config.num_heads, config.hidden_size, conditioned=config.conditioned and layer == 0)
+            for layer in range(config.num_layers)
         )
         self.projections: nn.ModuleList | None = None
         if config.shared_lm_head:
@@ -161,7 +175,7 @@ class MedusaHeads(nn.Module):
         return heads.to(dtype=lm_head.weight.dtype)
 
     def truncated(self, num_heads: int) -> MedusaHeads:
-        """The first ``num_heads`` heads, for a tree that is no deeper; the modules are these, not copies.
+        """The first ``num_heads`` heads, for a tree that is no deeper, on the same memory.
 
         Raises:
             ValueError: There are not that many.
@@ -170,10 +184,15 @@ class MedusaHeads(nn.Module):
             raise ValueError(f"{num_heads} of {self.config.num_heads} heads can't be kept: choose 1 to that number.")
         with torch.device("meta"):  # replaced below
             kept = MedusaHeads(replace(self.config, num_heads=num_heads), getattr(self, "_shared", (None,))[0])
-        kept.blocks = self.blocks[:num_heads]
+        kept.layers = nn.ModuleList(layer.first(num_heads) for layer in self.residual_layers)
         kept.projections = None if self.projections is None else self.projections[:num_heads]  # perhaps but one
         kept.token_map = self.token_map
         return kept.train(self.training)
+
+    @property
+    def residual_layers(self) -> list[ResidualLayer]:
+        """The residual blocks, those of all heads together."""
+        return [layer for layer in self.layers if isinstance(layer, ResidualLayer)]
 
     @property
     def common_projection(self) -> nn.Linear | None:
@@ -198,21 +217,19 @@ class MedusaHeads(nn.Module):
         active = self.config.num_heads if active is None else active
         # With no head active all of this runs over no rows: no weight is read.
         some = sym_min(active, 1)
-        hidden = hidden.unsqueeze(1)[:, :some]
-        embedded = embedded.unsqueeze(1)[:, :some] if self.config.conditioned and embedded is not None else None
-        states = []
-        for blocks in self.blocks:
-            assert isinstance(blocks, nn.ModuleList)
-            state = hidden
-            for block in blocks:
-                state = block(state, embedded)
-            states.append(state)
+        states = hidden[:, None, None][:, :, :some]
+        if self.config.conditioned:
+            assert embedded is not None
+            embedded = embedded[:, None, None][:, :, :some]
+        for layer in self.residual_layers:
+            states = layer(states, embedded)
         if (common := self.common_projection) is not None:
-            logits: Tensor = common(torch.cat(states, dim=1)[:, :active])
+            logits: Tensor = common(states.flatten(1, 2)[:, :active])
             return logits
         # Likewise the large matrix of each head beyond `active`.
         assert self.projections is not None
         rows = [sym_max(sym_min(active - k, 1), 0) for k in range(self.config.num_heads)]
         return torch.cat(
-            [project(state[:, :n]) for project, state, n in zip(self.projections, states, rows, strict=True)], dim=1
+            [project(states[:, k, :n]) for k, (project, n) in enumerate(zip(self.projections, rows, strict=True))],
+            dim=1,
         )
