@@ -14,7 +14,7 @@ python scripts/seed_prompts.py 2600 > $work/prompts.txt
 medusa-export distill "$model" --prompts $work/prompts.txt --output $work/data \
   --batch-size 96 --max-new-tokens 256 --temperature 0 --dtype bf16
 medusa-export train "$model" --data $work/data --output $work/heads --dtype bf16 --bf16 \
-  --num-heads 4 --num-layers 2 --draft-vocab 6144
+  --num-heads 4 --num-layers 2 --draft-vocab 6144 --epochs 3
 medusa-export calibrate "$model" --heads $work/heads --data $work/data --output $work/calibration.json \
   --plot $heads/calibration.png
 cp $work/heads/medusa_lm_head.safetensors $work/heads/config.json $work/heads/training.json \
