@@ -12,7 +12,6 @@ from rich.table import Table
 
 from medusa_export.bench import Speed
 from medusa_export.errors import DatasetError
-from medusa_export.files import atomic_file
 
 COLUMNS = ("", "tokens/s", "range", "tokens/step", "overhead", "speedup", "first token", "same tokens")
 
@@ -50,26 +49,6 @@ def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[
         lines += ["", "| category | tokens/step | speedup |", "|---|---|---|"]
         lines += [f"| {name} | {f['tokens_per_step']:.2f} | {f['speedup']:.2f}x |" for name, f in categories.items()]
     return "\n".join(lines) + "\n"
-
-
-def plot_sizes(sizes: Mapping[int, Speed], target: Path) -> None:
-    """Speed, tokens per step and overhead over the tree size, as a PNG.
-
-    Raises:
-        OutputError: It can't be written.
-    """
-    from matplotlib.figure import Figure  # noqa: PLC0415  # of an extra, and slow to import
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    places = sorted(sizes)
-    for label, name in (("speedup", "speedup"), ("tokens per step", "tokens_per_step"), ("overhead", "overhead")):
-        axes.plot(places, [getattr(sizes[size], name) for size in places], "o-", label=label)
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set(xlabel="tree size (nodes)", ylabel="against tree size 1", title="Decoding with a tree")
-    axes.legend()
-    with atomic_file(target) as path:
-        figure.savefig(path, dpi=110, format="png")
 
 
 def regressions(new: Mapping[str, Any], old_file: Path, tolerance: float) -> list[str]:

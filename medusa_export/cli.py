@@ -70,6 +70,26 @@ def extra(name: str) -> Iterator[None]:
         ) from error
 
 
+def sizes(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
+    """A callback for options such as 1,4,10."""
+    parts = None if value is None else [part.strip() for part in value.split(",")]
+    if parts is not None and not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of sizes: give numbers, separated by commas.")
+    return None if parts is None else [int(part) for part in parts]
+
+
+def sizes_or_full(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int | str] | None:
+    """The same, with 'full' among the numbers."""
+    if value is None:
+        return None
+    found: list[int | str] = []
+    for part in (part.strip() for part in value.split(",")):
+        if part != "full" and not (part.isdigit() and int(part) > 0):
+            raise click.BadParameter(f"{value!r} is not a list of sizes: give numbers or 'full', separated by commas.")
+        found.append(part if part == "full" else int(part))
+    return found
+
+
 class Progress:
     """Says on stderr what is being done, and how long it took."""
 

@@ -31,28 +31,20 @@ class Bar:
         self._show = show
         self._started, self._at_start = time.monotonic(), done
         self._amount = 0
-        self._partial = 0.0
 
     def add(self, amount: int) -> None:
         """Notes work within a piece."""
         self._amount += amount
         self._show(self)
 
-    def within(self, fraction: float) -> None:
-        """How far the present piece is."""
-        self._partial = fraction
-        self._show(self)
-
     def finish_piece(self) -> None:
         """One piece more is done."""
-        self.done += 1
-        self._partial = 0.0
-        self._show(self)
+        self.reach(self.done + 1)
 
-    @property
-    def completed(self) -> float:
-        """Pieces, the present one in part."""
-        return min(self.done + self._partial, self.total)
+    def reach(self, done: int) -> None:
+        """So many pieces are done."""
+        self.done = min(done, self.total)
+        self._show(self)
 
     @property
     def rate(self) -> str:
@@ -63,10 +55,10 @@ class Bar:
     @property
     def left(self) -> str:
         """Time left in words."""
-        made = self.completed - self._at_start
+        made = self.done - self._at_start
         if made <= 0:
             return "?"
-        seconds = (time.monotonic() - self._started) / made * (self.total - self.completed)
+        seconds = (time.monotonic() - self._started) / made * (self.total - self.done)
         return str(timedelta(seconds=round(seconds)))
 
 
@@ -83,7 +75,7 @@ def progress_bar(name: str, total: int, *, done: int = 0, unit: str = "", quiet:
         )  # fmt: skip
         with Progress(*columns, console=console) as shown:
             task = shown.add_task(name, total=total, completed=done, rate="")
-            yield Bar(name, total, done, unit, lambda bar: shown.update(task, completed=bar.completed, rate=bar.rate))
+            yield Bar(name, total, done, unit, lambda bar: shown.update(task, completed=bar.done, rate=bar.rate))
     else:
         last = [time.monotonic()]
 

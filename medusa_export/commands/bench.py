@@ -8,21 +8,12 @@ from typing import Any
 
 import click
 
-from medusa_export.cli import Failure, Progress, extra
-
-
-def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
-    if value is None:
-        return None
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of sizes: give numbers, separated by commas.")
-    return [int(part) for part in parts]
+from medusa_export.cli import Failure, Progress, extra, sizes
 
 
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--tree-sizes", callback=_sizes, help="Such as 4,8,16; by default a few, and what 'auto' chooses.")
+@click.option("--tree-sizes", callback=sizes, help="Such as 4,8,16; by default a few, and what 'auto' chooses.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path), help="JSON lines of category and prompt; by default built-in ones."
 )
@@ -64,11 +55,15 @@ def command(
         from rich.console import Console
 
         from medusa_export import bench as b
-        from medusa_export.bench_report import as_markdown, as_table, plot_sizes, regressions
+        from medusa_export.bench_report import as_markdown, as_table, regressions
         from medusa_export.errors import DatasetError
         from medusa_export.files import write_text
         from medusa_export.progress import progress_bar
         from medusa_runtime.engine import MedusaEngine
+
+    if plot is not None:
+        with extra("train"):
+            from medusa_export.plots import plot_sizes
 
     asked = b.bench_prompts(prompts)
     progress(f"loading {bundle}")
@@ -78,12 +73,15 @@ def command(
     tokenizer = engine.tokenizer
     ids = [tokenizer.encode_chat([{"role": "user", "content": p.prompt}]) for p in asked]
     chosen = engine.generate(ids[0], max_new_tokens=1).stats.tree_size
-    largest = engine.bundle.tree.size
-    sizes = sorted({1, chosen, *(tree_sizes or (s for s in (2, 4, 6, 8, 10, 12, 16, 32, 64) if s <= largest))})
-    if sizes[-1] > largest:
-        raise click.UsageError(f"--tree-sizes holds {sizes[-1]}, but this bundle's tree has {largest} nodes.")
-    names = {size: f"tree size {size}" for size in sizes}
-    contestants: dict[str, Any] = {names[size]: b.engine_contestant(engine, size) for size in sizes}
+    measured_sizes = sorted(
+        {1, chosen, *(tree_sizes or (s for s in (2, 4, 6, 8, 10, 12, 16, 32, 64) if s <= engine.bundle.tree.size))}
+    )
+    if measured_sizes[-1] > engine.bundle.tree.size:
+        raise click.UsageError(
+            f"--tree-sizes holds {measured_sizes[-1]}, but this bundle's tree has {engine.bundle.tree.size} nodes."
+        )
+    names = {size: f"tree size {size}" for size in measured_sizes}
+    contestants: dict[str, Any] = {names[size]: b.engine_contestant(engine, size) for size in measured_sizes}
     if plain is not None:
         contestants["bundle without heads"] = b.engine_contestant(MedusaEngine.load(plain, threads=threads), 1)
     if genai is not None:
@@ -105,8 +103,7 @@ def command(
     if markdown is not None:
         write_text(markdown, as_markdown(measured, categories))
     if plot is not None:
-        with extra("train"):
-            plot_sizes({size: measured[name] for size, name in names.items()}, plot)
+        plot_sizes({size: measured[name] for size, name in names.items()}, plot)
     console = Console()
     console.print(as_table(measured))
     console.print(

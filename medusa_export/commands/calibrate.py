@@ -35,20 +35,19 @@ def command(model: str, heads: str, data: Path, output: Path, plot: Path | None,
         from rich.console import Console
 
         from medusa_export.calibration import Calibration
-        from medusa_export.checkpoints import load_model, load_tokenizer
-        from medusa_export.errors import DatasetError
+        from medusa_export.checkpoints import load_model
         from medusa_export.head_files import load_heads
+        from medusa_export.plots import plot_calibration
         from medusa_export.training.calibrate import target_places
+        from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_heldout
         from medusa_export.training.features import FeatureKey, compute_features
         from medusa_export.training.medusa1 import TOP
-        from medusa_export.training.report import calibration_table, plot_calibration
+        from medusa_export.training.report import calibration_table
 
     split = load_heldout(data)
     progress(f"loading {model}")
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise DatasetError(f"{model} has no chat template, so it is not known how it reads conversations.")
+    tokenizer = load_chat_tokenizer(model)
     base = load_model(model, dtype=torch.float32)
     attached = load_heads(heads, base)
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,8 +55,7 @@ def command(model: str, heads: str, data: Path, output: Path, plot: Path | None,
             base,
             split.samples(tokenizer),
             Path(scratch) / "features",
-            FeatureKey(Path(model).name, split.sha256, attached.config.num_heads, "float32"),
-            max_length=max_length,
+            FeatureKey(Path(model).name, split.sha256, attached.config.num_heads, "float32", max_length),
             name=split.name,
             quiet=quiet,
         )

@@ -62,9 +62,8 @@ def command(
     with extra("train"):
         import torch
 
-        from medusa_export.checkpoints import load_model, load_tokenizer
-        from medusa_export.errors import DatasetError
-        from medusa_export.training.conversations import read_conversations
+        from medusa_export.checkpoints import load_model
+        from medusa_export.training.conversations import load_chat_tokenizer, read_conversations
         from medusa_export.training.distillation import DistillSettings, distill
         from medusa_export.training.generation import Writer
         from medusa_runtime.bundle import FileFacts
@@ -90,9 +89,7 @@ def command(
 
     def open_writer() -> Writer:
         progress(f"loading {model}")
-        tokenizer = load_tokenizer(model)
-        if tokenizer is None or tokenizer.chat_template is None:
-            raise DatasetError(f"{model} has no chat template, so it can't answer prompts: give an instruct model.")
+        tokenizer = load_chat_tokenizer(model)
         base = load_model(model, dtype=getattr(torch, kind)).to(place)
         return Writer(base, tokenizer)
 

@@ -80,31 +80,29 @@ def command(
         import torch
         from rich.console import Console
 
-        from medusa_export.checkpoints import load_model, load_tokenizer
-        from medusa_export.errors import DatasetError
+        from medusa_export.checkpoints import load_model
         from medusa_export.files import write_text
         from medusa_export.head_files import save_heads
         from medusa_export.heads import MedusaHeads
+        from medusa_export.plots import plot_training
+        from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_splits
         from medusa_export.training.features import FeatureKey, compute_features, frequent_tokens
         from medusa_export.training.medusa1 import Recipe, train_medusa1
-        from medusa_export.training.report import accuracy_table, held_out, plot_training
+        from medusa_export.training.report import accuracy_table, held_out
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
     splits = load_splits(data, heldout=heldout, limit=limit)
     progress(f"loading {model}")
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise DatasetError(f"{model} has no chat template, so it is not known how it reads conversations.")
+    tokenizer = load_chat_tokenizer(model)
     base = load_model(model, dtype=getattr(torch, kind)).to(place)
     features = {
         split.name: compute_features(
             base,
             split.samples(tokenizer),
             output / "features" / split.name,
-            FeatureKey(Path(model).name, split.sha256, num_heads, kind),
-            max_length=max_length,
+            FeatureKey(Path(model).name, split.sha256, num_heads, kind, max_length),
             name=split.name,
             quiet=quiet,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import Failure, Progress, extra
+from medusa_export.cli import Failure, Progress, extra, sizes, sizes_or_full
 
 PROMPTS = (
     "Write a short story about a clockmaker who repairs time itself.",
@@ -16,17 +16,6 @@ PROMPTS = (
     "Translate to French: The weather is lovely today, isn't it?",
     "List the planets of the solar system with one fact about each.",
 )
-
-
-def _sizes(_: click.Context, parameter: click.Parameter, value: str | None) -> list[int | str] | None:
-    if value is None:
-        return None
-    parts = [part.strip() for part in value.split(",")]
-    full = parameter.name == "tree_sizes"
-    if not all((part == "full" and full) or (part.isdigit() and int(part) > 0) for part in parts):
-        allowed = "numbers or 'full'" if full else "numbers"
-        raise click.BadParameter(f"{value!r} is not a list of sizes: give {allowed}, separated by commas.")
-    return [part if part == "full" else int(part) for part in parts]
 
 
 @click.command("verify")
@@ -39,9 +28,9 @@ def _sizes(_: click.Context, parameter: click.Parameter, value: str | None) -> l
     help="A file of prompts, one per line; by default a few built-in ones.",
 )
 @click.option("-n", "--max-new-tokens", type=click.IntRange(2), default=32, show_default=True)
-@click.option("--tree-sizes", callback=_sizes, help="Such as 1,4,full; by default 1, a middle one and all.")
+@click.option("--tree-sizes", callback=sizes_or_full, help="Such as 1,4,full; by default 1, a middle one and all.")
 @click.option(
-    "--prefill-chunks", callback=_sizes, default="512,5", show_default=True, help="Tokens of a prompt per step."
+    "--prefill-chunks", callback=sizes, default="512,5", show_default=True, help="Tokens of a prompt per step."
 )
 @click.option("--margin", type=click.FloatRange(0), help="Logits no further apart are a tie; by default by dtype.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write a report here.")
@@ -85,8 +74,8 @@ def command(
     tolerances = Tolerances.of(opened.dtype)
     if margin is not None:
         tolerances = replace(tolerances, margin=margin)
-    sizes = [opened.tree.size if size == "full" else int(size) for size in tree_sizes] if tree_sizes else None
-    for size in sizes or ():
+    chosen = [opened.tree.size if size == "full" else int(size) for size in tree_sizes] if tree_sizes else None
+    for size in chosen or ():
         if size > opened.tree.size:
             raise click.UsageError(f"--tree-sizes holds {size}, but this bundle's tree has {opened.tree.size} nodes.")
     outcome = verify_bundle(
@@ -94,7 +83,7 @@ def command(
         step,
         ids,
         max_new_tokens=max_new_tokens,
-        tree_sizes=sizes,
+        tree_sizes=chosen,
         prefill_chunks=prefill_chunks,
         tolerances=tolerances,
         progress=progress,

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medusa_export.checkpoints import load_tokenizer
 from medusa_export.errors import DatasetError
 
 Message = dict[str, str]
@@ -141,6 +142,21 @@ def _message(turn: Any, where: str) -> Message:
         f"{where} holds the turn {str(turn)[:80]!r}: expected a role and content (or from and value), of a user, an "
         "assistant or a system."
     )
+
+
+def load_chat_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that holds conversations.
+
+    Raises:
+        CheckpointError: It can't be read.
+        DatasetError: There is none, or it has no chat template.
+    """
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise DatasetError(
+            f"{model} has no chat template, so it is not known how it reads conversations: give an instruct model."
+        )
+    return tokenizer
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answering: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from medusa_export.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize
 from medusa_export.training.distillation import SPLITS, read_description
+from medusa_runtime.bundle import FileFacts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list
         splits = [_recorded(data / f"{name}.jsonl", name, recorded[name]["sha256"]) for name in SPLITS]
     else:
         found = read_conversations(data)
-        digest = _digest(data)
+        digest = FileFacts.of(data).sha256
         splits = [
             DatasetSplit(name, [c for c in found if c.is_held_out(heldout) == (name == "heldout")], digest)
             for name in SPLITS
@@ -74,15 +74,10 @@ def load_heldout(data: Path) -> DatasetSplit:
 
 
 def _whole(path: Path) -> DatasetSplit:
-    return DatasetSplit(path.stem, read_conversations(path), _digest(path))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return DatasetSplit(path.stem, read_conversations(path), FileFacts.of(path).sha256)
 
 
 def _recorded(path: Path, name: str, sha256: str) -> DatasetSplit:
-    if not path.is_file() or _digest(path) != sha256:
+    if not path.is_file() or FileFacts.of(path).sha256 != sha256:
         raise DatasetError(f"{path} is missing or altered: run 'medusa-export distill' again to restore it.")
     return DatasetSplit(name, read_conversations(path), sha256)

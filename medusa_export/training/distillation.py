@@ -109,8 +109,7 @@ def distill(
         with progress_bar("writing prompts", settings.magpie, done=done, unit="tokens", quiet=quiet) as bar:
             while bar.done < bar.total and len(own) < _most_batches(settings):
                 own.write(len(own), _own_prompts(writer(bar), settings, number=len(own)))
-                bar.done = min(len(_new(own, seeds, settings)), bar.total)
-                bar.within(0)
+                bar.reach(len(_new(own, seeds, settings)))
     seeds = [*seeds, *_new(own, seeds, settings)][: settings.limit]
     if not seeds:
         raise DatasetError("There are no prompts: give a file of them, or let the model write some with --magpie.")

@@ -50,12 +50,21 @@ class Features:
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """What features depend on; others are not taken for these."""
+    """What features depend on; others are not taken for these.
+
+    Attributes:
+        model: Its name.
+        data: A digest of the conversations.
+        num_heads: K.
+        dtype: Of the base model.
+        max_length: Tokens of a conversation, at most; the rest is cut off.
+    """
 
     model: str
     data: str
     num_heads: int
     dtype: str
+    max_length: int
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -101,7 +110,6 @@ def compute_features(
     folder: Path,
     key: FeatureKey,
     *,
-    max_length: int,
     name: str,
     quiet: bool = False,
 ) -> Features:
@@ -112,7 +120,6 @@ def compute_features(
         samples: Conversations as tokens.
         folder: Where they are kept.
         key: What they depend on.
-        max_length: Tokens of a conversation, at most; the rest is cut off.
         name: What to call them on the progress bar.
         quiet: No progress.
 
@@ -122,17 +129,17 @@ def compute_features(
     """
     _begin(folder, key)
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
-    batches = list(_batches([samples[i] for i in order], max_length))
-    _check_room(folder, model, batches, sum((folder / _file(n)).is_file() for n in range(len(batches))))
-    done = sum((folder / _file(number)).is_file() for number in range(len(batches)))
+    batches = list(_batches([samples[i] for i in order], key.max_length))
+    missing = {number: batch for number, batch in enumerate(batches) if not (folder / _file(number)).is_file()}
+    _check_room(folder, model, missing.values())
+    done = len(batches) - len(missing)
     with progress_bar(f"hidden states, {name}", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
-        for number, batch in enumerate(batches):
-            if not (folder / _file(number)).is_file():
-                tensors = _compute(model, batch, key.num_heads)
-                with atomic_file(folder / _file(number)) as path:
-                    save_file(tensors, path)
-                bar.add(sum(len(sample.input_ids) for sample in batch))
-                bar.finish_piece()
+        for number, batch in missing.items():
+            tensors = _compute(model, batch, key.num_heads)
+            with atomic_file(folder / _file(number)) as path:
+                save_file(tensors, path)
+            bar.add(sum(len(sample.input_ids) for sample in batch))
+            bar.finish_piece()
     return _load(folder, len(batches))
 
 
@@ -165,9 +172,8 @@ def _batches(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample
         yield batch
 
 
-def _check_room(folder: Path, model: PreTrainedModel, batches: Sequence[Sequence[Sample]], done: int) -> None:
-    left = batches[done:]
-    positions = sum(sum(sample.is_label) for batch in left for sample in batch)
+def _check_room(folder: Path, model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> None:
+    positions = sum(sum(sample.is_label) for batch in batches for sample in batch)
     needed = positions * model.get_output_embeddings().in_features * torch.finfo(model.dtype).bits // 8
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -226,15 +232,13 @@ def _load(folder: Path, count: int) -> Features:
     return features
 
 
-def frequent_tokens(features: Features, count: int, vocab_size: int, always: Iterable[int] = ()) -> Tensor:
+def frequent_tokens(features: Features, count: int, vocab_size: int) -> Tensor:
     """The tokens that are to be drafted most often, ascending: a reduced vocabulary (FR-Spec, arXiv 2502.14856).
 
     Args:
         features: The training set.
         count: How many.
         vocab_size: V of the base model.
-        always: Tokens that must be among them.
     """
     seen = torch.bincount(features.targets[features.targets >= 0].long(), minlength=vocab_size)
-    seen[list(always)] = seen.sum() + 1
     return seen.argsort(descending=True, stable=True)[:count].sort().values

@@ -62,6 +62,7 @@ class HeadLoss(nn.Module):
     """
 
     draft_ids: Tensor | None
+    teacher_rows: Tensor | None
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class HeadLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self._frozen = (embedding, lm_head)  # in a tuple, so that they are neither trained nor saved
+        self._embedding = (embedding,)  # in a tuple, so that it is neither trained nor saved
         self._head_decay = head_decay
         self._soft = soft
         ids = None
@@ -82,6 +83,11 @@ class HeadLoss(nn.Module):
             ids = torch.full((lm_head.out_features,), -1)
             ids[heads.token_map] = torch.arange(len(heads.token_map))
         self.register_buffer("draft_ids", ids, persistent=False)
+        rows = None
+        if soft:
+            rows = lm_head.weight.detach()
+            rows = rows if heads.token_map is None else rows[heads.token_map]
+        self.register_buffer("teacher_rows", rows, persistent=False)
 
     def forward(
         self, hidden: Tensor, next_tokens: Tensor, targets: Tensor, ahead: Tensor | None = None
@@ -99,11 +105,10 @@ class HeadLoss(nn.Module):
             ``loss``, and in eval mode ``places`` [N, K]: at which place among a head's candidates its target
             stands, no further than the last of ``TOP``; -1 where there is no target.
         """
-        embedding, _ = self._frozen
         embedded = None
         if self.heads.config.conditioned:
             with torch.no_grad():
-                embedded = embedding(next_tokens.long()).to(hidden.dtype)
+                embedded = self._embedding[0](next_tokens.long()).to(hidden.dtype)
         logits = self.heads(hidden, embedded)
         targets = targets.long()
         labels = targets
@@ -126,10 +131,8 @@ class HeadLoss(nn.Module):
     @torch.no_grad()
     def _teacher(self, ahead: Tensor) -> Tensor:
         """The base model's own distribution over the draft vocabulary, [N, K, V']."""
-        weight: Tensor = self._frozen[1].get_parameter("weight")
-        if self.heads.token_map is not None:
-            weight = weight[self.heads.token_map]
-        return torch.softmax((ahead.nan_to_num().to(weight.dtype) @ weight.T).float(), dim=-1)
+        assert self.teacher_rows is not None
+        return torch.softmax((ahead.nan_to_num().to(self.teacher_rows.dtype) @ self.teacher_rows.T).float(), dim=-1)
 
 
 def places(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

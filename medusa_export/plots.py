@@ -1,0 +1,76 @@
+"""Plots, as PNG files. matplotlib is of the extra for training: import this module only where a plot is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from medusa_export.bench import Speed
+from medusa_export.calibration import Calibration
+from medusa_export.files import atomic_file
+from medusa_export.training.report import held_out
+
+
+def plot_sizes(sizes: Mapping[int, Speed], target: Path) -> None:
+    """Speed, tokens per step and overhead over the tree size, as a PNG.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    places = sorted(sizes)
+    for label, name in (("speedup", "speedup"), ("tokens per step", "tokens_per_step"), ("overhead", "overhead")):
+        axes.plot(places, [getattr(sizes[size], name) for size in places], "o-", label=label)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set(xlabel="tree size (nodes)", ylabel="against tree size 1", title="Decoding with a tree")
+    axes.legend()
+    _save(figure, target)
+
+
+def plot_training(history: Sequence[dict[str, Any]], num_heads: int, target: Path) -> None:
+    """Losses and accuracies over epochs, as a PNG.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, hits = figure.subplots(1, 2)
+    steps = [entry for entry in history if "loss" in entry]
+    losses.plot([entry["epoch"] for entry in steps], [entry["loss"] for entry in steps], label="training")
+    points = held_out(history)
+    epochs = [point["epoch"] for point in points]
+    losses.plot(epochs, [point["loss"] for point in points], "o-", label="held out")
+    losses.set(xlabel="epoch", ylabel="loss", title="Loss")
+    losses.legend()
+    for k in range(1, num_heads + 1):
+        (line,) = hits.plot(epochs, [point[f"head{k}_top1"] for point in points], "o-", label=f"head {k}")
+        hits.plot(epochs, [point[f"head{k}_top5"] for point in points], "--", color=line.get_color())
+    hits.set(xlabel="epoch", ylabel="accuracy", title="Held out: top-1 (solid), top-5 (dashed)", ylim=(0, 1))
+    hits.legend()
+    _save(figure, target)
+
+
+def plot_calibration(calibration: Calibration, target: Path) -> None:
+    """Cumulative accuracy over the number of candidates, a line per head, as a PNG.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for k, head in enumerate(calibration.accuracies, 1):
+        total = [sum(head[:top]) for top in range(1, len(head) + 1)]
+        axes.plot(range(1, len(head) + 1), total, "o-", label=f"head {k}")
+    title = f"{calibration.positions:,} held-out positions"
+    axes.set(xlabel="candidates", ylabel="chance that one is right", title=title, ylim=(0, 1))
+    axes.legend()
+    _save(figure, target)
+
+
+def _save(figure: Figure, target: Path) -> None:
+    with atomic_file(target) as path:
+        figure.savefig(path, dpi=110, format="png")
