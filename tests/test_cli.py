@@ -236,9 +236,12 @@ def test_a_closed_pipe_ends_quietly(tiny_bundle: Bundle, command: str) -> None:
 
 def test_an_interrupted_export_leaves_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:
     command = ["onnx", str(tiny_model_folder), "--init-heads", "2", "-o", str(tmp_path / "out")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "medusa_export", *command], stderr=subprocess.PIPE, text=True
-    ) as process:
+    # Where the tests run in the background, a shell has them ignore the signal, and children inherit that.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from medusa_export.cli import main; main(prog_name='medusa-export')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "writing" in line or "tracing" in line:
