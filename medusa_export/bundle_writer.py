@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medusa_export.cache_shape import CacheShape
 from medusa_export.checkpoints import save_tokenizer
 from medusa_export.errors import ExportError
+from medusa_export.files import atomic_folder
 from medusa_export.onnxruntime_fusions import fuse_for_onnxruntime
 from medusa_export.step import MedusaStep
 from medusa_runtime.bundle import (
@@ -32,31 +29,6 @@ from medusa_runtime.bundle import (
 WEIGHTS = f"{GRAPH}.data"
 # Smaller tensors stay within the graph.
 EXTERNAL_THRESHOLD = 1024
-
-
-@contextmanager
-def atomic_folder(target: Path, *, replace_existing: bool) -> Iterator[Path]:
-    """A folder to fill, which takes its place at ``target`` only if nothing failed.
-
-    Raises:
-        ExportError: Something is at ``target`` already, and may not be replaced.
-    """
-    check_target(target, replace_existing=replace_existing)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(target: Path, *, replace_existing: bool) -> None:
@@ -144,7 +116,8 @@ def write_bundle(
         producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
     )
     try:
-        with atomic_folder(target, replace_existing=replace_existing) as folder:
+        check_target(target, replace_existing=replace_existing)
+        with atomic_folder(target) as folder:
             ir.save(graph, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD)
             derived = ir.load(folder / GRAPH)
             positions = bundle.model.max_positions

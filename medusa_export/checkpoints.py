@@ -28,7 +28,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from medusa_export.errors import CheckpointError, ModelNotSupportedError
+from medusa_export.errors import CheckpointError, ModelNotSupportedError, OutputError
+from medusa_export.files import atomic_folder
 from medusa_export.gguf_cache import gguf_cache
 
 # A model has a tokenizer if it has one of these.
@@ -107,6 +108,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         )
     with _quiet():
         tokenizer.save_pretrained(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a model in Hugging Face's layout, its tokenizer beside it; a model that is there is replaced.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    try:
+        with atomic_folder(folder) as partial, _quiet():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    except OSError as error:
+        raise OutputError(f"The model can't be written to {folder}: {error}.") from error
 
 
 @contextmanager

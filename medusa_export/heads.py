@@ -224,7 +224,7 @@ class MedusaHeads(nn.Module):
         for layer in self.residual_layers:
             states = layer(states, embedded)
         if (common := self.common_projection) is not None:
-            logits: Tensor = common(states.flatten(1, 2)[:, :active])
+            logits: Tensor = common(states.flatten(1, 2)[:, :active].to(common.weight.dtype))
             return logits
         # Likewise the large matrix of each head beyond `active`.
         assert self.projections is not None

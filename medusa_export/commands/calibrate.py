@@ -55,7 +55,7 @@ def command(model: str, heads: str, data: Path, output: Path, plot: Path | None,
             base,
             split.samples(tokenizer),
             Path(scratch) / "features",
-            FeatureKey(Path(model).name, split.sha256, attached.config.num_heads, "float32", max_length),
+            FeatureKey.of(base, Path(model).name, split.sha256, attached.config.num_heads, max_length),
             name=split.name,
             quiet=quiet,
         )

@@ -13,10 +13,21 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.command("train")
 @click.argument("model")
 @click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="What 'distill' wrote, or a file of conversations."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
+    help="What 'distill' wrote, or a file of conversations. May be given more than once.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the heads.")
-@click.option("--recipe", type=click.Choice(["medusa1"]), default="medusa1", show_default=True)
+@click.option(
+    "--recipe",
+    type=click.Choice(["medusa1", "medusa2"]),
+    default="medusa1",
+    show_default=True,
+    help="Train heads alone, which leaves the model as it is; or then, with LoRA, the model for them.",
+)
+@click.option("--heads", metavar="PATH", help="Train these on, not fresh ones; for medusa2 instead of its first stage.")
 @click.option("--num-heads", type=click.IntRange(1, 16), default=4, show_default=True)
 @click.option("--num-layers", type=click.IntRange(1), default=1, show_default=True, help="Residual blocks per head.")
 @click.option(
@@ -37,8 +48,30 @@ from medusa_export.cli import DTYPES, Progress, extra
     help="How much of the loss asks for the base model's distribution instead of its token alone.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=2048, show_default=True, help="Positions per step.")
+@click.option(
+    "--hidden-states",
+    type=click.Choice(["auto", "cached", "online"]),
+    default="auto",
+    show_default=True,
+    help="Keep the model's hidden states on disk, or compute them in every epoch. auto: keep them if they fit.",
+)
+@click.option(
+    "--conversations", type=click.IntRange(1), default=8, show_default=True, help="Per step, where the model runs too."
+)
+@click.option(
+    "--joint-epochs",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="medusa2: with LoRA.",
+)
+@click.option("--joint-learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True,
+              help="medusa2: LoRA's; that of heads is 4 times as high.")  # fmt: skip
+@click.option("--lora-rank", type=click.IntRange(1), default=32, show_default=True, help="medusa2.")
+@click.option("--heads-weight", type=click.FloatRange(0), default=0.01, show_default=True,
+              help="medusa2: what the heads count against staying what the model was.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
-@click.option("--limit", type=click.IntRange(1), help="Conversations to train on, at most.")
+@click.option("--limit", type=click.IntRange(1), help="Conversations to train on, at most, of each --data.")
 @click.option("--heldout", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="If --data is a file.")
 @click.option("--save-dtype", type=click.Choice(list(DTYPES)), default="fp16", show_default=True, help="Of the file.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the base model. [default: bf16 on a GPU, else fp32]")
@@ -48,9 +81,10 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
     model: str,
-    data: Path,
+    data: tuple[Path, ...],
     output: Path,
     recipe: str,
+    heads: str | None,
     num_heads: int,
     num_layers: int,
     conditioned: bool,
@@ -60,6 +94,12 @@ def command(
     learning_rate: float,
     soft: float,
     batch_size: int,
+    hidden_states: str,
+    conversations: int,
+    joint_epochs: float,
+    joint_learning_rate: float,
+    lora_rank: int,
+    heads_weight: float,
     max_length: int,
     limit: int | None,
     heldout: float,
@@ -73,7 +113,7 @@ def command(
     """Train heads for MODEL.
 
     Interrupted, the same command goes on from the last checkpoint in OUTPUT. The heads load with
-    'medusa-export onnx --heads OUTPUT'.
+    'medusa-export onnx MODEL --heads OUTPUT'; the model that medusa2 makes is OUTPUT/model.
     """
     progress = Progress(quiet=quiet)
     with extra("train"):
@@ -82,69 +122,49 @@ def command(
 
         from medusa_export.checkpoints import load_model
         from medusa_export.files import write_text
-        from medusa_export.head_files import save_heads
-        from medusa_export.heads import MedusaHeads
         from medusa_export.plots import plot_training
         from medusa_export.training.conversations import load_chat_tokenizer
-        from medusa_export.training.dataset import load_splits
-        from medusa_export.training.features import FeatureKey, compute_features, frequent_tokens
-        from medusa_export.training.medusa1 import Recipe, train_medusa1
-        from medusa_export.training.report import accuracy_table, held_out
+        from medusa_export.training.dataset import load_sources
+        from medusa_export.training.job import HeadShape, TrainingJob
+        from medusa_export.training.joint import Lora
+        from medusa_export.training.processes import Processes
+        from medusa_export.training.report import accuracy_table, held_out, quality_line
+        from medusa_export.training.run import Schedule
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    processes = Processes(device)
+    place = processes.device
     kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
-    splits = load_splits(data, heldout=heldout, limit=limit)
-    progress(f"loading {model}")
-    tokenizer = load_chat_tokenizer(model)
-    base = load_model(model, dtype=getattr(torch, kind)).to(place)
-    features = {
-        split.name: compute_features(
-            base,
-            split.samples(tokenizer),
-            output / "features" / split.name,
-            FeatureKey(Path(model).name, split.sha256, num_heads, kind, max_length),
-            name=split.name,
-            quiet=quiet,
+    bf16 = place.type == "cuda" if bf16 is None else bf16
+    splits = load_sources(data, heldout=heldout, limit=limit)
+    with processes.main_first():
+        progress(f"loading {model}")
+        tokenizer = load_chat_tokenizer(model)
+        base = load_model(model, dtype=getattr(torch, kind))
+    job = TrainingJob(base.to(place), model, tokenizer, splits, output, processes, max_length, quiet=quiet)
+    if heads is None:
+        trained = job.fresh_heads(HeadShape(num_heads, num_layers, conditioned, draft_vocab, own_projections))
+    else:
+        trained = job.loaded_heads(heads, projections=own_projections)
+    histories = {}
+    if recipe == "medusa1" or heads is None:
+        progress(f"training on {job.tokens('train'):,} tokens, {job.tokens('heldout'):,} held out")
+        schedule = Schedule(epochs, learning_rate, batch_size, seed=seed, bf16=bf16)
+        histories["training"] = job.medusa1(
+            trained, schedule, soft=soft, hidden_states=hidden_states, conversations=conversations
         )
-        for split in splits
-    }
-    base = base.float()
-    lm_head = base.get_output_embeddings()
-    token_map = None
-    if draft_vocab is not None:
-        token_map = frequent_tokens(features["train"], draft_vocab, lm_head.out_features)
-    heads = MedusaHeads.fresh(
-        num_heads,
-        lm_head,
-        num_layers=num_layers,
-        conditioned=conditioned,
-        token_map=token_map,
-        own_projections=own_projections,
-    )
-    if heads.projections is not None and not own_projections:
-        heads.projections.requires_grad_(False)
-    settings = Recipe(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        soft=soft,
-        seed=seed,
-        bf16=place.type == "cuda" if bf16 is None else bf16,
-    )
-    progress(f"training on {len(features['train']):,} positions, {len(features['heldout']):,} held out")
-    history = train_medusa1(
-        heads.to(place),
-        base.get_input_embeddings(),
-        lm_head,
-        features["train"],
-        features["heldout"],
-        settings,
-        output / "checkpoints",
-        device=place,
-        quiet=quiet,
-    )
-    save_heads(heads, output, base_model_name_or_path=model, dtype=getattr(torch, DTYPES[save_dtype]), lm_head=lm_head)
-    write_text(output / "training.json", json.dumps({"recipe": recipe, "history": history}, indent=1) + "\n")
-    plot_training(history, num_heads, output / "training.png")
+    if recipe == "medusa2":
+        progress("training heads and model")
+        schedule = Schedule(joint_epochs, joint_learning_rate, conversations, seed=seed, bf16=bf16)
+        histories["joint"] = job.medusa2(trained, schedule, Lora(rank=lora_rank, heads_weight=heads_weight))
+    if not processes.is_main:
+        return
+    progress("saving")
+    job.save(trained, getattr(torch, DTYPES[save_dtype]))
+    write_text(output / "training.json", json.dumps({"recipe": recipe, **histories}, indent=1) + "\n")
+    for name, history in histories.items():
+        plot_training(history, trained.config.num_heads, output / f"{name}.png")
     progress("done")
-    Console().print(accuracy_table(held_out(history)[-1], num_heads))
+    last = held_out([*histories.values()][-1])[-1]
+    Console().print(accuracy_table(last, trained.config.num_heads))
+    if recipe == "medusa2":
+        Console().print(quality_line(last))

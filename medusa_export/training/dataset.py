@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,12 @@ class DatasetSplit:
     name: str
     conversations: list[Conversation]
     sha256: str
+
+    def without(self, prompts: Set[str]) -> DatasetSplit:
+        """What is left without the conversations that begin with one of these prompts, given as ``prompt_key``."""
+        left = [conversation for conversation in self.conversations if conversation.prompt_key not in prompts]
+        dropped = len(self.conversations) - len(left)
+        return DatasetSplit(self.name, left, f"{self.sha256}, without {dropped}") if dropped else self
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """Its conversations as tokens.
@@ -62,6 +69,26 @@ def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list
     if limit is not None and limit < len(train.conversations):
         splits[0] = DatasetSplit(train.name, train.conversations[:limit], f"{train.sha256}, first {limit}")
     return splits
+
+
+def load_sources(sources: Sequence[Path], *, heldout: float, limit: int | None = None) -> dict[str, list[DatasetSplit]]:
+    """The splits of several data sets, by name. A prompt that one of them holds out is trained on in none.
+
+    Args:
+        sources: As for ``load_splits``.
+        heldout: Likewise.
+        limit: Likewise, of each.
+
+    Raises:
+        DatasetError: As ``load_splits``.
+    """
+    found: dict[str, list[DatasetSplit]] = {name: [] for name in SPLITS}
+    for source in sources:
+        for split in load_splits(source, heldout=heldout, limit=limit):
+            found[split.name].append(split)
+    held_out = {conversation.prompt_key for split in found["heldout"] for conversation in split.conversations}
+    found["train"] = [split.without(held_out) for split in found["train"]]
+    return found
 
 
 def load_heldout(data: Path) -> DatasetSplit:

@@ -6,10 +6,13 @@ what it gives is kept in parts, which also lets the job stop and go on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -47,6 +50,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    @classmethod
+    def join(cls, parts: Sequence[Features]) -> Features:
+        """Those of several data sets, one behind the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
 
 @dataclass(frozen=True)
 class FeatureKey:
@@ -54,6 +62,7 @@ class FeatureKey:
 
     Attributes:
         model: Its name.
+        weights: A fingerprint of its weights.
         data: A digest of the conversations.
         num_heads: K.
         dtype: Of the base model.
@@ -61,26 +70,55 @@ class FeatureKey:
     """
 
     model: str
+    weights: str
     data: str
     num_heads: int
     dtype: str
     max_length: int
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, name: str, data: str, num_heads: int, max_length: int) -> FeatureKey:
+        """The key for a model in memory."""
+        dtype = str(model.dtype).removeprefix("torch.")
+        return cls(name, _fingerprint(model), data, num_heads, dtype, max_length)
 
-def last_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """What the model hands to its ``lm_head``, [B, S, H], without the cost of logits."""
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells models of one name apart: a digest of the first values of each weight."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, logits_at: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the model hands to its ``lm_head``, and logits without the cost of all.
+
+    Args:
+        model: The base model.
+        input_ids: [B, S].
+        attention_mask: [B, S].
+        logits_at: [B, S] boolean, the N places whose logits are wanted; None if none are.
+
+    Returns:
+        Hidden states [B, S, H], and logits [1, N, V].
+    """
     captured: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         captured.append(args[0])
-        return (args[0][:, :1], *args[1:])
+        rows = args[0][0, :1] if logits_at is None else args[0][logits_at]
+        return (rows.unsqueeze(0), *args[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         hook.remove()
-    return captured[0]
+    return captured[0], output.logits
 
 
 def positions_of(sample: Sample, num_heads: int) -> tuple[list[int], list[list[int]]]:
@@ -131,7 +169,11 @@ def compute_features(
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
     batches = list(_batches([samples[i] for i in order], key.max_length))
     missing = {number: batch for number, batch in enumerate(batches) if not (folder / _file(number)).is_file()}
-    _check_room(folder, model, missing.values())
+    if (needed := size_of(model, missing.values())) > (free := shutil.disk_usage(folder).free):
+        raise DatasetError(
+            f"Hidden states take {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free: make room, "
+            "train on fewer conversations with --limit, or compute them in every epoch with --hidden-states online."
+        )
     done = len(batches) - len(missing)
     with progress_bar(f"hidden states, {name}", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
         for number, batch in missing.items():
@@ -172,15 +214,10 @@ def _batches(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample
         yield batch
 
 
-def _check_room(folder: Path, model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> None:
+def size_of(model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> int:
+    """Bytes of the hidden states of samples, nearly."""
     positions = sum(sum(sample.is_label) for batch in batches for sample in batch)
-    needed = positions * model.get_output_embeddings().in_features * torch.finfo(model.dtype).bits // 8
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DatasetError(
-            f"Hidden states of {positions:,} positions take {needed / 2**30:.1f} GiB, but {folder} has "
-            f"{free / 2**30:.1f} GiB free: make room, or train on fewer conversations with --limit."
-        )
+    return positions * int(model.get_output_embeddings().in_features) * torch.finfo(model.dtype).bits // 8
 
 
 @torch.inference_mode()
@@ -191,7 +228,7 @@ def _compute(model: PreTrainedModel, batch: Sequence[Sample], num_heads: int) ->
     for row, sample in enumerate(batch):
         ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
         mask[row, : len(sample.input_ids)] = 1
-    hidden = last_hidden(model, ids.to(model.device), mask.to(model.device)).cpu()
+    hidden = hidden_states(model, ids.to(model.device), mask.to(model.device))[0].cpu()
     kept, next_tokens, targets, left = [], [], [], []
     for row, sample in enumerate(batch):
         positions, found = positions_of(sample, num_heads)
@@ -232,13 +269,17 @@ def _load(folder: Path, count: int) -> Features:
     return features
 
 
-def frequent_tokens(features: Features, count: int, vocab_size: int) -> Tensor:
-    """The tokens that are to be drafted most often, ascending: a reduced vocabulary (FR-Spec, arXiv 2502.14856).
+def frequent_tokens(samples: Iterable[Sample], count: int) -> Tensor:
+    """The tokens that the assistant writes most often, ascending: a reduced vocabulary (FR-Spec, arXiv 2502.14856).
 
     Args:
-        features: The training set.
+        samples: The training set.
         count: How many.
-        vocab_size: V of the base model.
     """
-    seen = torch.bincount(features.targets[features.targets >= 0].long(), minlength=vocab_size)
-    return seen.argsort(descending=True, stable=True)[:count].sort().values
+    seen: Counter[int] = Counter()
+    for sample in samples:
+        seen.update(token for token, label in zip(sample.input_ids, sample.is_label, strict=True) if label)
+    # Of equal ones the smaller, and where too few occur the smallest of the others.
+    best = sorted(seen, key=lambda token: (-seen[token], token))[:count]
+    spare = (token for token in range(count) if token not in seen)
+    return torch.tensor(sorted([*best, *islice(spare, count - len(best))]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EvalPrediction
 
-from medusa_export.errors import TrainingError
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.features import Features
+from medusa_export.training.run import Schedule, run_training
 
 # A token in the first n candidates counts as found.
 TOP = (1, 3, 5, 10)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How heads are trained; the defaults are the paper's where it gives one.
-
-    Attributes:
-        epochs: Passes over the data.
-        learning_rate: At its peak; it falls along a cosine.
-        batch_size: Positions per step.
-        warmup_steps: Until the peak.
-        weight_decay: AdamW's.
-        head_decay: Head k counts head_decay^k in the loss.
-        soft: How much of the loss asks for the base model's whole distribution at the target's place; the rest asks
-            for the target alone.
-        seed: For the order of the data.
-        bf16: Matrix products in bfloat16.
-    """
-
-    epochs: float = 5.0
-    learning_rate: float = 2e-3
-    batch_size: int = 2048
-    warmup_steps: int = 40
-    weight_decay: float = 0.0
-    head_decay: float = 0.8
-    soft: float = 0.0
-    seed: int = 0
-    bf16: bool = False
+# Head k counts HEAD_DECAY^k in the loss [2.2.1].
+HEAD_DECAY = 0.8
 
 
 class HeadLoss(nn.Module):
@@ -57,8 +29,8 @@ class HeadLoss(nn.Module):
         heads: What is trained.
         embedding: The base model's, for conditioned heads; it is not trained.
         lm_head: The base model's, for what it would say itself; it is not trained.
-        head_decay: Head k counts head_decay^k.
-        soft: See ``Recipe``.
+        soft: How much of the loss asks for the base model's whole distribution at the target's place; the rest asks
+            for the target alone.
     """
 
     draft_ids: Tensor | None
@@ -70,13 +42,11 @@ class HeadLoss(nn.Module):
         embedding: nn.Module,
         lm_head: nn.Linear,
         *,
-        head_decay: float = 1.0,
         soft: float = 0.0,
     ) -> None:
         super().__init__()
         self.heads = heads
         self._embedding = (embedding,)  # in a tuple, so that it is neither trained nor saved
-        self._head_decay = head_decay
         self._soft = soft
         ids = None
         if heads.token_map is not None:
@@ -92,7 +62,7 @@ class HeadLoss(nn.Module):
     def forward(
         self, hidden: Tensor, next_tokens: Tensor, targets: Tensor, ahead: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The loss over a batch of positions, Σ_k head_decay^k · CE_k, and hits.
+        """The loss over a batch of positions, Σ_k 0.8^k · CE_k, and hits.
 
         Args:
             hidden: [N, H].
@@ -121,7 +91,7 @@ class HeadLoss(nn.Module):
             known = there & ~ahead[..., 0].isnan()
             soft = -(self._teacher(ahead) * scores).sum(-1)
             losses = torch.where(known, self._soft * soft + (1 - self._soft) * losses, losses)
-        weights = self._head_decay ** torch.arange(1, labels.shape[1] + 1, device=losses.device)
+        weights = HEAD_DECAY ** torch.arange(1, labels.shape[1] + 1, device=losses.device)
         means = (losses * there).sum(0) / there.sum(0).clamp(min=1)
         output = {"loss": (means * weights).sum()}
         if not self.training:
@@ -185,9 +155,10 @@ def train_medusa1(
     lm_head: nn.Linear,
     train: Features,
     heldout: Features,
-    recipe: Recipe,
+    schedule: Schedule,
     checkpoints: Path,
     *,
+    soft: float,
     device: torch.device,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
@@ -199,44 +170,17 @@ def train_medusa1(
     Raises:
         TrainingError: The loss is no longer a number.
     """
-    model = HeadLoss(heads, embedding, lm_head, head_decay=recipe.head_decay, soft=recipe.soft)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=1.0,
-        bf16=recipe.bf16,
-        use_cpu=device.type == "cpu",
-        seed=recipe.seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        logging_steps=10,
-        label_names=["targets"],
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=quiet,
-        dataloader_pin_memory=device.type == "cuda",
+    return run_training(
+        HeadLoss(heads, embedding, lm_head, soft=soft),
+        _Positions(train, ahead=soft > 0),
+        _Positions(heldout),
+        schedule,
+        checkpoints,
+        collate=lambda batch: batch,
+        metrics=_metrics,
+        device=device,
+        quiet=quiet,
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Positions(train, ahead=recipe.soft > 0),
-        eval_dataset=_Positions(heldout),
-        data_collator=lambda batch: batch,
-        compute_metrics=_metrics,
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    history: list[dict[str, Any]] = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    if losses and not np.isfinite(losses[-1]):
-        raise TrainingError("The loss is no longer a number: lower --learning-rate, or train without bf16.")
-    return history
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:

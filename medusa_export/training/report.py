@@ -29,6 +29,15 @@ def held_out(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
+def quality_line(figures: dict[str, float]) -> str:
+    """What became of the base model."""
+    return (
+        f"Perplexity of the held-out answers: {figures['perplexity_before']:.4f} before, {figures['perplexity']:.4f} "
+        f"after. The model still makes the same choice at {figures['same_choice']:.1%} of positions "
+        f"(KL divergence {figures['kl']:.4f})."
+    )
+
+
 def calibration_table(calibration: Calibration) -> Table:
     """Heads by line, cumulative accuracy by column."""
     figures = {f"head{k}_top{top}": sum(head[:top]) for k, head in enumerate(calibration.accuracies, 1) for top in TOP}

@@ -1,0 +1,214 @@
+"""A training from its data to trained heads: both recipes, on hidden states that are kept or computed anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_export.checkpoints import save_model
+from medusa_export.head_files import load_heads, save_heads
+from medusa_export.heads import MedusaHeads
+from medusa_export.training.conversations import Sample
+from medusa_export.training.dataset import DatasetSplit
+from medusa_export.training.features import FeatureKey, Features, compute_features, frequent_tokens, size_of
+from medusa_export.training.joint import Lora, adapt, train_joint
+from medusa_export.training.medusa1 import train_medusa1
+from medusa_export.training.processes import Processes
+from medusa_export.training.run import Schedule
+
+History = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What fresh heads look like.
+
+    Attributes:
+        num_heads: K.
+        num_layers: Residual blocks per head.
+        conditioned: They are given the token that the base model has chosen.
+        draft_vocab: How many tokens they can propose, the most frequent; None for all.
+        own_projections: Each has an output projection of its own, which is trained.
+    """
+
+    num_heads: int
+    num_layers: int
+    conditioned: bool
+    draft_vocab: int | None
+    own_projections: bool
+
+
+class TrainingJob:
+    """A base model, data, and a folder for what is kept between runs.
+
+    Args:
+        model: The base model, on the device to train on.
+        source: Where it was loaded from.
+        tokenizer: Its tokenizer, with a chat template.
+        splits: The data sets' splits, by name.
+        folder: For hidden states and checkpoints.
+        processes: Those that train together.
+        max_length: Tokens of a conversation, at most.
+        quiet: No progress.
+
+    Raises:
+        DatasetError: The chat template doesn't fit the data.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Mapping[str, Sequence[DatasetSplit]],
+        folder: Path,
+        processes: Processes,
+        max_length: int,
+        *,
+        quiet: bool,
+    ) -> None:
+        self._model, self._source, self._tokenizer, self._folder = model, source, tokenizer, folder
+        self._processes, self._max_length, self._quiet = processes, max_length, quiet
+        self._changed = False
+        self._digests = {name: [split.sha256 for split in splits[name]] for name in splits}
+        self._samples = {name: [split.samples(tokenizer) for split in splits[name]] for name in splits}
+
+    def samples(self, split: str) -> list[Sample]:
+        """The conversations of all data sets."""
+        return [sample for part in self._samples[split] for sample in part]
+
+    def tokens(self, split: str) -> int:
+        """How many tokens the assistant wrote in them."""
+        return sum(sum(sample.is_label) for sample in self.samples(split))
+
+    def fresh_heads(self, shape: HeadShape) -> MedusaHeads:
+        """Untrained heads, in fp32."""
+        token_map = None
+        if shape.draft_vocab is not None:
+            token_map = frequent_tokens(self.samples("train"), shape.draft_vocab)
+        heads = MedusaHeads.fresh(
+            shape.num_heads,
+            self._lm_head,
+            num_layers=shape.num_layers,
+            conditioned=shape.conditioned,
+            token_map=token_map,
+            own_projections=shape.own_projections,
+        )
+        return self._trainable(heads, projections=shape.own_projections)
+
+    def loaded_heads(self, path: str, *, projections: bool) -> MedusaHeads:
+        """Heads to train on, in fp32; their own projections too, if asked for.
+
+        Raises:
+            CheckpointError: They can't be read, or belong to another model.
+        """
+        return self._trainable(load_heads(path, self._model), projections=projections)
+
+    def _trainable(self, heads: MedusaHeads, *, projections: bool) -> MedusaHeads:
+        heads = heads.float().to(self._processes.device)
+        heads.requires_grad_(True)
+        if heads.projections is not None:
+            heads.projections.requires_grad_(projections)
+        return heads
+
+    def medusa1(
+        self, heads: MedusaHeads, schedule: Schedule, *, soft: float, hidden_states: str, conversations: int
+    ) -> History:
+        """Trains heads in place; the base model stays as it is.
+
+        Args:
+            heads: Fresh ones or not.
+            schedule: Its batch size is in positions.
+            soft: See ``HeadLoss``; of no effect where hidden states are computed anew.
+            hidden_states: ``cached``, ``online``, or ``auto``: cached if there is room.
+            conversations: The batch size where they are computed anew.
+
+        Raises:
+            DatasetError: There is nothing to learn from, or no room.
+            TrainingError: The loss is no longer a number.
+        """
+        if hidden_states == "online" or (hidden_states == "auto" and not self._fits()):
+            return self._joint(self._model, heads, schedule.sized(conversations), "checkpoints", Lora())
+        return train_medusa1(
+            heads,
+            self._model.get_input_embeddings(),
+            self._lm_head,
+            self._features("train", heads.config.num_heads),
+            self._features("heldout", heads.config.num_heads),
+            schedule,
+            self._folder / "checkpoints",
+            soft=soft,
+            device=self._processes.device,
+            quiet=self._quiet,
+        )
+
+    def medusa2(self, heads: MedusaHeads, schedule: Schedule, lora: Lora) -> History:
+        """Trains heads in place, and the base model with LoRA, which is then merged into it.
+
+        Raises:
+            TrainingError: The loss is no longer a number.
+        """
+        adapted: Any = adapt(self._model, heads, lora)
+        history = self._joint(adapted, heads, schedule, "joint_checkpoints", lora)
+        self._model = adapted.merge_and_unload().eval().requires_grad_(False)
+        self._changed = True
+        return history
+
+    def save(self, heads: MedusaHeads, dtype: torch.dtype) -> None:
+        """Writes heads to the folder, and the model to ``model`` within it if it isn't what it was.
+
+        Args:
+            heads: The trained heads.
+            dtype: What their weights are rounded to.
+
+        Raises:
+            OutputError: They can't be written.
+        """
+        source = self._source
+        if self._changed:
+            source = str(self._folder / "model")
+            save_model(self._model, self._tokenizer, Path(source))
+        save_heads(heads, self._folder, base_model_name_or_path=source, dtype=dtype, lm_head=self._lm_head)
+
+    def _joint(self, model: Any, heads: MedusaHeads, schedule: Schedule, checkpoints: str, lora: Lora) -> History:
+        return train_joint(
+            model,
+            heads,
+            self.samples("train"),
+            self.samples("heldout"),
+            schedule,
+            self._folder / checkpoints,
+            lora=lora,
+            max_length=self._max_length,
+            device=self._processes.device,
+            quiet=self._quiet,
+        )
+
+    def _features(self, split: str, num_heads: int) -> Features:
+        parts = []
+        for digest, samples in zip(self._digests[split], self._samples[split], strict=True):
+            key = FeatureKey.of(self._model, Path(self._source).name, digest, num_heads, self._max_length)
+            with self._processes.main_first():
+                folder = self._folder / "features" / f"{split}-{digest[:12]}"
+                parts.append(compute_features(self._model, samples, folder, key, name=split, quiet=self._quiet))
+        return Features.join(parts)
+
+    def _fits(self) -> bool:
+        """Hidden states may take what the disk has, and half of the memory that is free."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        size = size_of(self._model, [self.samples(split) for split in self._samples])
+        memory: int = psutil.virtual_memory().available
+        return size < min(shutil.disk_usage(self._folder).free, memory // 2)
+
+    @property
+    def _lm_head(self) -> nn.Linear:
+        lm_head: nn.Linear = self._model.get_output_embeddings()
+        return lm_head

@@ -1,0 +1,250 @@
+"""Heads trained behind the running base model, which LoRA may let change with them.
+
+With LoRA this is Medusa-2 (MEDUSA, sections 2.2.2 and 2.3.2): the base model is to stay what it was, measured by
+KL(p_original || p), and to make the heads' work easier. Without it, it is Medusa-1 for data of which the
+hidden states can't be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from medusa_export.heads import MedusaHeads
+from medusa_export.training.conversations import Sample
+from medusa_export.training.features import hidden_states, positions_of
+from medusa_export.training.medusa1 import HeadLoss, accuracies
+from medusa_export.training.run import Schedule, run_training
+
+_NONE = -1  # stands in tables for places that hold nothing
+
+
+@dataclass(frozen=True)
+class Lora:
+    """How the base model may change; the defaults are the paper's.
+
+    Attributes:
+        rank: Of the matrices.
+        alpha: Their product counts alpha / rank.
+        dropout: Before them.
+        heads_weight: λ0, what the heads' loss counts beside the KL divergence in the end; it grows as sin(π/2 · t/T).
+        heads_rate: The heads' learning rate over that of LoRA.
+    """
+
+    rank: int = 32
+    alpha: int = 16
+    dropout: float = 0.05
+    heads_weight: float = 0.01
+    heads_rate: float = 4.0
+
+
+def adapt(model: PreTrainedModel, heads: MedusaHeads, lora: Lora) -> PeftModel:
+    """Puts LoRA on all linear layers of a model, in place.
+
+    The ``lm_head`` is left out where something else uses its weight: tied embeddings, or heads that project with it.
+    """
+    lm_head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    used = heads.config.shared_lm_head or getattr(embedding, "weight", None) is lm_head.weight
+    names = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not (used and module is lm_head)
+    ]
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, task_type="CAUSAL_LM"
+    )
+    adapted: PeftModel = get_peft_model(model, config)
+    return adapted
+
+
+class JointLoss(nn.Module):
+    """The base model and its heads, their losses, and what became of the base model.
+
+    Args:
+        model: The base model; with LoRA, the one that it was is its teacher.
+        heads: The heads.
+
+    Attributes:
+        heads_weight: What the heads' loss counts.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, heads: MedusaHeads) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.adapted = isinstance(model, PeftModel)
+        self.head_loss = HeadLoss(heads, self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        self.heads_weight = 1.0
+        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor, targets: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss over a batch of conversations, KL(p_original || p) + heads_weight · Σ_k 0.8^k · CE_k.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, S].
+            predicts: [B, S] boolean, where the next token is the assistant's.
+            targets: [B, S, K], of the heads; -1 where there is none.
+
+        Returns:
+            ``loss``, and in eval mode ``places`` [B, S, K], as ``HeadLoss``, and with LoRA ``quality`` [B, S, 4]:
+            the negative log-likelihood of the next token, that of the model that it was, their KL divergence, and
+            whether both would choose the same token. -1 where nothing is predicted.
+        """
+        next_tokens = input_ids.roll(-1, 1)
+        drafts = targets[..., 0] >= 0
+        hidden, logits = hidden_states(self.model, input_ids, attention_mask, predicts if self.adapted else None)
+        found = self.head_loss(hidden[drafts].float(), next_tokens[drafts], targets[drafts])
+        output = {"loss": self.heads_weight * found["loss"]}
+        if not self.training:
+            output["places"] = targets.new_full(targets.shape, _NONE)
+            output["places"][drafts] = found["places"]
+        if self.adapted:
+            with self._as_it_was(), torch.no_grad():
+                _, teacher = hidden_states(self.model, input_ids, attention_mask, predicts)
+            own, was = (torch.log_softmax(scores[0].float(), -1) for scores in (logits, teacher))
+            divergence = (was.exp() * (was - own)).sum(-1)
+            output["loss"] = output["loss"] + divergence.sum() / max(len(divergence), 1)
+            if not self.training:
+                said = next_tokens[predicts].unsqueeze(-1)
+                columns = [-own.gather(-1, said)[:, 0], -was.gather(-1, said)[:, 0], divergence.clamp(min=0)]
+                same = (own.argmax(-1) == was.argmax(-1)).float()
+                output["quality"] = own.new_full((*predicts.shape, 4), _NONE)
+                output["quality"][predicts] = torch.stack([*columns, same], -1)
+        return output
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """The base model without LoRA, and without dropout."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.model.train(training)
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Checkpoints hold what is trained; the rest comes from the base model anyway."""
+    assert isinstance(module, JointLoss)
+    for name in list(state):
+        if name.startswith(prefix) and name.removeprefix(prefix) not in module._trained:
+            del state[name]
+
+
+class _Ramp(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """λ0 · sin(π/2 · t/T)."""
+
+    def __init__(self, loss: JointLoss, weight: float) -> None:
+        self._loss, self._weight = loss, weight
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._loss.heads_weight = self._weight * math.sin(math.pi / 2 * (state.global_step + 1) / state.max_steps)
+
+
+class _Samples(Dataset[Sample]):
+    """Conversations as tokens."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+
+def collate(samples: Sequence[Sample], *, num_heads: int, max_length: int) -> dict[str, Tensor]:
+    """Conversations, cut to size and padded, as ``JointLoss`` takes them."""
+    short = [Sample(sample.input_ids[:max_length], sample.is_label[:max_length]) for sample in samples]
+    shape = (len(short), max(len(sample.input_ids) for sample in short))
+    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    predicts = torch.zeros(shape, dtype=torch.bool)
+    targets = torch.full((*shape, num_heads), _NONE)
+    for row, sample in enumerate(short):
+        length = len(sample.input_ids)
+        ids[row, :length] = torch.tensor(sample.input_ids)
+        mask[row, :length] = 1
+        predicts[row, : length - 1] = torch.tensor(sample.is_label[1:], dtype=torch.bool)
+        positions, found = positions_of(sample, num_heads)
+        if positions:
+            targets[row, positions] = torch.tensor(found)
+    return {"input_ids": ids, "attention_mask": mask, "predicts": predicts, "targets": targets}
+
+
+def train_joint(
+    model: PreTrainedModel | PeftModel,
+    heads: MedusaHeads,
+    train: Sequence[Sample],
+    heldout: Sequence[Sample],
+    schedule: Schedule,
+    checkpoints: Path,
+    *,
+    lora: Lora,
+    max_length: int,
+    device: torch.device,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Trains heads, and LoRA if the model has it, in place; goes on from the last checkpoint.
+
+    Returns:
+        What was logged; figures on held-out conversations are there for the time before the first step, too.
+
+    Raises:
+        TrainingError: The loss is no longer a number.
+    """
+    module = JointLoss(model, heads)
+    ramp, optimizer = [], None
+    if module.adapted:
+        ramp = [_Ramp(module, lora.heads_weight)]
+        ours = [parameter for parameter in heads.parameters() if parameter.requires_grad]
+        theirs = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
+        rate = schedule.learning_rate
+        groups: list[dict[str, Any]] = [{"params": theirs, "lr": rate}, {"params": ours, "lr": rate * lora.heads_rate}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    return run_training(
+        module,
+        _Samples(train),
+        _Samples(heldout),
+        schedule,
+        checkpoints,
+        collate=lambda batch: collate(batch, num_heads=heads.config.num_heads, max_length=max_length),
+        metrics=_metrics,
+        device=device,
+        quiet=quiet,
+        optimizer=optimizer,
+        callbacks=ramp,
+    )
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    found = prediction.predictions
+    places, *quality = found if isinstance(found, tuple) else (found,)
+    figures = accuracies(places.reshape(-1, places.shape[-1]))
+    for table in quality:
+        rows = table[table[..., 0] >= 0]
+        nll, nll_before, divergence, same = np.asarray(rows, np.float64).mean(0)
+        figures |= {
+            "perplexity": float(np.exp(nll)),
+            "perplexity_before": float(np.exp(nll_before)),
+            "kl": float(divergence),
+            "same_choice": float(same),
+        }
+    return figures

@@ -1,0 +1,36 @@
+"""Where a training runs: on one device, or on those that ``accelerate launch`` started it on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+# Others wait for the first process while it computes hidden states.
+_PATIENCE = timedelta(days=2)
+
+
+class Processes:
+    """The processes of a job.
+
+    Args:
+        device: Where to run, for a job of one process; its own choice if None.
+    """
+
+    def __init__(self, device: str | None) -> None:
+        self._state = PartialState(timeout=_PATIENCE)
+        self.device = torch.device(device) if device else self._state.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files."""
+        return bool(self._state.is_main_process)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The others begin when the main process is done, and find what it left on disk."""
+        with self._state.main_process_first():
+            yield

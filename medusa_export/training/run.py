@@ -1,0 +1,119 @@
+"""Both recipes' way through transformers' Trainer: schedule, checkpoints, evaluation, resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from medusa_export.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a training of either recipe needs to know.
+
+    Attributes:
+        epochs: Passes over the data.
+        learning_rate: At its peak; it falls along a cosine.
+        batch_size: Examples per step and device.
+        warmup_steps: Until the peak.
+        seed: For the order of the data.
+        bf16: Matrix products in bfloat16.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    warmup_steps: int = 40
+    seed: int = 0
+    bf16: bool = False
+
+    def sized(self, batch_size: int) -> Schedule:
+        """The same with another batch size."""
+        return replace(self, batch_size=batch_size)
+
+
+def run_training(
+    module: nn.Module,
+    train: Dataset[Any],
+    heldout: Dataset[Any],
+    schedule: Schedule,
+    checkpoints: Path,
+    *,
+    collate: Callable[[Any], dict[str, Any]],
+    metrics: Callable[[EvalPrediction], dict[str, float]],
+    device: torch.device,
+    quiet: bool,
+    optimizer: torch.optim.Optimizer | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, Any]]:
+    """Trains a module whose ``forward`` returns its ``loss``; goes on from the last checkpoint, if there is one.
+
+    Args:
+        module: What is trained. In eval mode it also returns what ``metrics`` looks at.
+        train: The training set.
+        heldout: What is evaluated before the first step and after each epoch.
+        schedule: How long and how fast.
+        checkpoints: Where they lie.
+        collate: Makes a batch of examples; ``targets`` is a part of it.
+        metrics: Figures from what the module returned.
+        device: Where to train.
+        quiet: No progress.
+        optimizer: AdamW without weight decay if None.
+        callbacks: Called by the Trainer.
+
+    Returns:
+        What was logged: losses by step, and figures on held-out examples by epoch.
+
+    Raises:
+        TrainingError: The loss is no longer a number.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=schedule.epochs,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=schedule.batch_size,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=schedule.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=schedule.bf16,
+        use_cpu=device.type == "cpu",
+        seed=schedule.seed,
+        eval_strategy="epoch",
+        eval_on_start=True,
+        save_strategy="epoch",
+        save_total_limit=2,
+        logging_steps=10,
+        label_names=["targets"],
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=quiet,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    trainer = Trainer(
+        model=module,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=heldout,
+        data_collator=collate,
+        compute_metrics=metrics,
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    history: list[dict[str, Any]] = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if losses and not np.isfinite(losses[-1]):
+        raise TrainingError("The loss is no longer a number: lower the learning rate, or train without bf16.")
+    return history
