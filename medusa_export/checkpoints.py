@@ -106,7 +106,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
             f"The tokenizer {type(tokenizer).__name__} can't be written as a tokenizer.json, which the runtime needs: "
             "use a model whose tokenizer has a fast version."
         )
-    with _quiet():
+    with quiet_libraries():
         tokenizer.save_pretrained(folder)
 
 
@@ -117,7 +117,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         OutputError: It can't be written.
     """
     try:
-        with atomic_folder(folder) as partial, _quiet():
+        with atomic_folder(folder) as partial, quiet_libraries():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     except OSError as error:
@@ -129,7 +129,7 @@ def _loading(source: str, what: str) -> Iterator[dict[str, Any]]:
     """Gives ``from_pretrained``'s arguments for a source; what fails inside becomes a ``CheckpointError``."""
     with ExitStack() as stack:
         place = _place(source)
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet_libraries())
         if place["gguf_file"]:
             stack.enter_context(gguf_cache())
         try:
@@ -241,8 +241,8 @@ def _reason(source: str, what: str, place: dict[str, Any], error: Exception) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the reports, warnings and progress bars of a load off the terminal."""
+def quiet_libraries() -> Iterator[None]:
+    """Keeps what transformers and the hub report, warn of and show as progress off the terminal."""
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
     bars: Any = logging  # its functions are not annotated
     had_bars = bars.is_progress_bar_enabled()

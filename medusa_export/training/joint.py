@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from medusa_export.checkpoints import quiet_libraries
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import hidden_states, positions_of
@@ -66,7 +67,8 @@ def adapt(model: PreTrainedModel, heads: MedusaHeads, lora: Lora) -> PeftModel:
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, task_type="CAUSAL_LM"
     )
-    adapted: PeftModel = get_peft_model(model, config)
+    with quiet_libraries():
+        adapted: PeftModel = get_peft_model(model, config)
     return adapted
 
 

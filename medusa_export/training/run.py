@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from medusa_export.checkpoints import quiet_libraries
 from medusa_export.errors import TrainingError
+from medusa_export.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,39 @@ class Schedule:
     def sized(self, batch_size: int) -> Schedule:
         """The same with another batch size."""
         return replace(self, batch_size=batch_size)
+
+
+class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """A progress bar, and a line for each evaluation."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bars = ExitStack()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        quiet = self._quiet or not state.is_world_process_zero
+        bar = progress_bar("training", state.max_steps, done=state.global_step, unit="steps", quiet=quiet)
+        self._bar = self._bars.enter_context(bar)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bar.add(1)
+        self._bar.finish_piece()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        found = logs or {}
+        if "eval_loss" in found and not self._quiet and state.is_world_process_zero:
+            hits = " ".join(f"{value:.1%}" for name, value in found.items() if name.endswith("_top1"))
+            click.echo(f"epoch {found['epoch']:.3g}: held-out loss {found['eval_loss']:.4g}, top-1 {hits}", err=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bars.close()
 
 
 def run_training(
@@ -98,7 +136,8 @@ def run_training(
         label_names=["targets"],
         remove_unused_columns=False,
         report_to=[],
-        disable_tqdm=quiet,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
     )
     trainer = Trainer(
@@ -109,9 +148,11 @@ def run_training(
         data_collator=collate,
         compute_metrics=metrics,
         optimizers=(optimizer, None),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, _Shown(quiet=quiet)],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    trainer.remove_callback(PrinterCallback)
+    with quiet_libraries():
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     history: list[dict[str, Any]] = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if losses and not np.isfinite(losses[-1]):
