@@ -20,6 +20,7 @@ COMMANDS = {
     "distill": "Have a model write the data that its heads are trained on.",
     "train": "Train heads on what a model wrote.",
     "calibrate": "Measure how often heads are right.",
+    "heads": "Convert files of heads.",
     "tree": "Search the best draft tree for calibrated heads.",
     "bench": "Measure what the tree brings.",
 }

@@ -1,4 +1,4 @@
-"""MEDUSA heads on disk: every published format in, one out.
+"""MEDUSA heads on disk: every published format is read; ``head_writer`` writes them.
 
 ``{k}`` numbers heads, ``{j}`` residual blocks, n is how many of them a head has:
 
@@ -22,19 +22,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.errors import CheckpointError
-from medusa_export.files import atomic_file, write_text
 from medusa_export.heads import HeadsConfig, MedusaHeads
 
-_HEADS_FILE = "medusa_lm_head.safetensors"
+HEADS_FILE = "medusa_lm_head.safetensors"
 
 # Where a folder keeps its heads: the first that is there.
 _FILES = (
-    _HEADS_FILE,
+    HEADS_FILE,
     "medusa_lm_head.pt",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -69,65 +67,14 @@ def load_heads(path: str | Path, model: PreTrainedModel) -> MedusaHeads:
     return _build(tensors, lm_head).to(dtype=lm_head.weight.dtype).eval().requires_grad_(False)
 
 
-def save_heads(
-    heads: MedusaHeads,
-    folder: str | Path,
-    *,
-    base_model_name_or_path: str,
-    dtype: torch.dtype | None = None,
-    lm_head: nn.Linear | None = None,
-) -> None:
-    """Writes heads so that ``load_heads`` and the reference implementation read them.
-
-    The layout is v0.1, or v2 where the heads share the base model's ``lm_head``; a reduced vocabulary adds
-    ``token_map``, and a projection that all heads have in common is written once, as ``lm_head.weight``. Each
-    file appears whole or not at all.
-
-    Args:
-        heads: The heads.
-        folder: Where to.
-        base_model_name_or_path: What they belong to.
-        dtype: What their weights are rounded to; as they are if None.
-        lm_head: The base model's, to leave out a common projection that is made of its rows.
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype of the weights in a file of heads.
 
     Raises:
-        OutputError: A file can't be written.
+        CheckpointError: As for ``load_heads``.
     """
-    folder = Path(folder)
-    config = {
-        "medusa_num_heads": heads.config.num_heads,
-        "medusa_num_layers": heads.config.num_layers,
-        "base_model_name_or_path": base_model_name_or_path,
-        "version": "2" if heads.projections is None else "1",
-    }
-    tensors = {}
-    for name, tensor in _named_tensors(heads, lm_head):
-        kept = tensor.detach().cpu().contiguous()
-        tensors[name] = kept.to(dtype) if dtype is not None and kept.is_floating_point() else kept
-    with atomic_file(folder / _HEADS_FILE) as file:
-        save_file(tensors, file, metadata={"format": "pt"})
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _named_tensors(heads: MedusaHeads, lm_head: nn.Linear | None) -> Iterable[tuple[str, Tensor]]:
-    for j, layer in enumerate(heads.residual_layers):
-        for k in range(heads.config.num_heads):
-            yield f"{k}.{j}.linear.weight", layer.weight[k].T
-            yield f"{k}.{j}.linear.bias", layer.bias[k, 0]
-            if layer.condition is not None:
-                yield f"{k}.{j}.condition.weight", layer.condition[k].T
-    weights = [projection.get_parameter("weight") for projection in heads.projections or ()]
-    common = heads.common_projection if weights else None
-    if common is not None and lm_head is not None and heads.token_map is not None:
-        known = torch.equal(common.weight, lm_head.weight[heads.token_map].to(common.weight.dtype))
-    else:
-        known = False
-    if common is not None and not known:
-        yield _COMMON, common.weight
-    elif not known:
-        yield from ((f"{k}.{heads.config.num_layers}.weight", weight) for k, weight in enumerate(weights))
-    if heads.token_map is not None:
-        yield _TOKEN_MAP, heads.token_map.int()
+    tensors = _read(_heads_file(Path(path).expanduser()))
+    return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def _heads_file(path: Path) -> Path:
@@ -143,7 +90,7 @@ def _heads_file(path: Path) -> Path:
         return others[0]
     found = ", ".join(file.name for file in others) or "none of its kind"
     raise CheckpointError(
-        f"The folder {path} holds no {_HEADS_FILE} or other file of heads that can be told ({found}): give the file."
+        f"The folder {path} holds no {HEADS_FILE} or other file of heads that can be told ({found}): give the file."
     )
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medusa_export.checkpoints import load_model
+from medusa_export.cli import main
 from medusa_export.errors import CheckpointError, OutputError
-from medusa_export.head_files import load_heads, save_heads
+from medusa_export.head_files import load_heads
+from medusa_export.head_writer import LAYOUTS, save_heads
 from medusa_export.heads import HeadsConfig, MedusaHeads
 from tiny_models import VOCAB_SIZE, tiny_model
 
@@ -246,7 +249,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("medusa_export.head_files.save_file", half)
+    monkeypatch.setattr("medusa_export.head_writer.save_file", half)
     with pytest.raises(OutputError, match="disk full"):
         save_heads(heads.truncated(1), tmp_path / "out", base_model_name_or_path="base")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
@@ -412,3 +415,61 @@ def test_conditioned_heads_are_given_the_next_token(tmp_path: Path) -> None:
         load_heads(
             written(tmp_path / "cut", {**tensors, "0.0.condition.weight": conditions["0.0.condition.weight"]}), MODEL
         )
+
+
+# Conversion
+
+
+def converted(tmp_path: Path, source: Path, layout: str) -> tuple[Path, str]:
+    MODEL.save_pretrained(tmp_path / "model")
+    arguments = ["heads", "convert", tmp_path / "model", "--heads", source, "--format", layout, "-o", tmp_path / layout]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return tmp_path / layout, result.output
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conversion(tmp_path: Path, layout: str, shared: bool, num_layers: int) -> None:
+    tensors = reference(num_layers=num_layers, shared=shared)
+    folder, output = converted(tmp_path, written(tmp_path / "heads", tensors), layout)
+    if layout == "v2" and not shared:
+        assert "error: These heads have projections of their own" in output
+        assert not folder.exists()
+        return
+    check(load_heads(folder, MODEL), tensors, num_layers=num_layers)
+    names = set(load_file(folder / "medusa_lm_head.safetensors"))
+    full = set(reference(num_layers=num_layers))
+    bare = set(reference(num_layers=num_layers, shared=True))
+    blocks = {
+        f"blocks.{k}.layers.{j}.{kind}" for k in range(3) for j in range(num_layers) for kind in ("weight", "bias")
+    }
+    vllm_projections = {"lm_head.weight"} if shared else {f"lm_heads.{k}.weight" for k in range(3)}
+    expected = {"own": bare if shared else full, "v0.1": full, "v2": bare, "vllm": blocks | vllm_projections}
+    assert names == expected[layout]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "model")
+    assert config["num_heads" if layout == "vllm" else "medusa_num_heads"] == 3
+
+
+def test_conversion_keeps_a_reduced_vocabulary_and_the_dtype(tmp_path: Path) -> None:
+    tokens = torch.arange(5, 50, 3)
+    tensors = reference(shared=True) | {"token_map": tokens.int()}
+    source = written(tmp_path / "heads", {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()})
+    folder, output = converted(tmp_path, source, "vllm")
+    assert "error" not in output
+    stored = load_file(folder / "medusa_lm_head.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16, torch.int32}
+    assert torch.equal(stored["token_map"], tokens.int())
+    assert json.loads((folder / "config.json").read_text())["truncated_vocab_size"] == len(tokens)
+    torch.testing.assert_close(load_heads(folder, MODEL)(STATE), load_heads(source, MODEL)(STATE), atol=2e-3, rtol=0)
+
+
+def test_conditioned_heads_fit_no_other_layout(tmp_path: Path) -> None:
+    save_heads(
+        MedusaHeads.fresh(2, MODEL.lm_head, conditioned=True), tmp_path / "heads", base_model_name_or_path="base"
+    )
+    folder, output = converted(tmp_path, tmp_path / "heads", "vllm")
+    assert "error: The layout vllm has no place for heads that are conditioned" in output
+    assert not folder.exists()
+    assert "error" not in converted(tmp_path, tmp_path / "heads", "own")[1]

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.checkpoints import save_model
-from medusa_export.head_files import load_heads, save_heads
+from medusa_export.head_files import load_heads
+from medusa_export.head_writer import save_heads
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.dataset import DatasetSplit
