@@ -167,4 +167,4 @@ def command(
     last = held_out([*histories.values()][-1])[-1]
     Console().print(accuracy_table(last, trained.config.num_heads))
     if recipe == "medusa2":
-        Console().print(quality_line(last))
+        click.echo(quality_line(last))

@@ -91,6 +91,7 @@ class JointLoss(nn.Module):
         self.heads_weight = 1.0
         self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_miss_no_frozen)  # type: ignore[no-untyped-call]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor, targets: Tensor
@@ -148,6 +149,11 @@ def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: ob
     for name in list(state):
         if name.startswith(prefix) and name.removeprefix(prefix) not in module._trained:
             del state[name]
+
+
+def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
+    assert isinstance(module, JointLoss)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in module._trained]
 
 
 class _Ramp(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
