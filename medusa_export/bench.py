@@ -18,8 +18,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from medusa_export.errors import DatasetError
 from medusa_runtime import MedusaEngine
+
+LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Speed:
         overhead: Seconds per step against the baseline's.
         first_token_seconds: Median over prompts, too.
         identical: The tokens are the baseline's.
+        memory_mib: What loading it, and a first answer, added to this process; None if it wasn't looked at. Tree sizes
+            share one engine.
     """
 
     tokens_per_second: float
@@ -72,6 +78,7 @@ class Speed:
     overhead: float
     first_token_seconds: float
     identical: bool
+    memory_mib: int | None = None
 
 
 def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
@@ -156,6 +163,65 @@ def genai_contestant(folder: Path, threads: int | None) -> Contestant:
     return answer
 
 
+def llama_cpp_contestant(gguf: Path, threads: int | None) -> Contestant:
+    """llama.cpp with a GGUF file, as it is: a quantized one stays so, and may well say other tokens."""
+    from llama_cpp import Llama  # noqa: PLC0415  # optional
+
+    llama = Llama(str(gguf), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+    stop = llama.token_eos()
+
+    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
+        tokens: list[int] = []
+        started = first = time.perf_counter()
+        for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            if not tokens:
+                first = time.perf_counter()
+            tokens.append(int(token))
+            if token == stop or len(tokens) == max_new_tokens:
+                break
+        return Generation(tuple(tokens), first - started, time.perf_counter() - first, len(tokens) - 1)
+
+    return answer
+
+
+class Paddock:
+    """Where contestants are made ready: loaded and warmed up one after another, and weighed.
+
+    Args:
+        prompt: What each answers to warm up.
+        max_new_tokens: Of that answer.
+
+    Attributes:
+        contestants: Those that are ready, by name.
+        memory: What each added to this process, in bytes.
+    """
+
+    def __init__(self, prompt: list[int], max_new_tokens: int) -> None:
+        self._prompt, self._max_new_tokens = prompt, max_new_tokens
+        self.contestants: dict[str, Contestant] = {}
+        self.memory: dict[str, int] = {}
+
+    def add(self, name: str, load: Callable[[], Contestant], *, since: int | None = None) -> None:
+        """Makes one ready.
+
+        Args:
+            name: What to call it.
+            load: Loads it.
+            since: Memory of the process before any of it was loaded, as ``resident`` told; now if None.
+        """
+        before = resident() if since is None else since
+        contestant = load()
+        contestant(self._prompt, self._max_new_tokens)
+        self.memory[name] = resident() - before
+        self.contestants[name] = contestant
+
+
+def resident() -> int:
+    """Memory of this process, in bytes."""
+    rss: int = psutil.Process().memory_info().rss
+    return rss
+
+
 def race(
     contestants: Mapping[str, Contestant],
     baseline: str,
@@ -165,10 +231,8 @@ def race(
     repeats: int,
     told: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[Generation]]]:
-    """Everyone's answers, [repeat][prompt]; the first prompt is answered once more before, to warm up."""
+    """Everyone's answers, [repeat][prompt]."""
     names = [baseline, *(name for name in contestants if name != baseline)]
-    for name in names:
-        contestants[name](prompts[0], max_new_tokens)
     answers: dict[str, list[list[Generation]]] = {name: [[] for _ in range(repeats)] for name in names}
     turn = 0
     for repeat in range(repeats):
@@ -181,8 +245,11 @@ def race(
     return answers
 
 
-def speeds(answers: Mapping[str, list[list[Generation]]], baseline: str) -> dict[str, Speed]:
-    """Speeds of everyone against the baseline."""
+def speeds(
+    answers: Mapping[str, list[list[Generation]]], baseline: str, memory: Mapping[str, int] | None = None
+) -> dict[str, Speed]:
+    """Speeds of everyone against the baseline; ``memory`` is in bytes, by name."""
+    taken = memory or {}
     rates = {name: [_rate(repeat) for repeat in repeats] for name, repeats in answers.items()}
     step_seconds = {name: [_step_seconds(repeat) for repeat in repeats] for name, repeats in answers.items()}
     expected = [answer.token_ids for answer in answers[baseline][0]]
@@ -195,6 +262,7 @@ def speeds(answers: Mapping[str, list[list[Generation]]], baseline: str) -> dict
             overhead=_ratio(step_seconds[name], step_seconds[baseline]),
             first_token_seconds=statistics.median(a.prefill_seconds for repeat in repeats for a in repeat),
             identical=all([answer.token_ids for answer in repeat] == expected for repeat in repeats),
+            memory_mib=taken[name] >> 20 if name in taken else None,
         )
         for name, repeats in answers.items()
     }
@@ -237,7 +305,7 @@ def _ratio(values: Sequence[float], others: Sequence[float]) -> float:
 def environment() -> dict[str, Any]:
     """Where a figure was measured."""
     found = {}
-    for package in ("medusa-export", "onnxruntime", "onnxruntime-genai", "torch", "transformers"):
+    for package in ("medusa-export", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -258,7 +326,8 @@ def report(
         "tokens_per_step": measured[chosen].tokens_per_step,
         "overhead": measured[chosen].overhead,
         "tree_size": tree_size,
-        "identical": all(speed.identical for speed in measured.values()),
+        # llama.cpp calculates with quantized weights in another way, so that its tokens prove nothing.
+        "identical": all(speed.identical for name, speed in measured.items() if name != LLAMA_CPP),
         "contestants": {name: asdict(speed) for name, speed in measured.items()},
         "categories": {name: dict(figures) for name, figures in categories.items()},
         "environment": environment(),

@@ -13,7 +13,9 @@ from rich.table import Table
 from medusa_export.bench import Speed
 from medusa_export.errors import DatasetError
 
-COLUMNS = ("", "tokens/s", "range", "tokens/step", "overhead", "speedup", "first token", "same tokens")
+COLUMNS = ("", "tokens/s", "range", "tokens per step", "over- head", "speedup", "first token", "memory", "same tokens")
+# Left out at a terminal, which is narrow.
+_WIDE = 2
 
 
 def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
@@ -27,6 +29,7 @@ def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
             f"{speed.overhead:.2f}",
             f"{speed.speedup:.2f}x",
             f"{speed.first_token_seconds * 1e3:.0f} ms",
+            "" if speed.memory_mib is None else f"{speed.memory_mib} MiB",
             "yes" if speed.identical else "NO",
         )
         for name, speed in measured.items()
@@ -35,15 +38,18 @@ def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
 
 def as_table(measured: Mapping[str, Speed]) -> Table:
     """For people at a terminal."""
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+    columns = (*COLUMNS[:_WIDE], *COLUMNS[_WIDE + 1 :])
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column.replace(" ", "\n"), no_wrap=True)
     for row in rows(measured):
-        table.add_row(*row)
+        table.add_row(*row[:_WIDE], *row[_WIDE + 1 :])
     return table
 
 
 def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[str, float]]) -> str:
     """For people elsewhere."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines = [f"| {' | '.join(column.replace('- ', '') for column in COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(row)} |" for row in rows(measured)]
     if categories:
         lines += ["", "| category | tokens/step | speedup |", "|---|---|---|"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from medusa_export.bench import Generation, bench_prompts, by_category, race, speeds
+from medusa_export.bench import Contestant, Generation, Paddock, bench_prompts, by_category, race, speeds
 from medusa_export.bench_report import as_markdown, regressions
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
@@ -58,10 +59,25 @@ def test_everyone_answers_everything_and_the_order_turns() -> None:
         return run
 
     answers = race({n: contestant(n) for n in "ab"}, "a", [[1], [2]], max_new_tokens=3, repeats=2)
-    assert asked[:2] == [("a", 1), ("b", 1)]  # to warm up
-    assert [name for name, _ in asked[2:]] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [name for name, _ in asked] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     lengths = {name: [len(repeat) for repeat in repeats] for name, repeats in answers.items()}
     assert lengths == {"a": [2, 2], "b": [2, 2]}
+
+
+def test_contestants_are_weighed() -> None:
+    paddock = Paddock([1], max_new_tokens=3)
+    kept: list[bytearray] = []
+
+    def heavy() -> Contestant:
+        kept.append(bytearray(os.urandom(1 << 26)))
+        return lambda _, count: answer(count, 1.0, count)
+
+    paddock.add("heavy", heavy)
+    paddock.add("light", lambda: lambda _, count: answer(count, 1.0, count))
+    assert paddock.memory["heavy"] >> 20 in range(60, 140)
+    assert paddock.memory["light"] >> 20 < 20
+    found = speeds({name: [[answer(10, 1.0, 10)]] for name in paddock.contestants}, "light", paddock.memory)
+    assert found["heavy"].memory_mib == paddock.memory["heavy"] >> 20
 
 
 def test_prompts(tmp_path: Path) -> None:

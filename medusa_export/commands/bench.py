@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -23,6 +23,7 @@ from medusa_export.cli import Failure, Progress, extra, sizes
 @click.option("--plain", type=click.Path(path_type=Path), help="Also a bundle of the same model without heads.")
 @click.option("--model", help="Also transformers' generate with this model.")
 @click.option("--genai", type=click.Path(path_type=Path), help="Also onnxruntime-genai with the model in this folder.")
+@click.option("--llama-cpp", type=click.Path(path_type=Path), help="Also llama.cpp with this GGUF file.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write a report here.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write tables here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of speed against tree size here, as PNG.")
@@ -39,6 +40,7 @@ def command(
     plain: Path | None,
     model: str | None,
     genai: Path | None,
+    llama_cpp: Path | None,
     json_path: Path | None,
     markdown: Path | None,
     plot: Path | None,
@@ -67,6 +69,7 @@ def command(
 
     asked = b.bench_prompts(prompts)
     progress(f"loading {bundle}")
+    empty = b.resident()
     engine = MedusaEngine.load(bundle, threads=threads)
     if engine.tokenizer is None:
         raise DatasetError(f"{bundle} has no tokenizer to read prompts with.")
@@ -81,32 +84,36 @@ def command(
             f"--tree-sizes holds {measured_sizes[-1]}, but this bundle's tree has {engine.bundle.tree.size} nodes."
         )
     names = {size: f"tree size {size}" for size in measured_sizes}
-    contestants: dict[str, Any] = {names[size]: b.engine_contestant(engine, size) for size in measured_sizes}
+    paddock = b.Paddock(ids[0], max_new_tokens)
+    for size, name in names.items():
+        paddock.add(name, partial(b.engine_contestant, engine, size), since=empty)
     if plain is not None:
-        contestants["bundle without heads"] = b.engine_contestant(MedusaEngine.load(plain, threads=threads), 1)
-    if genai is not None:
-        with extra("bench"):
-            contestants["onnxruntime-genai"] = b.genai_contestant(genai, threads)
+        paddock.add("without heads", lambda: b.engine_contestant(MedusaEngine.load(plain, threads=threads), 1))
+    with extra("bench"):
+        if genai is not None:
+            paddock.add("onnxruntime-genai", lambda: b.genai_contestant(genai, threads))
+        if llama_cpp is not None:
+            paddock.add(b.LLAMA_CPP, lambda: b.llama_cpp_contestant(llama_cpp, threads))
     if model is not None:
-        with extra("export"):
-            contestants["transformers"] = b.transformers_contestant(model, threads)
+        paddock.add("transformers", lambda: b.transformers_contestant(model, threads))
 
     with progress_bar("answering", len(ids) * repeats, quiet=quiet) as bar:
         answers = b.race(
-            contestants, names[1], ids, max_new_tokens=max_new_tokens, repeats=repeats, told=bar.finish_piece
+            paddock.contestants, names[1], ids, max_new_tokens=max_new_tokens, repeats=repeats, told=bar.finish_piece
         )
-    measured = b.speeds(answers, names[1])
+    measured = b.speeds(answers, names[1], paddock.memory)
     categories = b.by_category(answers, [p.category for p in asked], names[chosen], names[1])
     figures = b.report(measured, names[chosen], chosen, categories)
-    if json_path is not None:
-        write_text(json_path, json.dumps(figures, indent=1) + "\n")
-    if markdown is not None:
-        write_text(markdown, as_markdown(measured, categories))
+    for path, text in (
+        (json_path, json.dumps(figures, indent=1) + "\n"),
+        (markdown, as_markdown(measured, categories)),
+    ):
+        if path is not None:
+            write_text(path, text)
     if plot is not None:
         plot_sizes({size: measured[name] for size, name in names.items()}, plot)
-    console = Console()
-    console.print(as_table(measured))
-    console.print(
+    Console().print(as_table(measured))
+    click.echo(
         f"'auto' chooses {chosen} nodes: {figures['tokens_per_step']:.2f} tokens/step, {figures['speedup']:.2f} times "
         "the speed of plain decoding in the same engine."
     )
