@@ -85,7 +85,7 @@ class ResidualLayer(nn.Module):
         self.register_parameter("condition", condition)
 
     def forward(self, states: Tensor, embedded: Tensor | None) -> Tensor:
-        """[B, K or 1, N, H] to [B, K, N, H]; ``embedded`` is [B, 1, N, H]."""
+        """[N, H] or [K, N, H] to [K, N, H]; ``embedded`` is [N, H]. A head's rows are one product, however many."""
         inner = torch.matmul(states, self.weight) + self.bias
         if self.condition is not None:
             assert embedded is not None
@@ -217,19 +217,20 @@ class MedusaHeads(nn.Module):
         active = self.config.num_heads if active is None else active
         # With no head active all of this runs over no rows: no weight is read.
         some = sym_min(active, 1)
-        states = hidden[:, None, None][:, :, :some]
+        states = hidden[:, None][:, :some].flatten(0, 1)
         if self.config.conditioned:
             assert embedded is not None
-            embedded = embedded[:, None, None][:, :, :some]
+            embedded = embedded[:, None][:, :some].flatten(0, 1)
         for layer in self.residual_layers:
             states = layer(states, embedded)
+        states = states.transpose(0, 1).reshape(hidden.shape[0], self.config.num_heads * some, hidden.shape[1])
         if (common := self.common_projection) is not None:
-            logits: Tensor = common(states.flatten(1, 2)[:, :active].to(common.weight.dtype))
+            logits: Tensor = common(states[:, :active].to(common.weight.dtype))
             return logits
         # Likewise the large matrix of each head beyond `active`.
         assert self.projections is not None
         rows = [sym_max(sym_min(active - k, 1), 0) for k in range(self.config.num_heads)]
         return torch.cat(
-            [project(states[:, k, :n]) for k, (project, n) in enumerate(zip(self.projections, rows, strict=True))],
+            [project(states[:, k : k + n]) for k, (project, n) in enumerate(zip(self.projections, rows, strict=True))],
             dim=1,
         )
