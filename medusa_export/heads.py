@@ -224,6 +224,7 @@ class MedusaHeads(nn.Module):
         for layer in self.residual_layers:
             states = layer(states, embedded)
         states = states.transpose(0, 1).reshape(hidden.shape[0], self.config.num_heads * some, hidden.shape[1])
+        states = states.contiguous()  # or else torch copies the projection for each row
         if (common := self.common_projection) is not None:
             logits: Tensor = common(states[:, :active].to(common.weight.dtype))
             return logits
