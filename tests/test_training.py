@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
@@ -279,21 +278,16 @@ def test_soft_targets_are_the_base_models_distribution_at_the_targets_place() ->
     torch.testing.assert_close(got, -(teacher * own).sum(-1) @ torch.tensor([0.8, 0.64]))  # head k counts 0.8^k
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_batch_does_not_copy_weights(own: bool) -> None:
-    """torch's matmul and linear, given shapes or strides that they don't like, copy a weight for each row."""
+def test_a_batch_reaches_the_projection_as_one_product() -> None:
+    """Given other strides, torch copies the projection's weight for each row: 14 GB for a batch of 2,048."""
     lm_head = torch.nn.Linear(64, 300, bias=False)
-    heads = MedusaHeads.fresh(3, lm_head, conditioned=True, token_map=torch.arange(200), own_projections=own)
+    heads = MedusaHeads.fresh(3, lm_head, conditioned=True, token_map=torch.arange(200))
+    seen: list[torch.Tensor] = []
+    assert heads.common_projection is not None
+    heads.common_projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     states = torch.randn(128, 64)
-    for dtype in (torch.float32, torch.bfloat16):
-        with (
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen,
-            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-        ):
-            logits = heads(states, states)
-        largest = max(event.cpu_memory_usage for event in seen.events())
-        assert logits.shape == (128, 3, 200)
-        assert largest <= 2 * logits.numel() * 4  # a copy per row would be 20 times that
+    assert heads(states, states).shape == (128, 3, 200)
+    assert seen[0].is_contiguous()
 
 
 def test_places() -> None:
