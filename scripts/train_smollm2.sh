@@ -17,7 +17,7 @@ distill --output $work/magpie --magpie 2600 --prompt-temperature 0.8
 data=(--data $work/templates --data $work/magpie)
 medusa-export train "$model" "${data[@]}" --output $work/heads --dtype bf16 --bf16 \
   --num-heads 4 --num-layers 2 --draft-vocab 6144 --epochs 4
-medusa-export calibrate "$model" --heads $work/heads --data $work/magpie --output $work/calibration.json \
+medusa-export calibrate "$model" --heads $work/heads "${data[@]}" --output $work/calibration.json \
   --plot $heads/calibration.png
 cp $work/heads/medusa_lm_head.safetensors $work/heads/config.json $work/heads/training.json \
   $work/heads/training.png $work/calibration.json $heads/

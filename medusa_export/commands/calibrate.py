@@ -16,13 +16,16 @@ from medusa_export.cli import Progress, extra
     "--data",
     type=click.Path(path_type=Path),
     required=True,
-    help="What 'distill' wrote: its held-out part is used. Or a file of conversations: all of it is.",
+    multiple=True,
+    help="What 'distill' wrote: its held-out part is used. Or a file of conversations: all of it is. May be repeated.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also write a plot, as PNG.")
 @click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def command(model: str, heads: str, data: Path, output: Path, plot: Path | None, max_length: int, quiet: bool) -> None:
+def command(
+    model: str, heads: str, data: tuple[Path, ...], output: Path, plot: Path | None, max_length: int, quiet: bool
+) -> None:
     """Measure how often the heads of MODEL are right, by head and rank, on text that they were not trained on.
 
     'medusa-export tree' searches the best tree by it, and 'medusa-export onnx --calibration' tells the runtime.
@@ -41,24 +44,23 @@ def command(model: str, heads: str, data: Path, output: Path, plot: Path | None,
         from medusa_export.training.calibrate import target_places
         from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_heldout
-        from medusa_export.training.features import FeatureKey, compute_features
+        from medusa_export.training.features import FeatureKey, Features, compute_features
         from medusa_export.training.medusa1 import TOP
         from medusa_export.training.report import calibration_table
 
-    split = load_heldout(data)
+    splits = [load_heldout(source) for source in data]
     progress(f"loading {model}")
     tokenizer = load_chat_tokenizer(model)
     base = load_model(model, dtype=torch.float32)
     attached = load_heads(heads, base)
-    with tempfile.TemporaryDirectory() as scratch:
-        features = compute_features(
-            base,
-            split.samples(tokenizer),
-            Path(scratch) / "features",
-            FeatureKey.of(base, Path(model).name, split.sha256, attached.config.num_heads, max_length),
-            name=split.name,
-            quiet=quiet,
-        )
+    parts = []
+    for split in splits:
+        key = FeatureKey.of(base, Path(model).name, split.sha256, attached.config.num_heads, max_length)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "features"
+            samples = split.samples(tokenizer)
+            parts.append(compute_features(base, samples, folder, key, name=split.name, quiet=quiet))
+    features = Features.join(parts)
     progress(f"running the heads over {len(features):,} positions")
     places = target_places(attached, base.get_input_embeddings(), base.get_output_embeddings(), features)
     calibration = Calibration.count(places, TOP[-1], model=Path(model).name, heads=Path(heads).name)
