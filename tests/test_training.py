@@ -12,9 +12,11 @@ from click.testing import CliRunner
 from transformers import PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
+from medusa_export.calibration import Calibration
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
 from medusa_export.head_files import load_heads
+from medusa_export.head_writer import save_heads
 from medusa_export.heads import MedusaHeads
 from medusa_export.training import distillation
 from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize, unique
@@ -350,3 +352,27 @@ def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Pat
     again = train(tmp_path / "again", 2)
     for name, tensor in whole.items():
         torch.testing.assert_close(again[name], tensor, msg=name)
+
+
+def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    heads = MedusaHeads.fresh(2, tiny_model("llama").lm_head)
+    save_heads(heads, tmp_path / "heads", base_model_name_or_path="base")
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    common = ("calibrate", tiny_model_folder, "--heads", tmp_path / "heads", "-q")
+    run(*common, "--data", data, "-o", tmp_path / "once.json", "--plot", tmp_path / "c.png")
+    run(*common, "--data", data, "--data", data, "-o", tmp_path / "twice.json")
+    once, twice = (Calibration.load(tmp_path / f"{name}.json") for name in ("once", "twice"))
+    assert twice.positions == 2 * once.positions
+    assert twice.accuracies == once.accuracies
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    assert "tokens" in run("tree", tmp_path / "once.json", "--size", 6, "-o", tmp_path / "tree.json", "-q")
+    run("onnx", tiny_model_folder, "--heads", tmp_path / "heads", "--calibration", tmp_path / "once.json",
+        "--tree", tmp_path / "tree.json", "-o", tmp_path / "bundle", "-q")  # fmt: skip
+    acceptance = Bundle.load(tmp_path / "bundle").acceptance
+    assert acceptance.source == "calibrated"
+    assert acceptance.node_values[0] == 1 and len(acceptance.node_values) == 6
