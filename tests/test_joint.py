@@ -63,6 +63,7 @@ def test_online_and_cached_hidden_states_give_one_loss(conditioned: bool) -> Non
     heads = fresh(model, conditioned=conditioned)
     online = JointLoss(model, heads).eval()(**batch())
     found = _compute(model, [Sample(s.input_ids[:7], s.is_label[:7]) for s in SAMPLES], num_heads=2)
+    found = {name: tensor.clone() for name, tensor in found.items()}  # ordinary tensors, not those of inference mode
     cached = HeadLoss(heads, model.get_input_embeddings(), model.lm_head).eval()
     expected = cached(found["hidden"], found["next_tokens"], found["targets"])
     torch.testing.assert_close(online["loss"], expected["loss"])
