@@ -203,14 +203,17 @@ WORDS = {
 }
 
 
+ACTIONS, PEOPLE, TOPICS = _words(TASKS2), _words(ROLES), _words(SUBJECTS)
+
+
 def _fill(request: str, rng: random.Random) -> str:
     """A request with its places filled; ``{}`` behind "a" or "every" is a role, elsewhere a subject."""
     blanks = {kind: rng.sample(words, 3) for kind, words in WORDS.items()}
     fields = {f"{kind}{number or ''}": words[i] for kind, words in blanks.items() for i, number in enumerate((0, 2, 3))}
-    fields |= {"task2": rng.choice(_words(TASKS2))}
+    fields |= {"task2": rng.choice(ACTIONS)}
     fields |= {"n": str(rng.randint(6, 60)), "m": str(rng.randint(2, 12)), "o": str(rng.randint(61, 400))}
     fields |= {"nn": str(rng.randint(20, 89))}
-    roles, subjects = rng.sample(_words(ROLES), 3), rng.sample(_words(SUBJECTS), 3)
+    roles, subjects = rng.sample(PEOPLE, 3), rng.sample(TOPICS, 3)
     filled = re.sub(r"(?<=\ba )\{\}|(?<=every )\{\}", lambda _: roles[0], request)
     for subject in subjects:
         filled = filled.replace("{}", subject, 1)

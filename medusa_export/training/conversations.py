@@ -184,6 +184,10 @@ class Sample:
     input_ids: list[int]
     is_label: list[bool]
 
+    def cut(self, length: int) -> Sample:
+        """Its first tokens."""
+        return Sample(self.input_ids[:length], self.is_label[:length])
+
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Sample:
     """Tokens of a conversation, and which of them the assistant wrote.

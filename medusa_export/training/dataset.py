@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ class DatasetSplit:
     def without(self, prompts: Set[str]) -> DatasetSplit:
         """What is left without the conversations that begin with one of these prompts, given as ``prompt_key``."""
         left = [conversation for conversation in self.conversations if conversation.prompt_key not in prompts]
-        dropped = len(self.conversations) - len(left)
-        return DatasetSplit(self.name, left, f"{self.sha256}, without {dropped}") if dropped else self
+        if len(left) == len(self.conversations):
+            return self
+        # Which are left depends on other data sets, so the digest has to say it.
+        words = "\n".join([self.sha256, *(conversation.prompt_key for conversation in left)])
+        return DatasetSplit(self.name, left, hashlib.sha256(words.encode()).hexdigest())
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """Its conversations as tokens.

@@ -121,6 +121,16 @@ def hidden_states(
     return captured[0], output.logits
 
 
+def padded(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Token ids and the mask of those that are there, [B, S] each."""
+    ids = torch.zeros(len(samples), max(len(sample.input_ids) for sample in samples), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
+        mask[row, : len(sample.input_ids)] = 1
+    return ids, mask
+
+
 def positions_of(sample: Sample, num_heads: int) -> tuple[list[int], list[list[int]]]:
     """The positions from which a step drafts the assistant's words, and the targets of each.
 
@@ -205,7 +215,7 @@ def _batches(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample
     """Samples cut to size, in batches of a number of tokens; they come sorted by length."""
     batch: list[Sample] = []
     for sample in samples:
-        short = Sample(sample.input_ids[:max_length], sample.is_label[:max_length])
+        short = sample.cut(max_length)
         if batch and (len(batch) + 1) * len(short.input_ids) > _BATCH_TOKENS:
             yield batch
             batch = []
@@ -222,12 +232,7 @@ def size_of(model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> int:
 
 @torch.inference_mode()
 def _compute(model: PreTrainedModel, batch: Sequence[Sample], num_heads: int) -> dict[str, Tensor]:
-    width = max(len(sample.input_ids) for sample in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, sample in enumerate(batch):
-        ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        mask[row, : len(sample.input_ids)] = 1
+    ids, mask = padded(batch)
     hidden = hidden_states(model, ids.to(model.device), mask.to(model.device))[0].cpu()
     kept, next_tokens, targets, left = [], [], [], []
     for row, sample in enumerate(batch):

@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from medusa_export.checkpoints import quiet_libraries
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
-from medusa_export.training.features import hidden_states, positions_of
+from medusa_export.training.features import hidden_states, padded, positions_of
 from medusa_export.training.medusa1 import HeadLoss, accuracies
 from medusa_export.training.run import Schedule, run_training
 
@@ -181,16 +182,12 @@ class _Samples(Dataset[Sample]):
 
 def collate(samples: Sequence[Sample], *, num_heads: int, max_length: int) -> dict[str, Tensor]:
     """Conversations, cut to size and padded, as ``JointLoss`` takes them."""
-    short = [Sample(sample.input_ids[:max_length], sample.is_label[:max_length]) for sample in samples]
-    shape = (len(short), max(len(sample.input_ids) for sample in short))
-    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    predicts = torch.zeros(shape, dtype=torch.bool)
-    targets = torch.full((*shape, num_heads), _NONE)
+    short = [sample.cut(max_length) for sample in samples]
+    ids, mask = padded(short)
+    predicts = torch.zeros(ids.shape, dtype=torch.bool)
+    targets = torch.full((*ids.shape, num_heads), _NONE)
     for row, sample in enumerate(short):
-        length = len(sample.input_ids)
-        ids[row, :length] = torch.tensor(sample.input_ids)
-        mask[row, :length] = 1
-        predicts[row, : length - 1] = torch.tensor(sample.is_label[1:], dtype=torch.bool)
+        predicts[row, : len(sample.input_ids) - 1] = torch.tensor(sample.is_label[1:], dtype=torch.bool)
         positions, found = positions_of(sample, num_heads)
         if positions:
             targets[row, positions] = torch.tensor(found)
@@ -242,9 +239,7 @@ def train_joint(
     )
 
 
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    found = prediction.predictions
-    places, *quality = found if isinstance(found, tuple) else (found,)
+def _metrics(places: NDArray[Any], *quality: NDArray[Any]) -> dict[str, float]:
     figures = accuracies(places.reshape(-1, places.shape[-1]))
     for table in quality:
         rows = table[table[..., 0] >= 0]

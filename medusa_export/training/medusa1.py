@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction
 
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.features import Features
@@ -177,12 +176,7 @@ def train_medusa1(
         schedule,
         checkpoints,
         collate=lambda batch: batch,
-        metrics=_metrics,
+        metrics=accuracies,
         device=device,
         quiet=quiet,
     )
-
-
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    found = prediction.predictions
-    return accuracies(found[0] if isinstance(found, tuple) else found)

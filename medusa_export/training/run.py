@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -80,6 +80,11 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         self._bars.close()
 
 
+def _as_tuple(arrays: Any) -> tuple[Any, ...]:
+    """The Trainer hands over a single array by itself."""
+    return arrays if isinstance(arrays, tuple) else (arrays,)
+
+
 def run_training(
     module: nn.Module,
     train: Dataset[Any],
@@ -88,7 +93,7 @@ def run_training(
     checkpoints: Path,
     *,
     collate: Callable[[Any], dict[str, Any]],
-    metrics: Callable[[EvalPrediction], dict[str, float]],
+    metrics: Callable[..., dict[str, float]],
     device: torch.device,
     quiet: bool,
     optimizer: torch.optim.Optimizer | None = None,
@@ -103,7 +108,7 @@ def run_training(
         schedule: How long and how fast.
         checkpoints: Where they lie.
         collate: Makes a batch of examples; ``targets`` is a part of it.
-        metrics: Figures from what the module returned.
+        metrics: Figures from the arrays that the module returned beside its loss, in turn.
         device: Where to train.
         quiet: No progress.
         optimizer: AdamW without weight decay if None.
@@ -146,7 +151,7 @@ def run_training(
         train_dataset=train,
         eval_dataset=heldout,
         data_collator=collate,
-        compute_metrics=metrics,
+        compute_metrics=lambda found: metrics(*_as_tuple(found.predictions)),
         optimizers=(optimizer, None),
         callbacks=[*callbacks, _Shown(quiet=quiet)],
     )
