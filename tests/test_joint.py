@@ -209,6 +209,22 @@ def test_hidden_states_computed_anew(tiny_model_folder: Path, talks: Path, tmp_p
     assert figures[-1]["eval_loss"] < figures[0]["eval_loss"]
 
 
+@pytest.mark.parametrize("begun", ["online", "cached"])
+def test_what_was_begun_goes_on_whatever_room_there_is(
+    tiny_model_folder: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
+) -> None:
+    out = tmp_path / "out"
+    arguments = train(tiny_model_folder, talks, out)
+    assert CliRunner().invoke(main, [*arguments, "--hidden-states", begun]).exit_code == 0
+    before = (out / "medusa_lm_head.safetensors").read_bytes()
+    room = 0 if begun == "cached" else 1 << 50
+    monkeypatch.setattr("medusa_export.training.job.size_of", lambda *_: (1 << 49) - room)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert (out / "features").is_dir() == (begun == "cached")
+    assert (out / "medusa_lm_head.safetensors").read_bytes() == before
+
+
 def test_several_data_sets_share_no_held_out_prompt(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     from medusa_export.training.dataset import load_sources
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from medusa_export.training.processes import Processes
 from medusa_export.training.run import Schedule
 
 History = list[dict[str, Any]]
+
+_FEATURES = "features"
+# Not those of a training on kept hidden states, which are of another shape.
+_ONLINE_CHECKPOINTS = "online_checkpoints"
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ class TrainingJob:
             TrainingError: The loss is no longer a number.
         """
         if hidden_states == "online" or (hidden_states == "auto" and not self._fits()):
-            return self._joint(self._model, heads, schedule.sized(conversations), "checkpoints", Lora())
+            schedule = replace(schedule, batch_size=conversations)
+            return self._joint(self._model, heads, schedule, _ONLINE_CHECKPOINTS, Lora())
         return train_medusa1(
             heads,
             self._model.get_input_embeddings(),
@@ -198,12 +203,14 @@ class TrainingJob:
         for digest, samples in zip(self._digests[split], self._samples[split], strict=True):
             key = FeatureKey.of(self._model, Path(self._source).name, digest, num_heads, self._max_length)
             with self._processes.main_first():
-                folder = self._folder / "features" / f"{split}-{digest[:12]}"
+                folder = self._folder / _FEATURES / f"{split}-{digest[:12]}"
                 parts.append(compute_features(self._model, samples, folder, key, name=split, quiet=self._quiet))
         return Features.join(parts)
 
     def _fits(self) -> bool:
-        """Hidden states may take what the disk has, and half of the memory that is free."""
+        """Hidden states may take what the disk has, and half of the memory that is free; what was begun goes on."""
+        if (self._folder / _FEATURES).is_dir() or (self._folder / _ONLINE_CHECKPOINTS).is_dir():
+            return (self._folder / _FEATURES).is_dir()
         self._folder.mkdir(parents=True, exist_ok=True)
         size = size_of(self._model, [self.samples(split) for split in self._samples])
         memory: int = psutil.virtual_memory().available

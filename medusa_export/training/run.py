@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,6 @@ class Schedule:
     warmup_steps: int = 40
     seed: int = 0
     bf16: bool = False
-
-    def sized(self, batch_size: int) -> Schedule:
-        """The same with another batch size."""
-        return replace(self, batch_size=batch_size)
 
 
 class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
