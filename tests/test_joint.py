@@ -290,6 +290,29 @@ def test_a_killed_training_goes_on(tiny_model_folder: Path, talks: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_main_process_goes_first(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import sys, time
+from pathlib import Path
+from medusa_export.training.processes import Processes
+
+processes, flag = Processes(None), Path(sys.argv[1])
+with processes.main_first():
+    assert processes.is_main or flag.is_file()
+    if processes.is_main:
+        time.sleep(1)
+        flag.touch(exist_ok=False)
+"""
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, script, tmp_path / "flag"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "flag").is_file()
+
+
+@pytest.mark.slow
 def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "medusa_export"]
     arguments = train(tiny_model_folder, talks, tmp_path / "out", "--recipe", "medusa2")

@@ -21,7 +21,8 @@ class Processes:
     """
 
     def __init__(self, device: str | None) -> None:
-        self._state = PartialState(timeout=_PATIENCE)
+        # Without a GPU it must be told so, or else several processes don't find each other until the Trainer starts.
+        self._state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
         self.device = torch.device(device) if device else self._state.device
 
     @property
