@@ -297,10 +297,11 @@ def _build(tensors: _Tensors, lm_head: nn.Linear) -> MedusaHeads:
     with torch.device("meta"):  # what it would fill with zeros and noise is here already
         heads = MedusaHeads(config, lm_head)
     for j, layer in enumerate(heads.residual_layers):
-        layer.weight = nn.Parameter(torch.stack([block[j][0].T for block in blocks]))
+        weights = [block[j][0].T for block in blocks]
+        if layer.conditioned:
+            weights = [torch.cat([own, given.T]) for own, given in zip(weights, conditions, strict=True)]
+        layer.weight = nn.Parameter(torch.stack(weights))
         layer.bias = nn.Parameter(torch.stack([block[j][1].unsqueeze(0) for block in blocks]))
-        if layer.condition is not None:
-            layer.condition = nn.Parameter(torch.stack([weight.T for weight in conditions]))
     for projection, parameter in zip(heads.projections or (), projections or (), strict=True):
         projection.weight = parameter
     heads.token_map = token_map

@@ -95,10 +95,11 @@ def _named_tensors(heads: MedusaHeads, lm_head: nn.Linear | None, layout: str) -
     block = "blocks.{k}.layers.{j}" if layout == "vllm" else "{k}.{j}.linear"
     for j, layer in enumerate(heads.residual_layers):
         for k in range(heads.config.num_heads):
-            yield f"{block.format(k=k, j=j)}.weight", layer.weight[k].T
+            weight, condition = layer.weight[k].tensor_split([heads.config.hidden_size])
+            yield f"{block.format(k=k, j=j)}.weight", weight.T
             yield f"{block.format(k=k, j=j)}.bias", layer.bias[k, 0]
-            if layer.condition is not None:
-                yield f"{k}.{j}.condition.weight", layer.condition[k].T
+            if layer.conditioned:
+                yield f"{k}.{j}.condition.weight", condition.T
     if heads.token_map is not None:
         yield "token_map", heads.token_map.int()
     common = heads.common_projection

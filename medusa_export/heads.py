@@ -65,37 +65,38 @@ class HeadsConfig:
 
 
 class ResidualLayer(nn.Module):
-    """A residual block of every head, x + SiLU(x W + e U + b), as one batched product.
+    """A residual block of every head, x + SiLU(W [x; e] + b), as one batched product.
 
-    All start at 0, so that a fresh head copies the base model; U only if conditioned.
+    All start at 0, so that a fresh head copies the base model; e, the next token's embedding, only if conditioned.
 
     Attributes:
-        weight: [K, H, H], from input to output.
+        weight: [K, H, H], from input to output; [K, 2H, H] if conditioned, the rows of e behind those of x.
         bias: [K, 1, H].
-        condition: As ``weight``, or None.
     """
-
-    condition: nn.Parameter | None
 
     def __init__(self, num_heads: int, hidden_size: int, *, conditioned: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size))
+        rows = 2 * hidden_size if conditioned else hidden_size
+        self.weight = nn.Parameter(torch.zeros(num_heads, rows, hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_heads, 1, hidden_size))
-        condition = nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size)) if conditioned else None
-        self.register_parameter("condition", condition)
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether it takes in e."""
+        return self.weight.shape[1] > self.weight.shape[2]
 
     def forward(self, states: Tensor, embedded: Tensor | None) -> Tensor:
         """[N, H] or [K, N, H] to [K, N, H]; ``embedded`` is [N, H]. A head's rows are one product, however many."""
-        inner = torch.matmul(states, self.weight) + self.bias
-        if self.condition is not None:
+        given = states
+        if self.conditioned:
             assert embedded is not None
-            inner = inner + torch.matmul(embedded, self.condition)
-        return states + nn.functional.silu(inner)
+            given = torch.cat([states, embedded], dim=-1)
+        return states + nn.functional.silu(torch.matmul(given, self.weight) + self.bias)
 
     def first(self, num_heads: int) -> ResidualLayer:
         """The blocks of the first heads, on the same memory."""
         with torch.device("meta"):  # replaced below
-            kept = ResidualLayer(num_heads, self.weight.shape[-1], conditioned=self.condition is not None)
+            kept = ResidualLayer(num_heads, self.weight.shape[-1], conditioned=self.conditioned)
         for name, parameter in self.named_parameters():
             setattr(kept, name, nn.Parameter(parameter.detach()[:num_heads], parameter.requires_grad))
         return kept

@@ -12,7 +12,7 @@ from onnxscript import optimizer
 from medusa_export.errors import ExportError
 from medusa_export.layer_reuse import decoder_layers
 from medusa_export.onnx_layers import expand_layers
-from medusa_export.onnx_rewrites import fuse_rms_norm, fuse_rotary_embedding, lay_out_linears
+from medusa_export.onnx_rewrites import fuse_rms_norm, fuse_rotary_embedding, index_rows, lay_out_linears
 from medusa_export.onnx_trace import MARK_DOMAIN, quiet, trace
 from medusa_export.step import MedusaStep
 from medusa_runtime import contract
@@ -20,7 +20,7 @@ from medusa_runtime import contract
 Progress = Callable[[str], None]
 # Named values of the graph that are no outputs, for those who build other graphs from it.
 INTERNAL = ("logits", "head_logits", "accepted_path")
-REWRITES = (fuse_rms_norm, fuse_rotary_embedding, lay_out_linears)
+REWRITES = (fuse_rms_norm, fuse_rotary_embedding, index_rows, lay_out_linears)
 
 
 def _rename(value: ir.Value, name: str, shape: list[int | str] | None = None) -> ir.Value:

@@ -178,6 +178,26 @@ def _first_half(table: ir.Value) -> ir.Value:
     return half
 
 
+def index_rows(model: ir.Model) -> int:
+    """``GatherND`` by single indices along the first axis, as torch's indexing is exported: one ``Gather``.
+
+    Gives the number of places.
+    """
+    count = 0
+    for node in [node for node in model.graph if node.op_type == "GatherND"]:
+        unsqueeze = producer(node.inputs[1], "Unsqueeze")
+        axes = constant(unsqueeze.inputs[1]) if unsqueeze else None
+        index = unsqueeze.inputs[0] if unsqueeze else None
+        batched = "batch_dims" in node.attributes and node.attributes["batch_dims"].as_int() > 0
+        if axes is None or index is None or index.shape is None or batched:
+            continue
+        if axes.tolist() in ([-1], [len(index.shape)]):
+            gather = ir.node("Gather", [node.inputs[0], index], {"axis": 0}, name=f"{node.name}/rows")
+            replace(node.outputs[0], [gather])
+            count += 1
+    return count
+
+
 def lay_out_linears(model: ir.Model) -> int:
     """x Wᵀ of several weights for one x: one ``MatMul`` with their columns side by side, and a ``Split``.
 

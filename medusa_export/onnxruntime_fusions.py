@@ -331,9 +331,9 @@ def _skip_tree_in_plain_steps(graph: ir.Graph) -> None:
     results = {
         value.name: value for value in graph.outputs if value.name in ("tokens", "count", "next_input_ids", PATH)
     }
-    gather = producer(results["tokens"], "GatherElements")
-    assert gather is not None
-    chosen = _given(gather.inputs[0])
+    chosen = next(
+        node.outputs[0] for node in graph if node.op_type == "ArgMax" and _given(node.inputs[0]).name == "logits"
+    )
     tail = _tail(graph, set(results.values()), chosen)
     inputs = {value.name: value for value in graph.inputs}
     head = _Builder(graph)

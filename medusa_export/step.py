@@ -67,9 +67,10 @@ class MedusaStep(nn.Module):
         ModelNotSupportedError: The model's caches are not all of one size.
     """
 
-    tree_ancestors: Tensor
     tree_sees: Tensor
+    tree_confirms: Tensor
     tree_depths: Tensor
+    tree_lengths: Tensor
     tree_parents: Tensor
     tree_paths: Tensor
     tree_candidates: Tensor
@@ -80,12 +81,19 @@ class MedusaStep(nn.Module):
         self.heads = heads
         self.tree = tree
         self.cache_shape = CacheShape.of(model)
-        self.register_buffer("tree_ancestors", torch.from_numpy(tree.ancestor_mask))
-        # The same table as the cache sees it, flat: a column in front for committed entries, one behind for no node.
-        sees = torch.nn.functional.pad(self.tree_ancestors, (0, 1))
+        self._add_tables(tree)
+
+    def _add_tables(self, tree: Tree) -> None:
+        """What a step looks up about its tree."""
+        ancestors = torch.from_numpy(tree.ancestor_mask)
+        # As the cache sees it, flat: a column in front for committed entries, one behind for no node.
+        sees = torch.nn.functional.pad(ancestors, (0, 1))
         sees = torch.cat([torch.ones(tree.size, 1, dtype=torch.bool), sees], dim=1)
         self.register_buffer("tree_sees", sees.flatten())
+        # The nodes that a node's acceptance hangs on: itself and those above it, but for the root, which was chosen.
+        self.register_buffer("tree_confirms", ancestors & (torch.arange(tree.size) > 0))
         self.register_buffer("tree_depths", torch.from_numpy(tree.depths))
+        self.register_buffer("tree_lengths", torch.from_numpy(tree.depths + 1))  # of the path down to each node
         self.register_buffer("tree_parents", torch.from_numpy(tree.parents))
         self.register_buffer("tree_paths", torch.from_numpy(tree.node_paths))
         # Where each drafted node's token stands among the heads' candidates, laid out [K, top_k].
@@ -134,9 +142,9 @@ class MedusaStep(nn.Module):
         chosen = logits.argmax(-1)
         best, count = self._accept(input_ids[:, :verified], chosen, is_prefill)
         path = self.tree_paths[best]
-        tokens = chosen.gather(1, path.clamp(max=verified - 1))
+        tokens = _take_rows(chosen, path.clamp(max=verified - 1))
 
-        next_root = chosen.gather(1, best.unsqueeze(1))
+        next_root = _take_rows(chosen, best.unsqueeze(1))
         head_logits, next_input_ids = self._draft(_take_rows(hidden, best.unsqueeze(1)).squeeze(1), next_root, verified)
 
         added = torch.where(is_prefill, num_tokens, count)
@@ -213,14 +221,11 @@ class MedusaStep(nn.Module):
             that prefills accepts its one verified row.
         """
         verified = nodes.shape[1]
-        parents = self.tree_parents[:verified]
-        wrong = (nodes != chosen[:, parents]) & (self.tree_depths[:verified] > 0)
-        ancestors = self.tree_ancestors[:verified, :verified]
-        confirmed = ~(wrong.unsqueeze(1) & ancestors).any(-1)
-        depths = self.tree_depths[:verified]
-        score = torch.where(confirmed & ~is_prefill.unsqueeze(1), depths + 1, 0)
-        best = score.argmax(-1)
-        return best, self.tree_depths[best] + 1
+        wrong = (nodes != chosen.index_select(1, self.tree_parents[:verified])) | is_prefill.unsqueeze(1)
+        refuted = wrong.unsqueeze(1) & self.tree_confirms[:verified, :verified]
+        lengths = self.tree_lengths[:verified]
+        best = torch.where(refuted, 0, lengths.unsqueeze(1)).amin(-1).argmax(-1)
+        return best, self.tree_lengths[best]
 
     def _draft(self, hidden: Tensor, next_root: Tensor, verified: int) -> tuple[Tensor | None, Tensor]:
         """The next tree: the base model's choice as its root, the heads' best candidates below.
@@ -242,7 +247,7 @@ class MedusaStep(nn.Module):
         flat = candidates.flatten(1)
         # Heads that did not run propose token 0 for nodes that the host can't reach with this R.
         flat = torch.cat([flat, flat.new_zeros(1).expand(flat.shape[0], num_heads * top_k)], dim=1)
-        return head_logits, torch.cat([next_root, flat[:, self.tree_candidates]], dim=1)
+        return head_logits, torch.cat([next_root, flat.index_select(1, self.tree_candidates)], dim=1)
 
     def _carry(self, cache: StepCache, path: Tensor, added: Tensor, is_prefill: Tensor) -> Tensor | None:
         """The last M committed entries, from this step's blocks: [B, 2L * num_key_value_heads, M, head_dim]."""

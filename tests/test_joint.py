@@ -26,6 +26,7 @@ from medusa_export.training.conversations import Sample
 from medusa_export.training.features import _compute
 from medusa_export.training.joint import JointLoss, Lora, _Ramp, adapt, collate
 from medusa_export.training.medusa1 import HEAD_DECAY, HeadLoss
+from medusa_export.training.run import _last_complete
 from tiny_models import tiny_model
 
 SAMPLES = [
@@ -287,6 +288,16 @@ def test_a_killed_training_goes_on(tiny_model_folder: Path, talks: Path, tmp_pat
         expected = load_file(whole / name)
         for key, tensor in load_file(broken / name).items():
             torch.testing.assert_close(tensor, expected[key], msg=key)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for steps, text in ((9, "{}"), (10, '{"epoch": 1}'), (11, '{"epo'), (12, None)):
+        folder = tmp_path / f"checkpoint-{steps}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    assert _last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert _last_complete(tmp_path / "none") is None
 
 
 @pytest.mark.slow

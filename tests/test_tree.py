@@ -65,9 +65,7 @@ def test_acceptance_is_that_of_a_brute_force_search(paths: list[tuple[int, ...]]
     step = MedusaStep.__new__(MedusaStep)
     torch.nn.Module.__init__(step)
     step.tree = tree
-    step.tree_parents = torch.from_numpy(tree.parents)
-    step.tree_depths = torch.from_numpy(tree.depths)
-    step.tree_ancestors = torch.from_numpy(tree.ancestor_mask)
+    step._add_tables(tree)
     best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([False]))
     assert int(best) == brute_force(tree, nodes, chosen)
     assert int(count) == tree.depths[int(best)] + 1

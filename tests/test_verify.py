@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
-from decoding import export, guessing_heads, make_step
+from decoding import TREE, export, guessing_heads, make_step
 from medusa_export.cli import main
 from medusa_export.errors import VerificationError
 from medusa_export.heads import MedusaHeads
@@ -113,12 +113,15 @@ def test_a_wrong_mask_bit_is_caught(copy: Path, step: MedusaStep) -> None:
 
 def test_a_wrong_position_is_caught(copy: Path, step: MedusaStep) -> None:
     def change(model: onnx.ModelProto) -> None:
-        depths = next(t for t in model.graph.initializer if t.name == "step.tree_depths")
-        values = numpy_helper.to_array(depths).copy()
+        tables = [
+            t
+            for t in model.graph.initializer
+            if t.data_type == onnx.TensorProto.INT64 and np.array_equal(numpy_helper.to_array(t), TREE.depths)
+        ]
+        (table,) = tables
+        values = numpy_helper.to_array(table).copy()
         values[4] += 1
-        model.graph.initializer.append(numpy_helper.from_array(values, "wrong_depths"))
-        first = next(node for node in model.graph.node if "step.tree_depths" in node.input)  # that of the positions
-        first.input[list(first.input).index("step.tree_depths")] = "wrong_depths"
+        table.CopyFrom(numpy_helper.from_array(values, table.name))
 
     assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_export.checkpoints import quiet_libraries
 from medusa_export.errors import TrainingError
@@ -79,6 +80,19 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
 def _as_tuple(arrays: Any) -> tuple[Any, ...]:
     """The Trainer hands over a single array by itself."""
     return arrays if isinstance(arrays, tuple) else (arrays,)
+
+
+def _last_complete(checkpoints: Path) -> str | None:
+    """The last checkpoint that was written to its end; None if there is none.
+
+    The Trainer writes its state last, and what it was killed over is the beginning of a JSON text.
+    """
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        with suppress(OSError, ValueError):
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            return str(path)
+    return None
 
 
 def run_training(
@@ -153,7 +167,7 @@ def run_training(
     )
     trainer.remove_callback(PrinterCallback)
     with quiet_libraries():
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+        trainer.train(resume_from_checkpoint=_last_complete(checkpoints))
     history: list[dict[str, Any]] = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if losses and not np.isfinite(losses[-1]):
