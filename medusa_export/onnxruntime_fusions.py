@@ -6,7 +6,8 @@ with ONNX Runtime's own operators, in which a decoder layer has a third of the n
 * ``Attention`` with its two ``TensorScatter``, and the layout changes around them, become one
   ``GroupQueryAttention``. It appends the new entries to the cache by itself, and reads no more of it than is filled.
 * ``Add`` followed by ``RMSNormalization`` becomes one ``SkipSimplifiedLayerNormalization``.
-* Acceptance and drafting stand in an ``If``: a plain step, which has nothing to accept or to draft, passes them by.
+* Acceptance, drafting and masks stand in branches of an ``If``: a plain step, which has nothing to accept or to draft
+  and looks at all that there is, passes them by.
 
 ``GroupQueryAttention`` writes new entries only, so nothing is carried from step to step: in the place of
 ``pending_kv`` and ``next_pending_kv`` the graph has the output ``accepted_path`` [B, M + 1], by which the
@@ -57,8 +58,13 @@ def fuse_for_onnxruntime(model: ir.Model, *, margin: int, max_positions: int) ->
     if margin:
         _drop_pending(graph)
     _fuse_skip_norms(graph)
+    passes.RemoveUnusedNodesPass()(model)
+    is_plain = _is_plain(graph)
+    for mask, bias in attention.biases.items():
+        if _sees_all(graph, mask, margin, max_positions):
+            _skip_mask_in_plain_steps(graph, is_plain, bias, margin, max_positions + SLACK)
     if margin:
-        _skip_tree_in_plain_steps(graph)
+        _skip_tree_in_plain_steps(graph, is_plain)
     model.opset_imports[CONTRIB] = 1
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
@@ -145,7 +151,7 @@ class _AttentionFusion:
         self._margin = margin
         self._state = _CacheState.of(graph, margin)
         self._tables = _RotaryTables(graph, positions)
-        self._biases: dict[ir.Value, ir.Value] = {}
+        self.biases: dict[ir.Value, ir.Value] = {}  # by mask
 
     def fuse(self, node: ir.Node) -> None:
         """Replaces one ``Attention``, the two ``TensorScatter`` before it and the changes of layout around it."""
@@ -191,7 +197,7 @@ class _AttentionFusion:
 
     def _bias(self, mask: ir.Value, like: ir.Value) -> ir.Value:
         """0 where a query may look and -inf elsewhere."""
-        if mask not in self._biases:
+        if mask not in self.biases:
             assert like.dtype is not None
             pair = [
                 _initializer(self._graph, name, np.array(number, dtype=like.dtype.numpy()))
@@ -199,9 +205,10 @@ class _AttentionFusion:
             ]
             node, maker = ir.node("Where", [mask, *pair]), mask.producer()
             assert maker is not None
+            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(like.dtype), mask.shape
             self._graph.insert_after(maker, node)
-            self._biases[mask] = node.outputs[0]
-        return self._biases[mask]
+            self.biases[mask] = node.outputs[0]
+        return self.biases[mask]
 
 
 class _RotaryTables:
@@ -326,60 +333,52 @@ def _drop_pending(graph: ir.Graph) -> None:
     graph.outputs.append(next(value for node in graph for value in node.outputs if value.name == PATH))
 
 
-def _skip_tree_in_plain_steps(graph: ir.Graph) -> None:
-    """Puts what follows the base model's choice of tokens into the branch of an ``If`` for steps of several tokens."""
-    results = {
-        value.name: value for value in graph.outputs if value.name in ("tokens", "count", "next_input_ids", PATH)
-    }
+def _is_plain(graph: ir.Graph) -> ir.Value:
+    """Whether a step is of one token, computed at the head of the graph."""
+    tokens = next(value for value in graph.inputs if value.name == "input_ids")
+    head = _Builder(graph)
+    one = head("Equal", [head("Squeeze", [head("Shape", [tokens], start=1, end=2)]), _integers(graph, "scalar_one", 1)])
+    graph.insert_before(graph[0], head.nodes)
+    return one
+
+
+def _sees_all(graph: ir.Graph, mask: ir.Value, margin: int, max_positions: int) -> bool:
+    """Whether the one token of a plain step looks at everything behind the margin, at whatever length.
+
+    A sliding window would show: it is no longer than the longest sequence, or else of no effect.
+    """
+    names = ("input_ids", "num_tokens", "is_prefill", "cache_lengths")
+    part = ir.convenience.extract(graph, inputs=[v for v in graph.inputs if v.name in names], outputs=[mask])
+    model = ir.external_data.load_to_model(ir.Model(part, ir_version=IR_VERSION))
+    evaluator = ReferenceEvaluator(ir.to_proto(model))
+    for length in (0, 1, max_positions - 1):
+        given = {"input_ids": [[0]], "num_tokens": [1], "is_prefill": [False], "cache_lengths": [length]}
+        (seen,) = evaluator.run(None, {name: np.array(given[name]) for name in names})
+        if not np.array_equal(seen.squeeze(), np.arange(margin + length + 1) >= margin):
+            return False
+    return True
+
+
+def _skip_mask_in_plain_steps(graph: ir.Graph, is_plain: ir.Value, bias: ir.Value, margin: int, positions: int) -> None:
+    """In a plain step a bias [1, 1, 1, filled slots] is cut from a table."""
+    assert bias.dtype is not None
+    table = np.zeros((1, 1, 1, margin + positions), bias.dtype.numpy())
+    table[..., :margin] = -np.inf
+    make = _Builder(graph)
+    axis, start = _integers(graph, "last_axis", [3]), _integers(graph, "from_zero", [0])
+    width = next(node.outputs[0] for node in graph if node.op_type == "ReduceMax")  # see _CacheState
+    make("Slice", [_initializer(graph, "plain_bias", table), start, width, axis])
+    _branch(graph, "mask", is_plain, {"bias": bias}, {"bias": make.nodes[-1].outputs[0]}, make.nodes)
+
+
+def _skip_tree_in_plain_steps(graph: ir.Graph, is_plain: ir.Value) -> None:
+    """A plain step emits the base model's choice, accepts the root, and drafts nothing."""
+    names = ("tokens", "count", "next_input_ids", PATH)
+    results = {name: value for value in graph.outputs for name in names if value.name == name}
     chosen = next(
         node.outputs[0] for node in graph if node.op_type == "ArgMax" and _given(node.inputs[0]).name == "logits"
     )
-    tail = _tail(graph, set(results.values()), chosen)
-    inputs = {value.name: value for value in graph.inputs}
-    head = _Builder(graph)
-    tokens = head("Shape", [inputs["input_ids"]], start=1, end=2)
-    plain = head("Equal", [head("Squeeze", [tokens]), _integers(graph, "one", [1])])
-    condition = head("Squeeze", [plain])
-    step = ir.node(
-        "If",
-        [condition],
-        {
-            "then_branch": _plain_branch(graph, results, chosen, inputs["num_tokens"]),
-            "else_branch": ir.Graph([], [], nodes=[]),
-        },
-        num_outputs=len(results),
-        name="step",
-    )
-    graph.insert_after(tail[-1], [*head.nodes, step])
-    for old, new in zip(results.values(), step.outputs, strict=True):
-        readers = [(use.node, use.idx) for use in old.uses() if use.node not in tail]
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        old.name = f"tree/{old.name}"
-        for reader, index in readers:
-            reader.replace_input_with(index, new)
-        graph.outputs[graph.outputs.index(old)] = new
-    graph.remove(tail)
-    step.attributes["else_branch"] = ir.AttrGraph(
-        "else_branch", ir.Graph([], list(results.values()), nodes=tail, name="tree")
-    )
-
-
-def _tail(graph: ir.Graph, results: set[ir.Value], chosen: ir.Value) -> list[ir.Node]:
-    """The nodes that nothing but ``results`` needs, in order; ``chosen`` and what it is computed from stay out."""
-    tail: list[ir.Node] = []
-    inside: set[ir.Node] = set()
-    for node in reversed(list(graph)):
-        values = [value for value in node.outputs if value not in results]
-        if chosen in values or any(value.is_graph_output() for value in values):
-            continue
-        if all(use.node in inside for value in values for use in value.uses()):
-            inside.add(node)
-            tail.append(node)
-    return tail[::-1]
-
-
-def _plain_branch(graph: ir.Graph, results: Mapping[str, ir.Value], chosen: ir.Value, num_tokens: ir.Value) -> ir.Graph:
-    """A step of one token: it emits the base model's choice, accepts the root, and drafts nothing."""
+    num_tokens = next(value for value in graph.inputs if value.name == "num_tokens")
     _, depth = _shape(results["tokens"])
     _, size = _shape(results["next_input_ids"])
     assert isinstance(depth, int)
@@ -393,10 +392,65 @@ def _plain_branch(graph: ir.Graph, results: Mapping[str, ir.Value], chosen: ir.V
         "next_input_ids": make("Pad", [chosen, _integers(graph, "undrafted", [0, 0, 0, size - 1])]),
         PATH: make("Mul", [tokens, zero]),
     }
-    for name, value in made.items():
-        old = results[name]
-        value.name, value.type, value.shape = f"plain/{name}", old.type, old.shape
-    return ir.Graph([], [made[name] for name in results], nodes=make.nodes, name="plain")
+    _branch(graph, "tree", is_plain, results, made, make.nodes, outside=chosen)
+
+
+def _branch(
+    graph: ir.Graph,
+    name: str,
+    is_plain: ir.Value,
+    results: Mapping[str, ir.Value],
+    plain: Mapping[str, ir.Value],
+    plain_nodes: Sequence[ir.Node],
+    *,
+    outside: ir.Value | None = None,
+) -> None:
+    """Puts what only ``results`` need into a branch for steps of several tokens, beside one for plain steps.
+
+    Args:
+        graph: The graph.
+        name: What to call the branch.
+        is_plain: Which branch to take.
+        results: Values of the graph.
+        plain: What they are in a plain step, by the same names.
+        plain_nodes: The nodes that compute that.
+        outside: A value that stays outside, and what it is computed from too.
+    """
+    tail = _tail(graph, set(results.values()), outside)
+    step = ir.node("If", [is_plain], num_outputs=len(results), name=name)
+    graph.insert_after(tail[-1], step)
+    for (key, old), new in zip(results.items(), step.outputs, strict=True):
+        readers = [(use.node, use.idx) for use in old.uses() if use.node not in tail]
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        old.name = f"{name}/{key}"
+        simple = plain[key]
+        simple.name, simple.type, simple.shape = f"plain/{key}", old.type, old.shape
+        for reader, index in readers:
+            reader.replace_input_with(index, new)
+        if old.is_graph_output():
+            graph.outputs[graph.outputs.index(old)] = new
+    graph.remove(tail)
+    branches = {
+        "then_branch": ir.Graph([], [plain[key] for key in results], nodes=plain_nodes, name="plain"),
+        "else_branch": ir.Graph([], list(results.values()), nodes=tail, name=name),
+    }
+    for attribute, branch in branches.items():
+        step.attributes[attribute] = ir.AttrGraph(attribute, branch)
+
+
+def _tail(graph: ir.Graph, results: set[ir.Value], outside: ir.Value | None) -> list[ir.Node]:
+    """The nodes that nothing but ``results`` needs, in order; ``outside`` and what it is computed from stay out."""
+    tail: list[ir.Node] = []
+    inside: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        values = [value for value in node.outputs if value not in results]
+        if outside in values or any(value.is_graph_output() for value in values):
+            continue
+        readers = [use.node for value in values for use in value.uses()]
+        if (readers or len(values) < len(node.outputs)) and all(reader in inside for reader in readers):
+            inside.add(node)
+            tail.append(node)
+    return tail[::-1]
 
 
 def _fuse_skip_norms(graph: ir.Graph) -> None:
