@@ -16,21 +16,30 @@ class Stats:
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
+        cached_tokens: How many of them were in a cache already, and were not computed again.
         completion_tokens: Tokens generated.
         steps: Decoding steps; the first token comes from prefill and takes none.
         accepted_lengths: How many steps emitted 1, 2, … tokens.
-        prefill_seconds: Until the first token.
+        queue_seconds: Until it was its turn; 0 in an engine, which has no queue.
+        prefill_seconds: From then until the first token.
         decode_seconds: From then to the last.
-        tree_size: Nodes verified per step.
+        tree_size: Nodes verified per step; in a service, which fits it to the load, those of the last step.
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
+    queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     tree_size: int = 1
+
+    def count_step(self, emitted: int) -> None:
+        """Notes a decoding step and how many tokens it emitted."""
+        self.steps += 1
+        self.accepted_lengths[emitted] += 1
 
     @property
     def tokens_per_step(self) -> float:
