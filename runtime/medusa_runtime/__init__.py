@@ -8,8 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medusa_runtime.bundle import Bundle
     from medusa_runtime.engine import GenerationStream, MedusaEngine
-    from medusa_runtime.errors import BackendError, BundleError, MedusaError, RequestError, TreeError
-    from medusa_runtime.request import Chunk, GenerationResult, Stats
+    from medusa_runtime.errors import (
+        BackendError,
+        BundleError,
+        CallbackError,
+        DeadlineError,
+        MedusaError,
+        QueueFullError,
+        RequestCancelledError,
+        RequestError,
+        ServiceClosedError,
+        TreeError,
+    )
+    from medusa_runtime.handle import RequestHandle
+    from medusa_runtime.metrics import Metrics, PrometheusMetrics
+    from medusa_runtime.request import Chunk, GenerationResult, RequestOptions, Stats
+    from medusa_runtime.service import MedusaService
     from medusa_runtime.tree import Tree
 
 __version__ = "0.1.0"
@@ -18,12 +32,22 @@ _MODULES = {
     "BackendError": "errors",
     "Bundle": "bundle",
     "BundleError": "errors",
+    "CallbackError": "errors",
     "Chunk": "request",
+    "DeadlineError": "errors",
     "GenerationResult": "request",
     "GenerationStream": "engine",
     "MedusaEngine": "engine",
     "MedusaError": "errors",
+    "MedusaService": "service",
+    "Metrics": "metrics",
+    "PrometheusMetrics": "metrics",
+    "QueueFullError": "errors",
+    "RequestCancelledError": "errors",
     "RequestError": "errors",
+    "RequestHandle": "handle",
+    "RequestOptions": "request",
+    "ServiceClosedError": "errors",
     "Stats": "request",
     "Tree": "tree",
     "TreeError": "errors",
@@ -33,12 +57,22 @@ __all__ = [
     "BackendError",
     "Bundle",
     "BundleError",
+    "CallbackError",
     "Chunk",
+    "DeadlineError",
     "GenerationResult",
     "GenerationStream",
     "MedusaEngine",
     "MedusaError",
+    "MedusaService",
+    "Metrics",
+    "PrometheusMetrics",
+    "QueueFullError",
+    "RequestCancelledError",
     "RequestError",
+    "RequestHandle",
+    "RequestOptions",
+    "ServiceClosedError",
     "Stats",
     "Tree",
     "TreeError",

@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request to a service may ask for besides its prompt; what is left out has its default.
+
+    Attributes:
+        max_new_tokens: Tokens to generate at most; 128.
+        stop: Strings that end the text and are not part of it; none.
+        stop_token_ids: Tokens that end it, besides the model's own; none.
+        priority: Requests with a higher one get a row first; 0.
+        timeout: Seconds from submission until it ends with ``DeadlineError``, wherever it is; None for no limit.
+    """
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    priority: int
+    timeout: float | None
 
 
 @dataclass
