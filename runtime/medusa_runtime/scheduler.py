@@ -18,6 +18,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medusa_runtime.errors import QueueFullError
 from medusa_runtime.handle import RequestHandle
 from medusa_runtime.sequence import TokenSequence
@@ -107,11 +110,12 @@ class Scheduler:
         job.turn = next(self._turns)
         bisect.insort(self.waiting, job, key=lambda other: (-other.priority, other.turn))
 
-    def admit(self, lengths: Sequence[int]) -> Iterator[Admission]:
+    def admit(self, lengths: Sequence[int] | NDArray[np.int64]) -> Iterator[Admission]:
         """Gives free rows to those that wait.
 
         Args:
-            lengths: Committed entries per row. Each admission has to be carried out before the next is asked for.
+            lengths: Committed entries per row, as they are at each moment: an admission has to be carried out
+                before the next one is asked for.
         """
         while self.waiting and len(self.running) < self.rows:
             job = self.waiting.pop(0)
@@ -122,7 +126,7 @@ class Scheduler:
             job.sequence.prefilled = job.sequence.stats.cached_tokens = shared
             yield Admission(job, source, shared)
 
-    def _place(self, job: Job, lengths: Sequence[int]) -> tuple[int, int, int]:
+    def _place(self, job: Job, lengths: Sequence[int] | NDArray[np.int64]) -> tuple[int, int, int]:
         """The row for a request, the row that has most in common with it, and how many entries that is."""
         prompt = job.sequence.prompt_ids
         # The last token is always computed: what follows it is what we want to know.

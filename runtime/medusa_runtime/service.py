@@ -310,7 +310,7 @@ class MedusaService:
                 self._end(job, DeadlineError(f"The request was not answered in {job.deadline - job.submitted:g} s."))
 
     def _admit(self) -> None:
-        for admission in self._scheduler.admit(self._backend.lengths.tolist()):
+        for admission in self._scheduler.admit(self._backend.lengths):
             job, row = admission.job, admission.job.row
             assert row is not None
             job.admitted = self._clock()
