@@ -54,15 +54,20 @@ def fuse_for_onnxruntime(model: ir.Model, *, margin: int, max_positions: int) ->
     attention = _AttentionFusion(graph, margin, max_positions + SLACK)
     for node in [node for node in graph if node.op_type == "Attention"]:
         attention.fuse(node)
+    finish(model, margin)
+    return True
+
+
+def finish(model: ir.Model, margin: int) -> None:
+    """What all derived graphs have in common, once their attention is done."""
     if margin:
-        _drop_pending(graph)
-    _fuse_skip_norms(graph)
+        drop_pending(model.graph)
+    fuse_skip_norms(model.graph)
     if margin:
-        _skip_tree_in_plain_steps(graph)
+        skip_tree_in_plain_steps(model.graph)
     model.opset_imports[CONTRIB] = 1
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
-    return True
 
 
 @dataclass(frozen=True)
@@ -91,19 +96,19 @@ class _CacheState:
             and node.attributes["start"].as_int() == 2
         )
         lengths = inputs["cache_lengths"]
-        head = _Builder(graph)
+        head = Builder(graph)
         tokens = head("Shape", [inputs["input_ids"]], start=1, end=2)
-        filled = head("Add", [lengths, head("Add", [tokens, _integers(graph, "margin", [margin])])])
+        filled = head("Add", [lengths, head("Add", [tokens, integers(graph, "margin", [margin])])])
         width = head("ReduceMax", [filled], keepdims=1)
-        last = head("Cast", [head("Sub", [filled, _integers(graph, "one", [1])])], to=ir.DataType.INT32)
+        last = head("Cast", [head("Sub", [filled, integers(graph, "one", [1])])], to=ir.DataType.INT32)
         total = head("Cast", [head("Squeeze", [width])], to=ir.DataType.INT32)
         graph.insert_before(graph[0], head.nodes)
         ir.convenience.replace_all_uses_with(capacity, width)
         return cls(last, total, width)
 
 
-class _Builder:
-    """Makes nodes of one output each."""
+class Builder:
+    """Makes nodes of one output each; whoever uses it puts ``nodes`` in their place."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -117,7 +122,7 @@ class _Builder:
         return node.outputs[0]
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """An initializer, shared by name."""
     name = f"onnxruntime/{name}"
     if name not in graph.initializers:
@@ -127,8 +132,9 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-def _integers(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
-    return _initializer(graph, name, np.array(values, dtype=np.int64))
+def integers(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
+    """Integers as an initializer, shared by name."""
+    return initializer(graph, name, np.array(values, dtype=np.int64))
 
 
 class _AttentionFusion:
@@ -149,19 +155,19 @@ class _AttentionFusion:
 
     def fuse(self, node: ir.Node) -> None:
         """Replaces one ``Attention``, the two ``TensorScatter`` before it and the changes of layout around it."""
-        query, key, value, mask = (_given(tensor) for tensor in node.inputs[:4])
-        num_heads, head_dim = (_shape(query)[axis] for axis in (1, 3))
+        query, key, value, mask = (given(tensor) for tensor in node.inputs[:4])
+        num_heads, head_dim = (shape_of(query)[axis] for axis in (1, 3))
         past, new = zip(*(self._scattered(cache) for cache in (key, value)), strict=True)
-        build = _Builder(self._graph)
+        build = Builder(self._graph)
         packed = self._tables.pack(query, *new) if isinstance(head_dim, int) and head_dim % 16 == 0 else None
         if packed is None:
-            packed = (*(_flat(build, tensor) for tensor in (query, *new)), None, None, None)
+            packed = (*(flat(build, tensor) for tensor in (query, *new)), None, None, None)
         fused = ir.node(
             "GroupQueryAttention",
             [*packed[:3], *past, self._state.last, self._state.total, *packed[3:], self._bias(mask, key)],
             {
                 "num_heads": num_heads,
-                "kv_num_heads": _shape(key)[1],
+                "kv_num_heads": shape_of(key)[1],
                 "do_rotary": int(packed[3] is not None),
                 "scale": node.attributes["scale"].as_float(),
                 "softcap": node.attributes["softcap"].as_float(),
@@ -182,19 +188,19 @@ class _AttentionFusion:
         """The cache before a step, and the entries that the step adds."""
         scatter = producer(cache, "TensorScatter")
         assert scatter is not None
-        block = _given(scatter.inputs[1])
+        block = given(scatter.inputs[1])
         if self._margin:
             concat = producer(block, "Concat")
             assert concat is not None
-            block = _given(concat.inputs[1])
-        return _given(scatter.inputs[0]), block
+            block = given(concat.inputs[1])
+        return given(scatter.inputs[0]), block
 
     def _bias(self, mask: ir.Value, like: ir.Value) -> ir.Value:
         """0 where a query may look and -inf elsewhere."""
         if mask not in self._biases:
             assert like.dtype is not None
             pair = [
-                _initializer(self._graph, name, np.array(number, dtype=like.dtype.numpy()))
+                initializer(self._graph, name, np.array(number, dtype=like.dtype.numpy()))
                 for name, number in (("seen", 0.0), ("unseen", -np.inf))
             ]
             node, maker = ir.node("Where", [mask, *pair]), mask.producer()
@@ -231,7 +237,7 @@ class _RotaryTables:
         split = producer(parts[0], "Split")
         if split is None or list(split.outputs) != parts:
             return None
-        found = [self._table(_given(table)) for table in turned[0].inputs[1:3]]
+        found = [self._table(given(table)) for table in turned[0].inputs[1:3]]
         if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
             return None
         return split.inputs[0], None, None, found[0][0], found[1][0], found[0][1]
@@ -250,12 +256,12 @@ class _RotaryTables:
         part = ir.convenience.extract(self._graph, inputs=[positions], outputs=[values])
         evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=IR_VERSION)))
         (rows,) = evaluator.run(None, {positions.name: np.arange(self._rows)[None]})
-        return _initializer(self._graph, f"{values.name}", rows[0]), self._clipped(positions)
+        return initializer(self._graph, f"{values.name}", rows[0]), self._clipped(positions)
 
     def _clipped(self, positions: ir.Value) -> ir.Value:
         """Positions that lie within a table, whatever padding there is."""
         if positions not in self._positions:
-            last = _integers(self._graph, "last_position", [self._rows - 1])
+            last = integers(self._graph, "last_position", [self._rows - 1])
             node = ir.node("Min", [positions, last])
             maker = positions.producer()
             assert maker is not None
@@ -270,7 +276,7 @@ def _positions_behind(values: ir.Value) -> ir.Value | None:
     stack = [values]
     while stack:
         value = stack.pop()
-        if value.dtype == ir.DataType.INT64 and _rank(value) == 2:
+        if value.dtype == ir.DataType.INT64 and rank_of(value) == 2:
             found.add(value)
         elif not value.is_initializer():
             made_by = value.producer()
@@ -289,56 +295,60 @@ def _unswapped(tensor: ir.Value | None) -> ir.Value | None:
     return reshape.inputs[0]
 
 
-def _flat(build: _Builder, tensor: ir.Value) -> ir.Value:
+def flat(build: Builder, tensor: ir.Value) -> ir.Value:
     """[B, N, S, d] as [B, S, N · d], without undoing a change of layout where one has just been made."""
     rotary = producer(tensor, "RotaryEmbedding")
     if rotary is not None and only_user(tensor) is not None:
-        source, cos, sin = (_given(value) for value in rotary.inputs[:3])
-        return build("RotaryEmbedding", [_flat(build, source), cos, sin], interleaved=0, num_heads=_shape(source)[1])
+        source, cos, sin = (given(value) for value in rotary.inputs[:3])
+        return build("RotaryEmbedding", [flat(build, source), cos, sin], interleaved=0, num_heads=shape_of(source)[1])
     transpose = producer(tensor, "Transpose")
     if transpose is not None and tuple(transpose.attributes["perm"].as_ints()) == _SWAP:
         rows = transpose.inputs[0]
     else:
         rows = build("Transpose", [tensor], perm=_SWAP)
     reshape = producer(rows, "Reshape")
-    if reshape is not None and reshape.inputs[0] is not None and _rank(reshape.inputs[0]) == 3:
+    if reshape is not None and reshape.inputs[0] is not None and rank_of(reshape.inputs[0]) == 3:
         return reshape.inputs[0]
-    return build("Reshape", [rows, _integers(build.graph, "flat", [0, 0, -1])])
+    return build("Reshape", [rows, integers(build.graph, "flat", [0, 0, -1])])
 
 
-def _given(value: ir.Value | None) -> ir.Value:
+def given(value: ir.Value | None) -> ir.Value:
+    """A value that is known to be there."""
     assert value is not None
     return value
 
 
-def _shape(value: ir.Value) -> ir.Shape:
+def shape_of(value: ir.Value) -> ir.Shape:
+    """A shape that is known to be known."""
     assert value.shape is not None
     return value.shape
 
 
-def _rank(value: ir.Value) -> int | None:
+def rank_of(value: ir.Value) -> int | None:
+    """How many axes a value has, if that is known."""
     return len(value.shape) if value.shape is not None else None
 
 
-def _drop_pending(graph: ir.Graph) -> None:
+def drop_pending(graph: ir.Graph) -> None:
+    """Puts the accepted path in the place of what is carried from step to step."""
     graph.outputs.remove(next(value for value in graph.outputs if value.name == "next_pending_kv"))
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "pending_kv"))
     graph.outputs.append(next(value for node in graph for value in node.outputs if value.name == PATH))
 
 
-def _skip_tree_in_plain_steps(graph: ir.Graph) -> None:
+def skip_tree_in_plain_steps(graph: ir.Graph) -> None:
     """Puts what follows the base model's choice of tokens into the branch of an ``If`` for steps of several tokens."""
     results = {
         value.name: value for value in graph.outputs if value.name in ("tokens", "count", "next_input_ids", PATH)
     }
     chosen = next(
-        node.outputs[0] for node in graph if node.op_type == "ArgMax" and _given(node.inputs[0]).name == "logits"
+        node.outputs[0] for node in graph if node.op_type == "ArgMax" and given(node.inputs[0]).name == "logits"
     )
     tail = _tail(graph, set(results.values()), chosen)
     inputs = {value.name: value for value in graph.inputs}
-    head = _Builder(graph)
+    head = Builder(graph)
     tokens = head("Shape", [inputs["input_ids"]], start=1, end=2)
-    plain = head("Equal", [head("Squeeze", [tokens]), _integers(graph, "one", [1])])
+    plain = head("Equal", [head("Squeeze", [tokens]), integers(graph, "one", [1])])
     condition = head("Squeeze", [plain])
     step = ir.node(
         "If",
@@ -380,17 +390,17 @@ def _tail(graph: ir.Graph, results: set[ir.Value], chosen: ir.Value) -> list[ir.
 
 def _plain_branch(graph: ir.Graph, results: Mapping[str, ir.Value], chosen: ir.Value, num_tokens: ir.Value) -> ir.Graph:
     """A step of one token: it emits the base model's choice, accepts the root, and drafts nothing."""
-    _, depth = _shape(results["tokens"])
-    _, size = _shape(results["next_input_ids"])
+    _, depth = shape_of(results["tokens"])
+    _, size = shape_of(results["next_input_ids"])
     assert isinstance(depth, int)
     assert isinstance(size, int)
-    one, zero = _integers(graph, "scalar_one", 1), _integers(graph, "scalar_zero", 0)
-    make = _Builder(graph)
-    tokens = make("Expand", [chosen, _integers(graph, "emitted", [1, depth])])
+    one, zero = integers(graph, "scalar_one", 1), integers(graph, "scalar_zero", 0)
+    make = Builder(graph)
+    tokens = make("Expand", [chosen, integers(graph, "emitted", [1, depth])])
     made = {
         "tokens": tokens,
         "count": make("Clip", [num_tokens, one, one]),
-        "next_input_ids": make("Pad", [chosen, _integers(graph, "undrafted", [0, 0, 0, size - 1])]),
+        "next_input_ids": make("Pad", [chosen, integers(graph, "undrafted", [0, 0, 0, size - 1])]),
         PATH: make("Mul", [tokens, zero]),
     }
     for name, value in made.items():
@@ -399,10 +409,13 @@ def _plain_branch(graph: ir.Graph, results: Mapping[str, ir.Value], chosen: ir.V
     return ir.Graph([], [made[name] for name in results], nodes=make.nodes, name="plain")
 
 
-def _fuse_skip_norms(graph: ir.Graph) -> None:
+def fuse_skip_norms(graph: ir.Graph) -> None:
+    """Makes ``Add`` followed by ``RMSNormalization`` one node."""
     for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
         total = producer(norm.inputs[0], "Add")
-        if total is None or any(value is None or _rank(value) != 3 or value.is_initializer() for value in total.inputs):
+        if total is None or any(
+            value is None or rank_of(value) != 3 or value.is_initializer() for value in total.inputs
+        ):
             continue
         fused = ir.node(
             "SkipSimplifiedLayerNormalization",

@@ -12,6 +12,7 @@ from medusa_runtime.latency import LatencyTable
 from medusa_runtime.sequence import check_tree_size
 
 TreeSize = int | Literal["auto"]
+SPARE = 128  # slots that are not worth giving back
 
 
 class BatchRunner:
@@ -79,8 +80,14 @@ class BatchRunner:
             raise BackendError(f"A step of {size} tokens for {len(rows)} requests failed: {error!r}.") from error
 
     def _reserve(self, needed: int) -> None:
-        """Makes room, a quarter more than needed if there is memory for it, so that caches are seldom moved."""
+        """Makes room, a quarter more than needed if there is memory for it, so that caches are seldom moved.
+
+        Room for more than twice what all rows hold is given back: steps may well read the whole capacity.
+        """
         if needed <= self.backend.capacity:
+            all_need = max(needed, 2 * self._bundle.tree.max_depth + int(self.backend.lengths.max()))
+            if self.backend.capacity > 2 * all_need + SPARE:
+                self.backend.shrink(all_need + all_need // 4)
             return
         for capacity in (needed + needed // 4, needed):
             try:

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from medusa_runtime.backends.base import Backend, BatchBackend
@@ -40,9 +39,14 @@ class LatencyTable:
     @classmethod
     def measured_batch(cls, bundle: Bundle, backend: BatchBackend, rows: int) -> LatencyTable:
         """The same for steps of the first ``rows`` rows together."""
-        step = partial(backend.step, rows=range(rows))
+
+        def step(size: int, prompts: Mapping[int, Sequence[int]]) -> None:
+            backend.step(size, prompts, range(rows))
+            for row in range(rows):  # steps may read the whole capacity: keep it small
+                backend.truncate(row, FILL)
+
         name = f"{backend.name}, {rows} of a batch"
-        return cls._kept(bundle, name, lambda: _measure(bundle, backend, step, rows=rows))
+        return cls._kept(bundle, name, lambda: _measure(bundle, backend, step, rows=rows, growth=0))
 
     @classmethod
     def _kept(cls, bundle: Bundle, name: str, measure: Callable[[], dict[str, float]]) -> LatencyTable:
@@ -87,7 +91,12 @@ def _write(path: Path, known: dict[str, dict[str, float]]) -> None:
 
 
 def _measure(
-    bundle: Bundle, backend: Backend, step: Callable[[int, Mapping[int, Sequence[int]]], object], *, rows: int
+    bundle: Bundle,
+    backend: Backend,
+    step: Callable[[int, Mapping[int, Sequence[int]]], object],
+    *,
+    rows: int,
+    growth: int = 1,
 ) -> dict[str, float]:
     """Median seconds of a step, sizes interleaved so that a busy moment hits them all alike.
 
@@ -96,10 +105,11 @@ def _measure(
         backend: Whose rows are measured; the first ``rows`` are empty afterwards.
         step: Runs a step of these rows.
         rows: How many.
+        growth: Whether a step's tokens stay in the cache: 1 or 0.
     """
     sizes = [size for size in candidate_sizes(bundle.tree.size) if size == 1 or rows == 1 or size * rows <= MOST_TOKENS]
     depth = bundle.tree.max_depth
-    steps = (WARM_UP + REPEATS) * len(sizes)
+    steps = (WARM_UP + REPEATS) * len(sizes) * growth
     backend.reserve(2 * depth + FILL + steps * (depth + 1) + bundle.tree.size)
     for row in range(rows):
         backend.reset(row)

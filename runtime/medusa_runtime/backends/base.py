@@ -107,6 +107,10 @@ class BatchBackend(Backend, Protocol):
         """
         ...
 
+    def shrink(self, capacity: int) -> None:
+        """Gives back slots beyond so many, as far as it can; whoever calls it knows that no row needs them."""
+        ...
+
     def truncate(self, row: int, length: int) -> None:
         """Forgets all entries of a row but the first ``length``; it has to prefill next."""
         ...

@@ -1,8 +1,8 @@
 """The ONNX Runtime backend: every buffer bound once, caches updated in place.
 
-It runs the graph that was derived for ONNX Runtime where a bundle has one, for a single row at least:
-``GroupQueryAttention`` takes several tokens of one sequence or one token of several. That graph appends new entries
-to the caches without carrying accepted ones over from step to step: it says which nodes it accepted, and
+It runs the graph that was derived for ONNX Runtime where a bundle has one: there is one for a single row and one for
+several, as ``GroupQueryAttention`` takes several tokens of one sequence or one token of several. Both append new
+entries to the caches without carrying accepted ones over from step to step: they say which nodes they accepted, and
 the few entries below the root are moved to their places here. Plain decoding moves none.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.bundle import ONNXRUNTIME_GRAPH, Bundle
+from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
 
@@ -48,7 +48,7 @@ class OnnxRuntimeBackend:
         bundle: What to run.
         rows: Sequences held at a time.
         threads: Threads of one step; all that this process may use if None.
-        graph: The graph to run, by path or as bytes; if None the bundle's derived one, or else its own.
+        graph: The graph to run, by path or as bytes; if None the derived one for so many rows, or the bundle's own.
         extra_outputs: Outputs beyond the contract that a graph has, kept for ``extra_output``.
     """
 
@@ -68,8 +68,8 @@ class OnnxRuntimeBackend:
                 "Export it with --dtype fp32 or fp16 to run it on a CPU."
             )
         if graph is None:
-            derived = rows == 1 and ONNXRUNTIME_GRAPH in bundle.files
-            graph = bundle.folder / ONNXRUNTIME_GRAPH if derived else bundle.graph
+            derived = ONNXRUNTIME_GRAPH if rows == 1 else ONNXRUNTIME_BATCH_GRAPH
+            graph = bundle.folder / derived if derived in bundle.files else bundle.graph
         self._ort = ort
         self._bundle = bundle
         self._rows = rows
@@ -136,8 +136,14 @@ class OnnxRuntimeBackend:
         return value
 
     def reserve(self, capacity: int) -> None:
-        if capacity <= self._capacity:
-            return
+        if capacity > self._capacity:
+            self._resize(capacity)
+
+    def shrink(self, capacity: int) -> None:
+        if -(-capacity // CAPACITY_STEP) * CAPACITY_STEP < self._capacity:
+            self._resize(capacity)
+
+    def _resize(self, capacity: int) -> None:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         model = self._bundle.model
         shape = (2 * model.num_layers, self._rows, model.num_key_value_heads, capacity, model.head_dim)
@@ -149,8 +155,9 @@ class OnnxRuntimeBackend:
             raise BackendError(
                 f"There is no memory for caches of {capacity} tokens ({size / 2**20:.0f} MiB)."
             ) from error
-        if self._capacity:
-            grown[:, :, :, : self._capacity] = self._caches
+        kept = min(capacity, self._capacity)
+        if kept:
+            grown[:, :, :, :kept] = self._caches[:, :, :, :kept]
         self._caches, self._capacity = grown, capacity
         self._windows.clear()
 
