@@ -66,7 +66,7 @@ def main(
     bundle = Bundle.load(folder, check_digests=False)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer is not None
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt.text}]) for prompt in bench_prompts()]
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}]) for prompt in bench_prompts()]
     engine = MedusaEngine.load(folder, threads=threads, check_digests=False)
     service = MedusaService(bundle, OnnxRuntimeBackend(bundle, rows=requests, threads=threads), tokenizer)
     runner = service._runner  # one session for all tree sizes, for it holds a copy of the weights
