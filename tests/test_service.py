@@ -496,3 +496,21 @@ def test_nothing_is_kept_of_requests_that_ended(service: MedusaService) -> None:
     del handle
     gc.collect()
     assert gone() is None
+
+
+def test_a_session_computes_only_what_is_new(service: MedusaService, engine: MedusaEngine) -> None:
+    session = service.session([{"role": "system", "content": "Be brief."}])
+    said = list(session.messages)
+    for turn, text in enumerate(("Hi", "And then?", "Why?")):
+        result = session.send(text, max_new_tokens=10)
+        said.append({"role": "user", "content": text})
+        alone = engine.generate(said, max_new_tokens=10)
+        assert result.token_ids == alone.token_ids
+        said.append({"role": "assistant", "content": alone.text})
+        # The model's tokens and those of its text part ways at most where the answer begins.
+        assert turn == 0 or result.stats.cached_tokens >= 20
+    assert session.messages == said
+    with pytest.raises(RequestError):
+        session.send("x" * 600)
+    assert session.messages == said
+    assert asyncio.run(session.asend("Bye", max_new_tokens=5)).stats.cached_tokens > 20

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from medusa_runtime.metrics import Metrics, PrometheusMetrics
     from medusa_runtime.request import Chunk, GenerationResult, RequestOptions, Stats
     from medusa_runtime.service import MedusaService
+    from medusa_runtime.session import ChatSession
     from medusa_runtime.tree import Tree
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _MODULES = {
     "Bundle": "bundle",
     "BundleError": "errors",
     "CallbackError": "errors",
+    "ChatSession": "session",
     "Chunk": "request",
     "DeadlineError": "errors",
     "GenerationResult": "request",
@@ -58,6 +60,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "CallbackError",
+    "ChatSession",
     "Chunk",
     "DeadlineError",
     "GenerationResult",

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import BatchBackend
@@ -36,6 +36,7 @@ from medusa_runtime.metrics import Metrics
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
 from medusa_runtime.scheduler import Job, Scheduler
 from medusa_runtime.sequence import TokenSequence, check_prefill_chunk
+from medusa_runtime.session import ChatSession
 from medusa_runtime.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 64  # beside rows that decode
@@ -209,6 +210,10 @@ class MedusaService:
         with handle:
             async for chunk in handle:
                 yield chunk
+
+    def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> ChatSession:
+        """A conversation that begins with these messages."""
+        return ChatSession(self, messages)
 
     @property
     def load_figures(self) -> tuple[int, int]:
