@@ -13,11 +13,13 @@ from medusa_export.cache_shape import CacheShape
 from medusa_export.checkpoints import save_tokenizer
 from medusa_export.errors import ExportError
 from medusa_export.files import atomic_folder
+from medusa_export.onnxruntime_batch import fuse_batch_for_onnxruntime
 from medusa_export.onnxruntime_fusions import fuse_for_onnxruntime
 from medusa_export.step import MedusaStep
 from medusa_runtime.bundle import (
     DESCRIPTION,
     GRAPH,
+    ONNXRUNTIME_BATCH_GRAPH,
     ONNXRUNTIME_GRAPH,
     Acceptance,
     Bundle,
@@ -123,6 +125,9 @@ def write_bundle(
             positions = bundle.model.max_positions
             if fuse_for_onnxruntime(derived, margin=step.tree.max_depth, max_positions=positions):
                 ir.save(derived, folder / ONNXRUNTIME_GRAPH)  # its weights stay references to those of the first
+            derived = ir.load(folder / GRAPH)
+            if fuse_batch_for_onnxruntime(derived, margin=step.tree.max_depth):
+                ir.save(derived, folder / ONNXRUNTIME_BATCH_GRAPH)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder)
             if step.model.generation_config is not None:

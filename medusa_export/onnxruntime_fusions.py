@@ -16,9 +16,8 @@ backend moves accepted entries to their places (see ``medusa_runtime.backends.on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,10 +25,24 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from medusa_export.onnx_rewrites import only_user, producer, replace_value
+from medusa_export.onnxruntime_nodes import (
+    CONTRIB,
+    IR_VERSION,
+    PATH,
+    Builder,
+    given,
+    initializer,
+    integers,
+    rank_of,
+    shape_of,
+)
+from medusa_export.onnxruntime_plain_steps import (
+    is_plain_mask,
+    is_plain_step,
+    skip_mask_in_plain_steps,
+    skip_tree_in_plain_steps,
+)
 
-IR_VERSION = 11
-CONTRIB = "com.microsoft"
-PATH = "accepted_path"
 # Rows of rotary tables beyond the longest sequence: for padding, and for drafts at its end that come to nothing.
 SLACK = 1024
 LARGEST_TABLE = 2**28  # bytes
@@ -55,20 +68,33 @@ def fuse_for_onnxruntime(model: ir.Model, *, margin: int, max_positions: int) ->
     attention = _AttentionFusion(graph, margin, max_positions + SLACK)
     for node in [node for node in graph if node.op_type == "Attention"]:
         attention.fuse(node)
+    sees_all = [bias for mask, bias in attention.biases.items() if is_plain_mask(graph, mask, margin, max_positions)]
+    finish(model, margin, sees_all, margin + max_positions + SLACK)
+    return True
+
+
+def finish(model: ir.Model, margin: int, sees_all: Sequence[ir.Value] = (), slots: int = 0) -> None:
+    """What all derived graphs have in common, once their attention is done.
+
+    Args:
+        model: The graph.
+        margin: M.
+        sees_all: Biases of attention by which the token of a plain step looks at all that there is.
+        slots: How many slots they may have to cover.
+    """
+    graph = model.graph
     if margin:
-        _drop_pending(graph)
-    _fuse_skip_norms(graph)
+        drop_pending(graph)
+    fuse_skip_norms(graph)
     passes.RemoveUnusedNodesPass()(model)
-    is_plain = _is_plain(graph)
-    for mask, bias in attention.biases.items():
-        if _sees_all(graph, mask, margin, max_positions):
-            _skip_mask_in_plain_steps(graph, is_plain, bias, margin, max_positions + SLACK)
+    is_plain = is_plain_step(graph)
+    for bias in sees_all:
+        skip_mask_in_plain_steps(graph, is_plain, bias, margin, slots)
     if margin:
-        _skip_tree_in_plain_steps(graph, is_plain)
+        skip_tree_in_plain_steps(graph, is_plain)
     model.opset_imports[CONTRIB] = 1
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
-    return True
 
 
 @dataclass(frozen=True)
@@ -97,44 +123,15 @@ class _CacheState:
             and node.attributes["start"].as_int() == 2
         )
         lengths = inputs["cache_lengths"]
-        head = _Builder(graph)
+        head = Builder(graph)
         tokens = head("Shape", [inputs["input_ids"]], start=1, end=2)
-        filled = head("Add", [lengths, head("Add", [tokens, _integers(graph, "margin", [margin])])])
+        filled = head("Add", [lengths, head("Add", [tokens, integers(graph, "margin", [margin])])])
         width = head("ReduceMax", [filled], keepdims=1)
-        last = head("Cast", [head("Sub", [filled, _integers(graph, "one", [1])])], to=ir.DataType.INT32)
+        last = head("Cast", [head("Sub", [filled, integers(graph, "one", [1])])], to=ir.DataType.INT32)
         total = head("Cast", [head("Squeeze", [width])], to=ir.DataType.INT32)
         graph.insert_before(graph[0], head.nodes)
         ir.convenience.replace_all_uses_with(capacity, width)
         return cls(last, total, width)
-
-
-class _Builder:
-    """Makes nodes of one output each."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.nodes: list[ir.Node] = []
-
-    def __call__(
-        self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any
-    ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes, domain=domain)
-        self.nodes.append(node)
-        return node.outputs[0]
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """An initializer, shared by name."""
-    name = f"onnxruntime/{name}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        graph.register_initializer(value)
-    return graph.initializers[name]
-
-
-def _integers(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
-    return _initializer(graph, name, np.array(values, dtype=np.int64))
 
 
 class _AttentionFusion:
@@ -155,19 +152,19 @@ class _AttentionFusion:
 
     def fuse(self, node: ir.Node) -> None:
         """Replaces one ``Attention``, the two ``TensorScatter`` before it and the changes of layout around it."""
-        query, key, value, mask = (_given(tensor) for tensor in node.inputs[:4])
-        num_heads, head_dim = (_shape(query)[axis] for axis in (1, 3))
+        query, key, value, mask = (given(tensor) for tensor in node.inputs[:4])
+        num_heads, head_dim = (shape_of(query)[axis] for axis in (1, 3))
         past, new = zip(*(self._scattered(cache) for cache in (key, value)), strict=True)
-        build = _Builder(self._graph)
+        build = Builder(self._graph)
         packed = self._tables.pack(query, *new) if isinstance(head_dim, int) and head_dim % 16 == 0 else None
         if packed is None:
-            packed = (*(_flat(build, tensor) for tensor in (query, *new)), None, None, None)
+            packed = (*(flat(build, tensor) for tensor in (query, *new)), None, None, None)
         fused = ir.node(
             "GroupQueryAttention",
             [*packed[:3], *past, self._state.last, self._state.total, *packed[3:], self._bias(mask, key)],
             {
                 "num_heads": num_heads,
-                "kv_num_heads": _shape(key)[1],
+                "kv_num_heads": shape_of(key)[1],
                 "do_rotary": int(packed[3] is not None),
                 "scale": node.attributes["scale"].as_float(),
                 "softcap": node.attributes["softcap"].as_float(),
@@ -188,19 +185,19 @@ class _AttentionFusion:
         """The cache before a step, and the entries that the step adds."""
         scatter = producer(cache, "TensorScatter")
         assert scatter is not None
-        block = _given(scatter.inputs[1])
+        block = given(scatter.inputs[1])
         if self._margin:
             concat = producer(block, "Concat")
             assert concat is not None
-            block = _given(concat.inputs[1])
-        return _given(scatter.inputs[0]), block
+            block = given(concat.inputs[1])
+        return given(scatter.inputs[0]), block
 
     def _bias(self, mask: ir.Value, like: ir.Value) -> ir.Value:
         """0 where a query may look and -inf elsewhere."""
         if mask not in self.biases:
             assert like.dtype is not None
             pair = [
-                _initializer(self._graph, name, np.array(number, dtype=like.dtype.numpy()))
+                initializer(self._graph, name, np.array(number, dtype=like.dtype.numpy()))
                 for name, number in (("seen", 0.0), ("unseen", -np.inf))
             ]
             node, maker = ir.node("Where", [mask, *pair]), mask.producer()
@@ -238,7 +235,7 @@ class _RotaryTables:
         split = producer(parts[0], "Split")
         if split is None or list(split.outputs) != parts:
             return None
-        found = [self._table(_given(table)) for table in turned[0].inputs[1:3]]
+        found = [self._table(given(table)) for table in turned[0].inputs[1:3]]
         if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
             return None
         return split.inputs[0], None, None, found[0][0], found[1][0], found[0][1]
@@ -257,12 +254,12 @@ class _RotaryTables:
         part = ir.convenience.extract(self._graph, inputs=[positions], outputs=[values])
         evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=IR_VERSION)))
         (rows,) = evaluator.run(None, {positions.name: np.arange(self._rows)[None]})
-        return _initializer(self._graph, f"{values.name}", rows[0]), self._clipped(positions)
+        return initializer(self._graph, f"{values.name}", rows[0]), self._clipped(positions)
 
     def _clipped(self, positions: ir.Value) -> ir.Value:
         """Positions that lie within a table, whatever padding there is."""
         if positions not in self._positions:
-            last = _integers(self._graph, "last_position", [self._rows - 1])
+            last = integers(self._graph, "last_position", [self._rows - 1])
             node = ir.node("Min", [positions, last])
             maker = positions.producer()
             assert maker is not None
@@ -277,7 +274,7 @@ def _positions_behind(values: ir.Value) -> ir.Value | None:
     stack = [values]
     while stack:
         value = stack.pop()
-        if value.dtype == ir.DataType.INT64 and _rank(value) == 2:
+        if value.dtype == ir.DataType.INT64 and rank_of(value) == 2:
             found.add(value)
         elif not value.is_initializer():
             made_by = value.producer()
@@ -296,167 +293,37 @@ def _unswapped(tensor: ir.Value | None) -> ir.Value | None:
     return reshape.inputs[0]
 
 
-def _flat(build: _Builder, tensor: ir.Value) -> ir.Value:
+def flat(build: Builder, tensor: ir.Value) -> ir.Value:
     """[B, N, S, d] as [B, S, N · d], without undoing a change of layout where one has just been made."""
     rotary = producer(tensor, "RotaryEmbedding")
     if rotary is not None and only_user(tensor) is not None:
-        source, cos, sin = (_given(value) for value in rotary.inputs[:3])
-        return build("RotaryEmbedding", [_flat(build, source), cos, sin], interleaved=0, num_heads=_shape(source)[1])
+        source, cos, sin = (given(value) for value in rotary.inputs[:3])
+        return build("RotaryEmbedding", [flat(build, source), cos, sin], interleaved=0, num_heads=shape_of(source)[1])
     transpose = producer(tensor, "Transpose")
     if transpose is not None and tuple(transpose.attributes["perm"].as_ints()) == _SWAP:
         rows = transpose.inputs[0]
     else:
         rows = build("Transpose", [tensor], perm=_SWAP)
     reshape = producer(rows, "Reshape")
-    if reshape is not None and reshape.inputs[0] is not None and _rank(reshape.inputs[0]) == 3:
+    if reshape is not None and reshape.inputs[0] is not None and rank_of(reshape.inputs[0]) == 3:
         return reshape.inputs[0]
-    return build("Reshape", [rows, _integers(build.graph, "flat", [0, 0, -1])])
+    return build("Reshape", [rows, integers(build.graph, "flat", [0, 0, -1])])
 
 
-def _given(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value
-
-
-def _shape(value: ir.Value) -> ir.Shape:
-    assert value.shape is not None
-    return value.shape
-
-
-def _rank(value: ir.Value) -> int | None:
-    return len(value.shape) if value.shape is not None else None
-
-
-def _drop_pending(graph: ir.Graph) -> None:
+def drop_pending(graph: ir.Graph) -> None:
+    """Puts the accepted path in the place of what is carried from step to step."""
     graph.outputs.remove(next(value for value in graph.outputs if value.name == "next_pending_kv"))
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "pending_kv"))
     graph.outputs.append(next(value for node in graph for value in node.outputs if value.name == PATH))
 
 
-def _is_plain(graph: ir.Graph) -> ir.Value:
-    """Whether a step is of one token, computed at the head of the graph."""
-    tokens = next(value for value in graph.inputs if value.name == "input_ids")
-    head = _Builder(graph)
-    one = head("Equal", [head("Squeeze", [head("Shape", [tokens], start=1, end=2)]), _integers(graph, "scalar_one", 1)])
-    graph.insert_before(graph[0], head.nodes)
-    return one
-
-
-def _sees_all(graph: ir.Graph, mask: ir.Value, margin: int, max_positions: int) -> bool:
-    """Whether the one token of a plain step looks at everything behind the margin, at whatever length.
-
-    A sliding window would show: it is no longer than the longest sequence, or else of no effect.
-    """
-    names = ("input_ids", "num_tokens", "is_prefill", "cache_lengths")
-    part = ir.convenience.extract(graph, inputs=[v for v in graph.inputs if v.name in names], outputs=[mask])
-    model = ir.external_data.load_to_model(ir.Model(part, ir_version=IR_VERSION))
-    evaluator = ReferenceEvaluator(ir.to_proto(model))
-    for length in (0, 1, max_positions - 1):
-        given = {"input_ids": [[0]], "num_tokens": [1], "is_prefill": [False], "cache_lengths": [length]}
-        (seen,) = evaluator.run(None, {name: np.array(given[name]) for name in names})
-        if not np.array_equal(seen.squeeze(), np.arange(margin + length + 1) >= margin):
-            return False
-    return True
-
-
-def _skip_mask_in_plain_steps(graph: ir.Graph, is_plain: ir.Value, bias: ir.Value, margin: int, positions: int) -> None:
-    """In a plain step a bias [1, 1, 1, filled slots] is cut from a table."""
-    assert bias.dtype is not None
-    table = np.zeros((1, 1, 1, margin + positions), bias.dtype.numpy())
-    table[..., :margin] = -np.inf
-    make = _Builder(graph)
-    axis, start = _integers(graph, "last_axis", [3]), _integers(graph, "from_zero", [0])
-    width = next(node.outputs[0] for node in graph if node.op_type == "ReduceMax")  # see _CacheState
-    make("Slice", [_initializer(graph, "plain_bias", table), start, width, axis])
-    _branch(graph, "mask", is_plain, {"bias": bias}, {"bias": make.nodes[-1].outputs[0]}, make.nodes)
-
-
-def _skip_tree_in_plain_steps(graph: ir.Graph, is_plain: ir.Value) -> None:
-    """A plain step emits the base model's choice, accepts the root, and drafts nothing."""
-    names = ("tokens", "count", "next_input_ids", PATH)
-    results = {name: value for value in graph.outputs for name in names if value.name == name}
-    chosen = next(
-        node.outputs[0] for node in graph if node.op_type == "ArgMax" and _given(node.inputs[0]).name == "logits"
-    )
-    num_tokens = next(value for value in graph.inputs if value.name == "num_tokens")
-    _, depth = _shape(results["tokens"])
-    _, size = _shape(results["next_input_ids"])
-    assert isinstance(depth, int)
-    assert isinstance(size, int)
-    one, zero = _integers(graph, "scalar_one", 1), _integers(graph, "scalar_zero", 0)
-    make = _Builder(graph)
-    tokens = make("Expand", [chosen, _integers(graph, "emitted", [1, depth])])
-    made = {
-        "tokens": tokens,
-        "count": make("Clip", [num_tokens, one, one]),
-        "next_input_ids": make("Pad", [chosen, _integers(graph, "undrafted", [0, 0, 0, size - 1])]),
-        PATH: make("Mul", [tokens, zero]),
-    }
-    _branch(graph, "tree", is_plain, results, made, make.nodes, outside=chosen)
-
-
-def _branch(
-    graph: ir.Graph,
-    name: str,
-    is_plain: ir.Value,
-    results: Mapping[str, ir.Value],
-    plain: Mapping[str, ir.Value],
-    plain_nodes: Sequence[ir.Node],
-    *,
-    outside: ir.Value | None = None,
-) -> None:
-    """Puts what only ``results`` need into a branch for steps of several tokens, beside one for plain steps.
-
-    Args:
-        graph: The graph.
-        name: What to call the branch.
-        is_plain: Which branch to take.
-        results: Values of the graph.
-        plain: What they are in a plain step, by the same names.
-        plain_nodes: The nodes that compute that.
-        outside: A value that stays outside, and what it is computed from too.
-    """
-    tail = _tail(graph, set(results.values()), outside)
-    step = ir.node("If", [is_plain], num_outputs=len(results), name=name)
-    graph.insert_after(tail[-1], step)
-    for (key, old), new in zip(results.items(), step.outputs, strict=True):
-        readers = [(use.node, use.idx) for use in old.uses() if use.node not in tail]
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        old.name = f"{name}/{key}"
-        simple = plain[key]
-        simple.name, simple.type, simple.shape = f"plain/{key}", old.type, old.shape
-        for reader, index in readers:
-            reader.replace_input_with(index, new)
-        if old.is_graph_output():
-            graph.outputs[graph.outputs.index(old)] = new
-    graph.remove(tail)
-    branches = {
-        "then_branch": ir.Graph([], [plain[key] for key in results], nodes=plain_nodes, name="plain"),
-        "else_branch": ir.Graph([], list(results.values()), nodes=tail, name=name),
-    }
-    for attribute, branch in branches.items():
-        step.attributes[attribute] = ir.AttrGraph(attribute, branch)
-
-
-def _tail(graph: ir.Graph, results: set[ir.Value], outside: ir.Value | None) -> list[ir.Node]:
-    """The nodes that nothing but ``results`` needs, in order; ``outside`` and what it is computed from stay out."""
-    tail: list[ir.Node] = []
-    inside: set[ir.Node] = set()
-    for node in reversed(list(graph)):
-        values = [value for value in node.outputs if value not in results]
-        if outside in values or any(value.is_graph_output() for value in values):
-            continue
-        readers = [use.node for value in values for use in value.uses()]
-        if (readers or len(values) < len(node.outputs)) and all(reader in inside for reader in readers):
-            inside.add(node)
-            tail.append(node)
-    return tail[::-1]
-
-
-def _fuse_skip_norms(graph: ir.Graph) -> None:
+def fuse_skip_norms(graph: ir.Graph) -> None:
+    """Makes ``Add`` followed by ``RMSNormalization`` one node."""
     for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
         total = producer(norm.inputs[0], "Add")
-        if total is None or any(value is None or _rank(value) != 3 or value.is_initializer() for value in total.inputs):
+        if total is None or any(
+            value is None or rank_of(value) != 3 or value.is_initializer() for value in total.inputs
+        ):
             continue
         fused = ir.node(
             "SkipSimplifiedLayerNormalization",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,13 +10,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import medusa_runtime
 from decoding import TREE, export, greedy, make_step
 from medusa_runtime import Bundle, BundleError, MedusaEngine, RequestError, Tree
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.bundle import DESCRIPTION, Acceptance
+from medusa_runtime.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH, Acceptance
 from medusa_runtime.latency import CACHE_FILE, LatencyTable
 from tiny_models import tiny_model
 
@@ -252,7 +254,7 @@ backend = OnnxRuntimeBackend(bundle, threads=1, graph=bundle.graph)
 backend.reserve(64)
 if sys.argv[2] == "elsewhere":
     other = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 2, backend.capacity, 16), np.float32))
-    backend._binding.bind_ortvalue_output("present_key_0", other)
+    backend._window(range(1)).binding.bind_ortvalue_output("present_key_0", other)
 backend.step(9, {0: [1, 2, 3]})
 for size in (1, 9):
     backend.step(size)
@@ -269,8 +271,14 @@ def test_caches_are_written_in_place(tiny_bundle: Bundle) -> None:
     assert "copy" in logs["elsewhere"].lower()
 
 
-def test_more_rows_than_one_take_the_standard_graph(tiny_bundle: Bundle) -> None:
-    one, two = (OnnxRuntimeBackend(tiny_bundle, rows=rows, threads=1) for rows in (1, 2))
-    kinds = [{value.name for value in backend._session.get_inputs()} for backend in (one, two)]
-    assert "pending_kv" not in kinds[0]
-    assert "pending_kv" in kinds[1]
+def test_which_graph_runs_how_many_rows(tiny_bundle: Bundle) -> None:
+    def operators(rows: int, bundle: Bundle = tiny_bundle) -> set[str]:
+        backend = OnnxRuntimeBackend(bundle, rows=rows, threads=1)
+        assert backend._pending is None or rows > 1
+        path = Path(backend._session._model_path)
+        return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+
+    assert "GroupQueryAttention" in operators(1)
+    assert "MultiHeadAttention" in operators(2)
+    files = {name: facts for name, facts in tiny_bundle.files.items() if name != ONNXRUNTIME_BATCH_GRAPH}
+    assert "Attention" in operators(2, dataclasses.replace(tiny_bundle, files=files))

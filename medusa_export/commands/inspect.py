@@ -23,12 +23,12 @@ def command(bundle: Path, as_json: bool) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
+        from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 
     opened = Bundle.load(bundle, check_digests=False)
     ops = {
         name: Counter(node.op_type for node in onnx.load(bundle / name, load_external_data=False).graph.node)
-        for name in (GRAPH, ONNXRUNTIME_GRAPH)
+        for name in (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
         if name in opened.files
     }
     if as_json:

@@ -8,8 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medusa_runtime.bundle import Bundle
     from medusa_runtime.engine import GenerationStream, MedusaEngine
-    from medusa_runtime.errors import BackendError, BundleError, MedusaError, RequestError, TreeError
-    from medusa_runtime.request import Chunk, GenerationResult, Stats
+    from medusa_runtime.errors import (
+        BackendError,
+        BundleError,
+        CallbackError,
+        DeadlineError,
+        MedusaError,
+        QueueFullError,
+        RequestCancelledError,
+        RequestError,
+        ServiceClosedError,
+        TreeError,
+    )
+    from medusa_runtime.handle import RequestHandle
+    from medusa_runtime.metrics import Metrics, PrometheusMetrics
+    from medusa_runtime.request import Chunk, GenerationResult, RequestOptions, Stats
+    from medusa_runtime.service import MedusaService
+    from medusa_runtime.session import ChatSession
     from medusa_runtime.tree import Tree
 
 __version__ = "0.1.0"
@@ -18,12 +33,23 @@ _MODULES = {
     "BackendError": "errors",
     "Bundle": "bundle",
     "BundleError": "errors",
+    "CallbackError": "errors",
+    "ChatSession": "session",
     "Chunk": "request",
+    "DeadlineError": "errors",
     "GenerationResult": "request",
     "GenerationStream": "engine",
     "MedusaEngine": "engine",
     "MedusaError": "errors",
+    "MedusaService": "service",
+    "Metrics": "metrics",
+    "PrometheusMetrics": "metrics",
+    "QueueFullError": "errors",
+    "RequestCancelledError": "errors",
     "RequestError": "errors",
+    "RequestHandle": "handle",
+    "RequestOptions": "request",
+    "ServiceClosedError": "errors",
     "Stats": "request",
     "Tree": "tree",
     "TreeError": "errors",
@@ -33,12 +59,23 @@ __all__ = [
     "BackendError",
     "Bundle",
     "BundleError",
+    "CallbackError",
+    "ChatSession",
     "Chunk",
+    "DeadlineError",
     "GenerationResult",
     "GenerationStream",
     "MedusaEngine",
     "MedusaError",
+    "MedusaService",
+    "Metrics",
+    "PrometheusMetrics",
+    "QueueFullError",
+    "RequestCancelledError",
     "RequestError",
+    "RequestHandle",
+    "RequestOptions",
+    "ServiceClosedError",
     "Stats",
     "Tree",
     "TreeError",

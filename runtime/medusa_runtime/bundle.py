@@ -15,7 +15,9 @@ from medusa_runtime.tree import Tree
 
 DESCRIPTION = "medusa.json"
 GRAPH = "model.onnx"
-ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"  # derived from it, of the same weights
+# Derived from it, of the same weights: for one row, and for several.
+ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
+ONNXRUNTIME_BATCH_GRAPH = "model.onnxruntime.batch.onnx"
 DTYPES = ("float32", "float16", "bfloat16")
 
 T = TypeVar("T")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
-
-import numpy as np
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend
@@ -16,7 +14,7 @@ from medusa_runtime.bundle import Bundle
 from medusa_runtime.errors import RequestError
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
-from medusa_runtime.text_stream import TextStream, check_stop
+from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
 
 TreeSize = int | Literal["auto"]
@@ -113,38 +111,34 @@ class MedusaEngine:
         The request is checked at once, before the first chunk is asked for. The engine serves one
         stream at a time: once there is a newer one, the one before raises ``RequestError``.
         """
-        prompt_ids = self._encode(prompt)
+        sequence = TokenSequence.of(
+            self.bundle,
+            self.tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+        )
         size = self._tree_size(tree_size)
-        stops = check_stop(stop)
-        if stops and self.tokenizer is None:
-            raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
-        self._check_lengths(len(prompt_ids), max_new_tokens, prefill_chunk)
-        eos = {*self.bundle.model.eos_token_ids, *stop_token_ids}
-        text = TextStream(self.tokenizer, stops, prompt_ids=prompt_ids) if self.tokenizer else None
-        stats = Stats(prompt_tokens=len(prompt_ids), tree_size=size)
+        check_prefill_chunk(prefill_chunk)
+        sequence.stats.tree_size = size
         self.backend.reset(0)
         self._turn += 1
-        return GenerationStream(
-            self._steps(prompt_ids, max_new_tokens, size, prefill_chunk, stats, self._turn),
-            eos,
-            max_new_tokens,
-            text,
-            stats,
-        )
+        return GenerationStream(sequence, self._steps(sequence, size, prefill_chunk, self._turn))
 
-    def _steps(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, size: int, prefill_chunk: int, stats: Stats, turn: int
-    ) -> Iterator[list[int]]:
+    def _steps(self, sequence: TokenSequence, size: int, prefill_chunk: int, turn: int) -> Iterator[list[int]]:
         """The tokens that each step emits, without end: prefill gives one, every step after it at least one."""
-        backend, depth = self.backend, self.bundle.tree.max_depth
+        backend, depth, stats = self.backend, self.bundle.tree.max_depth, sequence.stats
+        length = len(sequence.prompt_ids)
         # The last chunk is padded to the size of the tree: a step of S tokens drafts at most S - 1 deep.
-        chunks = [prompt_ids[i : i + prefill_chunk] for i in range(0, len(prompt_ids), prefill_chunk)]
-        widest = max(size, min(len(prompt_ids), prefill_chunk))
-        backend.reserve(depth + len(prompt_ids) + max_new_tokens + depth + widest)
+        widest = max(size, min(length, prefill_chunk))
+        backend.reserve(depth + length + sequence.max_new_tokens + depth + widest)
         started = time.perf_counter()
-        for chunk in chunks:
+        while sequence.is_prefilling:
             self._check_turn(turn)
+            chunk = sequence.next_chunk(prefill_chunk)
             result = backend.step(max(len(chunk), size), {0: chunk})
+            sequence.prefilled += len(chunk)
         stats.prefill_seconds = time.perf_counter() - started
         yield [int(result.tokens[0, 0])]
         started = time.perf_counter()
@@ -152,8 +146,7 @@ class MedusaEngine:
             self._check_turn(turn)
             result = backend.step(size)
             emitted: list[int] = result.tokens[0, : result.count[0]].tolist()
-            stats.steps += 1
-            stats.accepted_lengths[len(emitted)] += 1
+            stats.count_step(len(emitted))
             stats.decode_seconds = time.perf_counter() - started
             yield emitted
 
@@ -164,41 +157,12 @@ class MedusaEngine:
                 "or load a second engine."
             )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
-            if self.tokenizer is None:
-                raise RequestError("This bundle has no tokenizer: give the prompt as a list of token ids.")
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
-        else:
-            ids = [token.item() if isinstance(token, np.integer) else token for token in prompt]  # type: ignore[misc]
-        if not ids:
-            raise RequestError("The prompt is empty: give at least one token.")
-        vocab_size = self.bundle.model.vocab_size
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise RequestError(f"The prompt holds {token!r}: token ids are integers from 0 to {vocab_size - 1}.")
-        return ids
-
-    def _check_lengths(self, prompt_tokens: int, max_new_tokens: int, prefill_chunk: int) -> None:
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens}: ask for at least one token.")
-        if prefill_chunk < 1:
-            raise RequestError(f"prefill_chunk is {prefill_chunk}: a chunk holds at least one token.")
-        limit = self.bundle.model.max_positions
-        if prompt_tokens + max_new_tokens > limit:
-            raise RequestError(
-                f"The prompt's {prompt_tokens} tokens and {max_new_tokens} new ones exceed the {limit} tokens that "
-                "this model holds. Shorten the prompt or lower max_new_tokens."
-            )
-
     def _tree_size(self, tree_size: TreeSize) -> int:
-        largest = self.bundle.tree.size
         if tree_size == "auto":
             if self._best_tree_size is None:
                 self._best_tree_size = self._measure()
             return self._best_tree_size
-        if not isinstance(tree_size, int) or isinstance(tree_size, bool) or not 1 <= tree_size <= largest:
-            raise RequestError(f"tree_size is {tree_size!r}: this bundle's tree allows 1 to {largest}, or 'auto'.")
+        check_tree_size(self.bundle, tree_size)
         return tree_size
 
     def _measure(self) -> int:
@@ -224,58 +188,29 @@ class MedusaEngine:
 
 
 class GenerationStream(Iterator[Chunk]):
-    """A running request: iterate over it for chunks; ``result()`` runs it to its end.
+    """A running request: iterate over it for chunks; ``result()`` runs it to its end."""
 
-    Attributes:
-        finish_reason: ``stop`` or ``length`` once it has ended, else None.
-        stats: How it goes.
-    """
-
-    def __init__(
-        self,
-        steps: Iterator[list[int]],
-        stop_token_ids: set[int],
-        max_new_tokens: int,
-        text: TextStream | None,
-        stats: Stats,
-    ) -> None:
+    def __init__(self, sequence: TokenSequence, steps: Iterator[list[int]]) -> None:
+        self._sequence = sequence
         self._steps = steps
-        self._stop_token_ids = stop_token_ids
-        self._max_new_tokens = max_new_tokens
-        self._text = text
-        self._token_ids: list[int] = []
-        self.stats = stats
-        self.finish_reason: str | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``stop`` or ``length`` once it has ended, else None."""
+        return self._sequence.finish_reason
+
+    @property
+    def stats(self) -> Stats:
+        """How it goes."""
+        return self._sequence.stats
 
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        tokens, reason = self._until_stop(next(self._steps))
-        text = ""
-        if self._text is not None:
-            before = self._text.consumed
-            text = self._text.push(tokens)
-            if self._text.stopped_by is not None:
-                tokens = tokens[: self._text.consumed - before]
-                reason = "stop"
-            elif reason is not None:
-                text += self._text.finish()
-        self.finish_reason = reason
-        self._token_ids += tokens
-        self.stats.completion_tokens = len(self._token_ids)
-        return Chunk(text, tuple(tokens))
-
-    def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
-        """Cuts a step's tokens behind a stop token or at the length asked for; says which it was."""
-        left = self._max_new_tokens - len(self._token_ids)
-        for place, token in enumerate(tokens[:left]):
-            if token in self._stop_token_ids:
-                return tokens[: place + 1], "stop"
-        return tokens[:left], "length" if len(tokens) >= left else None
+        return self._sequence.accept(next(self._steps))
 
     def result(self) -> GenerationResult:
         """Runs to the end and gives the whole."""
         for _ in self:
             pass
-        text = self._text.text if self._text is not None else ""
-        return GenerationResult(text, tuple(self._token_ids), self.finish_reason or "length", self.stats)
+        return self._sequence.result()

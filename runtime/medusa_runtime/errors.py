@@ -24,3 +24,23 @@ class BackendError(MedusaError):
 
 class RequestError(MedusaError, ValueError):
     """A request that can't be served as it stands: empty, too long, or of the wrong kind."""
+
+
+class QueueFullError(MedusaError):
+    """A service whose queue is full: try again later."""
+
+
+class ServiceClosedError(MedusaError):
+    """A service that is closed, or that takes no more requests because it is about to be."""
+
+
+class RequestCancelledError(MedusaError):
+    """A request that somebody cancelled."""
+
+
+class DeadlineError(MedusaError, TimeoutError):
+    """A request that was not answered in the time it was given."""
+
+
+class CallbackError(MedusaError):
+    """A request whose callback raised; the cause says what."""

@@ -8,15 +8,17 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.base import Backend, BatchBackend
 from medusa_runtime.bundle import DESCRIPTION, Acceptance, Bundle, FileFacts
 
 CACHE_FILE = ".medusa-latency.json"
 FILL = 64  # entries in the cache while measuring
 WARM_UP, REPEATS = 2, 5
+MOST_TOKENS = 64  # in a step of several rows: no CPU that we know verifies more of them any faster
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,28 @@ class LatencyTable:
 
     @classmethod
     def measured(cls, bundle: Bundle, backend: Backend) -> LatencyTable:
-        """The table of this machine: from the file beside the bundle, or measured now and kept there."""
+        """The table of this machine for one row: from the file beside the bundle, or measured now and kept there."""
+        return cls._kept(bundle, backend.name, lambda: _measure(bundle, backend, backend.step, rows=1))
+
+    @classmethod
+    def measured_batch(cls, bundle: Bundle, backend: BatchBackend, rows: int) -> LatencyTable:
+        """The same for steps of the first ``rows`` rows together."""
+
+        def step(size: int, prompts: Mapping[int, Sequence[int]]) -> None:
+            backend.step(size, prompts, range(rows))
+            for row in range(rows):  # steps may read the whole capacity: keep it small
+                backend.truncate(row, FILL)
+
+        name = f"{backend.name}, {rows} of a batch"
+        return cls._kept(bundle, name, lambda: _measure(bundle, backend, step, rows=rows, growth=0))
+
+    @classmethod
+    def _kept(cls, bundle: Bundle, name: str, measure: Callable[[], dict[str, float]]) -> LatencyTable:
         path = bundle.folder / CACHE_FILE
-        key = _key(bundle, backend)
+        key = _key(bundle, name)
         known = _read(path)
         if key not in known:
-            known[key] = _measure(bundle, backend)
+            known[key] = measure()
             _write(path, known)
         return cls({int(size): seconds for size, seconds in known[key].items()})
 
@@ -46,14 +64,14 @@ def candidate_sizes(largest: int) -> list[int]:
     return [size for size in (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128) if size < largest] + [largest]
 
 
-def _key(bundle: Bundle, backend: Backend) -> str:
+def _key(bundle: Bundle, name: str) -> str:
     """What a measurement holds for: this machine, these versions, this graph."""
     graph = FileFacts.of(bundle.folder / DESCRIPTION).sha256[:16]
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].partition(":")[2].strip() if models else cpu
-    return " | ".join([cpu, f"{os.cpu_count()} cores", backend.name, graph])
+    return " | ".join([cpu, f"{os.cpu_count()} cores", name, graph])
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
@@ -72,20 +90,37 @@ def _write(path: Path, known: dict[str, dict[str, float]]) -> None:
         partial.replace(path)
 
 
-def _measure(bundle: Bundle, backend: Backend) -> dict[str, float]:
-    """Median seconds of a step, sizes interleaved so that a busy moment hits them all alike."""
-    sizes = candidate_sizes(bundle.tree.size)
+def _measure(
+    bundle: Bundle,
+    backend: Backend,
+    step: Callable[[int, Mapping[int, Sequence[int]]], object],
+    *,
+    rows: int,
+    growth: int = 1,
+) -> dict[str, float]:
+    """Median seconds of a step, sizes interleaved so that a busy moment hits them all alike.
+
+    Args:
+        bundle: What the backend runs.
+        backend: Whose rows are measured; the first ``rows`` are empty afterwards.
+        step: Runs a step of these rows.
+        rows: How many.
+        growth: Whether a step's tokens stay in the cache: 1 or 0.
+    """
+    sizes = [size for size in candidate_sizes(bundle.tree.size) if size == 1 or rows == 1 or size * rows <= MOST_TOKENS]
     depth = bundle.tree.max_depth
-    steps = (WARM_UP + REPEATS) * len(sizes)
+    steps = (WARM_UP + REPEATS) * len(sizes) * growth
     backend.reserve(2 * depth + FILL + steps * (depth + 1) + bundle.tree.size)
-    backend.reset(0)
+    for row in range(rows):
+        backend.reset(row)
     prompt = [token % bundle.model.vocab_size for token in range(FILL)]
-    backend.step(max(FILL, bundle.tree.size), {0: prompt})
+    step(max(FILL, bundle.tree.size), dict.fromkeys(range(rows), prompt))
     taken: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(WARM_UP + REPEATS):
         for size in reversed(sizes):
             started = time.perf_counter()
-            backend.step(size)
+            step(size, {})
             taken[size].append(time.perf_counter() - started)
-    backend.reset(0)
+    for row in range(rows):
+        backend.reset(row)
     return {str(size): statistics.median(times[WARM_UP:]) for size, times in taken.items()}

@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request to a service may ask for besides its prompt; what is left out has its default.
+
+    Attributes:
+        max_new_tokens: Tokens to generate at most; 128.
+        stop: Strings that end the text and are not part of it; none.
+        stop_token_ids: Tokens that end it, besides the model's own; none.
+        priority: Requests with a higher one get a row first; 0.
+        timeout: Seconds from submission until it ends with ``DeadlineError``, wherever it is; None for no limit.
+    """
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    priority: int
+    timeout: float | None
 
 
 @dataclass
@@ -16,21 +34,30 @@ class Stats:
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
+        cached_tokens: How many of them were in a cache already, and were not computed again.
         completion_tokens: Tokens generated.
         steps: Decoding steps; the first token comes from prefill and takes none.
         accepted_lengths: How many steps emitted 1, 2, … tokens.
-        prefill_seconds: Until the first token.
+        queue_seconds: Until it was its turn; 0 in an engine, which has no queue.
+        prefill_seconds: From then until the first token.
         decode_seconds: From then to the last.
-        tree_size: Nodes verified per step.
+        tree_size: Nodes verified per step; in a service, which fits it to the load, those of the last step.
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
+    queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     tree_size: int = 1
+
+    def count_step(self, emitted: int) -> None:
+        """Notes a decoding step and how many tokens it emitted."""
+        self.steps += 1
+        self.accepted_lengths[emitted] += 1
 
     @property
     def tokens_per_step(self) -> float:

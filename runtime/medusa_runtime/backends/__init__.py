@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.base import BatchBackend
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.errors import BackendError
 
 NAMES = ("auto", "onnxruntime")
 
 
-def open_backend(name: str, bundle: Bundle, *, rows: int = 1, threads: int | None = None) -> Backend:
+def open_backend(name: str, bundle: Bundle, *, rows: int = 1, threads: int | None = None) -> BatchBackend:
     """Opens a bundle with a backend by name.
 
     Raises:

@@ -78,3 +78,43 @@ class Backend(Protocol):
     def close(self) -> None:
         """Gives all memory back."""
         ...
+
+
+class BatchBackend(Backend, Protocol):
+    """A backend that runs some of its rows while others wait: what a service needs.
+
+    A step that fails leaves all rows as they were.
+    """
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Committed entries per row, [rows]."""
+        ...
+
+    def step(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> StepResult:
+        """Runs one step of some rows; the others keep their state, and their place in the result means nothing.
+
+        Args:
+            size: As for ``Backend``.
+            prompts: As for ``Backend``; of rows that take part.
+            rows: Rows that take part, all if None. Rows between the first and the last of them may be computed
+                along, so the capacity has to do for these, too.
+
+        Raises:
+            BackendError: The graph failed.
+        """
+        ...
+
+    def shrink(self, capacity: int) -> None:
+        """Gives back slots beyond so many, as far as it can; whoever calls it knows that no row needs them."""
+        ...
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets all entries of a row but the first ``length``; it has to prefill next."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Makes the first ``length`` entries of one row those of another; it has to prefill next."""
+        ...

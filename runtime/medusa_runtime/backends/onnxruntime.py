@@ -1,15 +1,16 @@
 """The ONNX Runtime backend: every buffer bound once, caches updated in place.
 
-It runs the graph that was derived for ONNX Runtime where a bundle has one, for a single row at least:
-``GroupQueryAttention`` takes several tokens of one sequence or one token of several. That graph appends new entries
-to the caches without carrying accepted ones over from step to step: it says which nodes it accepted, and
+It runs the graph that was derived for ONNX Runtime where a bundle has one: there is one for a single row and one for
+several, as ``GroupQueryAttention`` takes several tokens of one sequence or one token of several. Both append new
+entries to the caches without carrying accepted ones over from step to step: they say which nodes they accepted, and
 the few entries below the root are moved to their places here. Plain decoding moves none.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.bundle import ONNXRUNTIME_GRAPH, Bundle
+from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
 
@@ -47,7 +48,7 @@ class OnnxRuntimeBackend:
         bundle: What to run.
         rows: Sequences held at a time.
         threads: Threads of one step; all that this process may use if None.
-        graph: The graph to run, by path or as bytes; if None the bundle's derived one, or else its own.
+        graph: The graph to run, by path or as bytes; if None the derived one for so many rows, or the bundle's own.
         extra_outputs: Outputs beyond the contract that a graph has, kept for ``extra_output``.
     """
 
@@ -67,46 +68,45 @@ class OnnxRuntimeBackend:
                 "Export it with --dtype fp32 or fp16 to run it on a CPU."
             )
         if graph is None:
-            derived = rows == 1 and ONNXRUNTIME_GRAPH in bundle.files
-            graph = bundle.folder / ONNXRUNTIME_GRAPH if derived else bundle.graph
+            derived = ONNXRUNTIME_GRAPH if rows == 1 else ONNXRUNTIME_BATCH_GRAPH
+            graph = bundle.folder / derived if derived in bundle.files else bundle.graph
         self._ort = ort
         self._bundle = bundle
         self._rows = rows
         self._threads = threads or len(os.sched_getaffinity(0))
         self._session = _open_session(ort, bundle, graph, self._threads)
         self._dtype = np.dtype(bundle.dtype)
-        self._binding = self._session.io_binding()
-        self._outputs: dict[str, None] = {}  # names in the order in which they were bound
         self._capacity = 0
-
         # [2L, rows, N, C, d], the caches in the order of the contract.
         self._caches: NDArray[Any] = np.zeros((0,), self._dtype)
+        self._bound: list[_Bound] = []
         depth = bundle.tree.max_depth
         self._num_tokens = self._bind("num_tokens", np.zeros(rows, np.int64))
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
         # A step reads these before it writes them, so each is its own successor.
         self._lengths = self._bind("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
+        self._pending: NDArray[Any] | None = None
         if any(value.name == "pending_kv" for value in self._session.get_inputs()):
             shape = next(spec.shape for spec in bundle.inputs if spec.name == "pending_kv")
-            self._bind("pending_kv", np.zeros((rows, *map(int, shape[1:])), self._dtype), output="next_pending_kv")
+            pending = np.zeros((rows, *map(int, shape[1:])), self._dtype)
+            self._pending = self._bind("pending_kv", pending, output="next_pending_kv")
         self._path: NDArray[np.int64] | None = None
         if any(value.name == "accepted_path" for value in self._session.get_outputs()):
             self._path = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="accepted_path")
         self._tokens = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="tokens")
         self._count = self._bind(None, np.zeros(rows, np.int64), output="count")
         self._drafts = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
+        # What a row is besides its cache.
+        self._state = [array for array in (self._lengths, self._drafts, self._pending) if array is not None]
         self._result = StepResult(self._tokens, self._count)
         self._extra_outputs = tuple(extra_outputs)
-        self._input_ids: dict[int, tuple[NDArray[np.int64], Any]] = {}
+        self._extra: dict[str, Any] = {}
+        self._input_ids: dict[int, NDArray[np.int64]] = {}
+        self._windows: dict[range, _Window] = {}
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
-        """Binds an array's memory to an input and, or, an output."""
-        value = self._ort.OrtValue.ortvalue_from_numpy(array)
-        if name is not None:
-            self._binding.bind_ortvalue_input(name, value)
-        if output is not None:
-            self._binding.bind_ortvalue_output(output, value)
-            self._outputs[output] = None
+        """Makes an array, [rows, …], the memory of an input and, or, an output."""
+        self._bound.append(_Bound(name, array, output))
         return array
 
     @property
@@ -132,12 +132,18 @@ class OnnxRuntimeBackend:
 
     def extra_output(self, name: str) -> NDArray[Any]:
         """What the last step gave for one of ``extra_outputs``."""
-        value: NDArray[Any] = self._binding.get_outputs()[list(self._outputs).index(name)].numpy()
+        value: NDArray[Any] = self._extra[name].numpy()
         return value
 
     def reserve(self, capacity: int) -> None:
-        if capacity <= self._capacity:
-            return
+        if capacity > self._capacity:
+            self._resize(capacity)
+
+    def shrink(self, capacity: int) -> None:
+        if -(-capacity // CAPACITY_STEP) * CAPACITY_STEP < self._capacity:
+            self._resize(capacity)
+
+    def _resize(self, capacity: int) -> None:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         model = self._bundle.model
         shape = (2 * model.num_layers, self._rows, model.num_key_value_heads, capacity, model.head_dim)
@@ -149,33 +155,70 @@ class OnnxRuntimeBackend:
             raise BackendError(
                 f"There is no memory for caches of {capacity} tokens ({size / 2**20:.0f} MiB)."
             ) from error
-        if self._capacity:
-            grown[:, :, :, : self._capacity] = self._caches
-        for index, cache in enumerate(grown):
-            self._bind(cache_name("past", index), cache, output=cache_name("present", index))
+        kept = min(capacity, self._capacity)
+        if kept:
+            grown[:, :, :, :kept] = self._caches[:, :, :, :kept]
         self._caches, self._capacity = grown, capacity
+        self._windows.clear()
 
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
-    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
-        self._bind_input_ids(size, prompts or {})
+    def truncate(self, row: int, length: int) -> None:
+        self.copy(row, row, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        if length == 0:
+            self.reset(target)
+            return
+        depth = self._bundle.tree.max_depth
+        if self._pending is not None:
+            # The newest entries are still pending: they come to their place, as the next step would bring them.
+            newest = int(self._lengths[source])
+            shape = (len(self._caches), -1, depth, self._caches.shape[-1])
+            self._caches[:, source, :, newest : newest + depth] = self._pending[source].reshape(shape)
+        if target != source:
+            self._caches[:, target, :, : depth + length] = self._caches[:, source, :, : depth + length]
+        if self._pending is not None:
+            newest_of_target = self._caches[:, target, :, length : length + depth]
+            self._pending[target] = newest_of_target.reshape(self._pending[target].shape)
+        self._lengths[target] = length
+
+    def step(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> StepResult:
+        active = range(self._rows) if rows is None else sorted(rows)
+        covered = range(active[0], active[-1] + 1)
+        self._write_inputs(size, prompts or {}, covered)
+        window = self._window(covered)
+        window.binding.bind_ortvalue_input("input_ids", window.input_ids(size, self._input_ids[size]))
         for name in self._extra_outputs:  # of another shape in each step
-            self._binding.bind_output(name)
-            self._outputs[name] = None
+            window.binding.bind_output(name)
+        before = [array.copy() for array in self._state]
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(window.binding)
         except Exception as error:
+            self._restore(before, covered)
             raise BackendError(
                 f"ONNX Runtime failed in a step of {size} tokens at capacity {self._capacity}: {error}"
             ) from error
+        if len(active) < len(covered):
+            self._restore(before, set(covered).difference(active))
+        if self._extra_outputs:
+            names = [*window.outputs, *self._extra_outputs]
+            self._extra = dict(zip(names, window.binding.get_outputs(), strict=True))
         if self._path is not None:
-            self._move_accepted(self._path)
+            self._move_accepted(self._path, active)
         return self._result
 
-    def _move_accepted(self, path: NDArray[np.int64]) -> None:
+    def _restore(self, before: Sequence[NDArray[Any]], rows: Iterable[int]) -> None:
+        for array, old in zip(self._state, before, strict=True):
+            for row in rows:
+                array[row] = old[row]
+
+    def _move_accepted(self, path: NDArray[np.int64], rows: Sequence[int]) -> None:
         """Moves the entries of accepted nodes together; that of the root, the first, is in its place."""
-        for row in range(self._rows):
+        for row in rows:
             count = int(self._count[row])
             if count == 1 or self._is_prefill[row]:
                 continue
@@ -184,13 +227,9 @@ class OnnxRuntimeBackend:
             cache = self._caches[:, row]
             cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
 
-    def _bind_input_ids(self, size: int, prompts: Mapping[int, Sequence[int]]) -> None:
-        known = self._input_ids.get(size)
-        if known is None:
-            array = np.zeros((self._rows, size), np.int64)
-            known = self._input_ids[size] = (array, self._ort.OrtValue.ortvalue_from_numpy(array))
-        array, value = known
-        for row in range(self._rows):
+    def _write_inputs(self, size: int, prompts: Mapping[int, Sequence[int]], rows: range) -> None:
+        array = self._input_ids.setdefault(size, np.zeros((self._rows, size), np.int64))
+        for row in rows:
             prompt = prompts.get(row)
             if prompt is None:
                 drafted = self._drafts[row, :size]
@@ -200,14 +239,64 @@ class OnnxRuntimeBackend:
                 array[row, len(prompt) :] = 0
             self._is_prefill[row] = prompt is not None
             self._num_tokens[row] = size if prompt is None else len(prompt)
-        self._binding.bind_ortvalue_input("input_ids", value)
+
+    def _window(self, rows: range) -> _Window:
+        """The bindings for a step of neighbouring rows."""
+        window = self._windows.get(rows)
+        if window is None:
+            caches = [
+                _Bound(cache_name("past", index), cache, cache_name("present", index))
+                for index, cache in enumerate(self._caches)
+            ]
+            window = self._windows[rows] = _Window(self._ort, self._session, [*self._bound, *caches], rows)
+        return window
 
     def close(self) -> None:
         self._caches = np.zeros((0,), self._dtype)
         self._capacity = 0
         self._input_ids.clear()
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
+        self._windows.clear()
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """An array, [rows, …], whose memory is an input, an output, or both."""
+
+    input: str | None
+    array: NDArray[Any]
+    output: str | None
+
+
+class _Window:
+    """The session's inputs and outputs, bound to neighbouring rows of the arrays.
+
+    Attributes:
+        binding: What the session runs with.
+        outputs: Names of its outputs, in order.
+    """
+
+    def __init__(self, ort: Any, session: Any, bound: Sequence[_Bound], rows: range) -> None:
+        self._ort = ort
+        self._rows = rows
+        self._input_ids: dict[int, Any] = {}
+        self.binding = session.io_binding()
+        self.outputs: list[str] = []
+        for item in bound:
+            value = self._value(item.array)
+            if item.input is not None:
+                self.binding.bind_ortvalue_input(item.input, value)
+            if item.output is not None:
+                self.binding.bind_ortvalue_output(item.output, value)
+                self.outputs.append(item.output)
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array[self._rows.start : self._rows.stop])
+
+    def input_ids(self, size: int, array: NDArray[np.int64]) -> Any:
+        """The rows of an array of ids, [rows, size], the same one for each size."""
+        if size not in self._input_ids:
+            self._input_ids[size] = self._value(array)
+        return self._input_ids[size]
 
 
 def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int) -> Any:

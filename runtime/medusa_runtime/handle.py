@@ -1,0 +1,171 @@
+"""A request's outside: chunks as they come, and one end, for threads and event loops alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from medusa_runtime.errors import MedusaError
+from medusa_runtime.request import Chunk, GenerationResult, Stats
+
+
+class RequestHandle:
+    """A submitted request.
+
+    Iterate over it for chunks, with ``for`` or ``async for``, or ask for the whole with ``result()`` or ``aresult()``.
+    Whoever gave the request a time limit, cancelled it or closed the service gets the error from both. Chunks wait here
+    until they are read, so that a slow reader stalls nobody. As a context manager it cancels what is left of
+    the request at the end of the block.
+
+    Args:
+        stats: Where the request keeps its figures.
+        on_cancel: Called once somebody asks for its end.
+
+    Attributes:
+        stats: How it goes; of use while it runs, too.
+    """
+
+    def __init__(self, stats: Stats, on_cancel: Callable[[MedusaError | None], None]) -> None:
+        self.stats = stats
+        self._on_cancel = on_cancel
+        self._changed = threading.Condition()
+        self._chunks: deque[Chunk] = deque()
+        self._outcome: GenerationResult | MedusaError | None = None
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, in whichever way."""
+        return self._outcome is not None
+
+    def cancel(self) -> None:
+        """Ends the request before its next step, with ``RequestCancelledError``; one that has ended stays as it is."""
+        if not self.done:
+            self._on_cancel(None)
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """Waits for the end.
+
+        Args:
+            timeout: Seconds to wait at most; the request goes on all the same.
+
+        Raises:
+            TimeoutError: It had not ended by then.
+            MedusaError: It ended without a result; the class says why.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"The request has not ended within {timeout} seconds.")
+        return self._result()
+
+    async def aresult(self) -> GenerationResult:
+        """As ``result``, for asyncio; whoever awaits it may be cancelled, and the request goes on."""
+        while not self.done:
+            await self._change(lambda: self.done)
+        return self._result()
+
+    def _result(self) -> GenerationResult:
+        if isinstance(self._outcome, MedusaError):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        with self._changed:
+            self._changed.wait_for(self._readable)
+            chunk = self._take()
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            with self._changed:
+                if self._readable():
+                    chunk = self._take()
+                    break
+            await self._change(self._readable)
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def _readable(self) -> bool:
+        return bool(self._chunks) or self.done
+
+    def _take(self) -> Chunk | None:
+        """The next chunk, or None at the end."""
+        if self._chunks:
+            return self._chunks.popleft()
+        self._result()
+        return None
+
+    async def _change(self, reached: Callable[[], bool]) -> None:
+        """Waits until something has changed, unless what is waited for is already so."""
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(event.set)
+
+        with self._changed:
+            if reached():
+                return
+            self._listeners.append(notify)
+        try:
+            await event.wait()
+        finally:
+            with self._changed:
+                self._listeners.remove(notify)
+
+    def put(self, chunk: Chunk) -> None:
+        """Delivers a chunk; for the service."""
+        with self._changed:
+            self._chunks.append(chunk)
+            self._notify()
+
+    def end(self, outcome: GenerationResult | MedusaError) -> None:
+        """Ends the request; for the service."""
+        with self._changed:
+            assert self._outcome is None, "a request ends once"
+            self._outcome = outcome
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+def follow(handle: RequestHandle, on_chunk: Callable[[Chunk], None], fail: Callable[[Exception], None]) -> None:
+    """Gives a request's chunks to a callback, in a thread of its own; ``fail`` hears of an exception in it."""
+
+    def run() -> None:
+        with contextlib.suppress(MedusaError):  # whoever asks for the result learns of it
+            for chunk in handle:
+                try:
+                    on_chunk(chunk)
+                except Exception as error:  # noqa: BLE001  # a stranger's code
+                    fail(error)
+                    return
+
+    threading.Thread(target=run, name=f"medusa-callback-{time.monotonic_ns()}", daemon=True).start()

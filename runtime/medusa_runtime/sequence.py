@@ -1,0 +1,150 @@
+"""One request on its way: what is left of its prompt, what it has generated, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+
+from medusa_runtime.bundle import Bundle
+from medusa_runtime.errors import RequestError
+from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
+from medusa_runtime.text_stream import TextStream, check_stop
+from medusa_runtime.tokenizer import Tokenizer
+
+
+class TokenSequence:
+    """A prompt and the tokens that follow it.
+
+    Args:
+        prompt_ids: The prompt.
+        max_new_tokens: Tokens to generate at most.
+        stop_token_ids: Tokens that end it.
+        text: Decodes the completion and finds stop strings; None without a tokenizer.
+
+    Attributes:
+        prefilled: Tokens of the prompt that the cache holds.
+        token_ids: The completion so far, a stop token included.
+        finish_reason: ``stop`` or ``length`` once it has ended, else None.
+        stats: How it goes.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        stop_token_ids: frozenset[int],
+        text: TextStream | None,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.max_new_tokens = max_new_tokens
+        self.prefilled = 0
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stats = Stats(prompt_tokens=len(prompt_ids))
+        self._stop_token_ids = stop_token_ids
+        self._text = text
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        tokenizer: Tokenizer | None,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+    ) -> Self:
+        """Checks what a request asks of a bundle.
+
+        Raises:
+            RequestError: The request can't be served as it stands.
+        """
+        prompt_ids = _encode(bundle, tokenizer, prompt)
+        stops = check_stop(stop)
+        if stops and tokenizer is None:
+            raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
+        _check_length(bundle, len(prompt_ids), max_new_tokens)
+        text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
+        return cls(prompt_ids, max_new_tokens, frozenset((*bundle.model.eos_token_ids, *stop_token_ids)), text)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether some of the prompt is left."""
+        return self.prefilled < len(self.prompt_ids)
+
+    def next_chunk(self, limit: int) -> Sequence[int]:
+        """The next tokens of the prompt, ``limit`` at most."""
+        return self.prompt_ids[self.prefilled : self.prefilled + limit]
+
+    def accept(self, emitted: Sequence[int]) -> Chunk:
+        """Takes the tokens of a step and gives what of them belongs to the completion; it may have ended with that."""
+        tokens, reason = self._until_stop(list(emitted))
+        text = ""
+        if self._text is not None:
+            before = self._text.consumed
+            text = self._text.push(tokens)
+            if self._text.stopped_by is not None:
+                tokens = tokens[: self._text.consumed - before]
+                reason = "stop"
+            elif reason is not None:
+                text += self._text.finish()
+        self.finish_reason = reason
+        self.token_ids += tokens
+        self.stats.completion_tokens = len(self.token_ids)
+        return Chunk(text, tuple(tokens))
+
+    def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
+        """Cuts a step's tokens behind a stop token or at the length asked for; says which it was."""
+        left = self.max_new_tokens - len(self.token_ids)
+        for place, token in enumerate(tokens[:left]):
+            if token in self._stop_token_ids:
+                return tokens[: place + 1], "stop"
+        return tokens[:left], "length" if len(tokens) >= left else None
+
+    def result(self) -> GenerationResult:
+        """The whole, once it has ended."""
+        text = self._text.text if self._text is not None else ""
+        return GenerationResult(text, tuple(self.token_ids), self.finish_reason or "length", self.stats)
+
+
+def _encode(bundle: Bundle, tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+        if tokenizer is None:
+            raise RequestError("This bundle has no tokenizer: give the prompt as a list of token ids.")
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+    else:
+        ids = [token.item() if isinstance(token, np.integer) else token for token in prompt]  # type: ignore[misc]
+    if not ids:
+        raise RequestError("The prompt is empty: give at least one token.")
+    vocab_size = bundle.model.vocab_size
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise RequestError(f"The prompt holds {token!r}: token ids are integers from 0 to {vocab_size - 1}.")
+    return ids
+
+
+def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens is {max_new_tokens}: ask for at least one token.")
+    limit = bundle.model.max_positions
+    if prompt_tokens + max_new_tokens > limit:
+        raise RequestError(
+            f"The prompt's {prompt_tokens} tokens and {max_new_tokens} new ones exceed the {limit} tokens that "
+            "this model holds. Shorten the prompt or lower max_new_tokens."
+        )
+
+
+def check_tree_size(bundle: Bundle, tree_size: object) -> None:
+    """Raises ``RequestError`` unless it is a number of nodes that the bundle's tree has."""
+    largest = bundle.tree.size
+    if not isinstance(tree_size, int) or isinstance(tree_size, bool) or not 1 <= tree_size <= largest:
+        raise RequestError(f"tree_size is {tree_size!r}: this bundle's tree allows 1 to {largest}, or 'auto'.")
+
+
+def check_prefill_chunk(prefill_chunk: int) -> None:
+    """Raises ``RequestError`` unless a chunk holds at least one token."""
+    if prefill_chunk < 1:
+        raise RequestError(f"prefill_chunk is {prefill_chunk}: a chunk holds at least one token.")

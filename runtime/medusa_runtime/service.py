@@ -1,0 +1,417 @@
+"""A service: many requests at a time, batched continuously over the rows of one backend.
+
+One thread owns the backend. Between steps it lets go of requests that are cancelled or late, gives free rows to those
+that wait, takes in one chunk of one prompt, and then verifies the trees of all rows that decode. So a long prompt
+delays the next tokens of the others by one chunk at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.base import BatchBackend
+from medusa_runtime.batch_runner import BatchRunner, TreeSize
+from medusa_runtime.bundle import Bundle
+from medusa_runtime.errors import (
+    BackendError,
+    CallbackError,
+    DeadlineError,
+    MedusaError,
+    QueueFullError,
+    RequestCancelledError,
+    RequestError,
+    ServiceClosedError,
+)
+from medusa_runtime.handle import RequestHandle, follow
+from medusa_runtime.metrics import Metrics
+from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
+from medusa_runtime.scheduler import Job, Scheduler
+from medusa_runtime.sequence import TokenSequence, check_prefill_chunk
+from medusa_runtime.session import ChatSession
+from medusa_runtime.tokenizer import Tokenizer
+
+PREFILL_CHUNK = 64  # beside rows that decode
+LONE_CHUNK = 512  # while none does
+
+_log = logging.getLogger(__name__)
+
+
+class MedusaService:
+    """Answers many requests at a time; all methods may be called from any thread and any event loop.
+
+    Args:
+        bundle: The bundle, checked.
+        backend: What runs its graph; the service is its only user, and closes it.
+        tokenizer: Its tokenizer, or None if it has none.
+        max_queue: Requests that may wait for a row; beyond that ``submit`` raises ``QueueFullError``.
+        tree_size: Nodes per row and step. ``auto`` fits them to the number of rows that decode, by steps measured once
+            on this machine. It never changes a result.
+        prefill_chunk: Tokens of a prompt that one step takes in while other requests decode: more of them bring the
+            first token sooner, fewer the next token of the others.
+        metrics: What to tell about it all.
+        clock: Seconds that never run backwards.
+
+    Raises:
+        RequestError: An option makes no sense.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: BatchBackend,
+        tokenizer: Tokenizer | None,
+        *,
+        max_queue: int = 256,
+        tree_size: TreeSize = "auto",
+        prefill_chunk: int = PREFILL_CHUNK,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_prefill_chunk(prefill_chunk)
+        if max_queue < 0:
+            raise RequestError(f"max_queue is {max_queue}: it is the number of requests that may wait, at least 0.")
+        self.bundle = bundle
+        self.tokenizer = tokenizer
+        self._runner = BatchRunner(bundle, backend, tree_size)
+        self._backend = backend
+        self._prefill_chunk = prefill_chunk
+        self._metrics = metrics or Metrics()
+        self._clock = clock
+        self._changed = threading.Condition()  # guards all below
+        self._scheduler = Scheduler(backend.rows, max_queue)
+        self._ends: dict[Job, MedusaError] = {}  # requests that somebody wants to end, and with what
+        self._accepting = True
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="medusa-service", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: str = "auto",
+        *,
+        rows: int = 4,
+        threads: int | None = None,
+        check_digests: bool = True,
+        max_queue: int = 256,
+        tree_size: TreeSize = "auto",
+        prefill_chunk: int = PREFILL_CHUNK,
+        metrics: Metrics | None = None,
+    ) -> Self:
+        """Opens a bundle.
+
+        Args:
+            bundle: The folder that ``medusa-export onnx`` wrote.
+            backend: ``onnxruntime``, or ``auto`` for the best that is installed.
+            rows: Requests that run at a time.
+            threads: CPU threads of one step; all that this process may use if None.
+            check_digests: Read all files to compare their digests.
+            max_queue: This and the others as for the class.
+            tree_size: Nodes per row and step.
+            prefill_chunk: Tokens of a prompt in a step beside rows that decode.
+            metrics: What to tell about it all.
+
+        Raises:
+            BundleError: The bundle can't be served; the message says why.
+            BackendError: The backend is unknown or not installed, or it can't load the graph.
+            RequestError: An option makes no sense.
+        """
+        if rows < 1:
+            raise RequestError(f"rows is {rows}: a service runs at least one request at a time.")
+        checked = Bundle.load(bundle, check_digests=check_digests)
+        return cls(
+            checked,
+            open_backend(backend, checked, rows=rows, threads=threads),
+            Tokenizer.load(checked.folder),
+            max_queue=max_queue,
+            tree_size=tree_size,
+            prefill_chunk=prefill_chunk,
+            metrics=metrics,
+        )
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        on_chunk: Callable[[Chunk], None] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> RequestHandle:
+        """Queues a request and comes back at once.
+
+        Args:
+            prompt: Text, a list of chat messages (``{"role": …, "content": …}``), or token ids.
+            on_chunk: Called with each chunk, in a thread of the request's own, in place of iterating over the handle.
+                What it raises ends the request with ``CallbackError``, unless it has ended before.
+            options: See ``RequestOptions``.
+
+        Raises:
+            RequestError: The request can't be served as it stands.
+            QueueFullError: There is no room in the queue.
+            ServiceClosedError: The service is closed or about to be.
+        """
+        timeout = options.get("timeout")
+        if timeout is not None and not timeout > 0:
+            raise RequestError(f"timeout is {timeout}: give a request more than 0 seconds, or None.")
+        sequence = TokenSequence.of(
+            self.bundle,
+            self.tokenizer,
+            prompt,
+            max_new_tokens=options.get("max_new_tokens", 128),
+            stop=options.get("stop", ()),
+            stop_token_ids=options.get("stop_token_ids", ()),
+        )
+        now = self._clock()
+        handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
+        job = Job(sequence, handle, options.get("priority", 0), now, None if timeout is None else now + timeout)
+        try:
+            self._queue(job)
+        except QueueFullError:
+            self._tell(self._metrics.rejected)
+            raise
+        if on_chunk is not None:
+            follow(handle, on_chunk, partial(self._callback_failed, job))
+        return handle
+
+    def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Iterator[Chunk]:
+        """Answers piece by piece; closing the iterator before its end cancels the request. Otherwise as ``submit``."""
+        handle = self.submit(prompt, **options)
+
+        def chunks() -> Iterator[Chunk]:
+            with handle:
+                yield from handle
+
+        return chunks()
+
+    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
+        """Answers a prompt and waits for it; arguments and errors as for ``submit``, besides those of the handle."""
+        handle = self.submit(prompt, **options)
+        with handle:  # whoever interrupts the wait wants no answer
+            return handle.result()
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
+        """As ``generate``, for asyncio; a task that is cancelled cancels its request."""
+        handle = self.submit(prompt, **options)
+        with handle:
+            return await handle.aresult()
+
+    async def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncIterator[Chunk]:
+        """As ``stream``, for asyncio; it submits the request when the first chunk is asked for."""
+        handle = self.submit(prompt, **options)
+        with handle:
+            async for chunk in handle:
+                yield chunk
+
+    def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> ChatSession:
+        """A conversation that begins with these messages."""
+        return ChatSession(self, messages)
+
+    @property
+    def load_figures(self) -> tuple[int, int]:
+        """How many requests wait, and how many run."""
+        with self._changed:
+            return len(self._scheduler.waiting), len(self._scheduler.running)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes no more requests and waits for those that it has.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            Whether all have ended.
+        """
+        with self._changed:
+            self._accepting = False
+            return self._changed.wait_for(lambda: self._scheduler.is_idle, timeout)
+
+    def close(self) -> None:
+        """Ends all requests with ``ServiceClosedError`` after the step at hand, and gives the backend's memory back."""
+        with self._changed:
+            self._accepting = False
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What callers' threads do.
+
+    def _queue(self, job: Job) -> None:
+        with self._changed:
+            if not self._accepting:
+                raise ServiceClosedError("This service takes no more requests: it is closed, or is about to be.")
+            self._scheduler.add(job)
+            self._changed.notify_all()
+
+    def _request_end(self, job: Job, error: MedusaError | None) -> None:
+        with self._changed:
+            if not job.handle.done:
+                self._ends.setdefault(job, error or RequestCancelledError("The request was cancelled."))
+                self._changed.notify_all()
+
+    def _callback_failed(self, job: Job, error: Exception) -> None:
+        failure = CallbackError(f"The request's callback raised {error!r}.")
+        failure.__cause__ = error
+        self._request_end(job, failure)
+
+    # What the service's own thread does.
+
+    def _run(self) -> None:
+        failure: MedusaError = ServiceClosedError("The service was closed before the request was answered.")
+        try:
+            self._runner.measure()
+            while self._wait_for_work():
+                self._prefill()
+                self._decode()
+        except Exception as error:  # noqa: BLE001  # whatever it is, nobody may wait forever
+            _log.exception("The service's thread failed")
+            failure = BackendError(f"The service failed and is closed: {error!r}.")
+            failure.__cause__ = error
+        finally:
+            with self._changed:
+                self._accepting = False
+                for job in [*self._scheduler.running.values(), *self._scheduler.waiting]:
+                    self._end(job, failure)
+            self._backend.close()
+
+    def _wait_for_work(self) -> bool:
+        """Until something can run; False once the service is to be closed."""
+        with self._changed:
+            while not self._closing:
+                self._let_go()
+                self._admit()
+                if self._scheduler.running:
+                    self._tell(self._metrics.load, len(self._scheduler.waiting), len(self._scheduler.running))
+                    return True
+                self._tell(self._metrics.load, 0, 0)
+                self._changed.wait()
+            return False
+
+    def _let_go(self) -> None:
+        """Ends requests that were cancelled or have run out of time."""
+        for job, error in self._ends.items():
+            if not job.handle.done:
+                self._end(job, error)
+        self._ends.clear()
+        now = self._clock()
+        for job in [*self._scheduler.running.values(), *self._scheduler.waiting]:
+            if job.deadline is not None and now >= job.deadline:
+                self._end(job, DeadlineError(f"The request was not answered in {job.deadline - job.submitted:g} s."))
+
+    def _admit(self) -> None:
+        for admission in self._scheduler.admit(self._backend.lengths):
+            job, row = admission.job, admission.job.row
+            assert row is not None
+            job.admitted = self._clock()
+            job.sequence.stats.queue_seconds = job.admitted - job.submitted
+            self._backend.copy(admission.source, row, admission.shared)
+
+    def _prefill(self) -> None:
+        """Takes in one chunk of one prompt."""
+        with self._changed:
+            job, decoding = self._scheduler.prefilling(), self._scheduler.decoding()
+        if job is None or job.row is None:
+            return
+        chunk = job.sequence.next_chunk(self._prefill_chunk if decoding else LONE_CHUNK)
+        with self._blamed_on(job), self._timed("prefill", 1, len(chunk)) as tokens:
+            result = self._runner.prefill(job.row, chunk, len(decoding) + 1)
+            job.sequence.prefilled += len(chunk)
+            tokens.append(len(chunk))
+            if not job.sequence.is_prefilling:
+                job.first_token = self._clock()
+                job.sequence.stats.prefill_seconds = job.first_token - job.admitted
+                self._deliver(job, [int(result.tokens[job.row, 0])])
+
+    def _decode(self) -> None:
+        """Verifies the trees of all rows that decode; if that fails, of each by itself, to see whose fault it is."""
+        with self._changed:
+            jobs = self._scheduler.decoding()
+        if not jobs:
+            return
+        try:
+            self._decode_together(jobs)
+        except BackendError:
+            _log.warning("A step of %d requests failed: trying each by itself", len(jobs), exc_info=True)
+            self._forget_free_rows()
+            for job in jobs:
+                with self._blamed_on(job):
+                    self._decode_together([job])
+
+    def _decode_together(self, jobs: Sequence[Job]) -> None:
+        rows = [job.row for job in jobs if job.row is not None]
+        with self._timed("decode", len(rows), self._runner.tree_size(len(rows))) as tokens:
+            result, size = self._runner.decode(rows)
+            now = self._clock()
+            for job, row in zip(jobs, rows, strict=True):
+                emitted = result.tokens[row, : result.count[row]].tolist()
+                stats = job.sequence.stats
+                stats.count_step(len(emitted))
+                stats.tree_size = size
+                stats.decode_seconds = now - job.first_token
+                tokens.append(len(emitted))
+                self._deliver(job, emitted)
+
+    def _forget_free_rows(self) -> None:
+        """Gives up what free rows hold, which may be what there is no room for."""
+        with self._changed:
+            for row in self._scheduler.forget():
+                self._backend.reset(row)
+
+    @contextmanager
+    def _blamed_on(self, job: Job) -> Iterator[None]:
+        """Ends a request with the backend's error."""
+        try:
+            yield
+        except BackendError as error:
+            with self._changed:
+                self._end(job, error)
+
+    @contextmanager
+    def _timed(self, kind: str, rows: int, size: int) -> Iterator[list[int]]:
+        """Tells of a step that didn't fail; takes what it came to."""
+        tokens: list[int] = []
+        started = self._clock()
+        yield tokens
+        self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._clock() - started)
+
+    def _deliver(self, job: Job, emitted: Sequence[int]) -> None:
+        job.handle.put(job.sequence.accept(emitted))
+        if job.sequence.finish_reason is not None:
+            with self._changed:
+                self._end(job, job.sequence.result())
+
+    def _end(self, job: Job, outcome: GenerationResult | MedusaError) -> None:
+        """Ends a request and frees its row, whose entries stay for others to take over unless the backend failed."""
+        if job.row is not None:
+            row, kept = job.row, 0 if isinstance(outcome, BackendError) else int(self._backend.lengths[job.row])
+            self._scheduler.remove(job, kept)
+            if not kept:
+                self._backend.reset(row)
+        else:
+            self._scheduler.remove(job)
+        result = outcome if isinstance(outcome, GenerationResult) else None
+        self._tell(self._metrics.ended, result.finish_reason if result else type(outcome).__name__, job.sequence.stats)
+        job.handle.end(outcome)
+        self._changed.notify_all()
+
+    def _tell(self, hook: Callable[..., None], *figures: object) -> None:
+        try:
+            hook(*figures)
+        except Exception:  # noqa: BLE001  # a stranger's code
+            _log.exception("A hook for metrics failed")

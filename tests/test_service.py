@@ -1,0 +1,516 @@
+"""The service: many requests at a time, each as if it were alone; limits, ends and faults."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from medusa_runtime import (
+    BackendError,
+    Bundle,
+    CallbackError,
+    Chunk,
+    DeadlineError,
+    MedusaEngine,
+    MedusaService,
+    Metrics,
+    PrometheusMetrics,
+    QueueFullError,
+    RequestCancelledError,
+    RequestError,
+    ServiceClosedError,
+)
+from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.tokenizer import Tokenizer
+
+PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Bundle) -> MedusaEngine:
+    return MedusaEngine.load(tiny_bundle.folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_bundle: Bundle) -> Iterator[MedusaService]:
+    with MedusaService.load(tiny_bundle.folder, rows=3, threads=1, tree_size=4) as service:
+        yield service
+
+
+class Gate:
+    """A backend whose steps wait until the test lets them go, and fail when it wants them to."""
+
+    def __init__(self, bundle: Bundle, rows: int) -> None:
+        self.inner = OnnxRuntimeBackend(bundle, rows=rows, threads=1)
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Semaphore(0)
+        self.fail = lambda size, prompts, rows: None
+        self.fail_reserve = lambda capacity: None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def step(self, size: int, prompts: object = None, rows: Sequence[int] | None = None) -> object:
+        self.entered.release()
+        assert self.open.wait(30)
+        depth = 3
+        for row in range(min(rows), max(rows) + 1):  # no step may write beyond the capacity
+            assert 2 * depth + int(self.inner.lengths[row]) + size <= self.inner.capacity
+        self.fail(size, prompts, rows)
+        return self.inner.step(size, prompts, rows)
+
+    def reserve(self, capacity: int) -> None:
+        self.fail_reserve(capacity)
+        self.inner.reserve(capacity)
+
+
+@pytest.fixture
+def gate(tiny_bundle: Bundle) -> Gate:
+    return Gate(tiny_bundle, rows=2)
+
+
+@pytest.fixture
+def service(tiny_bundle: Bundle, gate: Gate) -> Iterator[MedusaService]:
+    service = MedusaService(
+        tiny_bundle, gate, Tokenizer.load(tiny_bundle.folder), max_queue=2, tree_size=4, prefill_chunk=8
+    )
+    yield service
+    gate.open.set()
+    service.close()
+
+
+def random_request(rng: np.random.Generator) -> tuple[list[int], dict[str, int]]:
+    return rng.integers(1, 101, rng.integers(1, 90)).tolist(), {"max_new_tokens": int(rng.integers(1, 40))}
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_requests_side_by_side_answer_as_alone(tiny_bundle: Bundle, engine: MedusaEngine, size: int) -> None:
+    rng = np.random.default_rng(size)
+    requests = [random_request(rng) for _ in range(40)]
+    with MedusaService.load(tiny_bundle.folder, rows=4, threads=1, tree_size=size, prefill_chunk=7) as service:
+        handles = [service.submit(prompt, **options) for prompt, options in requests]
+        for (prompt, options), handle in zip(requests, handles, strict=True):
+            result = handle.result(60)
+            assert result.token_ids == engine.generate(prompt, **options).token_ids
+            stats = result.stats
+            assert stats.completion_tokens == len(result.token_ids)
+            assert stats.steps == sum(stats.accepted_lengths.values())
+            assert min(stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) >= 0
+        assert service.load_figures == (0, 0)
+
+
+def test_auto_measures_for_each_number_of_rows(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
+    with MedusaService.load(tiny_bundle.folder, rows=3, threads=1) as service:
+        handles = [service.submit(PROMPT, max_new_tokens=20) for _ in range(5)]
+        expected = engine.generate(PROMPT, max_new_tokens=20).token_ids
+        assert [handle.result(60).token_ids for handle in handles] == [expected] * 5
+        assert set(service._runner._best) == {1, 2, 3}
+
+
+def test_kinds_of_prompts_stops_and_streams(shared: MedusaService, engine: MedusaEngine) -> None:
+    alone = engine.generate("Hello", max_new_tokens=30)
+    assert shared.generate("Hello", max_new_tokens=30).text == alone.text
+    chunks = list(shared.stream("Hello", max_new_tokens=30))
+    assert "".join(chunk.text for chunk in chunks) == alone.text
+    stop = alone.text[7:9]
+    stopped = shared.generate("Hello", max_new_tokens=30, stop=stop)
+    assert (stopped.text, stopped.finish_reason) == (alone.text[: alone.text.index(stop)], "stop")
+    chat = [{"role": "user", "content": "Hi"}]
+    assert shared.generate(chat, max_new_tokens=6).token_ids == engine.generate(chat, max_new_tokens=6).token_ids
+    token = alone.token_ids[5]
+    assert shared.generate("Hello", stop_token_ids=[token]).token_ids[-1] == token
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ("", {}, "prompt is empty"),
+        ([101], {}, "from 0 to 100"),
+        ("Hi", {"max_new_tokens": 511}, "exceed the 512 tokens"),
+        ("Hi", {"timeout": 0}, "more than 0 seconds"),
+        ("Hi", {"timeout": float("nan")}, "more than 0 seconds"),
+    ],
+)
+def test_unusable_requests(shared: MedusaService, prompt: object, options: dict[str, object], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        shared.submit(prompt, **options)
+
+
+def test_unusable_options(tiny_bundle: Bundle) -> None:
+    for options in ({"rows": 0}, {"max_queue": -1}, {"tree_size": 10}, {"prefill_chunk": 0}):
+        with pytest.raises(RequestError):
+            MedusaService.load(tiny_bundle.folder, threads=1, **options)
+
+
+def test_asyncio_and_threads_at_once(shared: MedusaService, engine: MedusaEngine) -> None:
+    expected = engine.generate(PROMPT, max_new_tokens=15).token_ids
+
+    async def one() -> list[int]:
+        return [token async for chunk in shared.astream(PROMPT, max_new_tokens=15) for token in chunk.token_ids]
+
+    async def several() -> list[tuple[int, ...]]:
+        streams = await asyncio.gather(*(one() for _ in range(4)))
+        results = await asyncio.gather(*(shared.agenerate(PROMPT, max_new_tokens=15) for _ in range(4)))
+        return [*map(tuple, streams), *(result.token_ids for result in results)]
+
+    with ThreadPoolExecutor(4) as pool:
+        loops = [pool.submit(asyncio.run, several()) for _ in range(2)]
+        plain = [pool.submit(shared.generate, PROMPT, max_new_tokens=15) for _ in range(4)]
+        assert [tokens for loop in loops for tokens in loop.result(60)] == [expected] * 16
+        assert [result.result(60).token_ids for result in plain] == [expected] * 4
+
+
+def test_a_full_queue_refuses_at_once(service: MedusaService, gate: Gate) -> None:
+    gate.open.clear()
+    handles = [service.submit(PROMPT, max_new_tokens=3) for _ in range(4)]  # two rows and two that wait
+    with pytest.raises(QueueFullError, match="as many as this service takes"):
+        service.submit(PROMPT)
+    handles[3].cancel()
+    gate.open.set()
+    with pytest.raises(RequestCancelledError):
+        handles[3].result(30)
+    assert all(len(handle.result(30).token_ids) == 3 for handle in handles[:3])
+
+
+def test_priority_goes_first(service: MedusaService, gate: Gate) -> None:
+    gate.open.clear()
+    first = [service.submit(PROMPT, max_new_tokens=2) for _ in range(2)]
+    gate.entered.acquire(timeout=30)  # both have their rows
+    order: list[str] = []
+    low = service.submit(PROMPT, max_new_tokens=30, on_chunk=lambda _: order.append("low"))
+    high = service.submit(PROMPT, max_new_tokens=1, priority=1, on_chunk=lambda _: order.append("high"))
+    gate.open.set()
+    assert all(handle.result(30) for handle in (*first, low, high))
+    assert high.stats.queue_seconds <= low.stats.queue_seconds
+
+
+def test_cancel_while_it_waits_and_while_it_runs(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    gate.open.clear()
+    running, other, waiting = (service.submit(PROMPT, max_new_tokens=400) for _ in range(3))
+    gate.entered.acquire(timeout=30)
+    waiting.cancel()
+    running.cancel()
+    running.cancel()
+    gate.open.set()
+    for handle in (running, waiting):
+        with pytest.raises(RequestCancelledError):
+            handle.result(30)
+        with pytest.raises(RequestCancelledError):
+            list(handle)
+    assert not other.done or other.result()
+    other.cancel()
+    with pytest.raises(RequestCancelledError):
+        other.result(30)
+    result = service.generate(PROMPT, max_new_tokens=5)
+    assert result.token_ids == engine.generate(PROMPT, max_new_tokens=5).token_ids
+    other.cancel()  # of no effect
+
+
+def test_deadlines_run_in_the_queue_and_in_a_row(tiny_bundle: Bundle, gate: Gate) -> None:
+    now = [1000.0]
+    with MedusaService(tiny_bundle, gate, None, tree_size=1, clock=lambda: now[0]) as service:
+        gate.open.clear()
+        late = service.submit(PROMPT, max_new_tokens=400, timeout=5)
+        fine = service.submit(PROMPT, max_new_tokens=10, timeout=50)
+        queued = service.submit(PROMPT, max_new_tokens=10, timeout=5)
+        gate.entered.acquire(timeout=30)
+        now[0] += 6
+        gate.open.set()
+        for handle in (late, queued):
+            with pytest.raises(DeadlineError, match="in 5 s"):
+                handle.result(30)
+        assert len(fine.result(30).token_ids) == 10
+        assert isinstance(DeadlineError("x"), TimeoutError)
+
+
+def test_the_clock_of_the_wall_may_jump(shared: MedusaService, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = shared.submit(PROMPT, max_new_tokens=100, timeout=60)
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert len(handle.result(60).token_ids) == 100
+
+
+def test_a_callback_that_raises_ends_its_request_only(service: MedusaService, engine: MedusaEngine) -> None:
+    def bad(_: Chunk) -> None:
+        raise ValueError("no")
+
+    broken = service.submit(PROMPT, max_new_tokens=450, on_chunk=bad)
+    seen: list[int] = []
+    good = service.submit(PROMPT, max_new_tokens=30, on_chunk=lambda chunk: seen.extend(chunk.token_ids))
+    with pytest.raises(CallbackError, match="no") as caught:
+        broken.result(30)
+    assert isinstance(caught.value.__cause__, ValueError)
+    expected = engine.generate(PROMPT, max_new_tokens=30).token_ids
+    assert good.result(30).token_ids == expected
+    for _ in range(200):  # the callback's own thread may be behind
+        if len(seen) == 30:
+            break
+        time.sleep(0.01)
+    assert tuple(seen) == expected
+
+
+def test_a_slow_consumer_stalls_nobody(service: MedusaService) -> None:
+    never = threading.Event()
+    slow = service.submit(PROMPT, max_new_tokens=50, on_chunk=lambda _: never.wait(60))
+    unread = service.submit(PROMPT, max_new_tokens=50)
+    assert service.generate(PROMPT, max_new_tokens=50).finish_reason == "length"
+    assert slow.result(30) and unread.result(30)
+    never.set()
+    assert sum(len(chunk.token_ids) for chunk in unread) == 50
+
+
+def test_a_client_that_vanishes_frees_its_row(service: MedusaService, gate: Gate) -> None:
+    async def leave() -> None:
+        async for _ in service.astream(PROMPT, max_new_tokens=450):
+            raise RuntimeError("gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        asyncio.run(leave())
+    stream = service.stream(PROMPT, max_new_tokens=450)
+    next(stream)
+    stream.close()
+
+    async def give_up() -> None:
+        await asyncio.wait_for(service.agenerate(PROMPT, max_new_tokens=450), 0.001)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    assert service.drain(30)
+    assert gate.inner.lengths.max() < 400
+
+
+def test_an_event_loop_that_is_closed_harms_nobody(service: MedusaService, gate: Gate) -> None:
+    gate.open.clear()
+    handle = service.submit(PROMPT, max_new_tokens=5)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(handle.aresult())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    gate.open.set()
+    assert len(handle.result(30).token_ids) == 5
+    del task
+
+
+def test_a_step_that_fails_ends_the_request_whose_fault_it_is(
+    service: MedusaService, gate: Gate, engine: MedusaEngine
+) -> None:
+    def fail(size: int, prompts: dict[int, list[int]], rows: Sequence[int]) -> None:
+        if not prompts and any(gate.inner.lengths[row] == bad for row in rows):
+            raise RuntimeError("a kernel failed")
+
+    victim, other = [5] * 60, [7] * 11  # the other one never gets so long
+    bad = len(victim) + 2
+    gate.fail = fail
+    service._runner._tree_size = 1  # so that the victim passes by that length
+    handles = [service.submit(prompt, max_new_tokens=30) for prompt in (victim, other)]
+    with pytest.raises(BackendError, match="a kernel failed"):
+        handles[0].result(30)
+    assert handles[1].result(30).token_ids == engine.generate(other, max_new_tokens=30).token_ids
+    gate.fail = lambda *_: None
+    again = service.generate(victim, max_new_tokens=30)
+    assert again.token_ids == engine.generate(victim, max_new_tokens=30).token_ids
+
+
+def test_a_prompt_that_fails_ends_its_request_only(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    def fail(size: int, prompts: dict[int, list[int]], rows: Sequence[int]) -> None:
+        if any(13 in chunk for chunk in prompts.values()):
+            raise BackendError("no thirteens")
+
+    gate.fail = fail
+    good = service.submit([5] * 30, max_new_tokens=40)
+    with pytest.raises(BackendError, match="thirteens"):
+        service.generate([7] * 20 + [13], max_new_tokens=5)
+    assert good.result(30).token_ids == engine.generate([5] * 30, max_new_tokens=40).token_ids
+
+
+def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    def fail_reserve(capacity: int) -> None:
+        if capacity > 200:
+            raise MemoryError
+
+    gate.fail_reserve = fail_reserve
+    long = service.submit([9] * 150, max_new_tokens=300)
+    short = service.submit([3] * 10, max_new_tokens=60)
+    with pytest.raises(BackendError, match="no room"):
+        long.result(30)
+    assert short.result(30).token_ids == engine.generate([3] * 10, max_new_tokens=60).token_ids
+    with pytest.raises(BackendError, match="no room"):
+        service.generate([9] * 220)
+    assert len(service.generate([9] * 100, max_new_tokens=20).token_ids) == 20
+
+
+def test_a_failed_step_leaves_rows_as_they_were(tiny_bundle: Bundle) -> None:
+    backend = OnnxRuntimeBackend(tiny_bundle, rows=2, threads=1)
+    backend.reserve(64)
+    backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
+    backend.step(4)
+    before = [array.copy() for array in backend._state]
+    backend._caches, caches = backend._caches[:, :, :, :32], backend._caches  # not what is bound to it
+    backend._windows.clear()
+    with pytest.raises((BackendError, ValueError)):
+        backend.step(40)
+    backend._caches = caches
+    backend._windows.clear()
+    assert all(np.array_equal(array, old) for array, old in zip(backend._state, before, strict=True))
+
+
+def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:
+    service = MedusaService(tiny_bundle, gate, None, tree_size=4)
+    gate.open.clear()
+    handle = service.submit(PROMPT, max_new_tokens=30)
+    assert not service.drain(0.01)
+    with pytest.raises(ServiceClosedError):
+        service.submit(PROMPT)
+    gate.open.set()
+    assert service.drain(30)
+    assert handle.done and len(handle.result().token_ids) == 30
+    service.close()
+    service.close()
+
+    gate = Gate(tiny_bundle, rows=2)
+    service = MedusaService(tiny_bundle, gate, None, tree_size=4)
+    gate.open.clear()
+    handles = [service.submit(PROMPT, max_new_tokens=400) for _ in range(5)]
+    closing = threading.Thread(target=service.close)
+    closing.start()
+    time.sleep(0.05)
+    gate.open.set()
+    for handle in handles:
+        with pytest.raises(ServiceClosedError):
+            handle.result(30)
+    closing.join(30)
+    assert gate.inner.capacity == 0
+
+
+def test_a_service_that_fails_inside_answers_all(
+    tiny_bundle: Bundle, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = MedusaService(tiny_bundle, gate, None, tree_size=4)
+    monkeypatch.setattr(service._scheduler, "decoding", lambda: 1 / 0)
+    with pytest.raises(BackendError, match="failed and is closed"):
+        service.generate(PROMPT)
+    with pytest.raises(ServiceClosedError):
+        service.submit(PROMPT)
+
+
+def test_what_requests_share_is_not_computed_again(service: MedusaService, engine: MedusaEngine, gate: Gate) -> None:
+    system = [(11 * i + 1) % 100 + 1 for i in range(40)]
+    first = service.generate([*system, 5, 6, 7], max_new_tokens=10)
+    assert first.stats.cached_tokens == 0
+    for tail in ([8, 9], [10, 11, 12], [8, 9, 10]):
+        result = service.generate([*system, *tail], max_new_tokens=10)
+        assert result.stats.cached_tokens >= 40
+        assert result.token_ids == engine.generate([*system, *tail], max_new_tokens=10).token_ids
+    running = service.submit([*system, 20, 21], max_new_tokens=200)
+    other = service.generate([*system, 22], max_new_tokens=10)  # from a row that is in use
+    assert other.stats.cached_tokens == 40
+    assert other.token_ids == engine.generate([*system, 22], max_new_tokens=10).token_ids
+    assert running.result(30).token_ids == engine.generate([*system, 20, 21], max_new_tokens=200).token_ids
+
+
+def test_a_conversation_goes_on_where_it_ended(service: MedusaService, engine: MedusaEngine) -> None:
+    tokens = list(PROMPT)
+    for turn in range(4):
+        result = service.generate(tokens, max_new_tokens=12)
+        assert result.token_ids == engine.generate(tokens, max_new_tokens=12).token_ids
+        if turn:
+            assert result.stats.cached_tokens >= len(tokens) - 4 - 1
+        tokens += [*result.token_ids, 3, 4, 5]
+
+
+def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
+    """Where entries are pending from step to step, they come to their places before rows are copied or cut."""
+    backend = OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
+    rng = np.random.default_rng(3)
+    with MedusaService(tiny_bundle, backend, None, tree_size=9, prefill_chunk=5) as service:
+        known: list[list[int]] = [[1]]
+        for _ in range(40):
+            base = known[int(rng.integers(len(known)))]
+            prompt = [*base[: int(rng.integers(1, len(base) + 1))], *rng.integers(1, 101, 3).tolist()]
+            handles = [service.submit(prompt, max_new_tokens=15) for _ in range(2)]
+            expected = engine.generate(prompt, max_new_tokens=15).token_ids
+            assert [handle.result(30).token_ids for handle in handles] == [expected] * 2
+            known.append([*prompt, *expected])
+
+
+def test_a_long_prompt_delays_others_by_one_chunk(service: MedusaService, gate: Gate) -> None:
+    seen: list[tuple[int, bool]] = []
+    gate.fail = lambda size, prompts, rows: seen.append((size, bool(prompts)))
+    running = service.submit(PROMPT, max_new_tokens=100)
+    next(running)
+    before = len(seen)
+    long = service.submit([4] * 300, max_new_tokens=1)
+    assert long.result(30) and running.result(30)
+    steps = seen[before:]
+    last_decoding = max(i for i, (_, prefill) in enumerate(steps) if not prefill)
+    chunks = [i for i, (_, prefill) in enumerate(steps[:last_decoding]) if prefill]
+    assert all(second - first > 1 for first, second in itertools.pairwise(chunks))
+    assert all(size <= 8 for size, _ in steps[:last_decoding])
+
+
+def test_metrics(tiny_bundle: Bundle) -> None:
+    pytest.importorskip("prometheus_client")
+    from prometheus_client import generate_latest
+
+    metrics, registry = PrometheusMetrics.in_own_registry()
+    with MedusaService.load(
+        tiny_bundle.folder, rows=2, threads=1, max_queue=0, tree_size=4, metrics=metrics
+    ) as service:
+        service.generate(PROMPT, max_new_tokens=10)
+        assert f'medusa_tokens_total{{kind="prompt"}} {len(PROMPT)}.0' in generate_latest(registry).decode()
+        with pytest.raises(DeadlineError):
+            service.generate(PROMPT, max_new_tokens=400, timeout=0.001)
+    page = generate_latest(registry).decode()
+    assert 'medusa_requests_total{outcome="length"} 1.0' in page
+    assert 'medusa_requests_total{outcome="DeadlineError"} 1.0' in page
+    assert "medusa_queue_seconds_count" in page
+
+
+def test_hooks_that_raise_harm_nobody(tiny_bundle: Bundle, gate: Gate) -> None:
+    class Broken(Metrics):
+        def step(self, *_: object) -> None:
+            raise ValueError
+
+        def ended(self, *_: object) -> None:
+            raise ValueError
+
+    with MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=Broken()) as service:
+        assert len(service.generate(PROMPT, max_new_tokens=10).token_ids) == 10
+
+
+def test_nothing_is_kept_of_requests_that_ended(service: MedusaService) -> None:
+    handle = service.submit(PROMPT, max_new_tokens=5)
+    handle.result(30)
+    gone = weakref.ref(handle)
+    for _ in range(2):
+        service.generate(PROMPT, max_new_tokens=2)
+    del handle
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_session_computes_only_what_is_new(service: MedusaService, engine: MedusaEngine) -> None:
+    session = service.session([{"role": "system", "content": "Be brief."}])
+    said = list(session.messages)
+    for turn, text in enumerate(("Hi", "And then?", "Why?")):
+        result = session.send(text, max_new_tokens=10)
+        said.append({"role": "user", "content": text})
+        alone = engine.generate(said, max_new_tokens=10)
+        assert result.token_ids == alone.token_ids
+        said.append({"role": "assistant", "content": alone.text})
+        # The model's tokens and those of its text part ways at most where the answer begins.
+        assert turn == 0 or result.stats.cached_tokens >= 20
+    assert session.messages == said
+    with pytest.raises(RequestError):
+        session.send("x" * 600)
+    assert session.messages == said
+    assert asyncio.run(session.asend("Bye", max_new_tokens=5)).stats.cached_tokens > 20
