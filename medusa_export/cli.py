@@ -14,6 +14,7 @@ from medusa_runtime.errors import MedusaError
 
 COMMANDS = {
     "onnx": "Compile a model with MEDUSA heads to an ONNX bundle.",
+    "trt": "Compile a bundle to a TensorRT engine.",
     "generate": "Answer a prompt with a bundle.",
     "inspect": "Show what is in a bundle.",
     "verify": "Check a bundle against PyTorch.",

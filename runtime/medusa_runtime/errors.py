@@ -24,3 +24,7 @@ class BackendError(MedusaError):
 
 class RequestError(MedusaError, ValueError):
     """A request that can't be served as it stands: empty, too long, or of the wrong kind."""
+
+
+class OutOfDeviceMemoryError(BackendError):
+    """A GPU has no memory for what a backend must hold."""
