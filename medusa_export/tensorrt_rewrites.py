@@ -95,6 +95,45 @@ def _head_shape(transpose: ir.Node | None) -> tuple[int, int] | None:
     return (heads, head_dim) if isinstance(heads, int) and isinstance(head_dim, int) else None
 
 
+def fold_query_groups(model: ir.Model) -> int:
+    """Grouped-query attention as attention of the key/value heads alone, with the queries of a group in a row.
+
+    TensorRT copies keys and values for each query head, the whole cache in every layer and step. But a group's heads
+    read the same keys: queries [B, G · N, S, d] are [B, N, G · S, d] as they lie in memory, under a mask of G copies.
+    """
+    graph = model.graph
+    masks: dict[tuple[ir.Value, int], ir.Value] = {}
+    count = 0
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        query, key, _, mask = node.inputs[:4]
+        result = node.outputs[0]
+        if query is None or key is None or mask is None or query.shape is None or key.shape is None:
+            continue
+        queries, heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+        if not (isinstance(queries, int) and isinstance(heads, int) and isinstance(head_dim, int)) or queries == heads:
+            continue
+        groups = queries // heads
+        if (mask, groups) not in masks:
+            tiled = ir.node("Concat", [mask] * groups, {"axis": 2}, name=f"{mask.name}/for_{groups}_groups")
+            graph.insert_before(node, tiled)
+            masks[mask, groups] = tiled.outputs[0]
+        into = _constant(graph, f"to_{heads}_heads_of_{head_dim}", np.array([0, heads, -1, head_dim], np.int64))
+        back = _constant(graph, f"to_{queries}_heads_of_{head_dim}", np.array([0, queries, -1, head_dim], np.int64))
+        fold = ir.node("Reshape", [query, into], {"allowzero": 0}, name=f"{node.name}/fold_groups")
+        unfold = ir.node("Reshape", [result, back], {"allowzero": 0}, name=f"{node.name}/unfold_groups")
+        graph.insert_before(node, fold)
+        graph.insert_after(node, unfold)
+        node.replace_input_with(0, fold.outputs[0])
+        node.replace_input_with(3, masks[mask, groups])
+        fold.outputs[0].type = query.type
+        unfold.outputs[0].type, unfold.outputs[0].shape = result.type, result.shape
+        ir.convenience.replace_all_uses_with(result, unfold.outputs[0])
+        unfold.replace_input_with(0, result)  # it is one of the uses
+        result.shape = None
+        count += 1
+    return count
+
+
 def spell_out_rms_norms(model: ir.Model) -> int:
     """``RMSNormalization`` as the operators that the parser makes of it, with constants of the type and rank to add.
 
@@ -151,7 +190,7 @@ def _raise_rank(value: ir.Value, rank: int) -> bool:
     tensor = value.const_value
     if tensor is None or value.is_graph_output() or len(tensor.shape) >= rank:
         return False
-    shape = ir.Shape([1] * (rank - len(tensor.shape)) + list(tensor.shape))
+    shape = ir.Shape([1] * (rank - len(tensor.shape)) + list(tensor.shape.numpy()))
     if isinstance(tensor, ir.ExternalTensor):
         value.const_value = ir.ExternalTensor(
             tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=tensor.name,
@@ -166,9 +205,10 @@ def _raise_rank(value: ir.Value, rank: int) -> bool:
 
 
 def look_up_prefixes(model: ir.Model) -> int:
-    """The first n rows of a table: a ``Gather`` by 0 … n - 1 in place of a ``Slice``, of which the parser makes 26 layers.
+    """The first n rows of a table: a ``Gather`` by 0 … n - 1 in place of a ``Slice``.
 
-    Where the graph counts to n already, and n is a ``Min`` with no more than the table has.
+    The parser makes 26 layers of a slice whose end it doesn't know, and one of a gather. Done where the graph counts
+    to n already, and n is a ``Min`` with no more than the table has.
     """
     ranges = {
         node.inputs[1]: node.outputs[0]
@@ -202,11 +242,9 @@ def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """An initializer by name, made on first use."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(
-            name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-        )
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         graph.register_initializer(value)
     return graph.initializers[name]
 
 
-REWRITES = (split_heads_last, spell_out_rms_norms, broadcast_weights, look_up_prefixes)
+REWRITES = (split_heads_last, fold_query_groups, spell_out_rms_norms, broadcast_weights, look_up_prefixes)

@@ -19,11 +19,13 @@ from typing import Any
 from medusa_export.errors import EngineBuildError, OutputError
 from medusa_export.files import atomic_folder, check_target, write_bytes
 from medusa_export.tensorrt_rewrites import graph_for_tensorrt
-from medusa_export.trt_messages import build_error, message_log, parser_error
+from medusa_export.trt_messages import NO_DRIVER, build_error, parser_error
+from medusa_runtime.backends.cuda import Cuda
 from medusa_runtime.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle, FileFacts
 from medusa_runtime.compiled import ENGINE, CompiledEngine, EngineLimits, Profile
 from medusa_runtime.contract import TensorSpec, cache_name
-from medusa_runtime.tensorrt_library import TensorRTLibrary
+from medusa_runtime.errors import BackendError
+from medusa_runtime.tensorrt_library import TensorRTLibrary, error_log
 
 DEFAULT_SEQUENCE, DEFAULT_PREFILL = 4096, 512
 USUAL_TREE = 16  # nodes of the tree that kernels for decoding are chosen for
@@ -103,8 +105,8 @@ def choose_limits(
         )
     if prefill + margin > capacity:
         raise EngineBuildError(
-            f"--max-prefill {prefill} doesn't fit into --max-seq-len {capacity}, which {margin} slots in front are part "
-            f"of. Give at most {capacity - margin}."
+            f"--max-prefill {prefill} doesn't fit into --max-seq-len {capacity}, of which {margin} slots lie in front. "
+            f"Give at most {capacity - margin}."
         )
     return EngineLimits(max_batch=max_batch, capacity=capacity, max_prefill=prefill)
 
@@ -173,7 +175,7 @@ class EngineBuilder:
 
     def __post_init__(self) -> None:
         trt = self.library.trt
-        self.log = message_log(trt, ahead_of_time=bool(self.options.targets))
+        self.log = error_log(trt, ignore=NO_DRIVER if self.options.targets else None)
         self._builder = trt.Builder(self.log)
 
     def parse(self) -> None:
@@ -204,6 +206,7 @@ class EngineBuilder:
             KeyboardInterrupt: It was interrupted; the builder has stopped.
         """
         started = time.monotonic()
+        targets = self.options.targets or (current_architecture(self.library),)
         self.parse()
         config, profiles = self._config(), profiles_for(self.bundle, self.options.limits)
         for profile in profiles:
@@ -214,7 +217,6 @@ class EngineBuilder:
         if data is None:
             raise build_error(self.log.errors, self._layer_names())
         kept = bytes(config.get_timing_cache().serialize()) if self.options.timing_cache is not None else None
-        targets = self.options.targets or (current_architecture(),)
         return BuiltEngine(data, targets, profiles, self.layer_counts(), time.monotonic() - started, kept)
 
     def _layer_names(self) -> list[str]:
@@ -273,9 +275,7 @@ def check_network(trt: Any, network: Any, bundle: Bundle, capacity: int) -> None
             f"The network that TensorRT parsed is not what {DESCRIPTION} says: {wrong[0]} differs.",
             remedy="Export the bundle again.",
         )
-    pairs = {
-        cache_name("present", i): cache_name("past", i) for i in range(2 * bundle.model.num_layers)
-    }
+    pairs = {cache_name("present", i): cache_name("past", i) for i in range(2 * bundle.model.num_layers)}
     if updated_in_place(trt, network) != pairs:
         raise EngineBuildError(
             "TensorRT doesn't update every cache in place.", remedy="Export the bundle again, or update TensorRT."
@@ -301,15 +301,18 @@ def updated_in_place(trt: Any, network: Any) -> dict[str, str]:
     }
 
 
-def current_architecture() -> str:
+def current_architecture(library: TensorRTLibrary) -> str:
     """The architecture of this machine's GPU, such as sm89.
 
     Raises:
-        BackendError: There is none.
+        EngineBuildError: There is none that CUDA can use.
     """
-    from medusa_runtime.backends.cuda import Cuda
-
-    return Cuda.open().device.architecture
+    try:
+        return Cuda.open().device.architecture
+    except BackendError as error:
+        known = known_targets(library)
+        remedy = f"To build without a GPU, name the architectures with --target: {', '.join(known)}." if known else None
+        raise EngineBuildError(str(error), remedy=remedy) from error
 
 
 def _monitor(trt: Any, fraction: Fraction) -> Any:
@@ -428,4 +431,3 @@ def write_engine(
     if options.timing_cache is not None and built.timing_cache is not None:
         write_bytes(options.timing_cache, built.timing_cache)
     return engine
-

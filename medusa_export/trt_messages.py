@@ -12,8 +12,7 @@ from medusa_export.errors import EngineBuildError
 REMEDIES: tuple[tuple[str, str], ...] = (
     (
         r"driver version is insufficient|no CUDA-capable device|getCurrentCC|cudaError (35|100)\b",
-        "There is no usable GPU here: name the architectures to build for with --target sm89 (of those that this "
-        "flavor knows), or update the driver.",
+        "There is no usable GPU here: update the driver, or name architectures with --target, such as sm89.",
     ),
     (r"out of memory|OutOfMemory|cudaError 2\b", "There is no memory for it: lower --max-batch or --max-seq-len."),
     (r"violate shape constraints", "Raise --max-seq-len, or lower --max-prefill."),
@@ -22,38 +21,19 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "The caches must have a fixed capacity: this graph is not of contract version 1, so export the bundle again.",
     ),
     (r"more than one op named", "TensorRT-RTX trips over a fixed batch here: build with --max-batch 2 or more."),
-    (r"No importer registered|UNSUPPORTED_NODE|not supported", "Update TensorRT: this version doesn't know the operator."),
+    (
+        r"No importer registered|UNSUPPORTED_NODE|not supported",
+        "Update TensorRT: this version doesn't know the operator.",
+    ),
     (r"timing cache", "The timing cache is of another TensorRT or GPU: delete it, or give another file."),
 )
-# Errors that TensorRT logs beside the one that matters: the driver that an ahead-of-time build does without.
-_NOISE = re.compile(r"catchCudaError")
+# What TensorRT logs as an error where it builds without a driver, and goes on.
+NO_DRIVER = r"catchCudaError"
 
 
 def remedy(text: str) -> str | None:
     """What helps, if these words of TensorRT's are known."""
     return next((helps for pattern, helps in REMEDIES if re.search(pattern, text, re.IGNORECASE)), None)
-
-
-def message_log(trt: Any, ahead_of_time: bool) -> Any:
-    """A logger that keeps errors to itself, as ``errors``.
-
-    Args:
-        trt: The TensorRT module, whose logger is derived from.
-        ahead_of_time: No GPU is needed, so that a missing driver is no error.
-    """
-
-    class MessageLog(trt.ILogger):  # type: ignore[misc]  # its base is known at run time only
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and not (
-                ahead_of_time and _NOISE.search(text)
-            ):
-                self.errors.append(text)
-
-    return MessageLog()
 
 
 def parser_error(parser: Any, log: Any) -> EngineBuildError:
@@ -79,10 +59,14 @@ def build_error(errors: Sequence[str], nodes: Iterable[str]) -> EngineBuildError
         nodes: Names of the graph's nodes, the one to blame maybe among them.
     """
     text = " ".join(_clean(error) for error in errors) or "it gave no engine and no reason."
-    named = sorted((name for name in nodes if name and re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", text)), key=len)
+    named = sorted(
+        (name for name in nodes if name and re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", text)), key=len
+    )
     where = f" at the node {named[-1]!r}" if named else ""
     return EngineBuildError(
-        f"TensorRT could not build the engine{where}: {text[:600]}", node=named[-1] if named else None, remedy=remedy(text)
+        f"TensorRT could not build the engine{where}: {text[:600]}",
+        node=named[-1] if named else None,
+        remedy=remedy(text),
     )
 
 

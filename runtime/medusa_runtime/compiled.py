@@ -156,9 +156,7 @@ class CompiledEngine:
                 limits.get("max_batch", int), limits.get("capacity", int), limits.get("max_prefill", int)
             ),
             profiles=tuple(_profile(JsonReader(part, reader.where, REBUILD)) for part in reader.get("profiles", list)),
-            layers={
-                name: count for name, count in reader.get("network_layers", dict).items() if name != "total"
-            },
+            layers={name: count for name, count in reader.get("network_layers", dict).items() if name != "total"},
             opt_level=reader.get("opt_level", int),
             build_seconds=reader.get("build_seconds", float),
             files=file_table(reader),

@@ -51,8 +51,9 @@ class MedusaEngine:
         """Opens a bundle.
 
         Args:
-            bundle: The folder that ``medusa-export onnx`` wrote.
-            backend: ``onnxruntime``, or ``auto`` for the best that is installed.
+            bundle: The folder that ``medusa-export onnx`` or ``medusa-export trt`` wrote.
+            backend: ``onnxruntime`` (on the CPU), ``onnxruntime-cuda``, the flavor of a compiled engine (``tensorrt``,
+                ``tensorrt-rtx``), or ``auto`` for the best that the folder and this machine have.
             threads: CPU threads of one step; all that this process may use if None.
             check_digests: Read all files to compare their digests.
 
@@ -61,7 +62,8 @@ class MedusaEngine:
             BackendError: The backend is unknown or not installed, or it can't load the graph.
         """
         checked = Bundle.load(bundle, check_digests=check_digests)
-        return cls(checked, open_backend(backend, checked, threads=threads), Tokenizer.load(checked.folder))
+        opened = open_backend(backend, checked, threads=threads, check_digests=check_digests)
+        return cls(checked, opened, Tokenizer.load(checked.folder))
 
     def generate(
         self,
@@ -138,9 +140,11 @@ class MedusaEngine:
         """The tokens that each step emits, without end: prefill gives one, every step after it at least one."""
         backend, depth = self.backend, self.bundle.tree.max_depth
         # The last chunk is padded to the size of the tree: a step of S tokens drafts at most S - 1 deep.
-        chunks = [prompt_ids[i : i + prefill_chunk] for i in range(0, len(prompt_ids), prefill_chunk)]
-        widest = max(size, min(len(prompt_ids), prefill_chunk))
-        backend.reserve(depth + len(prompt_ids) + max_new_tokens + depth + widest)
+        step = min(prefill_chunk, backend.max_tokens or prefill_chunk)
+        chunks = [prompt_ids[i : i + step] for i in range(0, len(prompt_ids), step)]
+        # The last step of the prompt, and the last one of all, which begins with two tokens less than there will be.
+        prefilled = len(prompt_ids) - len(chunks[-1]) + max(len(chunks[-1]), size)
+        backend.reserve(depth + max(prefilled, len(prompt_ids) + max_new_tokens - 2 + size))
         started = time.perf_counter()
         for chunk in chunks:
             self._check_turn(turn)

@@ -76,13 +76,13 @@ def _measure(bundle: Bundle, backend: Backend) -> dict[str, float]:
     """Median seconds of a step, sizes interleaved so that a busy moment hits them all alike."""
     sizes = candidate_sizes(bundle.tree.size)
     depth = bundle.tree.max_depth
-    steps = (WARM_UP + REPEATS) * len(sizes)
-    backend.reserve(2 * depth + FILL + steps * (depth + 1) + bundle.tree.size)
-    backend.reset(0)
-    prompt = [token % bundle.model.vocab_size for token in range(FILL)]
-    backend.step(max(FILL, bundle.tree.size), {0: prompt})
+    fill = min(FILL, backend.max_tokens or FILL)
+    backend.reserve(depth + fill + len(sizes) * (depth + 1) + bundle.tree.size)
+    prompt = [token % bundle.model.vocab_size for token in range(fill)]
     taken: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(WARM_UP + REPEATS):
+        backend.reset(0)
+        backend.step(max(fill, bundle.tree.size), {0: prompt})
         for size in reversed(sizes):
             started = time.perf_counter()
             backend.step(size)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,3 +72,24 @@ def _the_only_flavor() -> str:
     if len(found) > 1:
         raise BackendError(f"{' and '.join(found)} are both installed: say which one with --flavor.")
     return found[0]
+
+
+def error_log(trt: Any, *, ignore: str | None = None) -> Any:
+    """A logger for TensorRT that prints nothing and keeps errors, as its ``errors``.
+
+    Args:
+        trt: The TensorRT module, whose logger it derives from.
+        ignore: A pattern of messages that are none.
+    """
+
+    class ErrorLog(trt.ILogger):  # type: ignore[misc]  # its base is known at run time only
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            serious = severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+            if serious and (ignore is None or not re.search(ignore, text)):
+                self.errors.append(text)
+
+    return ErrorLog()

@@ -46,6 +46,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of a prompt that a step takes (S); None for any number."""
+        ...
+
+    @property
     def drafts(self) -> NDArray[np.int64]:
         """The tree that each row verifies next, [rows, T]; whoever knows better may write other guesses here."""
         ...

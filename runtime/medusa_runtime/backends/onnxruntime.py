@@ -43,6 +43,9 @@ def import_onnxruntime() -> Any:
 class OnnxRuntimeBackend:
     """Runs a bundle with ONNX Runtime on the CPU.
 
+    Attributes:
+        provider: The execution provider, as ONNX Runtime calls it.
+
     Args:
         bundle: What to run.
         rows: Sequences held at a time.
@@ -50,6 +53,8 @@ class OnnxRuntimeBackend:
         graph: The graph to run, by path or as bytes; if None the bundle's derived one, or else its own.
         extra_outputs: Outputs beyond the contract that a graph has, kept for ``extra_output``.
     """
+
+    provider = "CPUExecutionProvider"
 
     def __init__(
         self,
@@ -73,7 +78,7 @@ class OnnxRuntimeBackend:
         self._bundle = bundle
         self._rows = rows
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._session = _open_session(ort, bundle, graph, self._threads)
+        self._session = _open_session(ort, bundle, graph, self._threads, self.provider)
         self._dtype = np.dtype(bundle.dtype)
         self._binding = self._session.io_binding()
         self._outputs: dict[str, None] = {}  # names in the order in which they were bound
@@ -85,10 +90,11 @@ class OnnxRuntimeBackend:
         self._num_tokens = self._bind("num_tokens", np.zeros(rows, np.int64))
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
         # A step reads these before it writes them, so each is its own successor.
-        self._lengths = self._bind("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
+        self._lengths = self._bind_state("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
         if any(value.name == "pending_kv" for value in self._session.get_inputs()):
             shape = next(spec.shape for spec in bundle.inputs if spec.name == "pending_kv")
-            self._bind("pending_kv", np.zeros((rows, *map(int, shape[1:])), self._dtype), output="next_pending_kv")
+            pending = np.zeros((rows, *map(int, shape[1:])), self._dtype)
+            self._bind_state("pending_kv", pending, output="next_pending_kv")
         self._path: NDArray[np.int64] | None = None
         if any(value.name == "accepted_path" for value in self._session.get_outputs()):
             self._path = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="accepted_path")
@@ -109,6 +115,10 @@ class OnnxRuntimeBackend:
             self._outputs[output] = None
         return array
 
+    def _bind_state(self, name: str, array: NDArray[Any], *, output: str) -> NDArray[Any]:
+        """Binds what one step leaves for the next, where the provider keeps it."""
+        return self._bind(name, array, output=output)
+
     @property
     def name(self) -> str:
         return f"onnxruntime {self._ort.__version__}, CPU, {self._threads} threads"
@@ -120,6 +130,10 @@ class OnnxRuntimeBackend:
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -152,7 +166,7 @@ class OnnxRuntimeBackend:
         if self._capacity:
             grown[:, :, :, : self._capacity] = self._caches
         for index, cache in enumerate(grown):
-            self._bind(cache_name("past", index), cache, output=cache_name("present", index))
+            self._bind_state(cache_name("past", index), cache, output=cache_name("present", index))
         self._caches, self._capacity = grown, capacity
 
     def reset(self, row: int) -> None:
@@ -210,15 +224,19 @@ class OnnxRuntimeBackend:
         self._binding.clear_binding_outputs()
 
 
-def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int) -> Any:
+def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, provider: str) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
     )
     try:
-        return ort.InferenceSession(
-            graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"]
-        )
+        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=[provider])
     except Exception as error:  # its exceptions share no base of their own
         raise BackendError(f"ONNX Runtime {ort.__version__} can't load {bundle.graph}: {error}") from error
+    if provider not in session.get_providers():  # it goes on without one that it can't start
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} could not start {provider}: check that the NVIDIA driver, CUDA and cuDNN "
+            "are of the versions that it needs."
+        )
+    return session
