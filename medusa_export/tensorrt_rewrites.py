@@ -6,6 +6,8 @@ ONNX Runtime never sees it. Each public function is one rewrite, says its rule a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -134,6 +136,48 @@ def fold_query_groups(model: ir.Model) -> int:
     return count
 
 
+def spell_out_soft_caps(model: ir.Model) -> int:
+    """``Attention`` with a soft cap, which TensorRT's has not, as products and a softmax in fp32; groups are folded."""
+    graph = model.graph
+    count = 0
+    for node in [node for node in graph if node.op_type == "Attention" and _float(node, "softcap")]:
+        query, key, value, mask = node.inputs[:4]
+        result = node.outputs[0]
+        assert query is not None and key is not None and value is not None and mask is not None
+        kind, cap = key.dtype, _float(node, "softcap")
+        assert kind is not None
+        scale = _constant(
+            graph, f"scale_{_float(node, 'scale'):g}", np.full([1] * 4, _float(node, "scale") / cap, np.float32)
+        )
+        capped = _constant(graph, f"cap_{cap:g}", np.full([1] * 4, cap, np.float32))
+        lowest = _constant(graph, "lowest", np.full([1] * 4, np.finfo(np.float32).min, np.float32))
+        nodes: list[ir.Node] = []
+        add = _chain(nodes, node.name or "attention")
+        turned = add("Transpose", [key], perm=[0, 1, 3, 2])
+        scores = add("Cast", [add("MatMul", [query, turned])], to=int(ir.DataType.FLOAT))
+        scores = add("Mul", [add("Tanh", [add("Mul", [scores, scale])]), capped])
+        weights = add("Softmax", [add("Where", [mask, scores, lowest])], axis=-1)
+        add("MatMul", [add("Cast", [weights], to=int(kind)), value])
+        replace(result, nodes)
+        count += 1
+    return count
+
+
+def _float(node: ir.Node, name: str) -> float:
+    """An attribute of a node; 0 if it has none."""
+    return node.attributes[name].as_float() if name in node.attributes else 0.0
+
+
+def _chain(nodes: list[ir.Node], name: str) -> Callable[..., ir.Value]:
+    """A function that appends a node, and gives its output."""
+
+    def add(op_type: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
+        nodes.append(ir.node(op_type, inputs, attributes, name=f"{name}/{op_type}{len(nodes)}"))
+        return nodes[-1].outputs[0]
+
+    return add
+
+
 def spell_out_rms_norms(model: ir.Model) -> int:
     """``RMSNormalization`` as the operators that the parser makes of it, with constants of the type and rank to add.
 
@@ -151,14 +195,7 @@ def spell_out_rms_norms(model: ir.Model) -> int:
         axes = _constant(graph, "last_axis", np.array([-1], np.int64))
         added = _constant(graph, f"epsilon_{epsilon:g}_{rank}", np.full([1] * rank, epsilon, np.float32))
         nodes: list[ir.Node] = []
-
-        def add(
-            op_type: str, inputs: list[ir.Value], name: str = norm.name or "norm", into: list[ir.Node] = nodes,
-            **attributes: int,
-        ) -> ir.Value:  # fmt: skip
-            into.append(ir.node(op_type, inputs, attributes, name=f"{name}/{op_type}{len(into)}"))
-            return into[-1].outputs[0]
-
+        add = _chain(nodes, norm.name or "norm")
         wide = add("Cast", [source], to=int(ir.DataType.FLOAT)) if half else source
         mean = add("ReduceMean", [add("Mul", [wide, wide]), axes], keepdims=1)
         normed = add("Div", [wide, add("Sqrt", [add("Add", [mean, added])])])
@@ -247,4 +284,11 @@ def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-REWRITES = (split_heads_last, fold_query_groups, spell_out_rms_norms, broadcast_weights, look_up_prefixes)
+REWRITES = (
+    split_heads_last,
+    fold_query_groups,
+    spell_out_soft_caps,
+    spell_out_rms_norms,
+    broadcast_weights,
+    look_up_prefixes,
+)

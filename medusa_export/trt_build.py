@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class BuiltEngine:
     """What the builder gave.
 
     Attributes:
-        data: The serialised engine, as a buffer.
+        data: The serialised engine.
         targets: What it runs on.
         profiles: Its profiles, in order.
         layers: Layers of the parsed network by type.
@@ -66,7 +66,7 @@ class BuiltEngine:
         timing_cache: What it measured, if it was asked to keep that.
     """
 
-    data: Any
+    data: memoryview
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
     layers: dict[str, int]
@@ -192,11 +192,19 @@ class EngineBuilder:
         if not self._parser.parse(graph, str(self.bundle.graph.resolve())):
             raise parser_error(self._parser, self.log)
         check_network(trt, self.network, self.bundle, self.options.limits.capacity)
+        self._allow_decomposed_attention()
+
+    def _allow_decomposed_attention(self) -> None:
+        """Where there is no kernel for an attention (fp32, odd head sizes), TensorRT may compute it in parts."""
+        trt = self.library.trt
+        for layer in _layers(self.network):
+            if layer.type == trt.LayerType.ATTENTION_INPUT:
+                layer.__class__ = trt.IAttentionInputLayer  # the bindings give the base class
+                layer.attention.decomposable = True
 
     def layer_counts(self) -> dict[str, int]:
         """Layers of the parsed network by type, most frequent first."""
-        layers = (self.network.get_layer(i) for i in range(self.network.num_layers))
-        return dict(Counter(layer.type.name for layer in layers).most_common())
+        return dict(Counter(layer.type.name for layer in _layers(self.network)).most_common())
 
     def build(self, fraction: Fraction = lambda _: None) -> BuiltEngine:
         """Builds the engine, in a thread: an interrupt cancels it.
@@ -216,11 +224,12 @@ class EngineBuilder:
         data = _in_thread(lambda: self._builder.build_serialized_network(self.network, config), monitor.cancel)
         if data is None:
             raise build_error(self.log.errors, self._layer_names())
+        fraction(1.0)  # the last steps are not always told
         kept = bytes(config.get_timing_cache().serialize()) if self.options.timing_cache is not None else None
-        return BuiltEngine(data, targets, profiles, self.layer_counts(), time.monotonic() - started, kept)
+        return BuiltEngine(memoryview(data), targets, profiles, self.layer_counts(), time.monotonic() - started, kept)
 
     def _layer_names(self) -> list[str]:
-        return [self.network.get_layer(i).name for i in range(self.network.num_layers)]
+        return [layer.name for layer in _layers(self.network)]
 
     def _config(self) -> Any:
         trt, options = self.library.trt, self.options
@@ -258,6 +267,10 @@ class EngineBuilder:
             raise build_error(self.log.errors, ())
 
 
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))
+
+
 def check_network(trt: Any, network: Any, bundle: Bundle, capacity: int) -> None:
     """Holds a parsed network against the contract: names, types and shapes, and which outputs are updated inputs.
 
@@ -293,10 +306,9 @@ def _as_network_tensor(trt: Any, spec: TensorSpec, capacity: int) -> tuple[str, 
 
 def updated_in_place(trt: Any, network: Any) -> dict[str, str]:
     """Outputs that share memory with an input: those of the cache updates, by name."""
-    layers = (network.get_layer(i) for i in range(network.num_layers))
     return {
         layer.get_output(0).name: layer.get_input(0).name
-        for layer in layers
+        for layer in _layers(network)
         if layer.type == trt.LayerType.KV_CACHE_UPDATE
     }
 
@@ -419,7 +431,7 @@ def write_engine(
     )
     try:
         with atomic_folder(target) as folder:
-            (folder / ENGINE).write_bytes(memoryview(built.data))
+            (folder / ENGINE).write_bytes(built.data)
             carried = [DESCRIPTION, *(name for name in bundle.files if name not in (GRAPH, WEIGHTS, ONNXRUNTIME_GRAPH))]
             for name in carried:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

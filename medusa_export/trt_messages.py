@@ -21,10 +21,6 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "The caches must have a fixed capacity: this graph is not of contract version 1, so export the bundle again.",
     ),
     (r"more than one op named", "TensorRT-RTX trips over a fixed batch here: build with --max-batch 2 or more."),
-    (
-        r"No importer registered|UNSUPPORTED_NODE|not supported",
-        "Update TensorRT: this version doesn't know the operator.",
-    ),
     (r"timing cache", "The timing cache is of another TensorRT or GPU: delete it, or give another file."),
 )
 # What TensorRT logs as an error where it builds without a driver, and goes on.
@@ -42,12 +38,14 @@ def parser_error(parser: Any, log: Any) -> EngineBuildError:
     if not errors:
         return build_error(log.errors, ())
     first = errors[0]
-    words = _clean(first.desc())
+    words, helps = _clean(first.desc()), None
+    if not parser.supports_operator(first.node_operator()):
+        helps = "This version of TensorRT doesn't know the operator: update it."
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return EngineBuildError(
         f"TensorRT's parser refused the node {first.node_name()!r} ({first.node_operator()}): {words}{more}",
         node=first.node_name(),
-        remedy=remedy(words),
+        remedy=helps or remedy(words),
     )
 
 

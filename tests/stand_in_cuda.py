@@ -31,7 +31,7 @@ from medusa_runtime.contract import TensorSpec
 KINDS = {"int64": np.int64, "bool": np.bool_, "float16": np.float16, "float32": np.float32}
 
 
-class cudaError_t(enum.IntEnum):  # noqa: N801  # CUDA's own name
+class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
@@ -39,7 +39,7 @@ class cudaError_t(enum.IntEnum):  # noqa: N801  # CUDA's own name
     cudaErrorStreamCaptureUnsupported = 900
 
 
-class cudaMemcpyKind(enum.IntEnum):  # noqa: N801
+class cudaMemcpyKind(enum.IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
     cudaMemcpyDeviceToDevice = 3
@@ -92,6 +92,8 @@ class StandInCuda:
         def called(*arguments: Any) -> tuple[Any, ...]:
             self.calls[name] += 1
             if name in self.fail:
+                if name == "cudaStreamEndCapture":  # a capture is over even then
+                    self.captures.pop(arguments[0])
                 return (self.fail.pop(name), None)
             try:
                 return value(*arguments)
@@ -182,11 +184,16 @@ class StandInCuda:
         self.run(stream)
         return OK
 
-    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: Any, stream: int) -> tuple[Any, ...]:
-        return self.cudaMemcpy2DAsync(target, size, source, size, size, 1, kind, stream)
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, _: Any, stream: int) -> tuple[Any, ...]:
+        return self._copy_rows(target, size, source, size, size, 1, stream)
 
     def cudaMemcpy2DAsync(
         self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int, _: Any, stream: int
+    ) -> tuple[Any, ...]:
+        return self._copy_rows(target, target_pitch, source, source_pitch, width, rows, stream)
+
+    def _copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int, stream: int
     ) -> tuple[Any, ...]:
         for row in range(rows):
             self.block(target + row * target_pitch, width)
@@ -294,7 +301,7 @@ class StandInTensorRT:
         self.executed: list[tuple[int, int]] = []  # B and S of each step that ran
         self.int64, self.bool, self.float16, self.float32 = "int64", "bool", "float16", "float32"
 
-    def Runtime(self, log: Any) -> Any:  # noqa: N802
+    def Runtime(self, log: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda data: StandInEngine(self, log) if data else None)
 
 
