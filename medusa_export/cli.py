@@ -36,6 +36,15 @@ class Failure(click.ClickException):
         click.echo(f"error: {self.message}", err=True)
 
 
+class NotRun(Failure):
+    """What was asked for can't be tried on this machine, which is no failure of what it was asked of: exit code 3."""
+
+    exit_code = 3
+
+    def show(self, file: object = None) -> None:
+        click.echo(f"not run: {self.message}", err=True)
+
+
 class _Commands(click.Group):
     """Loads a command's module when the command is used."""
 

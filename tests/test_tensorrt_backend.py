@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding import TREE, decode, greedy
+from decoding import TREE, decode, export, greedy, guessing_heads, make_step
+from medusa_export.verify import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends import tensorrt as backend_module
@@ -30,10 +32,10 @@ PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length 
 class Machine:
     """A stand-in GPU with an engine for it."""
 
-    def __init__(self, bundle: Bundle, engine: CompiledEngine, **device: object) -> None:
+    def __init__(self, bundle: Bundle, engine: CompiledEngine, graph: Path | None = None, **device: object) -> None:
         self.cuda = StandInCuda(**device)
         limits = engine.limits
-        self.trt = StandInTensorRT(bundle, self.cuda, limits.capacity, (bundle.tree.size, limits.max_prefill))
+        self.trt = StandInTensorRT(bundle, self.cuda, limits.capacity, (bundle.tree.size, limits.max_prefill), graph)
         self.library = TensorRTLibrary("tensorrt-rtx", self.trt)
         self.description = replace(engine, version=self.trt.__version__)
         self.bundle = bundle
@@ -255,6 +257,34 @@ def test_failures_of_a_step_name_it(machine: Machine) -> None:
     backend.close()
     with pytest.raises(BackendError, match="closed"):
         backend.step(5)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_verify_tells_a_right_engine_from_a_wrong_one(
+    tiny_bundle: Bundle,
+    tiny_engine: CompiledEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    right: bool,
+) -> None:
+    model = tiny_model("llama")
+    step = make_step(model.float(), guessing_heads(model))
+    graph = None
+    if not right:
+        other = tiny_model("llama", rms_norm_eps=0.3)
+        graph = export(make_step(other, guessing_heads(other)), tmp_path / "other").graph
+    machine = Machine(tiny_bundle, tiny_engine, graph)
+    machine.trt.__version__ = tiny_engine.version
+    monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    outcome = verify_backend(Bundle.load(tiny_engine.folder), "tensorrt-rtx", step, PROMPTS * 2, max_new_tokens=24)
+    assert outcome.not_run is None
+    assert [check.name.split(":")[-1].strip() for check in outcome.checks] == [
+        "integers of a step", "tokens, tree size 1", "tokens, tree size 5", "tokens, tree size 9",
+    ]  # fmt: skip
+    assert all(check.compared > 50 for check in outcome.checks) or not right
+    assert outcome.passed == right
+    assert not machine.cuda.blocks
 
 
 def test_a_bundle_is_not_an_engine(tiny_bundle: Bundle) -> None:

@@ -164,6 +164,10 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
     data = json.loads((out / "engine.json").read_text())
     assert data["network_layers"]["total"] == sum(engine.layers.values()) > 100
     assert data["bundle"]["files"]["model.onnx"] == tiny_bundle.files["model.onnx"].sha256
+    code, output = run("inspect", out)
+    assert code == 0
+    assert "tensorrt-rtx" in output and "up to 4 sequences of 54 tokens, 61 per step" in output
+    assert json.loads(run("inspect", out, "--json")[1])["engine"] == data
     code, output = run(*arguments)
     assert code == 1
     assert "There is an engine at" in output and "--overwrite" in output
@@ -308,6 +312,32 @@ def test_an_interrupted_build_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path
     assert "Traceback" not in errors
     assert "Aborted" in errors
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it is run")
+def test_verify_says_that_it_was_not_run(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Exit code 3, in every report, and no failure."""
+    bundle, engine = tmp_path / "bundle", tmp_path / "engine"
+    assert run("onnx", tiny_model_folder, "--init-heads", 2, "-o", bundle, "-q")[0] == 0
+    assert run("trt", bundle, "-o", engine, "--target", "sm89", "--opt-level", 0, "-q") == (0, "")
+    reports = tmp_path / "report.json", tmp_path / "report.xml"
+    for folder, backend, words in (
+        (engine, "tensorrt-rtx", "CUDA failed while looking for a GPU"),
+        (engine, "tensorrt", "holds an engine of tensorrt-rtx"),
+        (bundle, "onnxruntime-cuda", "has no CUDAExecutionProvider"),
+    ):
+        code, output = run(
+            "verify", folder, "--model", tiny_model_folder, "--backend", backend, "-q",
+            "--json", reports[0], "--junit", reports[1],
+        )  # fmt: skip
+        assert code == 3
+        assert output.startswith("not run: ") and words in output
+        report = json.loads(reports[0].read_text())
+        assert report["passed"] is False and words in report["not_run"]
+        assert "<skipped" in reports[1].read_text() and "<failure" not in reports[1].read_text()
+    code, output = run("verify", engine, "--model", tiny_model_folder, "-q")
+    assert code == 1
+    assert "holds an engine, which has no graph" in output
 
 
 @pytest.mark.slow
