@@ -143,7 +143,7 @@ class StandInCuda:
 
     def cudaGetDeviceProperties(self, _: int) -> tuple[Any, ...]:
         major, minor = self.architecture
-        return (*OK, SimpleNamespace(name=b"a stand-in", major=major, minor=minor))
+        return (*OK, SimpleNamespace(name=b"a stand-in" + bytes(246), major=major, minor=minor))
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         self._not_while_capturing()

@@ -42,6 +42,8 @@ from tiny_models import tiny_model
 
 LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
 TARGETS = ("sm80", "sm89", "sm120")
+FAMILIES = ("llama", "qwen2", "gemma2", "phi3", "gpt_neox")
+MORE = ("mistral", "qwen3", "gemma3_text", "olmo2", "granite", "smollm3", "starcoder2", "cohere", "cohere2")
 # Layers that the parser makes of the tiny llama with its tree; more of them means that a rewrite no longer applies.
 MOST_LAYERS = {"float32": 615, "float16": 620}
 
@@ -59,7 +61,7 @@ def half_bundle(family: str, folder: Path) -> Bundle:
     return export(make_step(model, guessing_heads(model)), folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)])
 def test_families_build_for_several_targets(family: str, tmp_path: Path) -> None:
     """In fp16, for three architectures at once; ``parse`` holds the network against ``medusa.json``."""
     bundle = half_bundle(family, tmp_path / "bundle")

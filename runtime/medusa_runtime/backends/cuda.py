@@ -107,8 +107,7 @@ class Cuda:
         """The current device."""
         index = self.call("asking for the GPU", "cudaGetDevice")
         facts = self.call("asking for the GPU's properties", "cudaGetDeviceProperties", index)
-        name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
-        return Device(name, f"sm{facts.major}{facts.minor}")
+        return Device(facts.name.partition(b"\0")[0].decode(), f"sm{facts.major}{facts.minor}")
 
     def allocate(self, size: int, doing: str) -> int:
         """The address of ``size`` bytes of device memory."""
