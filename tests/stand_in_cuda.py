@@ -263,6 +263,36 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 2
 
 
+class EngineValidity(enum.Enum):
+    VALID = 0
+    INVALID = 2
+
+
+class EngineInvalidityDiagnostics(enum.IntFlag):
+    VERSION_MISMATCH = 1
+    OLD_CUDA_DRIVER = 4
+
+
+class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+    LAZY = 0
+    EAGER = 1
+
+
+class RuntimeConfig:
+    """``IRuntimeConfig``; a cache that was filled holds the word ``kernels``."""
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> Any:
+        cache = SimpleNamespace(loaded=b"", serialize=lambda: b"kernels")
+        cache.deserialize = lambda data: cache.__setattr__("loaded", data)
+        return cache
+
+    def set_runtime_cache(self, cache: Any) -> None:
+        self.cache = cache
+
+
 class ILogger:
     ERROR, INTERNAL_ERROR = "error", "internal error"
 
@@ -280,6 +310,8 @@ class StandInTensorRT:
     Attributes:
         capturable: Whether contexts say that they can be captured.
         fails: Makes the next step fail with these words.
+        invalid: Why engines are said to be invalid.
+        configs: The runtime configurations of the contexts that were made.
     """
 
     TensorIOMode = TensorIOMode
@@ -298,11 +330,22 @@ class StandInTensorRT:
         )
         self.capturable = True
         self.fails: str | None = None
+        self.invalid = EngineInvalidityDiagnostics(0)
+        self.configs: list[RuntimeConfig] = []
         self.executed: list[tuple[int, int]] = []  # B and S of each step that ran
         self.int64, self.bool, self.float16, self.float32 = "int64", "bool", "float16", "float32"
 
+    def compile_at_run_time(self) -> None:
+        """Behaves as TensorRT-RTX does."""
+        self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+        self.EngineValidity, self.EngineInvalidityDiagnostics = EngineValidity, EngineInvalidityDiagnostics
+
     def Runtime(self, log: Any) -> Any:
-        return SimpleNamespace(deserialize_cuda_engine=lambda data: StandInEngine(self, log) if data else None)
+        runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: StandInEngine(self, log) if data else None)
+        if hasattr(self, "EngineValidity"):
+            validity = EngineValidity.INVALID if self.invalid else EngineValidity.VALID
+            runtime.get_engine_validity = lambda data: (validity, self.invalid)
+        return runtime
 
 
 class StandInEngine:
@@ -339,8 +382,14 @@ class StandInEngine:
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 1000 * (profile + 1)
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> StandInContext:
-        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> StandInContext:
+        if isinstance(how, RuntimeConfig):
+            self.trt.configs.append(how)
+            how = how.strategy
+        assert how is ExecutionContextAllocationStrategy.USER_MANAGED
         return StandInContext(self)
 
 

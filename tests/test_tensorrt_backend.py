@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +24,7 @@ from medusa_runtime.backends.tensorrt import TensorRTBackend
 from medusa_runtime.compiled import CompiledEngine
 from medusa_runtime.errors import OutOfDeviceMemoryError
 from medusa_runtime.tensorrt_library import TensorRTLibrary
-from stand_in_cuda import StandInCuda, StandInTensorRT, cudaError_t
+from stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, StandInTensorRT, cudaError_t
 from tiny_models import tiny_model
 
 PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6, 20))]
@@ -197,6 +198,28 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
     assert not machine.cuda.streams
     assert not machine.cuda.graphs
     assert not machine.cuda.events
+
+
+def test_kernels_compiled_at_run_time_are_kept(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path
+) -> None:
+    """As in TensorRT-RTX: at once for steps that come again, beside them for chunks, and kept for the next process."""
+    folder = shutil.copytree(tiny_engine.folder, tmp_path / "engine")
+    for known in (b"", b"kernels"):
+        machine = Machine(tiny_bundle, replace(tiny_engine, folder=folder))
+        machine.trt.compile_at_run_time()
+        backend = machine.backend()
+        backend.step(13, {0: PROMPTS[0]})
+        backend.step(9)
+        backend.close()
+        assert [config.cache.loaded for config in machine.trt.configs] == [known, known]
+        strategies = [config.dynamic_shapes_kernel_specialization_strategy.name for config in machine.trt.configs]
+        assert strategies == ["LAZY", "EAGER"]
+    assert (folder / ".kernels.sm89.cache").read_bytes() == b"kernels"
+    CompiledEngine.load(folder)
+    machine.trt.invalid = EngineInvalidityDiagnostics.OLD_CUDA_DRIVER
+    with pytest.raises(BackendError, match=r"can't run here: OLD_CUDA_DRIVER\. Build it again"):
+        machine.backend()
 
 
 Break = Callable[[Machine], None]

@@ -120,7 +120,7 @@ class TensorRTBackend:
         try:
             self._allocate()
         except OutOfDeviceMemoryError as error:
-            self.close()
+            self.close()  # what there was room for
             size = sum(map(self._size, self._specs.values())) + self._scratch_size
             raise OutOfDeviceMemoryError(
                 f"{self._name} has no memory for {rows} sequences of {limits.capacity} tokens ({size / 2**20:,.0f} MiB "
@@ -392,6 +392,7 @@ class TensorRTBackend:
             if decoder.graph is not None:
                 decoder.graph.close()
         self._decoders.clear()
+        self._loaded.kernels.save()
         self._prefiller = self._loaded = None
         for slot in self._slots:
             slot.done.close()

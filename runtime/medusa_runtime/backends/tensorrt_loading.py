@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medusa_runtime.backends.cuda import Cuda, Device
@@ -12,6 +15,35 @@ from medusa_runtime.compiled import REBUILD, CompiledEngine
 from medusa_runtime.contract import TensorSpec, cache_name
 from medusa_runtime.errors import BackendError
 from medusa_runtime.tensorrt_library import TensorRTLibrary, error_log
+
+
+class KernelCache:
+    """The kernels that TensorRT-RTX compiled for a GPU, kept beside the engine from one process to the next.
+
+    Args:
+        path: The file; one that can't be read, or is of another GPU or version, is as none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+
+    def attach(self, config: Any) -> None:
+        """Has contexts of a runtime configuration take their kernels from here, and leave them here."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                self._cache.deserialize(self._path.read_bytes())
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Writes it, if the folder can be written to; a service may well mount it read-only."""
+        if self._cache is None:
+            return
+        partial = self._path.with_suffix(f".{os.getpid()}.partial")
+        with contextlib.suppress(OSError):
+            partial.write_bytes(memoryview(self._cache.serialize()))
+            partial.replace(self._path)
 
 
 @dataclass(frozen=True)
@@ -24,6 +56,7 @@ class LoadedEngine:
         device: The GPU.
         engine: TensorRT's ``ICudaEngine``.
         log: Its logger, which keeps errors.
+        kernels: What was compiled for this GPU so far, where the flavor compiles at run time.
     """
 
     description: CompiledEngine
@@ -31,6 +64,7 @@ class LoadedEngine:
     device: Device
     engine: Any
     log: Any
+    kernels: KernelCache
 
     @property
     def scratch_size(self) -> int:
@@ -54,6 +88,7 @@ class LoadedEngine:
             config = self.engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if eager else kinds.LAZY
+            self.kernels.attach(config)
             context = self.engine.create_execution_context(config)
         if context is None:
             raise BackendError(f"TensorRT made no execution context: {self.words()}")
@@ -88,7 +123,8 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
     data = description.engine.read_bytes()
     _check_validity(library.trt, runtime, data, description)
     engine = runtime.deserialize_cuda_engine(data)
-    loaded = LoadedEngine(description, library, device, engine, log)
+    kernels = KernelCache(description.folder / f".kernels.{device.architecture}.cache")
+    loaded = LoadedEngine(description, library, device, engine, log, kernels)
     if engine is None:
         raise BackendError(
             f"{description.flavor} {library.version} can't load {description.engine} on {device.name}: "
