@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medusa_export.cache_shape import CacheShape
 from medusa_export.checkpoints import save_tokenizer
 from medusa_export.errors import ExportError
-from medusa_export.files import atomic_folder
+from medusa_export.files import atomic_folder, check_target
 from medusa_export.onnxruntime_batch import fuse_batch_for_onnxruntime
 from medusa_export.onnxruntime_fusions import fuse_for_onnxruntime
 from medusa_export.step import MedusaStep
@@ -21,6 +21,7 @@ from medusa_runtime.bundle import (
     GRAPH,
     ONNXRUNTIME_BATCH_GRAPH,
     ONNXRUNTIME_GRAPH,
+    WEIGHTS,
     Acceptance,
     Bundle,
     FileFacts,
@@ -28,27 +29,8 @@ from medusa_runtime.bundle import (
     ModelFacts,
 )
 
-WEIGHTS = f"{GRAPH}.data"
 # Smaller tensors stay within the graph.
 EXTERNAL_THRESHOLD = 1024
-
-
-def check_target(target: Path, *, replace_existing: bool) -> None:
-    """Refuses a place that holds something of the user's.
-
-    Raises:
-        ExportError: There is a file, a folder that is no bundle, or a bundle that may not be replaced.
-    """
-    if not target.exists() and not target.is_symlink():
-        return
-    if not target.is_dir():
-        raise ExportError(f"{target} is a file: give a folder to write the bundle to.")
-    if not any(target.iterdir()):
-        return
-    if not (target / DESCRIPTION).is_file():
-        raise ExportError(f"{target} holds other files and no bundle: give an empty or new folder.")
-    if not replace_existing:
-        raise ExportError(f"There is a bundle at {target} already: give another folder, or --overwrite to replace it.")
 
 
 def model_facts(model: PreTrainedModel, shape: CacheShape, name: str) -> ModelFacts:

@@ -14,6 +14,7 @@ from medusa_runtime.errors import MedusaError
 
 COMMANDS = {
     "onnx": "Compile a model with MEDUSA heads to an ONNX bundle.",
+    "trt": "Compile a bundle to a TensorRT engine.",
     "generate": "Answer a prompt with a bundle.",
     "inspect": "Show what is in a bundle.",
     "verify": "Check a bundle against PyTorch.",
@@ -33,6 +34,15 @@ class Failure(click.ClickException):
 
     def show(self, file: object = None) -> None:
         click.echo(f"error: {self.message}", err=True)
+
+
+class NotRun(Failure):
+    """What was asked for can't be tried on this machine, which is no failure of what it was asked of: exit code 3."""
+
+    exit_code = 3
+
+    def show(self, file: object = None) -> None:
+        click.echo(f"not run: {self.message}", err=True)
 
 
 class _Commands(click.Group):

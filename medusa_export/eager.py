@@ -50,6 +50,10 @@ class EagerBackend:
         return self._caches[0].shape[2] if self._caches else 0
 
     @property
+    def max_tokens(self) -> int | None:
+        return None
+
+    @property
     def drafts(self) -> NDArray[np.int64]:
         return self._drafts
 

@@ -29,6 +29,21 @@ class VerificationError(MedusaError):
     """A bundle and a model that can't be compared."""
 
 
+class EngineBuildError(ExportError):
+    """TensorRT refused a graph, or can't build for what was asked.
+
+    Args:
+        message: What went wrong.
+        node: The ONNX node, where TensorRT names one.
+        remedy: What helps, where that is known.
+    """
+
+    def __init__(self, message: str, *, node: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(f"{message.rstrip('.')}. {remedy}" if remedy else message)
+        self.node = node
+        self.remedy = remedy
+
+
 class ModelNotSupportedError(ExportError):
     """The model needs something that the exported step can't honour.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medusa_export.errors import OutputError
+from medusa_export.errors import ExportError, OutputError
 
 
 @contextmanager
@@ -53,6 +53,33 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.json", noun: str = "bundle") -> None:
+    """Refuses a place that holds something of the user's.
+
+    Args:
+        target: The folder to write.
+        replace_existing: What is there may be replaced, if it is of the same kind.
+        marker: The file by which that kind is known.
+        noun: Its name.
+
+    Raises:
+        ExportError: There is a file, a folder of other things, or one that may not be replaced.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise ExportError(f"{target} is a file: give a folder to write the {noun} to.")
+    if not any(target.iterdir()):
+        return
+    if not (target / marker).is_file():
+        raise ExportError(f"{target} holds other files and no {noun}: give an empty or new folder.")
+    if not replace_existing:
+        article = "an" if noun[0] in "aeiou" else "a"
+        raise ExportError(
+            f"There is {article} {noun} at {target} already: give another folder, or --overwrite to replace it."
+        )
 
 
 def write_text(target: Path, text: str) -> None:

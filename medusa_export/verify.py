@@ -28,9 +28,12 @@ from medusa_export.eager import EagerBackend
 from medusa_export.errors import VerificationError
 from medusa_export.oracle import oracle_tree
 from medusa_export.step import MedusaStep
+from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
+from medusa_runtime.compiled import CompiledEngine, is_engine
 from medusa_runtime.engine import MedusaEngine
+from medusa_runtime.errors import BackendError
 
 Progress = Callable[[str], None]
 # A row that left its reference is compared no further, so each scenario is short and there are several.
@@ -87,10 +90,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of ``verify_bundle``."""
+    """The outcome of ``verify_bundle`` or ``verify_backend``.
+
+    Attributes:
+        checks: What was compared.
+        tolerances: What passes.
+        not_run: Why nothing could be compared on this machine, if so.
+    """
 
     checks: list[Check]
     tolerances: Tolerances
+    not_run: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -166,9 +176,57 @@ def verify_bundle(
     checks: list[Check] = []
     for graph in _graphs(bundle):
         progress(f"comparing steps of {graph}")
-        checks += _StepChecks(bundle, step, graph, tolerances).run(answered, sizes, prefill_chunks)
-    checks += _generation_checks(bundle, step, answered, sizes, prefill_chunks, tolerances, progress)
+        checks += _graph_checks(bundle, step, graph, tolerances).run(answered, sizes, prefill_chunks)
+    with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
+        checks += _generation_checks(engine, step, answered, sizes, prefill_chunks, tolerances, progress)
     return Verification(checks, tolerances)
+
+
+def verify_backend(
+    bundle: Bundle,
+    backend: str,
+    step: MedusaStep,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 32,
+    tree_sizes: Sequence[int] | None = None,
+    prefill_chunks: Sequence[int] = (512, 5),
+    tolerances: Tolerances | None = None,
+    progress: Progress = lambda _: None,
+) -> Verification:
+    """Holds a backend by name, with a bundle or a compiled engine, against PyTorch.
+
+    As ``verify_bundle``, but for logits, which a compiled engine keeps to itself.
+
+    Returns:
+        The outcome; ``not_run`` says why if the backend can't be opened on this machine.
+
+    Raises:
+        VerificationError: The bundle is of another model or tree than the step.
+        BackendError: The backend failed in a step.
+    """
+    _check_same(bundle, step)
+    tolerances = tolerances or Tolerances.of(bundle.dtype)
+    sizes = sorted(set(tree_sizes or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
+    progress(f"opening {backend}")
+    try:
+        opened = _open_two_rows(backend, bundle)
+    except BackendError as error:
+        return Verification([], tolerances, not_run=str(error))
+    chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
+    progress(f"answering {len(prompts)} prompts with transformers")
+    answered = [Prompt(list(ids), reference_tokens(step, ids, max_new_tokens)) for ids in prompts]
+    progress(f"comparing steps of {opened.name}")
+    checks = _StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
+    with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
+        checks += _generation_checks(engine, step, answered, sizes, chunks, tolerances, progress)
+    return Verification(checks, tolerances)
+
+
+def _open_two_rows(backend: str, bundle: Bundle) -> Any:
+    """A backend of two rows, or of one where an engine holds no more."""
+    rows = min(2, CompiledEngine.load(bundle.folder).limits.max_batch) if is_engine(bundle.folder) else 2
+    return open_backend(backend, bundle, rows=rows, check_digests=False)
 
 
 def _check_same(bundle: Bundle, step: MedusaStep) -> None:
@@ -244,28 +302,38 @@ class _Logits:
         }
 
 
+def _graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> _StepChecks:
+    """The checks of a bundle's graph in ONNX Runtime, logits included."""
+    contract = graph == GRAPH
+    # The derived graph keeps head logits to itself, in a branch; what they lead to is compared all the same.
+    extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
+    data = _with_outputs(bundle.folder / graph, extra)
+    backend = OnnxRuntimeBackend(bundle, rows=2 if contract else 1, graph=data, extra_outputs=extra)
+    return _StepChecks(bundle, step, graph, backend, extra, tolerances)
+
+
 class _StepChecks:
-    """Runs one graph and the eager module side by side.
+    """Runs a backend and the eager module side by side.
 
     Args:
         bundle: The bundle.
         step: The reference.
-        graph: The name of the graph's file.
+        name: What runs, for the names of checks.
+        compiled: The backend; closed at the end.
+        extra: Inner values that it gives as ``extra_output``.
         tolerances: What passes.
     """
 
-    def __init__(self, bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> None:
+    def __init__(
+        self, bundle: Bundle, step: MedusaStep, name: str, compiled: Any, extra: Sequence[str], tolerances: Tolerances
+    ) -> None:
         self._bundle, self._step, self._tolerances = bundle, step, tolerances
         self._tree = bundle.tree
-        contract = graph == GRAPH
-        # The derived graph keeps head logits to itself, in a branch; what they lead to is compared all the same.
-        self._extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
-        data = _with_outputs(bundle.folder / graph, self._extra)
-        self._rows = 2 if contract else 1
-        self._compiled = OnnxRuntimeBackend(bundle, rows=self._rows, graph=data, extra_outputs=self._extra)
+        self._rows = compiled.rows
+        self._compiled = compiled
         self._eager = EagerBackend(step, rows=self._rows)
-        self._logits = {name: _Logits(f"{graph}: {name.replace('_', ' ')}", tolerances) for name in self._extra}
-        self._integers = Check(f"{graph}: integers of a step")
+        self._logits = {value: _Logits(f"{name}: {value.replace('_', ' ')}", tolerances) for value in extra}
+        self._integers = Check(f"{name}: integers of a step")
         self._accepted: Counter[int] = Counter()
         self._drafts = 0
 
@@ -385,7 +453,7 @@ def _margin(logits: torch.Tensor) -> float:
 
 
 def _generation_checks(
-    bundle: Bundle,
+    engine: MedusaEngine,
     step: MedusaStep,
     prompts: Sequence[Prompt],
     sizes: Sequence[int],
@@ -394,21 +462,20 @@ def _generation_checks(
     progress: Progress,
 ) -> Iterator[Check]:
     """Whole generations of the engine, as a service runs them."""
-    with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
-        for size in sizes:
-            progress(f"generating with tree size {size}")
-            check = Check(f"tokens, tree size {size}")
-            steps = emitted = 0
-            for chunk in chunks:
-                for number, prompt in enumerate(prompts):
-                    result = engine.generate(
-                        prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, prefill_chunk=chunk
-                    )
-                    _compare_tokens(check, step, number, prompt, result.token_ids, tolerances)
-                    steps += result.stats.steps
-                    emitted += result.stats.completion_tokens - 1
-            check.figures["tokens_per_step"] = emitted / max(steps, 1)
-            yield check
+    for size in sizes:
+        progress(f"generating with tree size {size}")
+        check = Check(f"tokens, tree size {size}")
+        steps = emitted = 0
+        for chunk in chunks:
+            for number, prompt in enumerate(prompts):
+                result = engine.generate(
+                    prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, prefill_chunk=chunk
+                )
+                _compare_tokens(check, step, number, prompt, result.token_ids, tolerances)
+                steps += result.stats.steps
+                emitted += result.stats.completion_tokens - 1
+        check.figures["tokens_per_step"] = emitted / max(steps, 1)
+        yield check
 
 
 def _compare_tokens(

@@ -33,6 +33,7 @@ def as_json(verification: Verification) -> str:
     """For programs: ``passed``, ``tolerances`` and ``checks`` with their figures."""
     report = {
         "passed": verification.passed,
+        "not_run": verification.not_run,
         "tolerances": asdict(verification.tolerances),
         "checks": [{"passed": check.passed, **asdict(check)} for check in verification.checks],
     }
@@ -41,10 +42,15 @@ def as_json(verification: Verification) -> str:
 
 def as_junit(verification: Verification) -> str:
     """For CI systems: a test case per check."""
+    skipped = verification.not_run
     failures = sum(not check.passed for check in verification.checks)
     suite = ElementTree.Element(
-        "testsuite", name="medusa-export verify", tests=str(len(verification.checks)), failures=str(failures)
-    )
+        "testsuite", name="medusa-export verify", tests=str(len(verification.checks) + (skipped is not None)),
+        failures=str(failures), skipped=str(int(skipped is not None)),
+    )  # fmt: skip
+    if skipped is not None:
+        case = ElementTree.SubElement(suite, "testcase", classname="medusa-export.verify", name="backend")
+        ElementTree.SubElement(case, "skipped", message=skipped)
     for check in verification.checks:
         case = ElementTree.SubElement(suite, "testcase", classname="medusa-export.verify", name=check.name)
         if not check.passed:

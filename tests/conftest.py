@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from decoding import export, guessing_heads, make_step
+from medusa_export.trt_build import BuildOptions, write_engine
 from medusa_runtime import Bundle
+from medusa_runtime.compiled import CompiledEngine, EngineLimits
+from medusa_runtime.tensorrt_library import import_tensorrt
 from tiny_models import tiny_model
 
 torch.set_num_threads(1)  # tests run side by side
@@ -59,3 +62,12 @@ def smollm2_gguf() -> str:
     if not path.is_file():
         pytest.skip("SmolLM2 is not here: scripts/smollm2.sh fetches it")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> CompiledEngine:
+    """That bundle compiled by TensorRT-RTX for SM 8.9: three rows, 128 slots, chunks of 32; not to be changed."""
+    options = BuildOptions(EngineLimits(max_batch=3, capacity=128, max_prefill=32), ("sm89",), opt_level=0)
+    folder = tmp_path_factory.mktemp("tiny") / "engine"
+    write_engine(import_tensorrt("tensorrt-rtx"), tiny_bundle, options, folder)
+    return CompiledEngine.load(folder)

@@ -16,30 +16,41 @@ from medusa_export.cli import extra
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON instead.")
 def command(bundle: Path, as_json: bool) -> None:
-    """Show what is in BUNDLE: model, heads, tree, inputs and outputs, size, operators."""
+    """Show what is in BUNDLE, or in a compiled engine: model, heads, tree, inputs and outputs, size, operators."""
     with extra("export"):
         import onnx
         from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
+        from medusa_runtime.bundle import (
+            ENGINE_DESCRIPTION,
+            GRAPH,
+            ONNXRUNTIME_BATCH_GRAPH,
+            ONNXRUNTIME_GRAPH,
+            Bundle,
+        )
+        from medusa_runtime.compiled import CompiledEngine, is_engine
 
     opened = Bundle.load(bundle, check_digests=False)
+    engine = CompiledEngine.load(bundle, check_digests=False) if is_engine(bundle) else None
     ops = {
         name: Counter(node.op_type for node in onnx.load(bundle / name, load_external_data=False).graph.node)
         for name in (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
-        if name in opened.files
+        if name in opened.files and engine is None
     }
     if as_json:
         description = json.loads(opened.to_json())
         description["operators"] = {name: dict(counts.most_common()) for name, counts in ops.items()}
+        if engine is not None:
+            description["engine"] = json.loads((bundle / ENGINE_DESCRIPTION).read_text(encoding="utf-8"))
         click.echo(json.dumps(description, indent=1))
         return
 
     console = Console()
     model, heads, tree = opened.model, opened.heads, opened.tree
-    size = sum(facts.size for facts in opened.files.values())
+    files = opened.files if engine is None else engine.files
+    size = sum(facts.size for facts in files.values())
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{model.name} ({model.model_type}), {opened.dtype}")
     facts.add_row("", f"{model.num_layers} layers, {model.num_key_value_heads} KV heads of {model.head_dim}")
@@ -51,7 +62,12 @@ def command(bundle: Path, as_json: bool) -> None:
     facts.add_row("tree", f"{opened.tree_name}: {tree.size} nodes, {tree.max_depth} deep, ranks below {tree.top_k}")
     expected = opened.acceptance.expected_tokens(tree.size)
     facts.add_row("", f"expected tokens per step {expected:.2f} ({opened.acceptance.source})")
-    facts.add_row("files", f"{len(opened.files)}, {size / 2**20:,.1f} MiB")
+    facts.add_row("files", f"{len(files)}, {size / 2**20:,.1f} MiB")
+    if engine is not None:
+        limits = engine.limits
+        longest = limits.longest_sequence(tree.size, tree.max_depth)
+        facts.add_row("engine", f"{engine.backend_name}, of {sum(engine.layers.values()):,} network layers")
+        facts.add_row("", f"up to {limits.max_batch} sequences of {longest:,} tokens, {limits.max_prefill:,} per step")
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in opened.producer.items()))
     console.print(facts)
 

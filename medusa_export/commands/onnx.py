@@ -66,9 +66,10 @@ def command(  # noqa: PLR0915  # what it does is a list
 
         from medusa_export.acceptance_prior import prior_acceptance
         from medusa_export.attention import ATTENTION_NAME
-        from medusa_export.bundle_writer import check_target, write_bundle
+        from medusa_export.bundle_writer import write_bundle
         from medusa_export.calibration import Calibration
         from medusa_export.checkpoints import load_model, load_tokenizer
+        from medusa_export.files import check_target
         from medusa_export.gguf_cache import gguf_cache
         from medusa_export.head_files import load_heads
         from medusa_export.heads import MedusaHeads

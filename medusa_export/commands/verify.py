@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from medusa_export.cli import Failure, Progress, extra, sizes, sizes_or_full
+from medusa_export.cli import Failure, NotRun, Progress, extra, sizes, sizes_or_full
 
 PROMPTS = (
     "Write a short story about a clockmaker who repairs time itself.",
@@ -33,6 +34,10 @@ PROMPTS = (
     "--prefill-chunks", callback=sizes, default="512,5", show_default=True, help="Tokens of a prompt per step."
 )
 @click.option("--margin", type=click.FloatRange(0), help="Logits no further apart are a tie; by default by dtype.")
+@click.option(
+    "--backend",
+    help="Check this backend instead: tensorrt or tensorrt-rtx with a compiled engine for BUNDLE, onnxruntime-cuda.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write a report here.")
 @click.option("--junit", "junit_path", type=click.Path(path_type=Path), help="Write a JUnit report here.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -45,13 +50,15 @@ def command(
     tree_sizes: list[int | str] | None,
     prefill_chunks: list[int],
     margin: float | None,
+    backend: str | None,
     json_path: Path | None,
     junit_path: Path | None,
     quiet: bool,
 ) -> None:
     """Check BUNDLE against PyTorch: logits, every integer of a step, and whole generations.
 
-    Exit code 1 if anything differs by more than rounding explains, or if nothing was compared.
+    Exit code 1 if anything differs by more than rounding explains, or if nothing was compared; 3 if --backend can't run
+    on this machine, for want of a GPU say.
     """
     progress = Progress(quiet=quiet)
     progress("starting")
@@ -62,10 +69,13 @@ def command(
 
         from medusa_export.files import write_text
         from medusa_export.reference import load_reference, prompt_ids
-        from medusa_export.verify import Tolerances, verify_bundle
+        from medusa_export.verify import Tolerances, verify_backend, verify_bundle
         from medusa_export.verify_report import as_json, as_junit, as_table
         from medusa_runtime.bundle import Bundle
+        from medusa_runtime.compiled import require_bundle
 
+    if backend is None:
+        require_bundle(bundle)
     opened = Bundle.load(bundle)
     texts = _read_prompts(prompts) if prompts is not None else PROMPTS
     ids = prompt_ids(opened, texts, chosen=prompts is not None)
@@ -78,21 +88,24 @@ def command(
     for size in chosen or ():
         if size > opened.tree.size:
             raise click.UsageError(f"--tree-sizes holds {size}, but this bundle's tree has {opened.tree.size} nodes.")
-    outcome = verify_bundle(
-        opened,
-        step,
-        ids,
-        max_new_tokens=max_new_tokens,
-        tree_sizes=chosen,
-        prefill_chunks=prefill_chunks,
-        tolerances=tolerances,
-        progress=progress,
-    )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "tree_sizes": chosen,
+        "prefill_chunks": prefill_chunks,
+        "tolerances": tolerances,
+        "progress": progress,
+    }
+    if backend is None:
+        outcome = verify_bundle(opened, step, ids, **options)
+    else:
+        outcome = verify_backend(opened, backend, step, ids, **options)
     progress("done")
     if json_path is not None:
         write_text(json_path, as_json(outcome))
     if junit_path is not None:
         write_text(junit_path, as_junit(outcome))
+    if outcome.not_run is not None:
+        raise NotRun(outcome.not_run)
     console = Console()
     console.print(as_table(outcome))
     for check in outcome.checks:

@@ -15,9 +15,13 @@ from medusa_runtime.tree import Tree
 
 DESCRIPTION = "medusa.json"
 GRAPH = "model.onnx"
-# Derived from it, of the same weights: for one row, and for several.
+WEIGHTS = f"{GRAPH}.data"
+# Derived from the graph, of the same weights: for one row, and for several.
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 ONNXRUNTIME_BATCH_GRAPH = "model.onnxruntime.batch.onnx"
+# Beside a bundle's description, this one says that the folder holds a compiled engine in place of the graphs.
+ENGINE_DESCRIPTION = "engine.json"
+REEXPORT = "Export the bundle again."
 DTYPES = ("float32", "float16", "bfloat16")
 
 T = TypeVar("T")
@@ -157,7 +161,7 @@ class Bundle:
             raise BundleError(
                 f"{folder / DESCRIPTION} is not valid JSON ({error}). Export the bundle again."
             ) from error
-        reader = _Reader(data, folder / DESCRIPTION)
+        reader = JsonReader(data, folder / DESCRIPTION)
         version = reader.get("contract_version", int)
         if version > CONTRACT_VERSION:
             raise BundleError(
@@ -169,14 +173,15 @@ class Bundle:
         return bundle
 
 
-class _Reader:
+class JsonReader:
     """Typed access to a JSON object; what is missing or of another type is a ``BundleError``."""
 
-    def __init__(self, data: object, where: object) -> None:
+    def __init__(self, data: object, where: object, remedy: str = REEXPORT) -> None:
         if not isinstance(data, dict):
             raise BundleError(f"{where} must hold a JSON object, but holds {type(data).__name__}.")
         self.data: dict[str, Any] = data
         self.where = where
+        self.remedy = remedy
 
     def get(self, key: str, kind: type[T]) -> T:
         value = self.data.get(key)
@@ -184,15 +189,15 @@ class _Reader:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             got = "is missing" if key not in self.data else f"is {value!r}"
-            raise BundleError(f"In {self.where}, {key!r} {got}: expected {kind.__name__}. Export the bundle again.")
+            raise BundleError(f"In {self.where}, {key!r} {got}: expected {kind.__name__}. {self.remedy}")
         return value
 
-    def object(self, key: str) -> _Reader:
-        return _Reader(self.data.get(key), f"{self.where}: {key}")
+    def object(self, key: str) -> JsonReader:
+        return JsonReader(self.data.get(key), f"{self.where}: {key}", self.remedy)
 
     def list_of(self, key: str, kind: type[T]) -> list[T]:
         values = self.get(key, list)
-        return [_Reader({key: value}, self.where).get(key, kind) for value in values]
+        return [JsonReader({key: value}, self.where, self.remedy).get(key, kind) for value in values]
 
 
 def _read_description(folder: Path) -> str:
@@ -209,7 +214,7 @@ def _read_description(folder: Path) -> str:
         raise BundleError(f"{path} can't be read: {error}.") from error
 
 
-def _parse(reader: _Reader, folder: Path) -> Bundle:
+def _parse(reader: JsonReader, folder: Path) -> Bundle:
     model, tree, acceptance = reader.object("model"), reader.object("tree"), reader.object("acceptance")
     facts = ModelFacts(
         name=model.get("name", str),
@@ -238,10 +243,6 @@ def _parse(reader: _Reader, folder: Path) -> Bundle:
         raise BundleError(
             f"In {reader.where}, 'node_values' holds {len(node_values)} values for a tree of {parsed_tree.size} nodes."
         )
-    files = {}
-    for name in reader.get("files", dict):
-        part = _Reader(reader.data["files"][name], f"{reader.where}: files: {name}")
-        files[name] = FileFacts(part.get("size", int), part.get("sha256", str))
     bundle = Bundle(
         folder=folder,
         model=facts,
@@ -250,7 +251,7 @@ def _parse(reader: _Reader, folder: Path) -> Bundle:
         acceptance=Acceptance(acceptance.get("source", str), node_values),
         heads=heads,
         tree_name=tree.get("name", str),
-        files=files,
+        files=file_table(reader),
         producer=reader.get("producer", dict),
     )
     for key, expected in (("inputs", bundle.inputs), ("outputs", bundle.outputs)):
@@ -265,24 +266,52 @@ def _parse(reader: _Reader, folder: Path) -> Bundle:
 
 def _check_files(bundle: Bundle, check_digests: bool) -> None:
     if GRAPH not in bundle.files:
-        raise BundleError(f"{bundle.folder / DESCRIPTION} lists no {GRAPH}. Export the bundle again.")
-    root = bundle.folder.resolve()
-    for name, facts in bundle.files.items():
-        path = bundle.folder / name
+        raise BundleError(f"{bundle.folder / DESCRIPTION} lists no {GRAPH}. {REEXPORT}")
+    files = bundle.files
+    if (bundle.folder / ENGINE_DESCRIPTION).is_file():
+        files = {name: facts for name, facts in files.items() if name not in (GRAPH, WEIGHTS, ONNXRUNTIME_GRAPH)}
+    check_files(bundle.folder, files, DESCRIPTION, "bundle", check_digests=check_digests)
+
+
+def file_table(reader: JsonReader) -> dict[str, FileFacts]:
+    """The facts of files by name, from the entry ``files``."""
+    parts = {name: JsonReader(part, f"{reader.where}: files: {name}", reader.remedy)
+             for name, part in reader.get("files", dict).items()}  # fmt: skip
+    return {name: FileFacts(part.get("size", int), part.get("sha256", str)) for name, part in parts.items()}
+
+
+def check_files(
+    folder: Path, files: Mapping[str, FileFacts], description: str, noun: str, *, check_digests: bool
+) -> None:
+    """Holds the files in a folder against what a description says of them.
+
+    Args:
+        folder: The folder.
+        files: What they should be.
+        description: The name of the file that says so.
+        noun: What the folder is.
+        check_digests: Compare digests, not sizes alone.
+
+    Raises:
+        BundleError: A file is missing, altered, cut off or lies elsewhere.
+    """
+    root = folder.resolve()
+    for name, facts in files.items():
+        path = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise BundleError(f"The bundle {bundle.folder} lists the file {name!r}, which lies outside of it: refused.")
+            raise BundleError(f"The {noun} {folder} lists the file {name!r}, which lies outside of it: refused.")
         if not path.is_file():
-            raise BundleError(f"The bundle {bundle.folder} lacks its file {name}. Copy it whole, or export it again.")
+            raise BundleError(f"The {noun} {folder} lacks its file {name}. Copy it whole, or make it again.")
         if not path.resolve().is_relative_to(root):
-            raise BundleError(f"The file {name} of the bundle {bundle.folder} is a link that leads outside: refused.")
+            raise BundleError(f"The file {name} of the {noun} {folder} is a link that leads outside: refused.")
         size = path.stat().st_size
         if size != facts.size:
             raise BundleError(
-                f"{path} has {size} bytes, but {DESCRIPTION} says {facts.size}: it was altered or cut off. "
-                "Copy the bundle again, or export it again."
+                f"{path} has {size} bytes, but {description} says {facts.size}: it was altered or cut off. "
+                f"Copy the {noun} again, or make it again."
             )
         if check_digests and FileFacts.of(path).sha256 != facts.sha256:
             raise BundleError(
-                f"{path} does not match the digest in {DESCRIPTION}: it was altered. "
-                "Copy the bundle again, or export it again."
+                f"{path} does not match the digest in {description}: it was altered. "
+                f"Copy the {noun} again, or make it again."
             )

@@ -49,8 +49,9 @@ class MedusaEngine:
         """Opens a bundle.
 
         Args:
-            bundle: The folder that ``medusa-export onnx`` wrote.
-            backend: ``onnxruntime``, or ``auto`` for the best that is installed.
+            bundle: The folder that ``medusa-export onnx`` or ``medusa-export trt`` wrote.
+            backend: ``onnxruntime`` (on the CPU), ``onnxruntime-cuda``, the flavor of a compiled engine (``tensorrt``,
+                ``tensorrt-rtx``), or ``auto`` for the best that the folder and this machine have.
             threads: CPU threads of one step; all that this process may use if None.
             check_digests: Read all files to compare their digests.
 
@@ -59,7 +60,8 @@ class MedusaEngine:
             BackendError: The backend is unknown or not installed, or it can't load the graph.
         """
         checked = Bundle.load(bundle, check_digests=check_digests)
-        return cls(checked, open_backend(backend, checked, threads=threads), Tokenizer.load(checked.folder))
+        opened = open_backend(backend, checked, threads=threads, check_digests=check_digests)
+        return cls(checked, opened, Tokenizer.load(checked.folder))
 
     def generate(
         self,
@@ -131,12 +133,15 @@ class MedusaEngine:
         backend, depth, stats = self.backend, self.bundle.tree.max_depth, sequence.stats
         length = len(sequence.prompt_ids)
         # The last chunk is padded to the size of the tree: a step of S tokens drafts at most S - 1 deep.
-        widest = max(size, min(length, prefill_chunk))
-        backend.reserve(depth + length + sequence.max_new_tokens + depth + widest)
+        limit = min(prefill_chunk, backend.max_tokens or prefill_chunk)
+        last = (length - 1) % limit + 1
+        # The last step of the prompt, and the last one of all, which begins with two tokens less than there will be.
+        prefilled = length - last + max(last, size)
+        backend.reserve(depth + max(prefilled, length + sequence.max_new_tokens - 2 + size))
         started = time.perf_counter()
         while sequence.is_prefilling:
             self._check_turn(turn)
-            chunk = sequence.next_chunk(prefill_chunk)
+            chunk = sequence.next_chunk(limit)
             result = backend.step(max(len(chunk), size), {0: chunk})
             sequence.prefilled += len(chunk)
         stats.prefill_seconds = time.perf_counter() - started

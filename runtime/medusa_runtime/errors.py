@@ -26,6 +26,10 @@ class RequestError(MedusaError, ValueError):
     """A request that can't be served as it stands: empty, too long, or of the wrong kind."""
 
 
+class OutOfDeviceMemoryError(BackendError):
+    """A GPU has no memory for what a backend must hold."""
+
+
 class QueueFullError(MedusaError):
     """A service whose queue is full: try again later."""
 

@@ -42,11 +42,9 @@ class LatencyTable:
 
         def step(size: int, prompts: Mapping[int, Sequence[int]]) -> None:
             backend.step(size, prompts, range(rows))
-            for row in range(rows):  # steps may read the whole capacity: keep it small
-                backend.truncate(row, FILL)
 
         name = f"{backend.name}, {rows} of a batch"
-        return cls._kept(bundle, name, lambda: _measure(bundle, backend, step, rows=rows, growth=0))
+        return cls._kept(bundle, name, lambda: _measure(bundle, backend, step, rows=rows))
 
     @classmethod
     def _kept(cls, bundle: Bundle, name: str, measure: Callable[[], dict[str, float]]) -> LatencyTable:
@@ -96,7 +94,6 @@ def _measure(
     step: Callable[[int, Mapping[int, Sequence[int]]], object],
     *,
     rows: int,
-    growth: int = 1,
 ) -> dict[str, float]:
     """Median seconds of a step, sizes interleaved so that a busy moment hits them all alike.
 
@@ -105,18 +102,17 @@ def _measure(
         backend: Whose rows are measured; the first ``rows`` are empty afterwards.
         step: Runs a step of these rows.
         rows: How many.
-        growth: Whether a step's tokens stay in the cache: 1 or 0.
     """
     sizes = [size for size in candidate_sizes(bundle.tree.size) if size == 1 or rows == 1 or size * rows <= MOST_TOKENS]
     depth = bundle.tree.max_depth
-    steps = (WARM_UP + REPEATS) * len(sizes) * growth
-    backend.reserve(2 * depth + FILL + steps * (depth + 1) + bundle.tree.size)
-    for row in range(rows):
-        backend.reset(row)
-    prompt = [token % bundle.model.vocab_size for token in range(FILL)]
-    step(max(FILL, bundle.tree.size), dict.fromkeys(range(rows), prompt))
+    fill = min(FILL, backend.max_tokens or FILL)
+    backend.reserve(depth + fill + len(sizes) * (depth + 1) + bundle.tree.size)
+    prompt = [token % bundle.model.vocab_size for token in range(fill)]
     taken: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(WARM_UP + REPEATS):
+        for row in range(rows):
+            backend.reset(row)
+        step(max(fill, bundle.tree.size), dict.fromkeys(range(rows), prompt))
         for size in reversed(sizes):
             started = time.perf_counter()
             step(size, {})

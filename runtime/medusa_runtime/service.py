@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from medusa_runtime.backends import open_backend
+from medusa_runtime.backends import open_batch_backend
 from medusa_runtime.backends.base import BatchBackend
 from medusa_runtime.batch_runner import BatchRunner, TreeSize
 from medusa_runtime.bundle import Bundle
@@ -131,7 +131,7 @@ class MedusaService:
         checked = Bundle.load(bundle, check_digests=check_digests)
         return cls(
             checked,
-            open_backend(backend, checked, rows=rows, threads=threads),
+            open_batch_backend(backend, checked, rows=rows, threads=threads),
             Tokenizer.load(checked.folder),
             max_queue=max_queue,
             tree_size=tree_size,

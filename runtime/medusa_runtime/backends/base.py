@@ -46,6 +46,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of a prompt that a step takes (S); None for any number."""
+        ...
+
+    @property
     def drafts(self) -> NDArray[np.int64]:
         """The tree that each row verifies next, [rows, T]; whoever knows better may write other guesses here."""
         ...
@@ -109,10 +114,6 @@ class BatchBackend(Backend, Protocol):
 
     def shrink(self, capacity: int) -> None:
         """Gives back slots beyond so many, as far as it can; whoever calls it knows that no row needs them."""
-        ...
-
-    def truncate(self, row: int, length: int) -> None:
-        """Forgets all entries of a row but the first ``length``; it has to prefill next."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:

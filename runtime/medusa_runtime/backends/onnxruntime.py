@@ -44,6 +44,9 @@ def import_onnxruntime() -> Any:
 class OnnxRuntimeBackend:
     """Runs a bundle with ONNX Runtime on the CPU.
 
+    Attributes:
+        provider: The execution provider, as ONNX Runtime calls it.
+
     Args:
         bundle: What to run.
         rows: Sequences held at a time.
@@ -51,6 +54,8 @@ class OnnxRuntimeBackend:
         graph: The graph to run, by path or as bytes; if None the derived one for so many rows, or the bundle's own.
         extra_outputs: Outputs beyond the contract that a graph has, kept for ``extra_output``.
     """
+
+    provider = "CPUExecutionProvider"
 
     def __init__(
         self,
@@ -74,22 +79,22 @@ class OnnxRuntimeBackend:
         self._bundle = bundle
         self._rows = rows
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._session = _open_session(ort, bundle, graph, self._threads)
+        self._session = _open_session(ort, bundle, graph, self._threads, self.provider)
         self._dtype = np.dtype(bundle.dtype)
         self._capacity = 0
         # [2L, rows, N, C, d], the caches in the order of the contract.
         self._caches: NDArray[Any] = np.zeros((0,), self._dtype)
-        self._bound: list[_Bound] = []
+        self._bound: list[Bound] = []
         depth = bundle.tree.max_depth
         self._num_tokens = self._bind("num_tokens", np.zeros(rows, np.int64))
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
         # A step reads these before it writes them, so each is its own successor.
-        self._lengths = self._bind("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
+        self._lengths = self._bind_state("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
         self._pending: NDArray[Any] | None = None
         if any(value.name == "pending_kv" for value in self._session.get_inputs()):
             shape = next(spec.shape for spec in bundle.inputs if spec.name == "pending_kv")
             pending = np.zeros((rows, *map(int, shape[1:])), self._dtype)
-            self._pending = self._bind("pending_kv", pending, output="next_pending_kv")
+            self._pending = self._bind_state("pending_kv", pending, output="next_pending_kv")
         self._path: NDArray[np.int64] | None = None
         if any(value.name == "accepted_path" for value in self._session.get_outputs()):
             self._path = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="accepted_path")
@@ -106,8 +111,12 @@ class OnnxRuntimeBackend:
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
         """Makes an array, [rows, …], the memory of an input and, or, an output."""
-        self._bound.append(_Bound(name, array, output))
+        self._bound.append(Bound(name, array, output))
         return array
+
+    def _bind_state(self, name: str, array: NDArray[Any], *, output: str) -> NDArray[Any]:
+        """Binds what one step leaves for the next, where the provider keeps it."""
+        return self._bind(name, array, output=output)
 
     @property
     def name(self) -> str:
@@ -120,6 +129,10 @@ class OnnxRuntimeBackend:
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -163,9 +176,6 @@ class OnnxRuntimeBackend:
 
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
-
-    def truncate(self, row: int, length: int) -> None:
-        self.copy(row, row, length)
 
     def copy(self, source: int, target: int, length: int) -> None:
         if length == 0:
@@ -244,12 +254,13 @@ class OnnxRuntimeBackend:
         """The bindings for a step of neighbouring rows."""
         window = self._windows.get(rows)
         if window is None:
-            caches = [
-                _Bound(cache_name("past", index), cache, cache_name("present", index))
-                for index, cache in enumerate(self._caches)
-            ]
+            caches = [self._bound_cache(index, cache) for index, cache in enumerate(self._caches)]
             window = self._windows[rows] = _Window(self._ort, self._session, [*self._bound, *caches], rows)
         return window
+
+    def _bound_cache(self, index: int, cache: NDArray[Any]) -> Bound:
+        """A cache, where the provider keeps it."""
+        return Bound(cache_name("past", index), cache, cache_name("present", index))
 
     def close(self) -> None:
         self._caches = np.zeros((0,), self._dtype)
@@ -259,12 +270,20 @@ class OnnxRuntimeBackend:
 
 
 @dataclass(frozen=True)
-class _Bound:
-    """An array, [rows, …], whose memory is an input, an output, or both."""
+class Bound:
+    """An array, [rows, …], whose memory is an input, an output, or both.
+
+    Attributes:
+        input: The input's name.
+        array: The array.
+        output: The output's name.
+        on_device: What is bound in its place, for all rows, if a device keeps it.
+    """
 
     input: str | None
     array: NDArray[Any]
     output: str | None
+    on_device: Any = None
 
 
 class _Window:
@@ -275,14 +294,14 @@ class _Window:
         outputs: Names of its outputs, in order.
     """
 
-    def __init__(self, ort: Any, session: Any, bound: Sequence[_Bound], rows: range) -> None:
+    def __init__(self, ort: Any, session: Any, bound: Sequence[Bound], rows: range) -> None:
         self._ort = ort
         self._rows = rows
         self._input_ids: dict[int, Any] = {}
         self.binding = session.io_binding()
         self.outputs: list[str] = []
         for item in bound:
-            value = self._value(item.array)
+            value = self._value(item.array) if item.on_device is None else item.on_device
             if item.input is not None:
                 self.binding.bind_ortvalue_input(item.input, value)
             if item.output is not None:
@@ -299,15 +318,19 @@ class _Window:
         return self._input_ids[size]
 
 
-def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int) -> Any:
+def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, provider: str) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
     )
     try:
-        return ort.InferenceSession(
-            graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"]
-        )
+        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=[provider])
     except Exception as error:  # its exceptions share no base of their own
         raise BackendError(f"ONNX Runtime {ort.__version__} can't load {bundle.graph}: {error}") from error
+    if provider not in session.get_providers():  # it goes on without one that it can't start
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} could not start {provider}: check that the NVIDIA driver, CUDA and cuDNN "
+            "are of the versions that it needs."
+        )
+    return session

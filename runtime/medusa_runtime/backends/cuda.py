@@ -1,0 +1,257 @@
+"""The few calls of the CUDA runtime that a backend needs, through NVIDIA's ``cuda-bindings``.
+
+Every failure is a ``BackendError`` with the error's name, its description and what was being done.
+Addresses, streams and events are integers here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
+
+_REMEDIES = {
+    "cudaErrorInsufficientDriver": "Install an NVIDIA driver, or a newer one, that knows this CUDA version.",
+    "cudaErrorNoDevice": "This machine has no NVIDIA GPU that CUDA sees: check nvidia-smi and CUDA_VISIBLE_DEVICES.",
+    "cudaErrorDevicesUnavailable": "Another process holds the GPU exclusively: end it, or choose another GPU.",
+}
+
+
+def import_cudart() -> Any:
+    """The module ``cuda.bindings.runtime``.
+
+    Raises:
+        BackendError: It is not installed.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise BackendError(
+            f"cuda-bindings can't be imported ({error}). Install it with: pip install 'medusa-export[tensorrt-rtx]' "
+            "(or [tensorrt])."
+        ) from error
+    return runtime
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    Attributes:
+        name: As its vendor calls it.
+        architecture: Such as sm89.
+    """
+
+    name: str
+    architecture: str
+
+
+class Cuda:
+    """The CUDA runtime on the current device.
+
+    Args:
+        runtime: The module.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+
+    @classmethod
+    def open(cls) -> Cuda:
+        """The runtime, once it has found a GPU.
+
+        Raises:
+            BackendError: There is none, or the driver is missing or too old.
+        """
+        cuda = cls(import_cudart())
+        count = cuda.call("looking for a GPU", "cudaGetDeviceCount")
+        if not count:
+            raise BackendError(f"There is no GPU here. {_REMEDIES['cudaErrorNoDevice']}")
+        return cuda
+
+    def call(self, doing: str, name: str, *arguments: Any) -> Any:
+        """Calls a function of the runtime.
+
+        Args:
+            doing: For the message of a failure: what the call is part of, with shapes.
+            name: The function.
+            arguments: Its arguments.
+
+        Raises:
+            OutOfDeviceMemoryError: The device has no memory for it.
+            BackendError: It failed otherwise.
+        """
+        code, *results = getattr(self._runtime, name)(*arguments)
+        if int(code) != 0:
+            raise self._error(code, doing, name)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def constant(self, name: str) -> Any:
+        """A constant or an enumeration of the runtime."""
+        return getattr(self._runtime, name)
+
+    def _error(self, code: Any, doing: str, function: str) -> BackendError:
+        kind = OutOfDeviceMemoryError if code.name == "cudaErrorMemoryAllocation" else BackendError
+        remedy = _REMEDIES.get(code.name, "")
+        return kind(f"CUDA failed while {doing}: {function} gave {code.name} ({int(code)}). {remedy}".strip())
+
+    @property
+    def device(self) -> Device:
+        """The current device."""
+        index = self.call("asking for the GPU", "cudaGetDevice")
+        facts = self.call("asking for the GPU's properties", "cudaGetDeviceProperties", index)
+        return Device(facts.name.partition(b"\0")[0].decode(), f"sm{facts.major}{facts.minor}")
+
+    def allocate(self, size: int, doing: str) -> int:
+        """The address of ``size`` bytes of device memory."""
+        return int(self.call(doing, "cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        """Gives device memory back."""
+        self.call("freeing device memory", "cudaFree", address)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """A zeroed array in page-locked host memory, which the device copies to and from without the host's help.
+
+        ``unpin`` gives it back.
+        """
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        address = int(self.call(f"allocating {size} bytes of pinned memory", "cudaMallocHost", size))
+        array: NDArray[Any] = _array_at(address, size).view(dtype).reshape(shape)
+        array[...] = 0
+        return array
+
+    def unpin(self, array: NDArray[Any]) -> None:
+        """Gives back what ``pinned`` gave."""
+        self.call("freeing pinned memory", "cudaFreeHost", array.ctypes.data)
+
+
+class Stream:
+    """A queue of work on the device: what is put in runs in order, while the host goes on.
+
+    Args:
+        cuda: The runtime.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._stream = cuda.call("making a stream", "cudaStreamCreateWithFlags", cuda.constant("cudaStreamNonBlocking"))
+        kinds = cuda.constant("cudaMemcpyKind")
+        self._to_device, self._to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self._within = kinds.cudaMemcpyDeviceToDevice
+
+    @property
+    def handle(self) -> int:
+        """The stream as an integer."""
+        return int(self._stream)
+
+    def upload(self, target: int, source: NDArray[Any], doing: str) -> None:
+        """Copies a contiguous pinned array to the device."""
+        arguments = (target, source.ctypes.data, source.nbytes, self._to_device, self._stream)
+        self._cuda.call(doing, "cudaMemcpyAsync", *arguments)
+
+    def download(self, target: NDArray[Any], source: int, doing: str) -> None:
+        """Copies from the device to a contiguous pinned array."""
+        arguments = (target.ctypes.data, source, target.nbytes, self._to_host, self._stream)
+        self._cuda.call(doing, "cudaMemcpyAsync", *arguments)
+
+    def copy(self, target: int, source: int, size: int, doing: str) -> None:
+        """Copies ``size`` bytes within the device."""
+        self._cuda.call(doing, "cudaMemcpyAsync", target, source, size, self._within, self._stream)
+
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int, doing: str
+    ) -> None:
+        """Copies ``rows`` pieces of ``width`` bytes within the device; pitches are the bytes from row to row."""
+        arguments = (target, target_pitch, source, source_pitch, width, rows, self._within, self._stream)
+        self._cuda.call(doing, "cudaMemcpy2DAsync", *arguments)
+
+    def zero(self, target: int, size: int, doing: str) -> None:
+        """Sets device memory to zero."""
+        self._cuda.call(doing, "cudaMemsetAsync", target, 0, size, self._stream)
+
+    def synchronize(self, doing: str) -> None:
+        """Waits until all work is done."""
+        self._cuda.call(doing, "cudaStreamSynchronize", self._stream)
+
+    def event(self) -> Event:
+        """An event to be recorded here."""
+        return Event(self._cuda, self._stream)
+
+    def capture(self, work: Callable[[], None], doing: str) -> Graph:
+        """Records what ``work`` puts into the stream, without running it.
+
+        Raises:
+            BackendError: Something in it can't be captured.
+        """
+        mode = self._cuda.constant("cudaStreamCaptureMode").cudaStreamCaptureModeThreadLocal
+        self._cuda.call(doing, "cudaStreamBeginCapture", self._stream, mode)
+        try:
+            work()
+        except BaseException:
+            self._abandon_capture()
+            raise
+        graph = self._cuda.call(doing, "cudaStreamEndCapture", self._stream)
+        try:
+            return Graph(self._cuda, self._cuda.call(doing, "cudaGraphInstantiate", graph, 0), self._stream)
+        finally:
+            self._cuda.call(doing, "cudaGraphDestroy", graph)
+
+    def _abandon_capture(self) -> None:
+        """Ends a capture that failed, so that the stream works again; what it holds is of no use."""
+        with contextlib.suppress(BackendError):
+            graph = self._cuda.call("ending a capture that failed", "cudaStreamEndCapture", self._stream)
+            if graph is not None and int(graph):
+                self._cuda.call("ending a capture that failed", "cudaGraphDestroy", graph)
+
+    def close(self) -> None:
+        """Gives the stream back."""
+        self._cuda.call("closing a stream", "cudaStreamDestroy", self._stream)
+
+
+class Event:
+    """A mark in a stream that the host can wait for; made by ``Stream.event``."""
+
+    def __init__(self, cuda: Cuda, stream: Any) -> None:
+        self._cuda, self._stream = cuda, stream
+        flags = cuda.constant("cudaEventDisableTiming")
+        self._event = cuda.call("making an event", "cudaEventCreateWithFlags", flags)
+
+    def record(self, doing: str) -> None:
+        """Marks where the stream stands."""
+        self._cuda.call(doing, "cudaEventRecord", self._event, self._stream)
+
+    def wait(self, doing: str) -> None:
+        """Has the host wait until the stream has passed the mark."""
+        self._cuda.call(doing, "cudaEventSynchronize", self._event)
+
+    def close(self) -> None:
+        """Gives the event back."""
+        self._cuda.call("closing an event", "cudaEventDestroy", self._event)
+
+
+class Graph:
+    """Captured work, ready to run again and again; made by ``Stream.capture``."""
+
+    def __init__(self, cuda: Cuda, graph: Any, stream: Any) -> None:
+        self._cuda, self._graph, self._stream = cuda, graph, stream
+
+    def launch(self, doing: str) -> None:
+        """Puts all of it into the stream."""
+        self._cuda.call(doing, "cudaGraphLaunch", self._graph, self._stream)
+
+    def close(self) -> None:
+        """Gives the graph back."""
+        self._cuda.call("closing a graph", "cudaGraphExecDestroy", self._graph)
+
+
+def _array_at(address: int, size: int) -> NDArray[np.uint8]:
+    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (size,))

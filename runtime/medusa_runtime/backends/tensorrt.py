@@ -1,0 +1,404 @@
+"""The TensorRT backend: the state of all rows stays on the GPU, and a step is one launch.
+
+Caches, pending entries, lengths and drafted trees live in device memory that is bound once. Each tree size has an
+execution context of its own; its second step is captured as a CUDA graph, which all later ones replay. What a step
+gives for the next is copied to where that one reads it, as part of the same launch. The host reads back ``tokens``
+and ``count`` alone, and may submit the next step before it does so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.cuda import Cuda, Event, Graph, Stream
+from medusa_runtime.backends.tensorrt_loading import LoadedEngine, fixed_shape, load_engine
+from medusa_runtime.bundle import Bundle
+from medusa_runtime.compiled import REBUILD, CompiledEngine
+from medusa_runtime.contract import TensorSpec, cache_name
+from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
+from medusa_runtime.tensorrt_library import TensorRTLibrary, import_tensorrt
+
+ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+IN_FLIGHT = 2  # steps that may be submitted and not yet collected
+_ID = np.dtype(np.int64)
+# Outputs that the next step reads, and where it does.
+_CARRIED = {"next_cache_lengths": "cache_lengths", "next_pending_kv": "pending_kv"}
+
+
+@dataclass
+class _Decoder:
+    """What runs decoding steps of one size.
+
+    Attributes:
+        context: The execution context, bound.
+        warm: Whether it has run, which a capture needs.
+        graph: The captured step, once there is one.
+    """
+
+    context: Any
+    warm: bool = False
+    graph: Graph | None = None
+
+
+@dataclass
+class _Slot:
+    """Where a step's results arrive in host memory."""
+
+    results: NDArray[np.uint8]
+    result: StepResult
+    done: Event
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """A step under way: where its results arrive, and the rows that prefill with how many tokens."""
+
+    slot: _Slot
+    size: int
+    added: Mapping[int, int]
+
+
+class TensorRTBackend:
+    """Runs a compiled engine.
+
+    Args:
+        bundle: The bundle that the engine was built from, as the engine's folder describes it.
+        description: The engine.
+        rows: Sequences held at a time.
+        library: The TensorRT to run it; the engine's flavor if None.
+        cuda: The CUDA runtime; NVIDIA's if None.
+
+    Raises:
+        BackendError: The engine can't run here; the message says why, and how to rebuild it.
+
+    Attributes:
+        uncaptured: Tree sizes whose steps are launched one by one, with TensorRT's or CUDA's words for why.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        description: CompiledEngine,
+        *,
+        rows: int = 1,
+        library: TensorRTLibrary | None = None,
+        cuda: Cuda | None = None,
+    ) -> None:
+        limits = description.limits
+        if not 1 <= rows <= limits.max_batch:
+            raise BackendError(
+                f"The engine in {description.folder} holds 1 to {limits.max_batch} sequences, not {rows}. Build it "
+                f"again with --max-batch {rows}."
+            )
+        library = library or import_tensorrt(description.flavor)
+        self._cuda = cuda or Cuda.open()
+        self._bundle, self._rows, self._limits = bundle, rows, limits
+        self._loaded: LoadedEngine | None = load_engine(bundle, description, library, self._cuda)
+        self._name = f"{description.flavor} {library.version}, {self._loaded.device.name}"
+        self._stream = Stream(self._cuda)
+        self._specs = {spec.name: spec for spec in (*bundle.inputs, *bundle.outputs)}
+        self._blocks: list[int] = []  # device memory, to be freed
+        self._pinned: list[NDArray[Any]] = []
+        self._address: dict[str, int] = {}
+        self._scratch_size = self._loaded.scratch_size
+        self._scratch = 0
+        self._slots: list[_Slot] = []
+        self._submitted: list[_Submitted] = []
+        self._next_slot = 0
+        self._lengths = np.zeros(rows, np.int64)  # exact once all steps are collected
+        self._drafts_shown = False
+        self._all_decode = False  # whether the flags on the device say so
+        self.uncaptured: dict[int, str] = {}
+        self._decoders: dict[int, _Decoder] = {}
+        self._prefiller: Any = None
+        try:
+            self._allocate()
+        except OutOfDeviceMemoryError as error:
+            self.close()  # what there was room for
+            size = sum(map(self._size, self._specs.values())) + self._scratch_size
+            raise OutOfDeviceMemoryError(
+                f"{self._name} has no memory for {rows} sequences of {limits.capacity} tokens ({size / 2**20:,.0f} MiB "
+                f"with caches): take fewer rows, or build again with a smaller --max-seq-len. {error}"
+            ) from error
+
+    def _size(self, spec: TensorSpec, rows: int | None = None) -> int:
+        """Bytes of a tensor at this backend's rows."""
+        sizes = {"batch": rows or self._rows, "capacity": self._limits.capacity, "sequence": self._limits.max_prefill}
+        itemsize = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
+        return int(np.prod(fixed_shape(spec, sizes))) * itemsize
+
+    def _allocate(self) -> None:
+        """All memory of this backend: one block for each tensor, and the results side by side."""
+        present = {cache_name("present", i) for i in range(2 * self._bundle.model.num_layers)}
+        for name, spec in self._specs.items():
+            if name not in present and name not in ("tokens", "count"):
+                self._address[name] = self._block(name, self._size(spec))
+        for index in range(len(present)):
+            self._address[cache_name("present", index)] = self._address[cache_name("past", index)]
+        tokens_size = self._size(self._specs["tokens"])
+        self._count_at = -(-tokens_size // ALIGNMENT) * ALIGNMENT
+        results_size = self._count_at + self._size(self._specs["count"])
+        self._address["tokens"] = self._block("the results of a step", results_size)
+        self._address["count"] = self._address["tokens"] + self._count_at
+        self._scratch = self._block("the scratch memory of a step", max(self._scratch_size, ALIGNMENT))
+
+        rows, tree = self._rows, self._bundle.tree
+        self._ids = self._pin((rows, self._limits.max_prefill), _ID)
+        self._num_tokens = self._pin((rows,), _ID)
+        self._is_prefill = self._pin((rows,), np.bool_)
+        self._drafts = self._pin((rows, tree.size), _ID)
+        for _ in range(IN_FLIGHT):
+            results = self._pin((results_size,), np.uint8)
+            tokens = results[:tokens_size].view(_ID).reshape(rows, tree.max_depth + 1)
+            result = StepResult(tokens, results[self._count_at :].view(_ID))
+            self._slots.append(_Slot(results, result, self._stream.event()))
+
+    def _block(self, name: str, size: int) -> int:
+        doing = f"allocating {size:,} bytes for {name}"
+        address = self._cuda.allocate(size, doing)
+        self._blocks.append(address)
+        self._stream.zero(address, size, doing)  # slots that no token has reached must hold numbers
+        return address
+
+    def _pin(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        self._pinned.append(self._cuda.pinned(shape, dtype))
+        return self._pinned[-1]
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
+    def capacity(self) -> int:
+        return self._limits.capacity
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self._limits.max_prefill
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Committed entries per row, [rows]; waits for the steps under way."""
+        self._settle()
+        return self._lengths
+
+    @property
+    def drafts(self) -> NDArray[np.int64]:
+        """As of the last step, fetched from the device; what stands here then is what the next step verifies."""
+        if not self._drafts_shown:
+            doing = "fetching the drafted trees"
+            self._stream.download(self._drafts, self._address["next_input_ids"], doing)
+            self._stream.synchronize(doing)
+            self._drafts_shown = True
+        return self._drafts
+
+    def reserve(self, capacity: int) -> None:
+        if capacity > self._limits.capacity:
+            raise BackendError(
+                f"The engine's caches have {self._limits.capacity} slots per sequence, but this takes {capacity}. Ask "
+                f"for less, or build the engine with --max-seq-len {capacity}."
+            )
+
+    def reset(self, row: int) -> None:
+        self._settle()
+        self._lengths[row] = 0
+        address = self._address["cache_lengths"] + row * _ID.itemsize
+        self._stream.zero(address, _ID.itemsize, f"resetting row {row}")
+
+    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+        self._settle()
+        self.submit(size, prompts)
+        return self.collect()
+
+    def submit(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> None:
+        """Puts a step into the device's queue, as ``step`` does, without waiting for it.
+
+        Two steps may be under way; the results of each are to be collected in turn.
+
+        Raises:
+            BackendError: The step is too large, there are two already, or it can't be launched.
+        """
+        prompts = prompts or {}
+        self._check_step(size, prompts)
+        if self._drafts_shown:
+            self._stream.upload(self._address["next_input_ids"], self._drafts, "storing the drafted trees")
+            self._drafts_shown = False
+        doing = f"running a step of {size} tokens over {self._rows} rows"
+        if prompts:
+            self._prefill(size, prompts, doing)
+        else:
+            self._decode(size, doing)
+        slot = self._slots[self._next_slot]
+        self._next_slot = (self._next_slot + 1) % IN_FLIGHT
+        self._stream.download(slot.results, self._address["tokens"], doing)
+        slot.done.record(doing)
+        self._submitted.append(_Submitted(slot, size, {row: len(prompt) for row, prompt in prompts.items()}))
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest step that was submitted, and gives what it emitted.
+
+        The arrays are valid until as many steps more are submitted as may be under way.
+
+        Raises:
+            BackendError: None was submitted, or the device failed.
+        """
+        if not self._submitted:
+            raise BackendError("No step was submitted that could be collected.")
+        step = self._submitted.pop(0)
+        step.slot.done.wait(f"waiting for a step of {step.size} tokens over {self._rows} rows")
+        for row in range(self._rows):
+            self._lengths[row] += step.added.get(row, int(step.slot.result.count[row]))
+        return step.slot.result
+
+    def _settle(self) -> None:
+        """Takes note of what steps under way commit."""
+        while self._submitted:
+            self.collect()
+
+    def _check_step(self, size: int, prompts: Mapping[int, Sequence[int]]) -> None:
+        if self._loaded is None:
+            raise BackendError("This backend is closed: load the engine again.")
+        if len(self._submitted) == IN_FLIGHT:
+            raise BackendError(f"{IN_FLIGHT} steps are under way: collect one before submitting the next.")
+        tree, depth = self._bundle.tree.size, self._bundle.tree.max_depth
+        limit = self._limits.max_prefill if prompts else tree
+        if not 1 <= size <= limit:
+            what = "prefills up to" if prompts else "verifies up to"
+            raise BackendError(
+                f"A step of {size} tokens is not for this engine, which {what} {limit} at a time. "
+                f"Take smaller ones{', or build it with a larger --max-prefill' if prompts else ''}."
+            )
+        # A block written past the end would land in another sequence's cache: TensorRT doesn't check.
+        longest = self._lengths.copy()
+        for step in self._submitted:
+            for row in range(self._rows):
+                longest[row] += step.added.get(row, min(step.size, depth + 1))
+        if depth + int(longest.max()) + size > self._limits.capacity:
+            raise BackendError(
+                f"A step of {size} tokens after {int(longest.max())} doesn't fit into caches of "
+                f"{self._limits.capacity} slots. {REBUILD.removesuffix('.')} and a larger --max-seq-len."
+            )
+
+    def _decode(self, size: int, doing: str) -> None:
+        if not self._all_decode:
+            self._set_flags(np.full(self._rows, size), np.zeros(self._rows, np.bool_), doing)
+            self._all_decode = True
+        decoder = self._decoders.get(size)
+        if decoder is None:
+            decoder = self._decoders[size] = _Decoder(self._context(0, size, eager=True))
+        if decoder.graph is None and decoder.warm and size not in self.uncaptured:
+            decoder.graph = self._capture(decoder, size, doing)
+        if decoder.graph is not None:
+            decoder.graph.launch(doing)
+            return
+        self._decode_once(decoder, size, doing)
+        decoder.warm = True
+
+    def _decode_once(self, decoder: _Decoder, size: int, doing: str) -> None:
+        """The first ``size`` nodes of each drafted tree, through the engine."""
+        width, pitch = size * _ID.itemsize, self._bundle.tree.size * _ID.itemsize
+        ids, drafts = self._address["input_ids"], self._address["next_input_ids"]
+        self._stream.copy_rows(ids, width, drafts, pitch, width, self._rows, doing)
+        self._execute(decoder.context, doing)
+
+    def _capture(self, decoder: _Decoder, size: int, doing: str) -> Graph | None:
+        """The step as a graph, or None, with the reason noted, where it can't be captured."""
+        assert self._loaded is not None
+        able = getattr(decoder.context, "is_stream_capturable", lambda _: True)
+        if not able(self._stream.handle):
+            self.uncaptured[size] = f"not capturable: {self._loaded.words()}"
+            return None
+        try:
+            return self._stream.capture(lambda: self._decode_once(decoder, size, doing), f"capturing, {doing}")
+        except BackendError as error:
+            self.uncaptured[size] = str(error)
+            return None
+
+    def _prefill(self, size: int, prompts: Mapping[int, Sequence[int]], doing: str) -> None:
+        """Rows in ``prompts`` take their chunk, all others their drafted tree."""
+        self._stream.synchronize(doing)  # until then the device may still read what is written next
+        ids = self._ids.reshape(-1)[: self._rows * size].reshape(self._rows, size)
+        ids[:] = 0
+        for row, prompt in prompts.items():
+            ids[row, : len(prompt)] = prompt
+        decodes = np.array([row not in prompts for row in range(self._rows)])
+        valid = np.array([len(prompts.get(row, range(size))) for row in range(self._rows)])
+        self._set_flags(valid, ~decodes, doing)
+        self._all_decode = False
+        self._stream.upload(self._address["input_ids"], ids, doing)
+        tree = self._bundle.tree.size * _ID.itemsize
+        for row in np.flatnonzero(decodes).tolist():
+            target = self._address["input_ids"] + row * size * _ID.itemsize
+            source = self._address["next_input_ids"] + row * tree
+            self._stream.copy(target, source, min(size * _ID.itemsize, tree), doing)
+        if self._prefiller is None:
+            self._prefiller = self._context(1, size, eager=False)
+        self._set_input_shape(self._prefiller, "input_ids", (self._rows, size), doing)
+        self._execute(self._prefiller, doing)
+
+    def _set_flags(self, num_tokens: NDArray[np.int64], is_prefill: NDArray[np.bool_], doing: str) -> None:
+        self._stream.synchronize(doing)
+        self._num_tokens[:], self._is_prefill[:] = num_tokens, is_prefill
+        self._stream.upload(self._address["num_tokens"], self._num_tokens, doing)
+        self._stream.upload(self._address["is_prefill"], self._is_prefill, doing)
+
+    def _execute(self, context: Any, doing: str) -> None:
+        """One enqueue, and its state to where the next step reads it."""
+        assert self._loaded is not None
+        if not context.execute_async_v3(self._stream.handle):
+            raise BackendError(f"TensorRT failed while {doing}: {self._loaded.words()}")
+        for source, target in _CARRIED.items():
+            if source in self._address:
+                size = self._size(self._specs[target])
+                self._stream.copy(self._address[target], self._address[source], size, doing)
+
+    def _context(self, profile: int, size: int, *, eager: bool) -> Any:
+        """An execution context for steps of a size, with everything bound."""
+        assert self._loaded is not None
+        doing = f"preparing steps of {size} tokens over {self._rows} rows"
+        context = self._loaded.new_context(eager=eager)
+        if not context.set_optimization_profile_async(profile, self._stream.handle):
+            raise BackendError(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
+        sizes = {"batch": self._rows, "sequence": size, "capacity": self._limits.capacity}
+        for spec in self._bundle.inputs:
+            self._set_input_shape(context, spec.name, fixed_shape(spec, sizes), doing)
+        for name, address in self._address.items():
+            if not context.set_tensor_address(name, address):
+                raise BackendError(f"TensorRT failed while {doing}, at the address of {name}: {self._loaded.words()}")
+        context.set_device_memory(self._scratch, self._scratch_size)
+        self._stream.synchronize(doing)
+        return context
+
+    def _set_input_shape(self, context: Any, name: str, shape: tuple[int, ...], doing: str) -> None:
+        assert self._loaded is not None
+        if not context.set_input_shape(name, shape):
+            raise BackendError(f"TensorRT refused {list(shape)} for {name} while {doing}: {self._loaded.words()}")
+
+    def close(self) -> None:
+        if self._loaded is None:
+            return
+        self._stream.synchronize("closing the backend")
+        for decoder in self._decoders.values():
+            if decoder.graph is not None:
+                decoder.graph.close()
+        self._decoders.clear()
+        self._loaded.kernels.save()
+        self._prefiller = self._loaded = None
+        for slot in self._slots:
+            slot.done.close()
+        for address in self._blocks:
+            self._cuda.free(address)
+        for array in self._pinned:
+            self._cuda.unpin(array)
+        self._blocks, self._pinned, self._slots, self._submitted = [], [], [], []
+        self._stream.close()

@@ -1,0 +1,208 @@
+"""A compiled engine: the folder that ``medusa-export trt`` writes, described by its ``engine.json``.
+
+Beside the engine lie ``medusa.json`` and the tokenizer of the bundle that it was built from, so that the folder is
+all that a service needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medusa_runtime.bundle import (
+    DESCRIPTION,
+    ENGINE_DESCRIPTION,
+    Bundle,
+    FileFacts,
+    JsonReader,
+    check_files,
+    file_table,
+)
+from medusa_runtime.contract import CONTRACT_VERSION
+from medusa_runtime.errors import BundleError
+
+ENGINE = "model.engine"
+REBUILD = "Build it again with 'medusa-export trt'."
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine was built to hold.
+
+    Attributes:
+        max_batch: Rows.
+        capacity: C, the slots per row of its caches.
+        max_prefill: S of the longest chunk of a prompt.
+    """
+
+    max_batch: int
+    capacity: int
+    max_prefill: int
+
+    def longest_sequence(self, tree_size: int, tree_depth: int) -> int:
+        """Tokens of prompt and answer for which a tree of this size finds room to the end.
+
+        The last step begins with at most two tokens less in the cache (docs/contract.md: Slots).
+        """
+        return self.capacity - tree_depth - tree_size + 2
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A range of shapes that the engine was optimised for: least, usual, most.
+
+    Attributes:
+        name: ``decode`` or ``prefill``.
+        batch: Of B.
+        sequence: Of S.
+    """
+
+    name: str
+    batch: tuple[int, int, int]
+    sequence: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CompiledEngine:
+    """An engine's description, and where it lies.
+
+    Attributes:
+        folder: The folder.
+        flavor: Which TensorRT built it.
+        version: Of that library.
+        targets: GPU architectures that it runs on, such as sm89; the one of the GPU that it was built on otherwise.
+        bundle_sha256: The digest of the bundle's ``medusa.json``, which holds those of all its files.
+        limits: What it holds.
+        profiles: In the order of the engine's optimisation profiles.
+        layers: Layers of the parsed network by type.
+        opt_level: The builder's optimisation level.
+        build_seconds: How long the builder took.
+        files: Digests of the files in the folder.
+    """
+
+    folder: Path
+    flavor: str
+    version: str
+    targets: tuple[str, ...]
+    bundle_sha256: str
+    limits: EngineLimits
+    profiles: tuple[Profile, ...]
+    layers: Mapping[str, int] = field(default_factory=dict)
+    opt_level: int = 0
+    build_seconds: float = 0.0
+    files: Mapping[str, FileFacts] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Path:
+        """The serialised engine."""
+        return self.folder / ENGINE
+
+    @property
+    def backend_name(self) -> str:
+        """What it needs, for people."""
+        return f"{self.flavor} {self.version} on {' or '.join(self.targets)}"
+
+    def to_json(self, bundle: Bundle) -> str:
+        """The text of ``engine.json``; ``bundle`` is what the engine was built from."""
+        data = {
+            "contract_version": CONTRACT_VERSION,
+            "flavor": self.flavor,
+            "version": self.version,
+            "targets": self.targets,
+            "limits": asdict(self.limits),
+            "longest_sequence": self.limits.longest_sequence(bundle.tree.size, bundle.tree.max_depth),
+            "profiles": [asdict(profile) for profile in self.profiles],
+            "bundle": {
+                "sha256": self.bundle_sha256,
+                "files": {name: facts.sha256 for name, facts in sorted(bundle.files.items())},
+            },
+            "network_layers": {"total": sum(self.layers.values()), **self.layers},
+            "opt_level": self.opt_level,
+            "build_seconds": round(self.build_seconds, 2),
+            "files": {name: asdict(facts) for name, facts in sorted(self.files.items())},
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, folder: str | Path, *, check_digests: bool = True) -> CompiledEngine:
+        """Reads and checks the description of an engine, its files and that it is of the bundle beside it.
+
+        Args:
+            folder: Where ``engine.json`` lies.
+            check_digests: Compare every file with its digest, not its size alone.
+
+        Raises:
+            BundleError: Something is missing, altered or cut off; of another bundle or contract.
+        """
+        folder = Path(folder)
+        reader = _read(folder / ENGINE_DESCRIPTION)
+        version = reader.get("contract_version", int)
+        if version != CONTRACT_VERSION:
+            raise BundleError(
+                f"The engine {folder} follows contract version {version}, but this runtime serves version "
+                f"{CONTRACT_VERSION}. {REBUILD}"
+            )
+        limits = reader.object("limits")
+        engine = cls(
+            folder=folder,
+            flavor=reader.get("flavor", str),
+            version=reader.get("version", str),
+            targets=tuple(reader.list_of("targets", str)),
+            bundle_sha256=reader.object("bundle").get("sha256", str),
+            limits=EngineLimits(
+                limits.get("max_batch", int), limits.get("capacity", int), limits.get("max_prefill", int)
+            ),
+            profiles=tuple(_profile(JsonReader(part, reader.where, REBUILD)) for part in reader.get("profiles", list)),
+            layers={name: count for name, count in reader.get("network_layers", dict).items() if name != "total"},
+            opt_level=reader.get("opt_level", int),
+            build_seconds=reader.get("build_seconds", float),
+            files=file_table(reader),
+        )
+        for name in (ENGINE, DESCRIPTION):
+            if name not in engine.files:
+                raise BundleError(f"{reader.where} lists no {name}. {REBUILD}")
+        check_files(folder, engine.files, ENGINE_DESCRIPTION, "engine", check_digests=check_digests)
+        if FileFacts.of(folder / DESCRIPTION).sha256 != engine.bundle_sha256:
+            raise BundleError(
+                f"The engine in {folder} was built from another bundle than its {DESCRIPTION} describes. {REBUILD}"
+            )
+        return engine
+
+
+def _read(path: Path) -> JsonReader:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} can't be read: {error}. {REBUILD}") from error
+    return JsonReader(data, path, REBUILD)
+
+
+def _profile(reader: JsonReader) -> Profile:
+    def ends(key: str) -> tuple[int, int, int]:
+        values: Any = reader.list_of(key, int)
+        if len(values) != 3:
+            raise BundleError(f"In {reader.where}, a profile's {key!r} is {values}: expected three sizes. {REBUILD}")
+        return values[0], values[1], values[2]
+
+    return Profile(reader.get("name", str), ends("batch"), ends("sequence"))
+
+
+def is_engine(folder: Path) -> bool:
+    """Whether a folder holds a compiled engine rather than a bundle."""
+    return (folder / ENGINE_DESCRIPTION).is_file()
+
+
+def require_bundle(folder: Path) -> None:
+    """Refuses a folder that holds a compiled engine, where the graph itself is needed.
+
+    Raises:
+        BundleError: It does.
+    """
+    if is_engine(folder):
+        raise BundleError(
+            f"{folder} holds an engine, which has no graph: give the bundle that it was built from "
+            "('medusa-export onnx' wrote it)."
+        )

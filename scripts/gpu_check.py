@@ -1,0 +1,196 @@
+"""Try each backend on the GPU of this machine.
+
+Does it run, does it agree with PyTorch, how fast is it?
+
+Run by ``gpu_check.sh``. A backend that can't be run is recorded with the words of its refusal.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medusa_export.files import write_text
+from medusa_export.reference import load_reference, prompt_ids
+from medusa_export.trt_build import BuildOptions, choose_limits, write_engine
+from medusa_export.verify import verify_backend
+from medusa_runtime import Bundle, MedusaEngine, MedusaError
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.cuda import Cuda
+from medusa_runtime.backends.tensorrt import TensorRTBackend
+from medusa_runtime.tensorrt_library import import_tensorrt
+
+BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "torch", "transformers")
+PROMPTS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a short story about a clockmaker.",
+    "List the planets of the solar system with one fact about each.",
+    "Translate to French: The weather is lovely today.",
+)
+TOKENS, WARM_UP, REPEATS = 128, 5, 30
+
+
+def main() -> int:
+    """Reports on a bundle; the exit code is 3 if no backend ran, and 1 if one ran and was wrong."""
+    bundle, model, heads, target = Bundle.load(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
+    report: dict[str, Any] = {"machine": machine(), "bundle": bundle.model.name, "backends": {}}
+    step = load_reference(bundle, model, heads)
+    prompts = prompt_ids(bundle, PROMPTS, chosen=True)
+    for name in BACKENDS:
+        print(f"{name} …", file=sys.stderr)
+        try:
+            report["backends"][name] = check(name, bundle, step, prompts, target)
+        except MedusaError as error:
+            report["backends"][name] = {"refused": str(error)}
+    report["transformers"] = transformers_speed(step.model, prompts)
+    write_text(target / "gpu_check.json", json.dumps(report, indent=1) + "\n")
+    write_text(target / "gpu_check.md", as_markdown(report))
+    print((target / "gpu_check.md").read_text(encoding="utf-8"))
+    ran = [facts for facts in report["backends"].values() if "refused" not in facts]
+    return 3 if not ran else int(not all(facts["agrees"] for facts in ran))
+
+
+def machine() -> dict[str, Any]:
+    """The GPU, if there is one, and the versions that matter."""
+    facts: dict[str, Any] = {"python": platform.python_version(), "versions": {}}
+    for package in PACKAGES:
+        try:
+            facts["versions"][package] = version(package)
+        except PackageNotFoundError:
+            facts["versions"][package] = None
+    try:
+        cuda = Cuda.open()
+        facts["gpu"], facts["architecture"] = cuda.device.name, cuda.device.architecture
+        facts["driver"] = cuda.call("asking for the driver's version", "cudaDriverGetVersion")
+    except MedusaError as error:
+        facts["gpu"] = None
+        facts["refused"] = str(error)
+    return facts
+
+
+def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target: Path) -> dict[str, Any]:
+    """One backend: parity, then step times, then speed."""
+    folder, facts = bundle.folder, {}
+    if name.startswith("tensorrt"):
+        folder = target / f"{name}-engine"
+        limits = choose_limits(bundle, max_batch=4, max_seq_len=2048)
+        engine = write_engine(import_tensorrt(name), bundle, BuildOptions(limits), folder, replace_existing=True)
+        facts |= {"build_seconds": engine.build_seconds, "network_layers": sum(engine.layers.values())}
+    outcome = verify_backend(Bundle.load(folder, check_digests=False), name, step, prompts)
+    if outcome.not_run is not None:
+        return {"refused": outcome.not_run}
+    notes = [f"{part.name}: {note}" for part in outcome.checks for note in part.notes]
+    facts |= {"agrees": outcome.passed, "compared": sum(part.compared for part in outcome.checks), "notes": notes}
+    with MedusaEngine.load(folder, name, check_digests=False) as opened:
+        facts |= {"name": opened.backend.name, "step_ms": step_times(opened.backend, bundle, prompts[0])}
+        if isinstance(opened.backend, TensorRTBackend):
+            facts["uncaptured"] = opened.backend.uncaptured
+            facts["host_gap_ms"] = host_gap(opened.backend, prompts[0])
+        plain = speed(opened, prompts, 1)
+        facts["tokens_per_second"] = {"tree size 1": plain, "auto": speed(opened, prompts, "auto")}
+        facts["tree_size"] = opened.generate(prompts[0], max_new_tokens=2).stats.tree_size
+    return facts
+
+
+def step_times(backend: Backend, bundle: Bundle, prompt: list[int]) -> dict[int, float]:
+    """Median milliseconds of a step by tree size."""
+    times = {}
+    for size in (size for size in SIZES if size <= bundle.tree.size):
+        backend.reserve(bundle.tree.max_depth + len(prompt) + size + (WARM_UP + REPEATS) * (bundle.tree.max_depth + 1))
+        backend.reset(0)
+        backend.step(max(len(prompt), size), {0: prompt})
+        taken = []
+        for _ in range(WARM_UP + REPEATS):
+            started = time.perf_counter()
+            backend.step(size)
+            taken.append(time.perf_counter() - started)
+        times[size] = 1000 * statistics.median(taken[WARM_UP:])
+    return times
+
+
+def host_gap(backend: TensorRTBackend, prompt: list[int]) -> float:
+    """Milliseconds of a plain step in which the device waits for the host: what submitting one step ahead saves."""
+    backend.reset(0)
+    backend.step(len(prompt), {0: prompt})
+    for _ in range(WARM_UP):
+        backend.step(1)
+    started = time.perf_counter()
+    for _ in range(REPEATS):
+        backend.step(1)
+    apart = time.perf_counter() - started
+    backend.submit(1)
+    started = time.perf_counter()
+    for _ in range(REPEATS):
+        backend.submit(1)
+        backend.collect()
+    ahead = time.perf_counter() - started
+    backend.collect()
+    return 1000 * (apart - ahead) / REPEATS
+
+
+def speed(engine: MedusaEngine, prompts: list[list[int]], tree_size: Any) -> float:
+    """Tokens per second of decoding, over all prompts."""
+    engine.generate(prompts[0], max_new_tokens=8, tree_size=tree_size)
+    stats = [engine.generate(prompt, max_new_tokens=TOKENS, tree_size=tree_size).stats for prompt in prompts]
+    return sum(each.completion_tokens - 1 for each in stats) / sum(each.decode_seconds for each in stats)
+
+
+def transformers_speed(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """The same prompts by transformers' ``generate``: in fp16 on a GPU that torch can use, else in fp32 on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.set_attn_implementation("sdpa")
+    model.to(device, torch.float16 if device == "cuda" else torch.float32)
+    tokens, seconds = 0, 0.0
+    for number, prompt in enumerate([prompts[0][:4], *prompts]):  # the first is to warm up
+        ids = torch.tensor([prompt], device=device)
+        started = time.perf_counter()
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS)
+        taken = time.perf_counter() - started
+        if number:
+            tokens, seconds = tokens + output.shape[1] - len(prompt), seconds + taken
+    return {"device": device, "tokens_per_second": tokens / seconds}
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    facts = report["machine"]
+    gpu = f"{facts['gpu']} ({facts['architecture']}), CUDA driver {facts['driver']}" if facts["gpu"] else "no GPU"
+    lines = [f"# GPU check: {gpu}", "", f"{report['bundle']}, fp16, greedy. Versions:", ""]
+    lines += [f"- {package} {number or 'not installed'}" for package, number in facts["versions"].items()]
+    reference = report["transformers"]
+    lines += [
+        "", "| backend | agrees with PyTorch | tokens/s, tree size 1 | tokens/s, auto (tree) | host gap, ms |",
+        "|---|---|---|---|---|",
+        f"| transformers, {reference['device']} | | {reference['tokens_per_second']:.1f} | | |",
+    ]  # fmt: skip
+    for name, found in report["backends"].items():
+        if "refused" in found:
+            lines.append(f"| {name} | not run | | | |")
+            continue
+        rates, gap = found["tokens_per_second"], found.get("host_gap_ms")
+        cells = ["yes" if found["agrees"] else "NO", f"{rates['tree size 1']:.1f}"]
+        cells += [f"{rates['auto']:.1f} ({found['tree_size']})", "" if gap is None else f"{gap:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, found in report["backends"].items():
+        lines += ["", f"## {name}", ""]
+        if "refused" in found:
+            lines.append(f"Refused: {found['refused']}")
+            continue
+        lines.append(", ".join(f"{size} nodes {ms:.2f} ms" for size, ms in found["step_ms"].items()))
+        lines += [f"- steps of {size} are not captured: {words}" for size, words in found.get("uncaptured", {}).items()]
+        lines += [f"- {note}" for note in found["notes"]]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything that this project can do on an NVIDIA GPU, tried and measured: writes gpu_check.json and gpu_check.md.
+# Usage: scripts/gpu_check.sh [FOLDER FOR THE REPORTS]     exit code 3 if nothing could be run here
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+
+model=$(scripts/smollm2.sh)
+heads=scripts/smollm2_heads
+bundle=.cache/gpu_check/bundle
+medusa-export onnx "$model" --heads $heads --calibration $heads/calibration.json --dtype fp16 -o "$bundle" --overwrite
+python scripts/gpu_check.py "$bundle" "$model" $heads "${1:-.cache/gpu_check}"

@@ -1,0 +1,66 @@
+"""The ONNX Runtime backend for GPUs: its own logic on ONNX Runtime's CPU, and how it is chosen."""
+
+from __future__ import annotations
+
+import onnxruntime
+import pytest
+
+from decoding import TREE, decode, greedy
+from medusa_runtime import BackendError, Bundle, MedusaEngine
+from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from tiny_models import tiny_model
+
+PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6))]
+
+
+class InHostMemory(OnnxRuntimeCudaBackend):
+    """The same code with its state where this machine has memory."""
+
+    provider, device = "CPUExecutionProvider", "cpu"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_tokens_are_those_of_transformers(tiny_bundle: Bundle, rows: int) -> None:
+    expected = [greedy(tiny_model("llama"), prompt, 40) for prompt in PROMPTS[:rows]]
+    backend = InHostMemory(tiny_bundle, rows=rows, threads=1)
+    for size, chunk, seed in ((9, 5, 0), (4, 64, None), (1, 5, None)):
+        result = decode(backend, TREE, PROMPTS[:rows], expected, size=size, chunk=chunk, count=40, seed=seed)
+        assert result.tokens == expected
+    backend.close()
+    assert backend.capacity == 0
+
+
+def test_growing_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
+    expected = greedy(tiny_model("llama"), PROMPTS[0], 100)
+    backend = InHostMemory(tiny_bundle, threads=1)
+    backend.reserve(40)
+    tokens = backend.step(13, {0: PROMPTS[0]}).tokens[0, :1].tolist()
+    while len(tokens) < 100:
+        backend.reserve(3 + 13 + len(tokens) + 9)
+        step = backend.step(9)
+        tokens += step.tokens[0, : step.count[0]].tolist()
+    assert tokens[:100] == expected
+    assert backend.capacity > 100
+    assert backend.lengths[0] == 13 + len(tokens) - 1
+    backend.reset(0)
+    assert backend.lengths[0] == 0
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")
+def test_a_missing_provider_is_named(tiny_bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider: install it .*\[gpu\]"):
+        open_backend("onnxruntime-cuda", tiny_bundle)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it may well start")
+def test_auto_falls_back_with_a_note(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider that is listed but can't be started, as with a driver that is too old."""
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    with pytest.warns(RuntimeWarning, match=r"Running on the CPU instead of a GPU\. .*CUDAExecutionProvider"):
+        engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
+    assert "CPU" in engine.backend.name
+    assert list(engine.generate(PROMPTS[0], max_new_tokens=8).token_ids) == greedy(tiny_model("llama"), PROMPTS[0], 8)
+    with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+        MedusaEngine.load(tiny_bundle.folder, "onnxruntime-cuda")
