@@ -67,6 +67,8 @@ def test_a_right_bundle_passes(tiny_bundle: Bundle, step: MedusaStep) -> None:
         "model.onnx: integers of a step",
         "model.onnxruntime.onnx: logits",
         "model.onnxruntime.onnx: integers of a step",
+        "model.onnxruntime.batch.onnx: logits",
+        "model.onnxruntime.batch.onnx: integers of a step",
         "tokens, tree size 1",
         "tokens, tree size 5",
         "tokens, tree size 9",
