@@ -245,14 +245,20 @@ class EngineBuilder:
                 if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index):
                     raise build_error(self.log.errors, ())
         if options.timing_cache is not None:
-            known = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
-            cache = config.create_timing_cache(known)
-            if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-                raise EngineBuildError(
-                    f"The timing cache {options.timing_cache} can't be used",
-                    remedy="It is of another TensorRT or GPU, or altered: delete it, or give another file.",
-                )
+            self._use_timing_cache(config, options.timing_cache)
         return config
+
+    def _use_timing_cache(self, config: Any, path: Path) -> None:
+        try:
+            known = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise EngineBuildError(f"The timing cache {path} can't be read: {error}.") from error
+        cache = config.create_timing_cache(known)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise EngineBuildError(
+                f"The timing cache {path} can't be used: {' '.join(self.log.errors)}",
+                remedy="If it is of another TensorRT or GPU, or altered, delete it, or give another file.",
+            )
 
     def _add_profile(self, config: Any, profile: Profile) -> None:
         shapes = self._builder.create_optimization_profile()

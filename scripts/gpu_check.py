@@ -52,11 +52,11 @@ def main() -> int:
             report["backends"][name] = check(name, bundle, step, prompts, target)
         except MedusaError as error:
             report["backends"][name] = {"refused": str(error)}
-    report["transformers"] = transformers_speed(step.model, prompts)
+    ran = [facts for facts in report["backends"].values() if "refused" not in facts]
+    report["transformers"] = transformers_speed(step.model, prompts) if ran else None
     write_text(target / "gpu_check.json", json.dumps(report, indent=1) + "\n")
     write_text(target / "gpu_check.md", as_markdown(report))
     print((target / "gpu_check.md").read_text(encoding="utf-8"))
-    ran = [facts for facts in report["backends"].values() if "refused" not in facts]
     return 3 if not ran else int(not all(facts["agrees"] for facts in ran))
 
 
@@ -167,12 +167,13 @@ def as_markdown(report: dict[str, Any]) -> str:
     gpu = f"{facts['gpu']} ({facts['architecture']}), CUDA driver {facts['driver']}" if facts["gpu"] else "no GPU"
     lines = [f"# GPU check: {gpu}", "", f"{report['bundle']}, fp16, greedy. Versions:", ""]
     lines += [f"- {package} {number or 'not installed'}" for package, number in facts["versions"].items()]
-    reference = report["transformers"]
     lines += [
         "", "| backend | agrees with PyTorch | tokens/s, tree size 1 | tokens/s, auto (tree) | host gap, ms |",
         "|---|---|---|---|---|",
-        f"| transformers, {reference['device']} | | {reference['tokens_per_second']:.1f} | | |",
     ]  # fmt: skip
+    reference = report["transformers"]
+    if reference is not None:
+        lines.append(f"| transformers, {reference['device']} | | {reference['tokens_per_second']:.1f} | | |")
     for name, found in report["backends"].items():
         if "refused" in found:
             lines.append(f"| {name} | not run | | | |")

@@ -1,0 +1,56 @@
+"""The script that reports on a GPU, on what there is without one: ONNX Runtime's CPU, and the stand-in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decoding import guessing_heads, make_step
+from medusa_runtime import Bundle
+from medusa_runtime.compiled import CompiledEngine
+from test_tensorrt_backend import PROMPTS, Machine
+from tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> Any:
+    path = Path(__file__).parents[1] / "scripts/gpu_check.py"
+    spec = importlib.util.spec_from_file_location("gpu_check", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_report(gpu_check: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "TOKENS", 16)
+    model = tiny_model("llama")
+    step = make_step(model, guessing_heads(model))
+    found = gpu_check.check("onnxruntime", tiny_bundle, step, PROMPTS * 2, tmp_path)
+    assert found["agrees"] and found["compared"] > 100
+    assert list(found["step_ms"]) == [1, 2, 4, 8]
+    assert min(found["tokens_per_second"].values()) > 0
+    report = {
+        "machine": gpu_check.machine(),
+        "bundle": "tiny",
+        "backends": {"onnxruntime": found, "tensorrt": {"refused": "no GPU at all"}},
+        "transformers": gpu_check.transformers_speed(model, PROMPTS),
+    }
+    text = gpu_check.as_markdown(json.loads(json.dumps(report)))
+    assert "| onnxruntime | yes |" in text
+    assert "Refused: no GPU at all" in text
+    assert "- torch 2" in text
+
+
+def test_the_host_gap_is_taken_from_steps_submitted_ahead(
+    gpu_check: Any, tiny_bundle: Bundle, tiny_engine: CompiledEngine
+) -> None:
+    machine = Machine(tiny_bundle, tiny_engine)
+    backend = machine.backend()
+    assert isinstance(gpu_check.host_gap(backend, PROMPTS[0]), float)
+    assert len(machine.trt.executed) == 1 + gpu_check.WARM_UP + 2 * gpu_check.REPEATS + 1
+    backend.close()
