@@ -199,26 +199,30 @@ def spell_out_rms_norms(model: ir.Model) -> int:
         wide = add("Cast", [source], to=int(ir.DataType.FLOAT)) if half else source
         mean = add("ReduceMean", [add("Mul", [wide, wide]), axes], keepdims=1)
         normed = add("Div", [wide, add("Sqrt", [add("Add", [mean, added])])])
-        add("Mul", [add("Cast", [normed], to=int(source.dtype)) if half else normed, weight])
+        normed = add("Cast", [normed], to=int(source.dtype)) if half else normed
+        normed.type, normed.shape = source.type, source.shape
+        add("Mul", [normed, weight])
         replace(norm.outputs[0], nodes)
         count += 1
     return count
 
 
 def broadcast_weights(model: ir.Model) -> int:
-    """Weights get the rank of what they are multiplied with, so that the parser need not reshape them: [1, 1, H]."""
+    """Weights get the rank of what they are multiplied with, so that the parser need not reshape them: [1, 1, H].
+
+    One that is used with values of several ranks gets the lowest of them; more would change the shape of results.
+    """
     count = 0
-    for node in model.graph:
-        if node.op_type not in ("MatMul", "Mul", "Add"):
+    for value in list(model.graph.initializers.values()):
+        uses = [use.node for use in value.uses()]
+        kinds = {node.op_type for node in uses}
+        matrix = kinds == {"MatMul"} and len(value.shape or ()) >= 2
+        if not uses or not (matrix or kinds <= {"Mul", "Add"}):
             continue
-        for value, other in ((node.inputs[1], node.inputs[0]), (node.inputs[0], node.inputs[1])):
-            if value is None or other is None or not value.is_initializer() or other.is_initializer():
-                continue
-            rank = len(node.outputs[0].shape or other.shape or ())
-            if node.op_type == "MatMul" and len(value.shape or ()) < 2:
-                continue
-            if all(use.node.op_type == node.op_type for use in value.uses()) and _raise_rank(value, rank):
-                count += 1
+        others = [other for node in uses for other in node.inputs if other is not value and other is not None]
+        ranks = [len(other.shape) for other in others if other.shape is not None]
+        if ranks and len(ranks) == len(others) and _raise_rank(value, min(ranks)):
+            count += 1
     return count
 
 

@@ -69,6 +69,8 @@ def build_error(errors: Sequence[str], nodes: Iterable[str]) -> EngineBuildError
 
 
 def _clean(text: str) -> str:
-    """One line, without the places in TensorRT's source."""
+    """One line, without the places in TensorRT's source, nor the missing driver if there is more to say."""
+    lines = text.splitlines()
+    text = "\n".join([line for line in lines if not re.search(NO_DRIVER, line)] or lines)
     text = re.sub(r"\[\w+\.cpp::\w+::\d+\]\s*|\s*In \w+ at \S+\.cpp:\d+", " ", text)
     return re.sub(r"\s+", " ", text).strip()
