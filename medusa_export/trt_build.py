@@ -21,7 +21,7 @@ from medusa_export.files import atomic_folder, check_target, write_bytes
 from medusa_export.tensorrt_rewrites import graph_for_tensorrt
 from medusa_export.trt_messages import NO_DRIVER, build_error, parser_error
 from medusa_runtime.backends.cuda import Cuda
-from medusa_runtime.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle, FileFacts
+from medusa_runtime.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS, Bundle, FileFacts
 from medusa_runtime.compiled import ENGINE, CompiledEngine, EngineLimits, Profile
 from medusa_runtime.contract import TensorSpec, cache_name
 from medusa_runtime.errors import BackendError
@@ -438,7 +438,7 @@ def write_engine(
     try:
         with atomic_folder(target) as folder:
             (folder / ENGINE).write_bytes(built.data)
-            carried = [DESCRIPTION, *(name for name in bundle.files if name not in (GRAPH, WEIGHTS, ONNXRUNTIME_GRAPH))]
+            carried = [DESCRIPTION, *(name for name in bundle.files if name not in (*GRAPHS, WEIGHTS))]
             for name in carried:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(bundle.folder / name, folder / name)

@@ -30,7 +30,7 @@ from medusa_export.oracle import oracle_tree
 from medusa_export.step import MedusaStep
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
+from medusa_runtime.bundle import GRAPHS, Bundle
 from medusa_runtime.compiled import CompiledEngine, is_engine
 from medusa_runtime.engine import MedusaEngine
 from medusa_runtime.errors import BackendError
@@ -244,7 +244,7 @@ def _check_same(bundle: Bundle, step: MedusaStep) -> None:
 
 
 def _graphs(bundle: Bundle) -> list[str]:
-    return [name for name in (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH) if name in bundle.files]
+    return [name for name in GRAPHS if name in bundle.files]
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:

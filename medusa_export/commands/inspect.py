@@ -23,20 +23,14 @@ def command(bundle: Path, as_json: bool) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        from medusa_runtime.bundle import (
-            ENGINE_DESCRIPTION,
-            GRAPH,
-            ONNXRUNTIME_BATCH_GRAPH,
-            ONNXRUNTIME_GRAPH,
-            Bundle,
-        )
+        from medusa_runtime.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
         from medusa_runtime.compiled import CompiledEngine, is_engine
 
     opened = Bundle.load(bundle, check_digests=False)
     engine = CompiledEngine.load(bundle, check_digests=False) if is_engine(bundle) else None
     ops = {
         name: Counter(node.op_type for node in onnx.load(bundle / name, load_external_data=False).graph.node)
-        for name in (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
+        for name in GRAPHS
         if name in opened.files and engine is None
     }
     if as_json:

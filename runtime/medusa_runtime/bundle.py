@@ -19,6 +19,7 @@ WEIGHTS = f"{GRAPH}.data"
 # Derived from the graph, of the same weights: for one row, and for several.
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 ONNXRUNTIME_BATCH_GRAPH = "model.onnxruntime.batch.onnx"
+GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
 # Beside a bundle's description, this one says that the folder holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
 REEXPORT = "Export the bundle again."
