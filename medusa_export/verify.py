@@ -30,7 +30,7 @@ from medusa_export.oracle import oracle_tree
 from medusa_export.step import MedusaStep
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.bundle import GRAPHS, Bundle
+from medusa_runtime.bundle import GRAPH, GRAPHS, Bundle
 from medusa_runtime.compiled import CompiledEngine, is_engine
 from medusa_runtime.engine import MedusaEngine
 from medusa_runtime.errors import BackendError

@@ -270,7 +270,7 @@ def _check_files(bundle: Bundle, check_digests: bool) -> None:
         raise BundleError(f"{bundle.folder / DESCRIPTION} lists no {GRAPH}. {REEXPORT}")
     files = bundle.files
     if (bundle.folder / ENGINE_DESCRIPTION).is_file():
-        files = {name: facts for name, facts in files.items() if name not in (GRAPH, WEIGHTS, ONNXRUNTIME_GRAPH)}
+        files = {name: facts for name, facts in files.items() if name not in (*GRAPHS, WEIGHTS)}
     check_files(bundle.folder, files, DESCRIPTION, "bundle", check_digests=check_digests)
 
 
