@@ -169,6 +169,8 @@ class MedusaService:
             max_new_tokens=options.get("max_new_tokens", 128),
             stop=options.get("stop", ()),
             stop_token_ids=options.get("stop_token_ids", ()),
+            sampling=options.get("sampling"),
+            logprobs=options.get("logprobs", False),
         )
         now = self._clock()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
@@ -321,6 +323,7 @@ class MedusaService:
             job.admitted = self._clock()
             job.sequence.stats.queue_seconds = job.admitted - job.submitted
             self._backend.copy(admission.source, row, admission.shared)
+            self._backend.assign(row, job.sequence.draws)
 
     def _prefill(self) -> None:
         """Takes in one chunk of one prompt."""
@@ -336,7 +339,7 @@ class MedusaService:
             if not job.sequence.is_prefilling:
                 job.first_token = self._clock()
                 job.sequence.stats.prefill_seconds = job.first_token - job.admitted
-                self._deliver(job, [int(result.tokens[job.row, 0])])
+                self._deliver(job, *result.emitted(job.row, 1))
 
     def _decode(self) -> None:
         """Verifies the trees of all rows that decode; if that fails, of each by itself, to see whose fault it is."""
@@ -359,13 +362,13 @@ class MedusaService:
             result, size = self._runner.decode(rows)
             now = self._clock()
             for job, row in zip(jobs, rows, strict=True):
-                emitted = result.tokens[row, : result.count[row]].tolist()
+                emitted, logprobs = result.emitted(row)
                 stats = job.sequence.stats
                 stats.count_step(len(emitted))
                 stats.tree_size = size
                 stats.decode_seconds = now - job.first_token
                 tokens.append(len(emitted))
-                self._deliver(job, emitted)
+                self._deliver(job, emitted, logprobs)
 
     def _forget_free_rows(self) -> None:
         """Gives up what free rows hold, which may be what there is no room for."""
@@ -390,8 +393,8 @@ class MedusaService:
         yield tokens
         self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._clock() - started)
 
-    def _deliver(self, job: Job, emitted: Sequence[int]) -> None:
-        job.handle.put(job.sequence.accept(emitted))
+    def _deliver(self, job: Job, emitted: Sequence[int], logprobs: Sequence[float] | None) -> None:
+        job.handle.put(job.sequence.accept(emitted, logprobs))
         if job.sequence.finish_reason is not None:
             with self._changed:
                 self._end(job, job.sequence.result())

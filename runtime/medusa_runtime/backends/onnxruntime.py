@@ -21,6 +21,7 @@ from medusa_runtime.backends.base import StepResult
 from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
+from medusa_runtime.sampling import Draws, SamplingRows
 
 # Caches grow in steps of this many slots, so that a longer request seldom moves them.
 CAPACITY_STEP = 64
@@ -90,6 +91,12 @@ class OnnxRuntimeBackend:
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
         # A step reads these before it writes them, so each is its own successor.
         self._lengths = self._bind_state("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
+        self._sampling = SamplingRows(rows) if bundle.sampling else None
+        self._logprobs: NDArray[np.float32] | None = None
+        if self._sampling is not None:
+            for name, array in self._sampling.inputs.items():
+                self._bind(name, array)
+            self._logprobs = self._bind(None, np.zeros((rows, depth + 1), np.float32), output="logprobs")
         self._pending: NDArray[Any] | None = None
         if any(value.name == "pending_kv" for value in self._session.get_inputs()):
             shape = next(spec.shape for spec in bundle.inputs if spec.name == "pending_kv")
@@ -103,10 +110,11 @@ class OnnxRuntimeBackend:
         self._drafts = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
         # What a row is besides its cache.
         self._state = [array for array in (self._lengths, self._drafts, self._pending) if array is not None]
-        self._result = StepResult(self._tokens, self._count)
+        self._result = StepResult(self._tokens, self._count, self._logprobs)
         self._extra_outputs = tuple(extra_outputs)
         self._extra: dict[str, Any] = {}
         self._input_ids: dict[int, NDArray[np.int64]] = {}
+        self._uniforms: dict[int, NDArray[np.float32]] = {}
         self._windows: dict[range, _Window] = {}
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
@@ -177,6 +185,12 @@ class OnnxRuntimeBackend:
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
+    def assign(self, row: int, draws: Draws | None) -> None:
+        if self._sampling is not None:
+            self._sampling.assign(row, draws)
+        elif draws is not None:
+            raise BackendError("This bundle was exported with --greedy-only: it can't sample.")
+
     def copy(self, source: int, target: int, length: int) -> None:
         if length == 0:
             self.reset(target)
@@ -199,9 +213,12 @@ class OnnxRuntimeBackend:
     ) -> StepResult:
         active = range(self._rows) if rows is None else sorted(rows)
         covered = range(active[0], active[-1] + 1)
-        self._write_inputs(size, prompts or {}, covered)
+        prompts = prompts or {}
+        self._write_inputs(size, prompts, covered)
         window = self._window(covered)
-        window.binding.bind_ortvalue_input("input_ids", window.input_ids(size, self._input_ids[size]))
+        window.bind("input_ids", self._input_ids[size])
+        if self._sampling is not None:
+            window.bind("uniforms", self._write_uniforms(self._sampling, size, prompts, active))
         for name in self._extra_outputs:  # of another shape in each step
             window.binding.bind_output(name)
         before = [array.copy() for array in self._state]
@@ -250,6 +267,14 @@ class OnnxRuntimeBackend:
             self._is_prefill[row] = prompt is not None
             self._num_tokens[row] = size if prompt is None else len(prompt)
 
+    def _write_uniforms(
+        self, sampling: SamplingRows, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
+    ) -> NDArray[np.float32]:
+        width = sampling.width(size, prompts, rows)
+        uniforms = self._uniforms.setdefault(width, np.zeros((self._rows, width), np.float32))
+        sampling.write(uniforms, self._lengths, {row: len(chunk) for row, chunk in prompts.items()})
+        return uniforms
+
     def _window(self, rows: range) -> _Window:
         """The bindings for a step of neighbouring rows."""
         window = self._windows.get(rows)
@@ -266,6 +291,7 @@ class OnnxRuntimeBackend:
         self._caches = np.zeros((0,), self._dtype)
         self._capacity = 0
         self._input_ids.clear()
+        self._uniforms.clear()
         self._windows.clear()
 
 
@@ -297,7 +323,7 @@ class _Window:
     def __init__(self, ort: Any, session: Any, bound: Sequence[Bound], rows: range) -> None:
         self._ort = ort
         self._rows = rows
-        self._input_ids: dict[int, Any] = {}
+        self._values: dict[tuple[str, int], Any] = {}
         self.binding = session.io_binding()
         self.outputs: list[str] = []
         for item in bound:
@@ -311,11 +337,12 @@ class _Window:
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array[self._rows.start : self._rows.stop])
 
-    def input_ids(self, size: int, array: NDArray[np.int64]) -> Any:
-        """The rows of an array of ids, [rows, size], the same one for each size."""
-        if size not in self._input_ids:
-            self._input_ids[size] = self._value(array)
-        return self._input_ids[size]
+    def bind(self, name: str, array: NDArray[Any]) -> None:
+        """Binds an input whose width changes from step to step: [rows, width], one array for each width."""
+        key = name, array.shape[1]
+        if key not in self._values:
+            self._values[key] = self._value(array)
+        self.binding.bind_ortvalue_input(name, self._values[key])
 
 
 def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, provider: str) -> Any:
@@ -325,7 +352,12 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
         "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
     )
     try:
-        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=[provider])
+        session = ort.InferenceSession(
+            graph if isinstance(graph, bytes) else str(graph),
+            options,
+            providers=[provider],
+            disabled_optimizers=["EliminateSlice"],  # there is none to eliminate, and it warns about the others
+        )
     except Exception as error:  # its exceptions share no base of their own
         raise BackendError(f"ONNX Runtime {ort.__version__} can't load {bundle.graph}: {error}") from error
     if provider not in session.get_providers():  # it goes on without one that it can't start
