@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from decoding import TREE, decode, export, greedy, guessing_heads, make_step
 from medusa_export.verify import verify_backend
-from medusa_runtime import BackendError, Bundle, MedusaEngine
+from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends import tensorrt as backend_module
 from medusa_runtime.backends.cuda import Cuda
@@ -199,6 +199,58 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
     assert not machine.cuda.streams
     assert not machine.cuda.graphs
     assert not machine.cuda.events
+
+
+def logged(backend: TensorRTBackend) -> list[str]:
+    """What is called of a backend from now on."""
+    log: list[str] = []
+    for name in ("submit", "collect", "reset"):
+        call = getattr(backend, name)
+        setattr(backend, name, lambda *given, call=call, name=name: (log.append(name), call(*given))[1])
+    return log
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_the_engine_submits_steps_ahead(machine: Machine, expected: list[list[int]], size: int) -> None:
+    """And none that the number of tokens asked for makes useless."""
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    for count in (1, 2, 5, 6, 40):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=count, tree_size=size)
+        assert list(result.token_ids) == expected[0][:count]
+        steps = log[log.index("reset") + 3 :]  # behind the prompt, a step that is waited for
+        assert steps.count("submit") == steps.count("collect") == result.stats.steps
+    assert steps[:5] == ["submit", "submit", "collect", "submit", "collect"]
+    assert steps[-2:] == ["submit", "collect"] or steps[-3:] == ["submit", "collect", "collect"]
+    assert backend.lengths[0] - len(PROMPTS[0]) < 40 + min(size, TREE.max_depth + 1)
+
+
+def test_a_step_ahead_of_a_stop_is_discarded(machine: Machine, expected: list[list[int]]) -> None:
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    stop = expected[0][7]
+    until = expected[0][: expected[0].index(stop) + 1]
+    for size in (1, 4, 9):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size, stop_token_ids=[stop])
+        assert list(result.token_ids) == until
+        assert result.finish_reason == "stop"
+        assert log.count("submit") == log.count("collect") + 1
+        # what comes next begins with an empty row
+        assert list(engine.generate(PROMPTS[1], max_new_tokens=20, tree_size=size).token_ids) == expected[1][:20]
+    stream = engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9)
+    next(stream), next(stream)  # left with a step under way
+    assert list(engine.generate(PROMPTS[2], max_new_tokens=20, tree_size=9).token_ids) == expected[2][:20]
+    ran = log.count("submit")
+    with pytest.raises(RequestError, match="begun another request"):
+        next(stream)
+    assert log.count("submit") == ran
+    engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9).__next__()
+    engine.close()
+    assert not machine.cuda.blocks
 
 
 def test_kernels_compiled_at_run_time_are_kept(
