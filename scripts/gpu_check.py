@@ -21,7 +21,7 @@ import torch
 from medusa_export.files import write_text
 from medusa_export.reference import load_reference, prompt_ids
 from medusa_export.trt_build import BuildOptions, choose_limits, write_engine
-from medusa_export.verify import verify_backend
+from medusa_export.verify_backend import verify_backend
 from medusa_runtime import Bundle, MedusaEngine, MedusaError
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.cuda import Cuda

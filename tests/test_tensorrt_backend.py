@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import TREE, decode, export, greedy, guessing_heads, make_step
-from medusa_export.verify import verify_backend
+from medusa_export.verify_backend import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends import tensorrt as backend_module
