@@ -76,6 +76,7 @@ class TensorRTBackend:
         rows: Sequences held at a time.
         library: The TensorRT to run it; the engine's flavor if None.
         cuda: The CUDA runtime; NVIDIA's if None.
+        capture: Whether steps are captured as CUDA graphs, which is what one wants but to measure what they bring.
 
     Raises:
         BackendError: The engine can't run here; the message says why, and how to rebuild it.
@@ -92,6 +93,7 @@ class TensorRTBackend:
         rows: int = 1,
         library: TensorRTLibrary | None = None,
         cuda: Cuda | None = None,
+        capture: bool = True,
     ) -> None:
         limits = description.limits
         if not 1 <= rows <= limits.max_batch:
@@ -101,7 +103,7 @@ class TensorRTBackend:
             )
         library = library or import_tensorrt(description.flavor)
         self._cuda = cuda or Cuda.open()
-        self._bundle, self._rows, self._limits = bundle, rows, limits
+        self._bundle, self._rows, self._limits, self._captures = bundle, rows, limits, capture
         self._loaded: LoadedEngine | None = load_engine(bundle, description, library, self._cuda)
         self._name = f"{description.flavor} {library.version}, {self._loaded.device.name}"
         self._stream = Stream(self._cuda)
@@ -349,7 +351,7 @@ class TensorRTBackend:
         decoder = self._decoders.get((size, width))
         if decoder is None:
             decoder = self._decoders[size, width] = _Decoder(self._context(0, size, width, eager=True))
-        if decoder.graph is None and decoder.warm and size not in self.uncaptured:
+        if self._captures and decoder.graph is None and decoder.warm and size not in self.uncaptured:
             decoder.graph = self._capture(decoder, size, doing)
         if decoder.graph is not None:
             decoder.graph.launch(doing)
