@@ -36,6 +36,7 @@ class cudaError_t(enum.IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorNoDevice = 100
     cudaErrorStreamCaptureUnsupported = 900
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from decoding import TREE, decode, export, greedy, guessing_heads, make_step
 from medusa_export.verify_backend import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
+from medusa_runtime.backends import cuda as cuda_module
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends import tensorrt as backend_module
 from medusa_runtime.backends.cuda import Cuda
@@ -291,6 +292,33 @@ def test_engines_that_are_not_for_this_machine(machine: Machine, spoil: Break, w
     spoil(machine)
     with pytest.raises(BackendError, match=words):
         machine.backend()
+
+
+def test_an_engine_that_tensorrt_can_not_read(tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path) -> None:
+    """Digests were not compared, or agree with a file that was cut off before it was written."""
+    folder = shutil.copytree(tiny_engine.folder, tmp_path / "engine")
+    (folder / "model.engine").write_bytes(b"")
+    machine = Machine(tiny_bundle, replace(tiny_engine, folder=folder))
+    with pytest.raises(BackendError, match=r"can't load .*model\.engine on a stand-in: .* Build it again"):
+        machine.backend()
+    assert not machine.cuda.blocks
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (cudaError_t.cudaErrorInsufficientDriver, "Install an NVIDIA driver, or a newer one"),
+        (cudaError_t.cudaErrorNoDevice, "check nvidia-smi and CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_driver_that_is_missing_or_too_old(
+    tiny_engine: CompiledEngine, monkeypatch: pytest.MonkeyPatch, code: cudaError_t, words: str
+) -> None:
+    cuda = StandInCuda()
+    monkeypatch.setattr(cuda_module, "import_cudart", lambda: cuda)
+    cuda.fail["cudaGetDeviceCount"] = code
+    with pytest.raises(BackendError, match=f"looking for a GPU: cudaGetDeviceCount gave {code.name} .*{words}"):
+        MedusaEngine.load(tiny_engine.folder)
 
 
 def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
