@@ -21,8 +21,7 @@ class StepResult:
     """What one step emitted.
 
     Attributes:
-        tokens: [rows, M + 1]; row b holds ``count[b]`` valid ones. The views are valid until the next step is run, or
-            submitted.
+        tokens: [rows, M + 1]; row b holds ``count[b]`` valid ones. The views are valid until the next step.
         count: [rows].
         logprobs: [rows, M + 1], log p of these tokens by the base model's own distribution, for rows that were
             assigned ``Draws``; None if the bundle is greedy only.
@@ -106,7 +105,10 @@ class Backend(Protocol):
 
 
 class AheadBackend(Backend, Protocol):
-    """A backend whose next step can be put into the device's queue before the last one has been looked at."""
+    """A backend whose next step can be put into the device's queue before the last one has been looked at.
+
+    ``step`` and ``reset`` wait for what is under way, and discard what it emits.
+    """
 
     def submit(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> None:
         """The first half of ``step``: puts a step behind those under way, without waiting for any.
@@ -119,7 +121,7 @@ class AheadBackend(Backend, Protocol):
         ...
 
     def collect(self) -> StepResult:
-        """The other half: waits for the oldest step under way, and gives what it emitted.
+        """The other half: waits for the oldest step under way, and gives what it emitted, until two more are submitted.
 
         Raises:
             BackendError: None is under way, or the device failed.
