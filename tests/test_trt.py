@@ -406,7 +406,7 @@ def test_smollm2_is_built_within_its_bounds(smollm2_gguf: str, tmp_path: Path) -
     for targets in (("sm80",), ("sm86", "sm89"), TARGETS):
         started = time.process_time()
         built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, targets)).build()
-        assert time.process_time() - started < 2 * 60  # on two cores, whatever else they are doing
+        assert time.process_time() - started < 2 * 60  # a minute of two cores, whatever else they are doing
         assert sum(built.layers.values()) < 3000
         # docs/gpu.md says what is in the 10.9 % that come on top of the weights
         assert built.data.nbytes < 1.11 * bundle.files["model.onnx.data"].size
