@@ -28,12 +28,9 @@ from medusa_export.eager import EagerBackend
 from medusa_export.errors import VerificationError
 from medusa_export.oracle import oracle_tree
 from medusa_export.step import MedusaStep
-from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import GRAPH, GRAPHS, Bundle
-from medusa_runtime.compiled import CompiledEngine, is_engine
 from medusa_runtime.engine import MedusaEngine
-from medusa_runtime.errors import BackendError
 
 Progress = Callable[[str], None]
 # A row that left its reference is compared no further, so each scenario is short and there are several.
@@ -90,7 +87,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of ``verify_bundle`` or ``verify_backend``.
+    """The outcome of ``verify_bundle`` or of ``verify_backend``.
 
     Attributes:
         checks: What was compared.
@@ -168,68 +165,34 @@ def verify_bundle(
         VerificationError: The bundle is of another model or tree than the step.
         BackendError: ONNX Runtime can't run the bundle.
     """
-    _check_same(bundle, step)
+    check_same(bundle, step)
     tolerances = tolerances or Tolerances.of(bundle.dtype)
-    sizes = sorted(set(tree_sizes or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
-    progress(f"answering {len(prompts)} prompts with transformers")
-    answered = [Prompt(list(ids), reference_tokens(step, ids, max_new_tokens)) for ids in prompts]
+    sizes = tree_sizes_of(bundle, tree_sizes)
+    answered = answered_prompts(step, prompts, max_new_tokens, progress)
     checks: list[Check] = []
     for graph in _graphs(bundle):
         progress(f"comparing steps of {graph}")
         checks += _graph_checks(bundle, step, graph, tolerances).run(answered, sizes, prefill_chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
-        checks += _generation_checks(engine, step, answered, sizes, prefill_chunks, tolerances, progress)
+        checks += generation_checks(engine, step, answered, sizes, prefill_chunks, tolerances, progress)
     return Verification(checks, tolerances)
 
 
-def verify_backend(
-    bundle: Bundle,
-    backend: str,
-    step: MedusaStep,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 32,
-    tree_sizes: Sequence[int] | None = None,
-    prefill_chunks: Sequence[int] = (512, 5),
-    tolerances: Tolerances | None = None,
-    progress: Progress = lambda _: None,
-) -> Verification:
-    """Holds a backend by name, with a bundle or a compiled engine, against PyTorch.
+def tree_sizes_of(bundle: Bundle, asked_for: Sequence[int] | None) -> list[int]:
+    """The sizes to decode with, each once; 1, a middle one and all if none were asked for."""
+    return sorted(set(asked_for or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
 
-    As ``verify_bundle``, but for logits, which a compiled engine keeps to itself.
 
-    Returns:
-        The outcome; ``not_run`` says why if the backend can't be opened on this machine.
-
-    Raises:
-        VerificationError: The bundle is of another model or tree than the step.
-        BackendError: The backend failed in a step.
-    """
-    _check_same(bundle, step)
-    tolerances = tolerances or Tolerances.of(bundle.dtype)
-    sizes = sorted(set(tree_sizes or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
-    progress(f"opening {backend}")
-    try:
-        opened = _open_two_rows(backend, bundle)
-    except BackendError as error:
-        return Verification([], tolerances, not_run=str(error))
-    chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
+def answered_prompts(
+    step: MedusaStep, prompts: Sequence[Sequence[int]], count: int, progress: Progress
+) -> list[Prompt]:
+    """Prompts with up to ``count`` tokens of transformers' each."""
     progress(f"answering {len(prompts)} prompts with transformers")
-    answered = [Prompt(list(ids), reference_tokens(step, ids, max_new_tokens)) for ids in prompts]
-    progress(f"comparing steps of {opened.name}")
-    checks = _StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
-    with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
-        checks += _generation_checks(engine, step, answered, sizes, chunks, tolerances, progress)
-    return Verification(checks, tolerances)
+    return [Prompt(list(ids), reference_tokens(step, ids, count)) for ids in prompts]
 
 
-def _open_two_rows(backend: str, bundle: Bundle) -> Any:
-    """A backend of two rows, or of one where an engine holds no more."""
-    rows = min(2, CompiledEngine.load(bundle.folder).limits.max_batch) if is_engine(bundle.folder) else 2
-    return open_backend(backend, bundle, rows=rows, check_digests=False)
-
-
-def _check_same(bundle: Bundle, step: MedusaStep) -> None:
+def check_same(bundle: Bundle, step: MedusaStep) -> None:
+    """Raises ``VerificationError`` unless a bundle and a step are of the same model and tree."""
     vocab_size = step.model.get_output_embeddings().weight.shape[0]
     for what, ours, theirs in (
         ("vocabulary", bundle.model.vocab_size, vocab_size),
@@ -302,17 +265,17 @@ class _Logits:
         }
 
 
-def _graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> _StepChecks:
+def _graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> StepChecks:
     """The checks of a bundle's graph in ONNX Runtime, logits included."""
     contract = graph == GRAPH
     # The derived graph keeps head logits to itself, in a branch; what they lead to is compared all the same.
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
     data = _with_outputs(bundle.folder / graph, extra)
     backend = OnnxRuntimeBackend(bundle, rows=2 if contract else 1, graph=data, extra_outputs=extra)
-    return _StepChecks(bundle, step, graph, backend, extra, tolerances)
+    return StepChecks(bundle, step, graph, backend, extra, tolerances)
 
 
-class _StepChecks:
+class StepChecks:
     """Runs a backend and the eager module side by side.
 
     Args:
@@ -452,7 +415,7 @@ def _margin(logits: torch.Tensor) -> float:
     return float((best[..., 0] - best[..., 1]).min())
 
 
-def _generation_checks(
+def generation_checks(
     engine: MedusaEngine,
     step: MedusaStep,
     prompts: Sequence[Prompt],

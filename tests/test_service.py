@@ -353,14 +353,14 @@ def test_a_failed_step_leaves_rows_as_they_were(tiny_bundle: Bundle) -> None:
     backend.reserve(64)
     backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
     backend.step(4)
-    before = [array.copy() for array in backend._state]
+    before = [array.copy() for array, _ in backend._carried]
     backend._caches, caches = backend._caches[:, :, :, :32], backend._caches  # not what is bound to it
     backend._windows.clear()
     with pytest.raises((BackendError, ValueError)):
         backend.step(40)
     backend._caches = caches
     backend._windows.clear()
-    assert all(np.array_equal(array, old) for array, old in zip(backend._state, before, strict=True))
+    assert all(np.array_equal(array, old) for (array, _), old in zip(backend._carried, before, strict=True))
 
 
 def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:

@@ -1,5 +1,8 @@
 """The ONNX Runtime backend: every buffer bound once, caches updated in place.
 
+What a step leaves for the next goes to memory of its own, and takes effect once the step has come to its end: one that
+fails leaves rows as they were, as what it wrote into their caches lies behind their committed entries.
+
 It runs the graph that was derived for ONNX Runtime where a bundle has one: there is one for a single row and one for
 several, as ``GroupQueryAttention`` takes several tokens of one sequence or one token of several. Both append new
 entries to the caches without carrying accepted ones over from step to step: they say which nodes they accepted, and
@@ -89,7 +92,7 @@ class OnnxRuntimeBackend:
         depth = bundle.tree.max_depth
         self._num_tokens = self._bind("num_tokens", np.zeros(rows, np.int64))
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
-        # A step reads these before it writes them, so each is its own successor.
+        self._carried: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._lengths = self._bind_state("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
         self._sampling = SamplingRows(rows) if bundle.sampling else None
         self._logprobs: NDArray[np.float32] | None = None
@@ -107,24 +110,26 @@ class OnnxRuntimeBackend:
             self._path = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="accepted_path")
         self._tokens = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="tokens")
         self._count = self._bind(None, np.zeros(rows, np.int64), output="count")
-        self._drafts = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
-        # What a row is besides its cache.
-        self._state = [array for array in (self._lengths, self._drafts, self._pending) if array is not None]
+        drafts = np.zeros((rows, bundle.tree.size), np.int64)
+        self._drafts = self._bind_state(None, drafts, output="next_input_ids")
         self._result = StepResult(self._tokens, self._count, self._logprobs)
         self._extra_outputs = tuple(extra_outputs)
         self._extra: dict[str, Any] = {}
         self._input_ids: dict[int, NDArray[np.int64]] = {}
         self._uniforms: dict[int, NDArray[np.float32]] = {}
-        self._windows: dict[range, _Window] = {}
+        self._windows: dict[range, Window] = {}
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
         """Makes an array, [rows, …], the memory of an input and, or, an output."""
         self._bound.append(Bound(name, array, output))
         return array
 
-    def _bind_state(self, name: str, array: NDArray[Any], *, output: str) -> NDArray[Any]:
-        """Binds what one step leaves for the next, where the provider keeps it."""
-        return self._bind(name, array, output=output)
+    def _bind_state(self, name: str | None, array: NDArray[Any], *, output: str) -> NDArray[Any]:
+        """Binds what a row is besides its cache: what it is now, and what a step leaves for the next."""
+        if name is not None:
+            self._bind(name, array)
+        self._carried.append((array, self._bind(None, np.zeros_like(array), output=output)))
+        return array
 
     @property
     def name(self) -> str:
@@ -221,16 +226,13 @@ class OnnxRuntimeBackend:
             window.bind("uniforms", self._write_uniforms(self._sampling, size, prompts, active))
         for name in self._extra_outputs:  # of another shape in each step
             window.binding.bind_output(name)
-        before = [array.copy() for array in self._state]
         try:
             self._session.run_with_iobinding(window.binding)
         except Exception as error:
-            self._restore(before, covered)
             raise BackendError(
                 f"ONNX Runtime failed in a step of {size} tokens at capacity {self._capacity}: {error}"
             ) from error
-        if len(active) < len(covered):
-            self._restore(before, set(covered).difference(active))
+        self._carry_over(active)
         if self._extra_outputs:
             names = [*window.outputs, *self._extra_outputs]
             self._extra = dict(zip(names, window.binding.get_outputs(), strict=True))
@@ -238,10 +240,11 @@ class OnnxRuntimeBackend:
             self._move_accepted(self._path, active)
         return self._result
 
-    def _restore(self, before: Sequence[NDArray[Any]], rows: Iterable[int]) -> None:
-        for array, old in zip(self._state, before, strict=True):
+    def _carry_over(self, rows: Iterable[int]) -> None:
+        """Makes what a step left of these rows what they are now; others keep what they are."""
+        for array, following in self._carried:
             for row in rows:
-                array[row] = old[row]
+                array[row] = following[row]
 
     def _move_accepted(self, path: NDArray[np.int64], rows: Sequence[int]) -> None:
         """Moves the entries of accepted nodes together; that of the root, the first, is in its place."""
@@ -272,15 +275,16 @@ class OnnxRuntimeBackend:
     ) -> NDArray[np.float32]:
         width = sampling.width(size, prompts, rows)
         uniforms = self._uniforms.setdefault(width, np.zeros((self._rows, width), np.float32))
-        sampling.write(uniforms, self._lengths, {row: len(chunk) for row, chunk in prompts.items()})
+        if width:
+            sampling.write(uniforms, self.lengths, {row: len(chunk) for row, chunk in prompts.items()})
         return uniforms
 
-    def _window(self, rows: range) -> _Window:
+    def _window(self, rows: range) -> Window:
         """The bindings for a step of neighbouring rows."""
         window = self._windows.get(rows)
         if window is None:
             caches = [self._bound_cache(index, cache) for index, cache in enumerate(self._caches)]
-            window = self._windows[rows] = _Window(self._ort, self._session, [*self._bound, *caches], rows)
+            window = self._windows[rows] = Window(self._ort, self._session, [*self._bound, *caches], rows)
         return window
 
     def _bound_cache(self, index: int, cache: NDArray[Any]) -> Bound:
@@ -312,7 +316,7 @@ class Bound:
     on_device: Any = None
 
 
-class _Window:
+class Window:
     """The session's inputs and outputs, bound to neighbouring rows of the arrays.
 
     Attributes:
