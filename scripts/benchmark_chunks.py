@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_runtime import Bundle, MedusaService, RequestCancelledError, RequestHandle
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 
 STREAMS = 3
 
@@ -60,7 +60,7 @@ def arrival(service: MedusaService, length: int, offset: int) -> tuple[float, fl
 def main(folder: Path, length: int, chunks: tuple[int, ...], rounds: int, threads: int) -> None:
     """Prints a table of medians over rounds."""
     bundle = Bundle.load(folder, check_digests=False)
-    backend = OnnxRuntimeBackend(bundle, rows=STREAMS + 1, threads=threads)
+    backend = OnnxRuntimeBatchBackend(bundle, rows=STREAMS + 1, threads=threads)
     service = MedusaService(bundle, backend, None, tree_size=1)
     figures: dict[int, list[tuple[float, float, float]]] = {chunk: [] for chunk in chunks}
     for turn in range(rounds):

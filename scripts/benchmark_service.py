@@ -19,7 +19,7 @@ from rich.table import Table
 
 from medusa_export.bench import bench_prompts
 from medusa_runtime import Bundle, MedusaEngine, MedusaService
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 from medusa_runtime.tokenizer import Tokenizer
 
 Tokens = list[tuple[int, ...]]
@@ -68,7 +68,7 @@ def main(
     assert tokenizer is not None
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}]) for prompt in bench_prompts()]
     engine = MedusaEngine.load(folder, threads=threads, check_digests=False)
-    service = MedusaService(bundle, OnnxRuntimeBackend(bundle, rows=requests, threads=threads), tokenizer)
+    service = MedusaService(bundle, OnnxRuntimeBatchBackend(bundle, rows=requests, threads=threads), tokenizer)
     runner = service._runner  # one session for all tree sizes, for it holds a copy of the weights
     contestants = {f"one after another, tree size {size}": one_after_another(engine, size) for size in engine_sizes}
 

@@ -254,7 +254,7 @@ backend = OnnxRuntimeBackend(bundle, threads=1, graph=bundle.graph)
 backend.reserve(64)
 if sys.argv[2] == "elsewhere":
     other = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 2, backend.capacity, 16), np.float32))
-    backend._window(range(1)).binding.bind_ortvalue_output("present_key_0", other)
+    backend._bindings().values.bind_ortvalue_output("present_key_0", other)
 backend.step(9, {0: [1, 2, 3]})
 for size in (1, 9):
     backend.step(size)

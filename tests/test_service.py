@@ -29,7 +29,7 @@ from medusa_runtime import (
     RequestError,
     ServiceClosedError,
 )
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 from medusa_runtime.tokenizer import Tokenizer
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
@@ -50,12 +50,12 @@ class Gate:
     """A backend whose steps wait until the test lets them go, and fail when it wants them to."""
 
     def __init__(self, bundle: Bundle, rows: int) -> None:
-        self.inner = OnnxRuntimeBackend(bundle, rows=rows, threads=1)
+        self.inner = OnnxRuntimeBatchBackend(bundle, rows=rows, threads=1)
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)
         self.fail = lambda size, prompts, rows: None
-        self.fail_reserve = lambda capacity: None
+        self.fail_arrange = lambda capacity: None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -63,15 +63,15 @@ class Gate:
     def step(self, size: int, prompts: object = None, rows: Sequence[int] | None = None) -> object:
         self.entered.release()
         assert self.open.wait(30)
-        depth = 3
-        for row in range(min(rows), max(rows) + 1):  # no step may write beyond the capacity
-            assert 2 * depth + int(self.inner.lengths[row]) + size <= self.inner.capacity
+        window = self.inner._store.window(rows)
+        assert window is not None
+        assert 3 + int(self.inner.lengths[rows].max()) + size <= window.block.capacity  # none writes beyond it
         self.fail(size, prompts, rows)
         return self.inner.step(size, prompts, rows)
 
-    def reserve(self, capacity: int) -> None:
-        self.fail_reserve(capacity)
-        self.inner.reserve(capacity)
+    def arrange(self, rows: Sequence[int], capacity: int) -> None:
+        self.fail_arrange(capacity)
+        self.inner.arrange(rows, capacity)
 
 
 @pytest.fixture
@@ -333,11 +333,11 @@ def test_a_prompt_that_fails_ends_its_request_only(service: MedusaService, gate:
 
 
 def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
-    def fail_reserve(capacity: int) -> None:
+    def fail_arrange(capacity: int) -> None:
         if capacity > 200:
             raise MemoryError
 
-    gate.fail_reserve = fail_reserve
+    gate.fail_arrange = fail_arrange
     long = service.submit([9] * 150, max_new_tokens=300)
     short = service.submit([3] * 10, max_new_tokens=60)
     with pytest.raises(BackendError, match="no room"):
@@ -349,18 +349,45 @@ def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engin
 
 
 def test_a_failed_step_leaves_rows_as_they_were(tiny_bundle: Bundle) -> None:
-    backend = OnnxRuntimeBackend(tiny_bundle, rows=2, threads=1)
-    backend.reserve(64)
-    backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
-    backend.step(4)
-    before = [array.copy() for array in backend._state]
-    backend._caches, caches = backend._caches[:, :, :, :32], backend._caches  # not what is bound to it
-    backend._windows.clear()
-    with pytest.raises((BackendError, ValueError)):
-        backend.step(40)
-    backend._caches = caches
-    backend._windows.clear()
-    assert all(np.array_equal(array, old) for array, old in zip(backend._state, before, strict=True))
+    for graph in (None, tiny_bundle.graph):
+        backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=2, threads=1, graph=graph)
+        backend.arrange([0, 1], 64)
+        backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
+        backend.step(4)
+        before = [array.copy() for array in backend._state]
+        with pytest.raises(BackendError, match="failed in a step of 200 tokens"):
+            backend.step(200)  # more than there is room for
+        assert all(np.array_equal(array, old) for array, old in zip(backend._state, before, strict=True))
+
+
+def test_rows_far_apart_step_alone(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
+    """A step runs over the rows that take part and no others, wherever their places were."""
+    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=8, threads=1)
+    prompts = {row: [(row + 3 * i) % 100 + 1 for i in range(10 + row)] for row in range(8)}
+    backend.arrange(range(8), 64)
+    tokens = {row: [] for row in prompts}
+    result = backend.step(17, prompts)
+    for row in prompts:
+        tokens[row].append(int(result.tokens[row, 0]))
+    widths = []
+    session = backend._session
+
+    class Watched:
+        io_binding = session.io_binding
+
+        def run_with_iobinding(self, values: object) -> None:
+            widths.append(len(values.get_outputs()[0].numpy()))
+            session.run_with_iobinding(values)
+
+    backend._session = Watched()
+    for rows in ([0, 7], [7], [1, 3, 6], [0, 7], range(8), [2, 5]):
+        backend.arrange(rows, 64)
+        result = backend.step(4, {}, rows)
+        assert widths.pop() == len(rows)
+        for row in rows:
+            tokens[row] += result.tokens[row, : result.count[row]].tolist()
+    for row, prompt in prompts.items():
+        assert tuple(tokens[row]) == engine.generate(prompt, max_new_tokens=40).token_ids[: len(tokens[row])]
 
 
 def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:
@@ -429,7 +456,7 @@ def test_a_conversation_goes_on_where_it_ended(service: MedusaService, engine: M
 
 def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
     """Where entries are pending from step to step, they come to their places before rows are copied or cut."""
-    backend = OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
+    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
     rng = np.random.default_rng(3)
     with MedusaService(tiny_bundle, backend, None, tree_size=9, prefill_chunk=5) as service:
         known: list[list[int]] = [[1]]

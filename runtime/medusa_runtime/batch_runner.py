@@ -12,7 +12,6 @@ from medusa_runtime.latency import LatencyTable
 from medusa_runtime.sequence import check_tree_size
 
 TreeSize = int | Literal["auto"]
-SPARE = 128  # slots that are not worth giving back
 
 
 class BatchRunner:
@@ -69,9 +68,20 @@ class BatchRunner:
         size = self.tree_size(len(rows))
         return self._step(size, {}, rows), size
 
+    def take_over(self, source: int, row: int, shared: int) -> None:
+        """Begins a request in a row with the first entries of another one, or with what it has of them itself.
+
+        Raises:
+            BackendError: There is no memory.
+        """
+        if source != row:
+            self.backend.reset(row)
+            if shared:
+                self._arrange([row], shared + 1)
+        self.backend.copy(source, row, shared)
+
     def _step(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> StepResult:
-        covered = self.backend.lengths[min(rows) : max(rows) + 1]
-        self._reserve(2 * self._bundle.tree.max_depth + int(covered.max()) + size)
+        self._arrange(rows, int(self.backend.lengths[list(rows)].max()) + size)
         try:
             return self.backend.step(size, prompts, rows)
         except BackendError:
@@ -79,21 +89,8 @@ class BatchRunner:
         except Exception as error:  # others go on, whatever a backend raises
             raise BackendError(f"A step of {size} tokens for {len(rows)} requests failed: {error!r}.") from error
 
-    def _reserve(self, needed: int) -> None:
-        """Makes room, a quarter more than needed if there is memory for it, so that caches are seldom moved.
-
-        Room for more than twice what all rows hold is given back: steps may well read the whole capacity.
-        """
-        if needed <= self.backend.capacity:
-            all_need = max(needed, 2 * self._bundle.tree.max_depth + int(self.backend.lengths.max()))
-            if self.backend.capacity > 2 * all_need + SPARE:
-                self.backend.shrink(all_need + all_need // 4)
-            return
-        for capacity in (needed + needed // 4, needed):
-            try:
-                self.backend.reserve(capacity)
-            except (BackendError, MemoryError) as error:
-                failure = error
-            else:
-                return
-        raise BackendError(f"There is no room for a request of {needed} tokens: {failure}") from failure
+    def _arrange(self, rows: Sequence[int], entries: int) -> None:
+        try:
+            self.backend.arrange(rows, self._bundle.tree.max_depth + entries)
+        except MemoryError as error:
+            raise BackendError(f"There is no room for {entries} tokens in {len(rows)} rows.") from error

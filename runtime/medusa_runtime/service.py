@@ -320,7 +320,8 @@ class MedusaService:
             assert row is not None
             job.admitted = self._clock()
             job.sequence.stats.queue_seconds = job.admitted - job.submitted
-            self._backend.copy(admission.source, row, admission.shared)
+            with self._blamed_on(job):
+                self._runner.take_over(admission.source, row, admission.shared)
 
     def _prefill(self) -> None:
         """Takes in one chunk of one prompt."""

@@ -9,7 +9,7 @@ the few entries below the root are moved to their places here. Plain decoding mo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.row_store import CAPACITY_STEP
 from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
-
-# Caches grow in steps of this many slots, so that a longer request seldom moves them.
-CAPACITY_STEP = 64
 
 
 def import_onnxruntime() -> Any:
@@ -42,7 +40,7 @@ def import_onnxruntime() -> Any:
 
 
 class OnnxRuntimeBackend:
-    """Runs a bundle with ONNX Runtime on the CPU.
+    """Runs a bundle with ONNX Runtime on the CPU, all rows in every step.
 
     Attributes:
         provider: The execution provider, as ONNX Runtime calls it.
@@ -107,7 +105,7 @@ class OnnxRuntimeBackend:
         self._extra_outputs = tuple(extra_outputs)
         self._extra: dict[str, Any] = {}
         self._input_ids: dict[int, NDArray[np.int64]] = {}
-        self._windows: dict[range, _Window] = {}
+        self._binding: Binding | None = None
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
         """Makes an array, [rows, …], the memory of an input and, or, an output."""
@@ -152,10 +150,6 @@ class OnnxRuntimeBackend:
         if capacity > self._capacity:
             self._resize(capacity)
 
-    def shrink(self, capacity: int) -> None:
-        if -(-capacity // CAPACITY_STEP) * CAPACITY_STEP < self._capacity:
-            self._resize(capacity)
-
     def _resize(self, capacity: int) -> None:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         model = self._bundle.model
@@ -172,72 +166,52 @@ class OnnxRuntimeBackend:
         if kept:
             grown[:, :, :, :kept] = self._caches[:, :, :, :kept]
         self._caches, self._capacity = grown, capacity
-        self._windows.clear()
+        self._binding = None
 
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        if length == 0:
-            self.reset(target)
-            return
-        depth = self._bundle.tree.max_depth
-        if self._pending is not None:
-            # The newest entries are still pending: they come to their place, as the next step would bring them.
-            newest = int(self._lengths[source])
-            shape = (len(self._caches), -1, depth, self._caches.shape[-1])
-            self._caches[:, source, :, newest : newest + depth] = self._pending[source].reshape(shape)
-        if target != source:
-            self._caches[:, target, :, : depth + length] = self._caches[:, source, :, : depth + length]
-        if self._pending is not None:
-            newest_of_target = self._caches[:, target, :, length : length + depth]
-            self._pending[target] = newest_of_target.reshape(self._pending[target].shape)
-        self._lengths[target] = length
-
-    def step(
-        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
-    ) -> StepResult:
-        active = range(self._rows) if rows is None else sorted(rows)
-        covered = range(active[0], active[-1] + 1)
-        self._write_inputs(size, prompts or {}, covered)
-        window = self._window(covered)
-        window.binding.bind_ortvalue_input("input_ids", window.input_ids(size, self._input_ids[size]))
-        for name in self._extra_outputs:  # of another shape in each step
-            window.binding.bind_output(name)
+    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+        rows = range(self._rows)
+        self._write_inputs(size, prompts or {}, rows)
+        binding = self._bindings()
         before = [array.copy() for array in self._state]
         try:
-            self._session.run_with_iobinding(window.binding)
-        except Exception as error:
-            self._restore(before, covered)
-            raise BackendError(
-                f"ONNX Runtime failed in a step of {size} tokens at capacity {self._capacity}: {error}"
-            ) from error
-        if len(active) < len(covered):
-            self._restore(before, set(covered).difference(active))
-        if self._extra_outputs:
-            names = [*window.outputs, *self._extra_outputs]
-            self._extra = dict(zip(names, window.binding.get_outputs(), strict=True))
+            self._run(binding, size, self._input_ids[size])
+        except BackendError:
+            for array, old in zip(self._state, before, strict=True):
+                array[:] = old
+            raise
         if self._path is not None:
-            self._move_accepted(self._path, active)
+            for row in rows:
+                self._move_accepted(self._path, row, self._caches[:, row])
         return self._result
 
-    def _restore(self, before: Sequence[NDArray[Any]], rows: Iterable[int]) -> None:
-        for array, old in zip(self._state, before, strict=True):
-            for row in rows:
-                array[row] = old[row]
+    def _run(self, binding: Binding, size: int, input_ids: NDArray[np.int64]) -> None:
+        """Runs the session; ``input_ids``, [rows, size], is the same array whenever the size is."""
+        binding.values.bind_ortvalue_input("input_ids", binding.input_ids(size, input_ids))
+        for name in self._extra_outputs:  # of another shape in each step
+            binding.values.bind_output(name)
+        try:
+            self._session.run_with_iobinding(binding.values)
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime failed in a step of {size} tokens at capacity {self.capacity}: {error}"
+            ) from error
+        if self._extra_outputs:
+            names = [*binding.outputs, *self._extra_outputs]
+            self._extra = dict(zip(names, binding.values.get_outputs(), strict=True))
 
-    def _move_accepted(self, path: NDArray[np.int64], rows: Sequence[int]) -> None:
-        """Moves the entries of accepted nodes together; that of the root, the first, is in its place."""
-        for row in rows:
-            count = int(self._count[row])
-            if count == 1 or self._is_prefill[row]:
-                continue
-            nodes = path[row, 1:count]
-            root = self._bundle.tree.max_depth + int(self._lengths[row]) - count
-            cache = self._caches[:, row]
-            cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
+    def _move_accepted(self, path: NDArray[np.int64], row: int, cache: NDArray[Any]) -> None:
+        """Moves the entries of a row's accepted nodes together, in its caches, [2L, N, C, d]; the root stays."""
+        count = int(self._count[row])
+        if count == 1 or self._is_prefill[row]:
+            return
+        nodes = path[row, 1:count]
+        root = self._bundle.tree.max_depth + int(self._lengths[row]) - count
+        cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
 
-    def _write_inputs(self, size: int, prompts: Mapping[int, Sequence[int]], rows: range) -> None:
+    def _write_inputs(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> None:
         array = self._input_ids.setdefault(size, np.zeros((self._rows, size), np.int64))
         for row in rows:
             prompt = prompts.get(row)
@@ -250,13 +224,11 @@ class OnnxRuntimeBackend:
             self._is_prefill[row] = prompt is not None
             self._num_tokens[row] = size if prompt is None else len(prompt)
 
-    def _window(self, rows: range) -> _Window:
-        """The bindings for a step of neighbouring rows."""
-        window = self._windows.get(rows)
-        if window is None:
+    def _bindings(self) -> Binding:
+        if self._binding is None:
             caches = [self._bound_cache(index, cache) for index, cache in enumerate(self._caches)]
-            window = self._windows[rows] = _Window(self._ort, self._session, [*self._bound, *caches], rows)
-        return window
+            self._binding = Binding(self._ort, self._session, [*self._bound, *caches])
+        return self._binding
 
     def _bound_cache(self, index: int, cache: NDArray[Any]) -> Bound:
         """A cache, where the provider keeps it."""
@@ -266,7 +238,7 @@ class OnnxRuntimeBackend:
         self._caches = np.zeros((0,), self._dtype)
         self._capacity = 0
         self._input_ids.clear()
-        self._windows.clear()
+        self._binding = None
 
 
 @dataclass(frozen=True)
@@ -286,35 +258,31 @@ class Bound:
     on_device: Any = None
 
 
-class _Window:
-    """The session's inputs and outputs, bound to neighbouring rows of the arrays.
+class Binding:
+    """The session's inputs and outputs, bound to arrays.
 
     Attributes:
-        binding: What the session runs with.
+        values: What the session runs with.
         outputs: Names of its outputs, in order.
     """
 
-    def __init__(self, ort: Any, session: Any, bound: Sequence[Bound], rows: range) -> None:
+    def __init__(self, ort: Any, session: Any, bound: Sequence[Bound]) -> None:
         self._ort = ort
-        self._rows = rows
         self._input_ids: dict[int, Any] = {}
-        self.binding = session.io_binding()
+        self.values = session.io_binding()
         self.outputs: list[str] = []
         for item in bound:
-            value = self._value(item.array) if item.on_device is None else item.on_device
+            value = ort.OrtValue.ortvalue_from_numpy(item.array) if item.on_device is None else item.on_device
             if item.input is not None:
-                self.binding.bind_ortvalue_input(item.input, value)
+                self.values.bind_ortvalue_input(item.input, value)
             if item.output is not None:
-                self.binding.bind_ortvalue_output(item.output, value)
+                self.values.bind_ortvalue_output(item.output, value)
                 self.outputs.append(item.output)
 
-    def _value(self, array: NDArray[Any]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array[self._rows.start : self._rows.stop])
-
     def input_ids(self, size: int, array: NDArray[np.int64]) -> Any:
-        """The rows of an array of ids, [rows, size], the same one for each size."""
+        """An array of ids, [rows, size], the same one for each size."""
         if size not in self._input_ids:
-            self._input_ids[size] = self._value(array)
+            self._input_ids[size] = self._ort.OrtValue.ortvalue_from_numpy(array)
         return self._input_ids[size]
 
 
