@@ -69,9 +69,9 @@ class Gate:
         self.fail(size, prompts, rows)
         return self.inner.step(size, prompts, rows)
 
-    def arrange(self, rows: Sequence[int], capacity: int) -> None:
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
         self.fail_arrange(capacity)
-        self.inner.arrange(rows, capacity)
+        return self.inner.arrange(rows, capacity)
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ delays the next tokens of the others by one chunk at most.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +35,14 @@ from medusa_runtime.handle import RequestHandle, follow
 from medusa_runtime.metrics import Metrics
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
 from medusa_runtime.scheduler import Job, Scheduler
-from medusa_runtime.sequence import TokenSequence, check_prefill_chunk
+from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.session import ChatSession
 from medusa_runtime.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 64  # beside rows that decode
 LONE_CHUNK = 512  # while none does
+# Entries that may be moved in the same turn as a chunk is taken in: moving one takes a hundredth of computing one.
+MOVED_BESIDES = 256
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class MedusaService:
 
     Args:
         bundle: The bundle, checked.
-        backend: What runs its graph; the service is its only user, and closes it.
+        backend: What runs its graph; the service is its only user, and closes it, unless it can't be made.
         tokenizer: Its tokenizer, or None if it has none.
         max_queue: Requests that may wait for a row; beyond that ``submit`` raises ``QueueFullError``.
         tree_size: Nodes per row and step. ``auto`` fits them to the number of rows that decode, by steps measured once
@@ -58,7 +60,7 @@ class MedusaService:
         prefill_chunk: Tokens of a prompt that one step takes in while other requests decode: more of them bring the
             first token sooner, fewer the next token of the others.
         metrics: What to tell about it all.
-        clock: Seconds that never run backwards.
+        clock: Seconds.
 
     Raises:
         RequestError: An option makes no sense.
@@ -76,9 +78,7 @@ class MedusaService:
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        check_prefill_chunk(prefill_chunk)
-        if max_queue < 0:
-            raise RequestError(f"max_queue is {max_queue}: it is the number of requests that may wait, at least 0.")
+        _check_options(bundle, max_queue, tree_size, prefill_chunk)
         self.bundle = bundle
         self.tokenizer = tokenizer
         self._runner = BatchRunner(bundle, backend, tree_size)
@@ -86,6 +86,7 @@ class MedusaService:
         self._prefill_chunk = prefill_chunk
         self._metrics = metrics or Metrics()
         self._clock = clock
+        self._latest = clock()
         self._changed = threading.Condition()  # guards all below
         self._scheduler = Scheduler(backend.rows, max_queue)
         self._ends: dict[Job, MedusaError] = {}  # requests that somebody wants to end, and with what
@@ -129,10 +130,12 @@ class MedusaService:
         if rows < 1:
             raise RequestError(f"rows is {rows}: a service runs at least one request at a time.")
         checked = Bundle.load(bundle, check_digests=check_digests)
+        _check_options(checked, max_queue, tree_size, prefill_chunk)
+        tokenizer = Tokenizer.load(checked.folder)
         return cls(
             checked,
             open_batch_backend(backend, checked, rows=rows, threads=threads),
-            Tokenizer.load(checked.folder),
+            tokenizer,
             max_queue=max_queue,
             tree_size=tree_size,
             prefill_chunk=prefill_chunk,
@@ -159,6 +162,11 @@ class MedusaService:
             QueueFullError: There is no room in the queue.
             ServiceClosedError: The service is closed or about to be.
         """
+        unknown = options.keys() - RequestOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(
+                f"There is no option {min(unknown)!r}: {', '.join(RequestOptions.__annotations__)} are known."
+            )
         timeout = options.get("timeout")
         if timeout is not None and not timeout > 0:
             raise RequestError(f"timeout is {timeout}: give a request more than 0 seconds, or None.")
@@ -170,7 +178,7 @@ class MedusaService:
             stop=options.get("stop", ()),
             stop_token_ids=options.get("stop_token_ids", ()),
         )
-        now = self._clock()
+        now = self._now()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
         job = Job(sequence, handle, options.get("priority", 0), now, None if timeout is None else now + timeout)
         try:
@@ -188,9 +196,12 @@ class MedusaService:
 
         def chunks() -> Iterator[Chunk]:
             with handle:
+                yield Chunk("", ())  # for nobody: one that has not begun could be left without cancelling anything
                 yield from handle
 
-        return chunks()
+        iterator = chunks()
+        next(iterator)
+        return iterator
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
         """Answers a prompt and waits for it; arguments and errors as for ``submit``, besides those of the handle."""
@@ -277,8 +288,11 @@ class MedusaService:
         try:
             self._runner.measure()
             while self._wait_for_work():
-                self._prefill()
-                self._decode()
+                groups = self._groups()
+                if not self._make_room(groups):
+                    self._prefill(sum(map(len, groups)))
+                for jobs in groups:
+                    self._decode(jobs)
         except Exception as error:  # noqa: BLE001  # whatever it is, nobody may wait forever
             _log.exception("The service's thread failed")
             failure = BackendError(f"The service failed and is closed: {error!r}.")
@@ -309,7 +323,7 @@ class MedusaService:
             if not job.handle.done:
                 self._end(job, error)
         self._ends.clear()
-        now = self._clock()
+        now = self._now()
         for job in [*self._scheduler.running.values(), *self._scheduler.waiting]:
             if job.deadline is not None and now >= job.deadline:
                 self._end(job, DeadlineError(f"The request was not answered in {job.deadline - job.submitted:g} s."))
@@ -318,33 +332,45 @@ class MedusaService:
         for admission in self._scheduler.admit(self._backend.lengths):
             job, row = admission.job, admission.job.row
             assert row is not None
-            job.admitted = self._clock()
+            job.admitted = self._now()
             job.sequence.stats.queue_seconds = job.admitted - job.submitted
             with self._blamed_on(job):
                 self._runner.take_over(admission.source, row, admission.shared)
 
-    def _prefill(self) -> None:
-        """Takes in one chunk of one prompt."""
+    def _groups(self) -> list[list[Job]]:
+        """The requests that decode, as they step together."""
         with self._changed:
-            job, decoding = self._scheduler.prefilling(), self._scheduler.decoding()
+            jobs = {job.row: job for job in self._scheduler.decoding() if job.row is not None}
+        return [[jobs[row] for row in rows] for rows in self._runner.groups(list(jobs))] if jobs else []
+
+    def _make_room(self, groups: Sequence[Sequence[Job]]) -> bool:
+        """Prepares steps of rows that decode; whether that took so long that no chunk should be taken in besides."""
+        moved = 0
+        for jobs in groups:
+            with contextlib.suppress(BackendError):  # the step itself will say so
+                moved += self._runner.prepare(_rows(jobs))
+        return moved > MOVED_BESIDES
+
+    def _prefill(self, decoding: int) -> None:
+        """Takes in one chunk of one prompt, beside so many requests that decode."""
+        with self._changed:
+            job = self._scheduler.prefilling()
         if job is None or job.row is None:
             return
         chunk = job.sequence.next_chunk(self._prefill_chunk if decoding else LONE_CHUNK)
         with self._blamed_on(job), self._timed("prefill", 1, len(chunk)) as tokens:
-            result = self._runner.prefill(job.row, chunk, len(decoding) + 1)
+            if self._runner.prepare_prefill(job.row, chunk, decoding + 1) > MOVED_BESIDES and decoding:
+                return
+            result = self._runner.prefill(job.row, chunk, decoding + 1)
             job.sequence.prefilled += len(chunk)
             tokens.append(len(chunk))
             if not job.sequence.is_prefilling:
-                job.first_token = self._clock()
+                job.first_token = self._now()
                 job.sequence.stats.prefill_seconds = job.first_token - job.admitted
                 self._deliver(job, [int(result.tokens[job.row, 0])])
 
-    def _decode(self) -> None:
-        """Verifies the trees of all rows that decode; if that fails, of each by itself, to see whose fault it is."""
-        with self._changed:
-            jobs = self._scheduler.decoding()
-        if not jobs:
-            return
+    def _decode(self, jobs: Sequence[Job]) -> None:
+        """Verifies the trees of some rows; if that fails, of each by itself, to see whose fault it is."""
         try:
             self._decode_together(jobs)
         except BackendError:
@@ -355,10 +381,10 @@ class MedusaService:
                     self._decode_together([job])
 
     def _decode_together(self, jobs: Sequence[Job]) -> None:
-        rows = [job.row for job in jobs if job.row is not None]
+        rows = _rows(jobs)
         with self._timed("decode", len(rows), self._runner.tree_size(len(rows))) as tokens:
             result, size = self._runner.decode(rows)
-            now = self._clock()
+            now = self._now()
             for job, row in zip(jobs, rows, strict=True):
                 emitted = result.tokens[row, : result.count[row]].tolist()
                 stats = job.sequence.stats
@@ -374,7 +400,7 @@ class MedusaService:
             for row in self._scheduler.forget():
                 self._backend.reset(row)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _blamed_on(self, job: Job) -> Iterator[None]:
         """Ends a request with the backend's error."""
         try:
@@ -383,13 +409,13 @@ class MedusaService:
             with self._changed:
                 self._end(job, error)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _timed(self, kind: str, rows: int, size: int) -> Iterator[list[int]]:
         """Tells of a step that didn't fail; takes what it came to."""
         tokens: list[int] = []
-        started = self._clock()
+        started = self._now()
         yield tokens
-        self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._clock() - started)
+        self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._now() - started)
 
     def _deliver(self, job: Job, emitted: Sequence[int]) -> None:
         job.handle.put(job.sequence.accept(emitted))
@@ -411,8 +437,25 @@ class MedusaService:
         job.handle.end(outcome)
         self._changed.notify_all()
 
+    def _now(self) -> float:
+        """The clock's time, which stands still where the clock jumps back."""
+        self._latest = max(self._latest, self._clock())
+        return self._latest
+
     def _tell(self, hook: Callable[..., None], *figures: object) -> None:
         try:
             hook(*figures)
         except Exception:  # noqa: BLE001  # a stranger's code
             _log.exception("A hook for metrics failed")
+
+
+def _rows(jobs: Sequence[Job]) -> list[int]:
+    return [job.row for job in jobs if job.row is not None]
+
+
+def _check_options(bundle: Bundle, max_queue: int, tree_size: TreeSize, prefill_chunk: int) -> None:
+    check_prefill_chunk(prefill_chunk)
+    if tree_size != "auto":
+        check_tree_size(bundle, tree_size)
+    if max_queue < 0:
+        raise RequestError(f"max_queue is {max_queue}: it is the number of requests that may wait, at least 0.")

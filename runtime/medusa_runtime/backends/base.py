@@ -96,10 +96,13 @@ class BatchBackend(Backend, Protocol):
         """Committed entries per row, [rows]."""
         ...
 
-    def arrange(self, rows: Sequence[int], capacity: int) -> None:
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
         """Prepares for steps of these rows together, with room for so many slots in each; no row loses anything.
 
         It may move rows, and give back what none needs any more.
+
+        Returns:
+            How many entries were moved for it.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.

@@ -55,14 +55,11 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
     def reserve(self, capacity: int) -> None:
         self.arrange(range(self._rows), capacity)
 
-    def arrange(self, rows: Sequence[int], capacity: int) -> None:
-        """Prepares for steps of these rows, with room for so many slots in each; all rows keep what they hold.
-
-        Raises:
-            BackendError: There is no memory for it.
-        """
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
+        before = self._store.moved
         self._store.arrange(rows, capacity)
         self._windows = {key: binding for key, binding in self._windows.items() if key[0] in self._store.blocks}
+        return self._store.moved - before
 
     def copy(self, source: int, target: int, length: int) -> None:
         if length == 0:

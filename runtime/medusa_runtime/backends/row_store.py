@@ -71,6 +71,7 @@ class RowStore:
 
     Attributes:
         blocks: All there are.
+        moved: Entries that were moved so far.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class RowStore:
         dtype: np.dtype[np.generic],
     ) -> None:
         self.blocks: list[Block] = []
+        self.moved = 0
         self._lengths = lengths
         self._num_caches, self._heads, self._head_dim = num_caches, heads, head_dim
         self._margin = margin
@@ -238,12 +240,14 @@ class RowStore:
         kept = block.caches[:, place, :, :end].copy()
         self._copy_slots(block, other, block, place, int(self._lengths[second]))
         block.caches[:, other, :, :end] = kept
+        self.moved += end
         block.rows[place], block.rows[other] = second, first
 
     def _copy_slots(self, old: Block, before: int, new: Block, after: int, length: int) -> None:
         if length:
             end = self._margin + length
             new.caches[:, after, :, :end] = old.caches[:, before, :, :end]
+            self.moved += length
 
 
 def _fits(block: Block, capacity: int) -> bool:
