@@ -103,10 +103,10 @@ def main(
         ratios[name] = statistics.median(ours / theirs for ours, theirs in zip(values, speeds[best], strict=True))
         table.add_row(name, f"{statistics.median(values):.1f}", f"{ratios[name]:.2f}", "yes" if same[name] else "NO")
     Console().print(table)
-    Console().print(f"Tree sizes that auto takes, by rows: {dict(sorted(runner._best.items()))}")
+    Console().print(f"Tree sizes that auto takes, by rows: {dict(sorted(runner.tree_sizes.items()))}")
     service.close()
     if json_path is not None:
-        figures = {"speeds": speeds, "ratios": ratios, "same": same, "auto": runner._best}
+        figures = {"speeds": speeds, "ratios": ratios, "same": same, "auto": dict(runner.tree_sizes)}
         json_path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -114,7 +114,7 @@ def test_auto_measures_for_each_number_of_rows(tiny_bundle: Bundle, engine: Medu
         handles = [service.submit(PROMPT, max_new_tokens=20) for _ in range(5)]
         expected = engine.generate(PROMPT, max_new_tokens=20).token_ids
         assert [handle.result(60).token_ids for handle in handles] == [expected] * 5
-        assert set(service._runner._best) == {1, 2, 3}
+        assert set(service._runner.tree_sizes) == {1, 2, 3}
 
 
 def test_kinds_of_prompts_stops_and_streams(shared: MedusaService, engine: MedusaEngine) -> None:

@@ -11,6 +11,7 @@ from medusa_runtime.backends.base import BatchBackend, StepResult
 from medusa_runtime.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.errors import BackendError
 from medusa_runtime.latency import LatencyTable
+from medusa_runtime.tree_choice import TreeChoice
 
 TreeSize = int | Literal["auto"]
 # On CPUs attention reads a byte of the caches in about twice the time in which matrix products read one of the weights.
@@ -30,7 +31,7 @@ class BatchRunner:
         self.backend = backend
         self._bundle = bundle
         self._tree_size = tree_size
-        self._best: dict[int, int] = {}
+        self._choice = TreeChoice(bundle.acceptance, {})
         self._grouped: tuple[list[int], list[list[int]]] | None = None
         self._worth_a_step = _slots_worth_a_step(bundle)
 
@@ -40,15 +41,19 @@ class BatchRunner:
         if self._tree_size != "auto" or acceptance.expected_tokens(self._bundle.tree.size) <= 1.0:
             return
         counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < most]
-        for count in [*counts, most]:
-            table = LatencyTable.measured_batch(self._bundle, self.backend, count)
-            self._best[count] = table.best_size(acceptance)
+        tables = {n: LatencyTable.measured_batch(self._bundle, self.backend, n) for n in [*counts, most]}
+        self._choice = TreeChoice(acceptance, tables)
 
     def tree_size(self, active: int) -> int:
         """Nodes per row in a step of so many rows."""
         if self._tree_size != "auto":
             return self._tree_size
-        return next((size for count, size in sorted(self._best.items()) if count >= active), 1)
+        return self._choice.size(active)
+
+    @property
+    def tree_sizes(self) -> Mapping[int, int]:
+        """What ``auto`` takes at present, by the number of rows in a step."""
+        return self._choice.current
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """Which rows step together: those of like length.
@@ -100,7 +105,9 @@ class BatchRunner:
             BackendError: As for ``prefill``.
         """
         size = self.tree_size(len(rows))
-        return self._step(size, {}, rows), size
+        result = self._step(size, {}, rows)
+        self._choice.observe(size, result.count[list(rows)].tolist())
+        return result, size
 
     def take_over(self, source: int, row: int, shared: int) -> None:
         """Begins a request in a row with the first entries of another one, or with what it has of them itself.

@@ -17,7 +17,7 @@ from medusa_runtime.bundle import DESCRIPTION, Acceptance, Bundle, FileFacts
 
 CACHE_FILE = ".medusa-latency.json"
 FILL = 64  # entries in the cache while measuring
-WARM_UP, REPEATS = 2, 5
+WARM_UP, REPEATS = 2, 7
 MOST_TOKENS = 64  # in a step of several rows: no CPU that we know verifies more of them any faster
 
 
@@ -95,7 +95,10 @@ def _measure(
     *,
     rows: int,
 ) -> dict[str, float]:
-    """Median seconds of a step, sizes interleaved so that a busy moment hits them all alike.
+    """Seconds of a step, sizes interleaved so that a busy moment hits them all alike.
+
+    What counts is how they compare: so it is the median ratio to a plain step of the same round, times the median of
+    those. A machine that slows down for a minute then changes little.
 
     Args:
         bundle: What the backend runs.
@@ -119,4 +122,10 @@ def _measure(
             taken[size].append(time.perf_counter() - started)
     for row in range(rows):
         backend.reset(row)
-    return {str(size): statistics.median(times[WARM_UP:]) for size, times in taken.items()}
+    plain = taken[1][WARM_UP:]
+    seconds = statistics.median(plain)
+    ratios = {
+        size: statistics.median(ours / one for ours, one in zip(times[WARM_UP:], plain, strict=True))
+        for size, times in taken.items()
+    }
+    return {str(size): ratio * seconds for size, ratio in ratios.items()}
