@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundle import Bundle
+from medusa_runtime.closing import Closing
 from medusa_runtime.errors import RequestError
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
@@ -21,7 +21,7 @@ TreeSize = int | Literal["auto"]
 PREFILL_CHUNK = 512
 
 
-class MedusaEngine:
+class MedusaEngine(Closing):
     """Generates text from a bundle.
 
     Args:
@@ -182,14 +182,6 @@ class MedusaEngine:
         """Gives the backend's memory back."""
         self._turn += 1
         self.backend.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class GenerationStream(Iterator[Chunk]):

@@ -14,13 +14,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 from medusa_runtime.backends import open_batch_backend
 from medusa_runtime.backends.base import BatchBackend
 from medusa_runtime.batch_runner import BatchRunner, TreeSize
 from medusa_runtime.bundle import Bundle
+from medusa_runtime.closing import Closing
 from medusa_runtime.errors import (
     BackendError,
     CallbackError,
@@ -47,7 +47,7 @@ MOVED_BESIDES = 256
 _log = logging.getLogger(__name__)
 
 
-class MedusaService:
+class MedusaService(Closing):
     """Answers many requests at a time; all methods may be called from any thread and any event loop.
 
     Args:
@@ -251,15 +251,8 @@ class MedusaService:
             self._accepting = False
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        if threading.current_thread() is not self._thread:  # a hook for metrics may call this
+            self._thread.join()
 
     # What callers' threads do.
 
