@@ -149,12 +149,12 @@ def test_auto_measures_once_and_keeps_it(tiny_bundle: Bundle, tmp_path: Path) ->
     with MedusaEngine.load(folder, threads=1) as engine:
         size = engine.generate(PROMPT, max_new_tokens=3).stats.tree_size
     (known,) = json.loads((folder / CACHE_FILE).read_text()).values()
-    assert set(known) == {"1", "2", "4", "6", "8", "9"}
+    assert {"1", "2"} <= set(known) <= {"1", "2", "4", "6", "8", "9"}  # those for which there is some hope
     (folder / CACHE_FILE).write_text(
         json.dumps({k: dict.fromkeys(known, 1.0) for k in json.loads((folder / CACHE_FILE).read_text())})
     )
     with MedusaEngine.load(folder, threads=1) as engine:  # now all sizes take equally long
-        assert engine.generate(PROMPT, max_new_tokens=3).stats.tree_size == 9
+        assert engine.generate(PROMPT, max_new_tokens=3).stats.tree_size == max(map(int, known))
     assert 1 <= size <= 9
 
 

@@ -55,6 +55,11 @@ class BatchRunner:
         """What ``auto`` takes at present, by the number of rows in a step."""
         return self._choice.current
 
+    @property
+    def accuracy(self) -> float:
+        """How many guesses are right of late, against what the bundle expects."""
+        return self._choice.accuracy
+
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """Which rows step together: those of like length.
 
