@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,6 +30,8 @@ from medusa_runtime import (
     ServiceClosedError,
 )
 from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
+from medusa_runtime.sequence import TokenSequence
+from medusa_runtime.text_stream import TextStream
 from medusa_runtime.tokenizer import Tokenizer
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
@@ -55,7 +57,7 @@ class Gate:
         self.open.set()
         self.entered = threading.Semaphore(0)
         self.fail = lambda size, prompts, rows: None
-        self.fail_arrange = lambda capacity: None
+        self.fail_arrange = lambda rows, capacity: None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -70,7 +72,7 @@ class Gate:
         return self.inner.step(size, prompts, rows)
 
     def arrange(self, rows: Sequence[int], capacity: int) -> int:
-        self.fail_arrange(capacity)
+        self.fail_arrange(rows, capacity)
         return self.inner.arrange(rows, capacity)
 
 
@@ -146,10 +148,29 @@ def test_unusable_requests(shared: MedusaService, prompt: object, options: dict[
         shared.submit(prompt, **options)
 
 
-def test_unusable_options(tiny_bundle: Bundle) -> None:
-    for options in ({"rows": 0}, {"max_queue": -1}, {"tree_size": 10}, {"prefill_chunk": 0}):
+def test_unusable_options(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused before anything is opened; what is opened is closed if that was in vain."""
+    opened: list[OnnxRuntimeBatchBackend] = []
+
+    def open_it(*_: object, **options: int) -> OnnxRuntimeBatchBackend:
+        opened.append(OnnxRuntimeBatchBackend(tiny_bundle, rows=options["rows"], threads=1))
+        opened[0].reserve(64)
+        return opened[0]
+
+    monkeypatch.setattr("medusa_runtime.service.open_batch_backend", open_it)
+    for options in ({"rows": 0}, {"max_queue": -1}, {"tree_size": 10}, {"tree_size": True}, {"prefill_chunk": 0}):
         with pytest.raises(RequestError):
             MedusaService.load(tiny_bundle.folder, threads=1, **options)
+    assert not opened
+    monkeypatch.setattr("medusa_runtime.service.BatchRunner", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MedusaService.load(tiny_bundle.folder, threads=1)
+    assert opened[0].capacity == 0
+
+
+def test_unknown_options_are_not_passed_over(shared: MedusaService) -> None:
+    with pytest.raises(TypeError, match="no option 'max_tokens': a request has max_new_tokens, "):
+        shared.submit(PROMPT, max_tokens=3)
 
 
 def test_asyncio_and_threads_at_once(shared: MedusaService, engine: MedusaEngine) -> None:
@@ -233,6 +254,29 @@ def test_deadlines_run_in_the_queue_and_in_a_row(tiny_bundle: Bundle, gate: Gate
         assert isinstance(DeadlineError("x"), TimeoutError)
 
 
+@pytest.mark.parametrize("jump", [1e6, -1e6])
+def test_a_clock_that_jumps(tiny_bundle: Bundle, gate: Gate, jump: float) -> None:
+    """Forwards it ends requests that had a deadline; back it ends none. Others don't care."""
+    now = [5e6]
+    with MedusaService(tiny_bundle, gate, None, tree_size=1, clock=lambda: now[0]) as service:
+        gate.open.clear()
+        timed = service.submit(PROMPT, max_new_tokens=30, timeout=60)
+        free = service.submit(PROMPT, max_new_tokens=30)
+        gate.entered.acquire(timeout=30)
+        now[0] += jump
+        gate.open.set()
+        assert len(free.result(30).token_ids) == 30
+        if jump > 0:
+            with pytest.raises(DeadlineError):
+                timed.result(30)
+        else:
+            assert len(timed.result(30).token_ids) == 30
+        for stats in (timed.stats, free.stats):
+            assert min(stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) >= 0
+        assert len(service.generate(PROMPT, max_new_tokens=5, timeout=60).token_ids) == 5
+        assert service.load_figures == (0, 0)
+
+
 def test_the_clock_of_the_wall_may_jump(shared: MedusaService, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = shared.submit(PROMPT, max_new_tokens=100, timeout=60)
     monkeypatch.setattr(time, "time", lambda: 4e9)
@@ -300,6 +344,75 @@ def test_an_event_loop_that_is_closed_harms_nobody(service: MedusaService, gate:
     del task
 
 
+def test_an_event_loop_that_is_closed_while_it_streams_harms_nobody(service: MedusaService, gate: Gate) -> None:
+    stream = service.astream(PROMPT, max_new_tokens=450)
+
+    async def begin(stream: AsyncIterator[Chunk]) -> Chunk:
+        return await anext(stream)
+
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(begin(stream)).token_ids
+    gate.open.clear()
+    task = loop.create_task(begin(stream))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    gate.open.set()
+    assert len(service.generate(PROMPT, max_new_tokens=5).token_ids) == 5
+    del task, stream
+    gc.collect()
+    assert service.drain(30)
+
+
+def test_a_stream_that_nobody_begins_to_read_is_cancelled(service: MedusaService, gate: Gate) -> None:
+    gate.open.clear()
+    stream = service.stream(PROMPT, max_new_tokens=450)
+    del stream
+    gc.collect()
+    gate.open.set()
+    assert service.drain(30)
+    assert gate.inner.lengths.max() < 400
+
+
+def test_text_that_fails_ends_its_request_only(service: MedusaService, monkeypatch: pytest.MonkeyPatch) -> None:
+    push = TextStream.push
+
+    def fail(self: TextStream, tokens: Sequence[int]) -> str:
+        if threading.current_thread().name == "medusa-service" and self in victims:
+            raise UnicodeError("no such character")
+        return push(self, tokens)
+
+    victims: list[TextStream | None] = []
+    monkeypatch.setattr(TextStream, "push", fail)
+    other = service.submit(PROMPT, max_new_tokens=60)
+    of = TokenSequence.of
+
+    def remember(*arguments: object, **options: object) -> TokenSequence:
+        sequence = of(*arguments, **options)
+        victims.append(sequence._text)
+        return sequence
+
+    monkeypatch.setattr(TokenSequence, "of", remember)
+    with pytest.raises(RequestError, match="can't be made text: UnicodeError"):
+        service.generate(PROMPT, max_new_tokens=60)
+    assert len(other.result(30).token_ids) == 60
+    assert service.load_figures == (0, 0)
+
+
+def test_a_hook_may_close_the_service(tiny_bundle: Bundle, gate: Gate) -> None:
+    class Impatient(Metrics):
+        def ended(self, *_: object) -> None:
+            service.close()
+
+    service = MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=Impatient())
+    first = service.submit(PROMPT, max_new_tokens=3)
+    second = service.submit(PROMPT, max_new_tokens=400)
+    assert len(first.result(30).token_ids) == 3
+    with pytest.raises(ServiceClosedError):
+        second.result(30)
+    service.close()
+    assert gate.inner.capacity == 0
+
+
 def test_a_step_that_fails_ends_the_request_whose_fault_it_is(
     service: MedusaService, gate: Gate, engine: MedusaEngine
 ) -> None:
@@ -333,7 +446,7 @@ def test_a_prompt_that_fails_ends_its_request_only(service: MedusaService, gate:
 
 
 def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
-    def fail_arrange(capacity: int) -> None:
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
         if capacity > 200:
             raise MemoryError
 
@@ -346,6 +459,58 @@ def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engin
     with pytest.raises(BackendError, match="no room"):
         service.generate([9] * 220)
     assert len(service.generate([9] * 100, max_new_tokens=20).token_ids) == 20
+
+
+def test_no_memory_to_step_together(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    """Where rows can't be brought together they go on one by one."""
+
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
+        if len(rows) > 1:
+            raise MemoryError
+
+    gate.fail_arrange = fail_arrange
+    prompts = [[9] * 30, [3] * 10]
+    handles = [service.submit(prompt, max_new_tokens=40) for prompt in prompts]
+    for prompt, handle in zip(prompts, handles, strict=True):
+        assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=40).token_ids
+
+
+def test_no_memory_for_what_is_taken_over(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    gate.open.clear()
+    first = service.submit([*[9] * 40, 1], max_new_tokens=300)
+    gate.entered.acquire(timeout=30)
+    gate.open.set()
+    next(first)
+    taken = []
+
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
+        if len(rows) == 1 and rows != [0] and not taken:
+            taken.append(capacity)
+            raise MemoryError
+
+    gate.fail_arrange = fail_arrange
+    with pytest.raises(BackendError, match="no room"):
+        service.generate([*[9] * 40, 2], max_new_tokens=5)
+    assert taken == [3 + 40 + 1]  # it was where its beginning was to be copied
+    again = service.generate([*[9] * 40, 2], max_new_tokens=5)
+    assert again.token_ids == engine.generate([*[9] * 40, 2], max_new_tokens=5).token_ids
+    assert first.result(30).token_ids == engine.generate([*[9] * 40, 1], max_new_tokens=300).token_ids
+
+
+def test_a_long_row_steps_by_itself(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    service._runner._worth_a_step = 100
+    seen: list[list[int]] = []
+    gate.fail = lambda size, prompts, rows: seen.append(sorted(rows)) if not prompts else None
+    prompts = [[9] * 300, [3] * 10]
+    handles = [service.submit(prompt, max_new_tokens=60) for prompt in prompts]
+    for prompt, handle in zip(prompts, handles, strict=True):
+        assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=60).token_ids
+    assert [0, 1] not in seen
+    seen.clear()
+    service._runner._worth_a_step = 1000
+    handles = [service.submit(prompt, max_new_tokens=60) for prompt in prompts]
+    assert all(handle.result(30) for handle in handles)
+    assert [0, 1] in seen
 
 
 def test_a_failed_step_leaves_rows_as_they_were(tiny_bundle: Bundle) -> None:

@@ -60,8 +60,8 @@ class MedusaEngine(Closing):
             BackendError: The backend is unknown or not installed, or it can't load the graph.
         """
         checked = Bundle.load(bundle, check_digests=check_digests)
-        opened = open_backend(backend, checked, threads=threads, check_digests=check_digests)
-        return cls(checked, opened, Tokenizer.load(checked.folder))
+        tokenizer = Tokenizer.load(checked.folder)
+        return cls(checked, open_backend(backend, checked, threads=threads, check_digests=check_digests), tokenizer)
 
     def generate(
         self,

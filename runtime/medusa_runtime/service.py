@@ -132,15 +132,20 @@ class MedusaService(Closing):
         checked = Bundle.load(bundle, check_digests=check_digests)
         _check_options(checked, max_queue, tree_size, prefill_chunk)
         tokenizer = Tokenizer.load(checked.folder)
-        return cls(
-            checked,
-            open_batch_backend(backend, checked, rows=rows, threads=threads),
-            tokenizer,
-            max_queue=max_queue,
-            tree_size=tree_size,
-            prefill_chunk=prefill_chunk,
-            metrics=metrics,
-        )
+        opened = open_batch_backend(backend, checked, rows=rows, threads=threads)
+        try:
+            return cls(
+                checked,
+                opened,
+                tokenizer,
+                max_queue=max_queue,
+                tree_size=tree_size,
+                prefill_chunk=prefill_chunk,
+                metrics=metrics,
+            )
+        except BaseException:
+            opened.close()
+            raise
 
     def submit(
         self,
@@ -164,9 +169,8 @@ class MedusaService(Closing):
         """
         unknown = options.keys() - RequestOptions.__annotations__.keys()
         if unknown:
-            raise TypeError(
-                f"There is no option {min(unknown)!r}: {', '.join(RequestOptions.__annotations__)} are known."
-            )
+            known = ", ".join(RequestOptions.__annotations__)
+            raise TypeError(f"There is no option {min(unknown)!r}: a request has {known}.")
         timeout = options.get("timeout")
         if timeout is not None and not timeout > 0:
             raise RequestError(f"timeout is {timeout}: give a request more than 0 seconds, or None.")
@@ -351,12 +355,13 @@ class MedusaService(Closing):
         if job is None or job.row is None:
             return
         chunk = job.sequence.next_chunk(self._prefill_chunk if decoding else LONE_CHUNK)
-        with self._blamed_on(job), self._timed("prefill", 1, len(chunk)) as tokens:
+        with self._blamed_on(job):
             if self._runner.prepare_prefill(job.row, chunk, decoding + 1) > MOVED_BESIDES and decoding:
-                return
-            result = self._runner.prefill(job.row, chunk, decoding + 1)
-            job.sequence.prefilled += len(chunk)
-            tokens.append(len(chunk))
+                return  # moving them took its time: the others first
+            with self._timed("prefill", 1, len(chunk)) as tokens:
+                result = self._runner.prefill(job.row, chunk, decoding + 1)
+                job.sequence.prefilled += len(chunk)
+                tokens.append(len(chunk))
             if not job.sequence.is_prefilling:
                 job.first_token = self._now()
                 job.sequence.stats.prefill_seconds = job.first_token - job.admitted
@@ -411,7 +416,15 @@ class MedusaService(Closing):
         self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._now() - started)
 
     def _deliver(self, job: Job, emitted: Sequence[int]) -> None:
-        job.handle.put(job.sequence.accept(emitted))
+        try:
+            chunk = job.sequence.accept(emitted)
+        except Exception as error:  # noqa: BLE001  # a tokenizer that fails is the fault of nobody else
+            failure = RequestError(f"The tokens of this request can't be made text: {error!r}.")
+            failure.__cause__ = error
+            with self._changed:
+                self._end(job, failure)
+            return
+        job.handle.put(chunk)
         if job.sequence.finish_reason is not None:
             with self._changed:
                 self._end(job, job.sequence.result())
