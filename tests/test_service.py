@@ -10,10 +10,12 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from decoding import export, guessing_heads, make_step
 from medusa_runtime import (
     BackendError,
     Bundle,
@@ -33,6 +35,7 @@ from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 from medusa_runtime.sequence import TokenSequence
 from medusa_runtime.text_stream import TextStream
 from medusa_runtime.tokenizer import Tokenizer
+from tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
@@ -632,6 +635,18 @@ def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) ->
             expected = engine.generate(prompt, max_new_tokens=15).token_ids
             assert [handle.result(30).token_ids for handle in handles] == [expected] * 2
             known.append([*prompt, *expected])
+
+
+def test_an_fp16_bundle(tmp_path: Path) -> None:
+    """It has no graph of its own for several rows."""
+    model = tiny_model("llama").half()
+    bundle = export(make_step(model, guessing_heads(model)), tmp_path / "bundle", trained=True)
+    engine = MedusaEngine.load(bundle.folder, threads=1)
+    with MedusaService.load(bundle.folder, rows=3, threads=1, tree_size=4) as service:
+        prompts = [[5 + i] * (10 + 7 * i) for i in range(5)]
+        handles = [service.submit(prompt, max_new_tokens=30) for prompt in prompts]
+        for prompt, handle in zip(prompts, handles, strict=True):
+            assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=30).token_ids
 
 
 def test_a_long_prompt_delays_others_by_one_chunk(service: MedusaService, gate: Gate) -> None:
