@@ -464,6 +464,21 @@ def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engin
     assert len(service.generate([9] * 100, max_new_tokens=20).token_ids) == 20
 
 
+def test_what_free_rows_hold_makes_way(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    """A request that there is no room for gets that of prefixes that nobody uses."""
+    service.generate([7] * 250, max_new_tokens=2)
+    lengths = gate.inner.lengths
+
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
+        if capacity > 60 and lengths.max() > 200:
+            raise MemoryError
+
+    gate.fail_arrange = fail_arrange
+    result = service.generate([9] * 100, max_new_tokens=5)
+    assert result.token_ids == engine.generate([9] * 100, max_new_tokens=5).token_ids
+    assert lengths.max() < 200
+
+
 def test_no_memory_to_step_together(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
     """Where rows can't be brought together they go on one by one."""
 

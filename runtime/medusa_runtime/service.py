@@ -2,7 +2,7 @@
 
 One thread owns the backend. Between steps it lets go of requests that are cancelled or late, gives free rows to those
 that wait, takes in one chunk of one prompt, and then verifies the trees of all rows that decode. So a long prompt
-delays the next tokens of the others by one chunk at most.
+delays the next tokens of the others by one chunk at most, or by what it takes to move its row instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 from medusa_runtime.backends import open_batch_backend
 from medusa_runtime.backends.base import BatchBackend
@@ -47,6 +47,15 @@ MOVED_BESIDES = 256
 _log = logging.getLogger(__name__)
 
 
+class ServiceOptions(TypedDict, total=False):
+    """Options of a service; see ``MedusaService``."""
+
+    max_queue: int
+    tree_size: TreeSize
+    prefill_chunk: int
+    metrics: Metrics | None
+
+
 class MedusaService(Closing):
     """Answers many requests at a time; all methods may be called from any thread and any event loop.
 
@@ -60,7 +69,7 @@ class MedusaService(Closing):
         prefill_chunk: Tokens of a prompt that one step takes in while other requests decode: more of them bring the
             first token sooner, fewer the next token of the others.
         metrics: What to tell about it all.
-        clock: Seconds.
+        clock: Tells seconds.
 
     Raises:
         RequestError: An option makes no sense.
@@ -78,7 +87,7 @@ class MedusaService(Closing):
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_options(bundle, max_queue, tree_size, prefill_chunk)
+        _check_options(bundle, {"max_queue": max_queue, "tree_size": tree_size, "prefill_chunk": prefill_chunk})
         self.bundle = bundle
         self.tokenizer = tokenizer
         self._runner = BatchRunner(bundle, backend, tree_size)
@@ -104,10 +113,7 @@ class MedusaService(Closing):
         rows: int = 4,
         threads: int | None = None,
         check_digests: bool = True,
-        max_queue: int = 256,
-        tree_size: TreeSize = "auto",
-        prefill_chunk: int = PREFILL_CHUNK,
-        metrics: Metrics | None = None,
+        **options: Unpack[ServiceOptions],
     ) -> Self:
         """Opens a bundle.
 
@@ -117,10 +123,7 @@ class MedusaService(Closing):
             rows: Requests that run at a time.
             threads: CPU threads of one step; all that this process may use if None.
             check_digests: Read all files to compare their digests.
-            max_queue: This and the others as for the class.
-            tree_size: Nodes per row and step.
-            prefill_chunk: Tokens of a prompt in a step beside rows that decode.
-            metrics: What to tell about it all.
+            options: ``max_queue``, ``tree_size``, ``prefill_chunk`` and ``metrics``, as for the class.
 
         Raises:
             BundleError: The bundle can't be served; the message says why.
@@ -130,19 +133,11 @@ class MedusaService(Closing):
         if rows < 1:
             raise RequestError(f"rows is {rows}: a service runs at least one request at a time.")
         checked = Bundle.load(bundle, check_digests=check_digests)
-        _check_options(checked, max_queue, tree_size, prefill_chunk)
+        _check_options(checked, options)
         tokenizer = Tokenizer.load(checked.folder)
         opened = open_batch_backend(backend, checked, rows=rows, threads=threads)
         try:
-            return cls(
-                checked,
-                opened,
-                tokenizer,
-                max_queue=max_queue,
-                tree_size=tree_size,
-                prefill_chunk=prefill_chunk,
-                metrics=metrics,
-            )
+            return cls(checked, opened, tokenizer, **options)
         except BaseException:
             opened.close()
             raise
@@ -356,7 +351,12 @@ class MedusaService(Closing):
             return
         chunk = job.sequence.next_chunk(self._prefill_chunk if decoding else LONE_CHUNK)
         with self._blamed_on(job):
-            if self._runner.prepare_prefill(job.row, chunk, decoding + 1) > MOVED_BESIDES and decoding:
+            try:
+                moved = self._runner.prepare_prefill(job.row, chunk, decoding + 1)
+            except BackendError:
+                self._forget_free_rows()
+                moved = self._runner.prepare_prefill(job.row, chunk, decoding + 1)
+            if moved > MOVED_BESIDES and decoding:
                 return  # moving them took its time: the others first
             with self._timed("prefill", 1, len(chunk)) as tokens:
                 result = self._runner.prefill(job.row, chunk, decoding + 1)
@@ -459,8 +459,9 @@ def _rows(jobs: Sequence[Job]) -> list[int]:
     return [job.row for job in jobs if job.row is not None]
 
 
-def _check_options(bundle: Bundle, max_queue: int, tree_size: TreeSize, prefill_chunk: int) -> None:
-    check_prefill_chunk(prefill_chunk)
+def _check_options(bundle: Bundle, options: ServiceOptions) -> None:
+    check_prefill_chunk(options.get("prefill_chunk", PREFILL_CHUNK))
+    tree_size, max_queue = options.get("tree_size", "auto"), options.get("max_queue", 0)
     if tree_size != "auto":
         check_tree_size(bundle, tree_size)
     if max_queue < 0:

@@ -129,6 +129,7 @@ class RowStore:
         if block is not None:
             self._gather(block, rows)
         else:
+            self._drop_empty()
             block = self._allocated(1 if len(rows) == 1 else len(self._lengths), capacity)
             left = [other for other in self.blocks if any(other.holds(row) for row in rows)]
             self.blocks.append(block)
@@ -181,7 +182,7 @@ class RowStore:
                 self.blocks.append(alone)
                 self._move(row, alone, 0)
 
-    def _drop_empty(self, kept: Block) -> None:
+    def _drop_empty(self, kept: Block | None = None) -> None:
         """Gives back the blocks of rows that hold nothing."""
         holding = [
             block for block in self.blocks if any(row is not None and self._lengths[row] > 0 for row in block.rows)
