@@ -63,7 +63,7 @@ class Request:
     timeout: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a request.
 

@@ -736,3 +736,12 @@ def test_a_session_computes_only_what_is_new(service: MedusaService, engine: Med
         session.send("x" * 600)
     assert session.messages == said
     assert asyncio.run(session.asend("Bye", max_new_tokens=5)).stats.cached_tokens > 20
+
+
+def test_prompts_of_many_lengths_leave_nothing_behind(tiny_bundle: Bundle) -> None:
+    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=2, threads=1)
+    with MedusaService(tiny_bundle, backend, None, tree_size=4) as service:
+        for length in range(1, 60):
+            service.generate([7] * length, max_new_tokens=2)
+        assert len(backend._input_ids) <= tiny_bundle.tree.size
+        assert len(backend._windows) <= 4

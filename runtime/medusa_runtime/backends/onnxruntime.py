@@ -173,11 +173,11 @@ class OnnxRuntimeBackend:
 
     def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
         rows = range(self._rows)
-        self._write_inputs(size, prompts or {}, rows)
+        ids = self._write_inputs(size, prompts or {}, rows)
         binding = self._bindings()
         before = [array.copy() for array in self._state]
         try:
-            self._run(binding, size, self._input_ids[size])
+            self._run(binding, size, binding.input_ids(ids, keep=size in self._input_ids))
         except BackendError:
             for array, old in zip(self._state, before, strict=True):
                 array[:] = old
@@ -187,9 +187,9 @@ class OnnxRuntimeBackend:
                 self._move_accepted(self._path, row, self._caches[:, row])
         return self._result
 
-    def _run(self, binding: Binding, size: int, input_ids: NDArray[np.int64]) -> None:
-        """Runs the session; ``input_ids``, [rows, size], is the same array whenever the size is."""
-        binding.values.bind_ortvalue_input("input_ids", binding.input_ids(size, input_ids))
+    def _run(self, binding: Binding, size: int, input_ids: Any) -> None:
+        """Runs the session on token ids, an ``OrtValue`` [rows, size]."""
+        binding.values.bind_ortvalue_input("input_ids", input_ids)
         for name in self._extra_outputs:  # of another shape in each step
             binding.values.bind_output(name)
         try:
@@ -211,8 +211,13 @@ class OnnxRuntimeBackend:
         root = self._bundle.tree.max_depth + int(self._lengths[row]) - count
         cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
 
-    def _write_inputs(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> None:
-        array = self._input_ids.setdefault(size, np.zeros((self._rows, size), np.int64))
+    def _write_inputs(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> NDArray[np.int64]:
+        """Gives the token ids, [all rows, size]: the same array for each size of a tree, but not for any of a chunk."""
+        array = self._input_ids.get(size)
+        if array is None:
+            array = np.zeros((self._rows, size), np.int64)
+            if size <= self._bundle.tree.size:
+                self._input_ids[size] = array
         for row in rows:
             prompt = prompts.get(row)
             if prompt is None:
@@ -223,6 +228,7 @@ class OnnxRuntimeBackend:
                 array[row, len(prompt) :] = 0
             self._is_prefill[row] = prompt is not None
             self._num_tokens[row] = size if prompt is None else len(prompt)
+        return array
 
     def _bindings(self) -> Binding:
         if self._binding is None:
@@ -279,11 +285,15 @@ class Binding:
                 self.values.bind_ortvalue_output(item.output, value)
                 self.outputs.append(item.output)
 
-    def input_ids(self, size: int, array: NDArray[np.int64]) -> Any:
-        """An array of ids, [rows, size], the same one for each size."""
-        if size not in self._input_ids:
-            self._input_ids[size] = self._ort.OrtValue.ortvalue_from_numpy(array)
-        return self._input_ids[size]
+    def input_ids(self, array: NDArray[np.int64], *, keep: bool) -> Any:
+        """Token ids, [rows, size]; kept if it is the same array whenever the size is."""
+        size = array.shape[1]
+        if size in self._input_ids:
+            return self._input_ids[size]
+        value = self._ort.OrtValue.ortvalue_from_numpy(array)
+        if keep:
+            self._input_ids[size] = value
+        return value
 
 
 def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, provider: str) -> Any:

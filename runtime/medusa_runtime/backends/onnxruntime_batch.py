@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime import Binding, Bound, OnnxRuntimeBackend
@@ -45,7 +44,6 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
         )
         # What a step reads and writes: its rows come first in these, in the order in which their caches lie.
         self._staged = [np.zeros_like(item.array) for item in self._bound]
-        self._staged_ids: dict[int, NDArray[np.int64]] = {}
         self._windows: dict[tuple[Block, int, int], Binding] = {}
 
     @property
@@ -85,13 +83,12 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
         if window is None:
             raise BackendError(f"Rows {rows} are not beside each other: call arrange before a step.")
         order = list(window.rows)
-        self._write_inputs(size, prompts or {}, order)
-        ids = self._staged_ids.setdefault(size, np.zeros((self._rows, size), np.int64))
-        ids[: len(order)] = self._input_ids[size][order]
+        ids = self._write_inputs(size, prompts or {}, order)[order]
         for item, staged in zip(self._bound, self._staged, strict=True):
             if item.input is not None:
                 staged[: len(order)] = item.array[order]
-        self._run(self._window(window), size, ids[: len(order)])
+        binding = self._window(window)
+        self._run(binding, size, binding.input_ids(ids, keep=False))
         for item, staged in zip(self._bound, self._staged, strict=True):
             if item.output is not None:
                 item.array[order] = staged[: len(order)]
@@ -119,5 +116,4 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
     def close(self) -> None:
         super().close()
         self._store.clear()
-        self._staged_ids.clear()
         self._windows.clear()
