@@ -33,6 +33,7 @@ from medusa_runtime import (
 )
 from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 from medusa_runtime.sequence import TokenSequence
+from medusa_runtime.service import MOVED_BESIDES
 from medusa_runtime.text_stream import TextStream
 from medusa_runtime.tokenizer import Tokenizer
 from tiny_models import tiny_model
@@ -677,6 +678,31 @@ def test_a_long_prompt_delays_others_by_one_chunk(service: MedusaService, gate: 
     chunks = [i for i, (_, prefill) in enumerate(steps[:last_decoding]) if prefill]
     assert all(second - first > 1 for first, second in itertools.pairwise(chunks))
     assert all(size <= 8 for size, _ in steps[:last_decoding])
+
+
+def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> None:
+    """Between two steps of a running stream there is one chunk, or rows are moved far, never both."""
+    events: list[str] = []
+    gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
+    arrange = gate.inner.arrange
+
+    def watched(rows: Sequence[int], capacity: int) -> int:
+        moved = arrange(rows, capacity)
+        if moved > MOVED_BESIDES:
+            events.append("move")
+        return moved
+
+    gate.inner.arrange = watched
+    running = service.submit(PROMPT, max_new_tokens=400)
+    next(running)
+    assert service.submit([4] * 480, max_new_tokens=20).result(30)
+    running.cancel()
+    last = max(i for i, event in enumerate(events) if event == "decode")
+    between = [
+        list(group) for is_step, group in itertools.groupby(events[:last], lambda e: e == "decode") if not is_step
+    ]
+    assert ["move"] in between[1:]
+    assert all(len(group) == 1 for group in between[1:])
 
 
 def test_metrics(tiny_bundle: Bundle) -> None:
