@@ -57,6 +57,7 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 @click.option("--requests", default=4, show_default=True, help="Requests at a time, and rows.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
+@click.option("--seconds", type=float, help="Begin no round after so many, however many are left.")
 @click.option("--tokens", default=96, show_default=True, help="Tokens of each answer, at most.")
 @click.option("--engine-size", "engine_sizes", multiple=True, type=int, default=(1, 4, 6), show_default=True)
 @click.option("--service-size", "service_sizes", multiple=True, type=int, default=(1, 2), show_default=True)
@@ -67,6 +68,7 @@ def main(
     requests: int,
     threads: int,
     rounds: int,
+    seconds: float | None,
     tokens: int,
     engine_sizes: tuple[int, ...],
     service_sizes: tuple[int, ...],
@@ -97,7 +99,10 @@ def main(
         contestants[f"{requests} at a time, tree size {size}"] = with_size(size)
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     same = dict.fromkeys(contestants, True)
+    begun = time.monotonic()
     for turn in range(rounds + 1):
+        if turn > 2 and seconds is not None and time.monotonic() - begun > seconds:
+            break
         first = turn * requests % len(prompts)
         group = (prompts + prompts)[first : first + requests]
         names = list(contestants)[turn % len(contestants) :] + list(contestants)[: turn % len(contestants)]
