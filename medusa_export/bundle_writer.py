@@ -96,6 +96,7 @@ def write_bundle(
         tree=step.tree,
         acceptance=acceptance,
         heads=HeadFacts(heads.config.num_heads, heads.config.variant, trained) if heads is not None else None,
+        sampling=step.sampling,
         tree_name=tree_name,
         producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
     )

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medusa_export.sampling import SamplingInputs
 from medusa_export.step import MedusaStep, StepOutput
 from medusa_runtime.backends.base import StepResult
+from medusa_runtime.sampling import Draws, SamplingRows
 
 
 class EagerBackend:
@@ -31,6 +33,7 @@ class EagerBackend:
         self._lengths = torch.zeros(rows, dtype=torch.int64)
         self._caches: list[Tensor] = []
         self._drafts = np.zeros((rows, step.tree.size), np.int64)
+        self._sampling = SamplingRows(rows)
         self._pending: Tensor | None = None
         if margin := step.tree.max_depth:
             heads = self._shape.num_caches * self._shape.num_key_value_heads
@@ -69,6 +72,9 @@ class EagerBackend:
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
+    def assign(self, row: int, draws: Draws | None) -> None:
+        self._sampling.assign(row, draws)
+
     def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
         prompts = prompts or {}
         ids = torch.zeros(self._rows, size, dtype=torch.int64)
@@ -79,13 +85,22 @@ class EagerBackend:
             if row in prompts:
                 num_tokens[row] = len(given)
         is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
+        sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
         with torch.no_grad():
-            output = self._step(ids, num_tokens, is_prefill, self._lengths, self._pending, self._caches)
+            output = self._step(ids, num_tokens, is_prefill, self._lengths, sampling, self._pending, self._caches)
         self._caches, self._pending = output.present, output.next_pending_kv
         self._lengths = output.next_cache_lengths
         self._drafts[:] = output.next_input_ids.numpy()
         self.output = output
-        return StepResult(output.tokens.numpy(), output.count.numpy())
+        logprobs = None if output.logprobs is None else output.logprobs.numpy()
+        return StepResult(output.tokens.numpy(), output.count.numpy(), logprobs)
+
+    def _sampling_inputs(self, size: int, prompts: Mapping[int, Sequence[int]]) -> SamplingInputs:
+        width = self._sampling.width(size, prompts, range(self._rows))
+        uniforms = np.zeros((self._rows, width), np.float32)
+        self._sampling.write(uniforms, self._lengths.numpy(), {row: len(chunk) for row, chunk in prompts.items()})
+        inputs = {name: torch.from_numpy(array.copy()) for name, array in self._sampling.inputs.items()}
+        return SamplingInputs(uniforms=torch.from_numpy(uniforms), **inputs)
 
     def close(self) -> None:
         self._caches = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -16,18 +18,33 @@ from medusa_export.onnx_rewrites import fuse_rms_norm, fuse_rotary_embedding, in
 from medusa_export.onnx_trace import MARK_DOMAIN, quiet, trace
 from medusa_export.step import MedusaStep
 from medusa_runtime import contract
+from medusa_runtime.contract import TensorSpec
 
 Progress = Callable[[str], None]
-# Named values of the graph that are no outputs, for those who build other graphs from it.
-INTERNAL = ("logits", "head_logits", "accepted_path")
 REWRITES = (fuse_rms_norm, fuse_rotary_embedding, index_rows, lay_out_linears)
 
 
-def _rename(value: ir.Value, name: str, shape: list[int | str] | None = None) -> ir.Value:
+def _rename(value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
     value.name = name
-    if shape is not None:
-        value.shape = ir.Shape(shape)
+    value.shape = ir.Shape(shape)
     return value
+
+
+def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
+    return contract.step_inputs(**_facts(step))
+
+
+def _contract_outputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
+    return contract.step_outputs(**_facts(step), tree_size=step.tree.size)
+
+
+def _facts(step: MedusaStep) -> dict[str, Any]:
+    return {
+        **asdict(step.cache_shape),
+        "tree_depth": step.tree.max_depth,
+        "dtype": str(step.model.dtype).removeprefix("torch."),
+        "sampling": step.sampling,
+    }
 
 
 def _layer_prefix(step: MedusaStep) -> str:
@@ -53,8 +70,8 @@ def _simplify(model: ir.Model) -> None:
 def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Model:
     """Traces a step and brings the graph into the form of the contract.
 
-    Weights stay where they are until the model is written. ``logits``, ``accepted_path`` and, with heads,
-    ``head_logits`` are named values of the graph, not outputs.
+    Weights stay where they are until the model is written. Whatever else a step gives (see ``StepOutput``) are named
+    values of the graph, for those who build other graphs from it.
 
     Raises:
         ModelNotSupportedError: The model does something that a step can't honour.
@@ -64,36 +81,30 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
     model = trace(step)
     progress("assembling")
     graph = model.graph
-    shape = step.cache_shape
-    heads, head_dim, num_caches = shape.num_key_value_heads, shape.head_dim, shape.num_caches
-    margin = step.tree.max_depth
+    num_caches, margin = step.cache_shape.num_caches, step.tree.max_depth
 
     for node in graph:
         if node.op_type == "Attention":
             node.resize_outputs(1)
     _simplify(model)
 
-    names = ["tokens", "count", "next_input_ids", "next_cache_lengths", "logits", "accepted_path"]
-    names += ["head_logits", "next_pending_kv"] if margin else []
-    outputs = dict(zip(names, graph.outputs, strict=False))
+    outputs = {value.name: value for value in graph.outputs}
+    specs = {spec.name: spec for spec in (*_contract_inputs(step), *_contract_outputs(step))}
+    small = [
+        name for name in (spec.name for spec in _contract_inputs(step)) if not name.startswith(("past", "pending"))
+    ]
+    traced_inputs, stand_ins = graph.inputs[: len(small)], graph.inputs[len(small) :]
+    cache_type = stand_ins[0].type
 
-    cache_type = graph.inputs[4].type
-    cache_shape: list[int | str] = ["batch", heads, "capacity", head_dim]
-    caches = [
-        ir.Value(name=contract.cache_name("past", i), type=cache_type, shape=ir.Shape(cache_shape))
-        for i in range(num_caches)
-    ]
+    def new_input(name: str) -> ir.Value:
+        return ir.Value(name=name, type=cache_type, shape=ir.Shape(specs[name].shape))
+
+    caches = [new_input(contract.cache_name("past", i)) for i in range(num_caches)]
     pending: list[ir.Value] = []
-    inputs = [
-        _rename(graph.inputs[0], "input_ids", ["batch", "sequence"]),
-        *(_rename(value, value.name or "", ["batch"]) for value in graph.inputs[1:4]),
-    ]
+    inputs = [_rename(value, name, specs[name].shape) for value, name in zip(traced_inputs, small, strict=True)]
     if margin:
-        pending_kv = ir.Value(
-            name="pending_kv", type=cache_type, shape=ir.Shape(["batch", num_caches * heads, margin, head_dim])
-        )
-        inputs.append(pending_kv)
-        split = ir.node("Split", [pending_kv], {"axis": 1, "num_outputs": num_caches}, num_outputs=num_caches)
+        inputs.append(new_input("pending_kv"))
+        split = ir.node("Split", inputs[-1:], {"axis": 1, "num_outputs": num_caches}, num_outputs=num_caches)
         graph.insert_before(graph[0], split)
         pending = list(split.outputs)
 
@@ -107,31 +118,19 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
     )
 
     # What reads a stand-in reads its shape only, and all caches have the same.
-    for stand_in, value in zip(graph.inputs[4:], [caches[0], *pending[:1]], strict=True):
+    for stand_in, value in zip(stand_ins, [caches[0], *pending[:1]], strict=True):
         ir.convenience.replace_all_uses_with(stand_in, value)
 
     graph.inputs.clear()
     graph.inputs.extend([*inputs, *caches])
-    shapes: dict[str, list[int | str]] = {
-        "tokens": ["batch", margin + 1],
-        "count": ["batch"],
-        "next_input_ids": ["batch", step.tree.size],
-        "next_cache_lengths": ["batch"],
-        "next_pending_kv": ["batch", num_caches * heads, margin, head_dim],
-    }
-    for value in outputs.values():
-        if value.is_graph_input() or value.is_initializer():
-            raise ExportError("An output of the step is one of its inputs unchanged.")
+    outputs |= {contract.cache_name("present", i): value for i, value in enumerate(present)}
+    results = [outputs[spec.name] for spec in _contract_outputs(step)]
+    if any(value.is_graph_input() or value.is_initializer() for value in results):
+        raise ExportError("An output of the step is one of its inputs unchanged.")
     graph.outputs.clear()
     graph.outputs.extend(
-        [
-            *(_rename(outputs[name], name, shape) for name, shape in shapes.items() if name in outputs),
-            *(_rename(value, contract.cache_name("present", i), cache_shape) for i, value in enumerate(present)),
-        ]
+        _rename(value, spec.name, spec.shape) for value, spec in zip(results, _contract_outputs(step), strict=True)
     )
-    for name in INTERNAL:
-        if name in outputs:
-            _rename(outputs[name], name)
     graph.name = "medusa_step"
     model.opset_imports.pop(MARK_DOMAIN, None)
     passes.CommonSubexpressionEliminationPass()(model)

@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from medusa_export.errors import ExportError, ModelNotSupportedError
 from medusa_export.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
-from medusa_export.step import MedusaStep
+from medusa_export.sampling import SamplingInputs
+from medusa_export.step import MedusaStep, StepOutput
+from medusa_runtime.contract import SAMPLING_INPUTS
 
 OPSET_VERSION = 24
 MARK_DOMAIN = "medusa_export"
@@ -82,13 +84,38 @@ def _translations() -> dict[Any, Any]:
     }
 
 
-class _TracedStep(nn.Module):
-    """A step with one cache pair and one pending block standing for those of all layers."""
+def _named(out: StepOutput) -> dict[str, Tensor]:
+    """What a traced step gives besides the caches, by the names of the graph."""
+    named = {
+        "tokens": out.tokens,
+        "count": out.count,
+        "next_input_ids": out.next_input_ids,
+        "next_cache_lengths": out.next_cache_lengths,
+        "logits": out.logits,
+        "accepted_path": out.accepted_path,
+        "chosen": out.chosen,
+        "head_logits": out.head_logits,
+        "next_pending_kv": out.next_pending_kv,
+        "logprobs": out.logprobs,
+    }
+    if out.sampled is not None:
+        named |= {f"sampled/{name}": value for name, value in vars(out.sampled).items() if name != "chosen"}
+    return {name: value for name, value in named.items() if value is not None}
 
-    def __init__(self, step: MedusaStep) -> None:
+
+class _TracedStep(nn.Module):
+    """A step with one cache pair and one pending block standing for those of all layers.
+
+    Args:
+        step: The step.
+        note: Told the names of what a run gives, but for the caches.
+    """
+
+    def __init__(self, step: MedusaStep, note: Callable[[Sequence[str]], None]) -> None:
         super().__init__()
         self.step = step
         self.num_caches = step.cache_shape.num_caches
+        self._note = note
 
     def forward(
         self,
@@ -96,14 +123,17 @@ class _TracedStep(nn.Module):
         num_tokens: Tensor,
         is_prefill: Tensor,
         cache_lengths: Tensor,
+        sampling: dict[str, Tensor] | None,
         past: Tensor,
         pending: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         pendings = [] if pending is None else [pending] * self.num_caches
-        out = self.step.run(input_ids, num_tokens, is_prefill, cache_lengths, pendings, [past] * self.num_caches)
-        named = (out.tokens, out.count, out.next_input_ids, out.next_cache_lengths, out.logits, out.accepted_path)
-        optional = [tensor for tensor in (out.head_logits, out.next_pending_kv) if tensor is not None]
-        return (*named, *optional, *out.present)
+        given = None if sampling is None else SamplingInputs(**sampling)
+        past_of_all = [past] * self.num_caches
+        out = self.step.run(input_ids, num_tokens, is_prefill, cache_lengths, given, pendings, past_of_all)
+        named = _named(out)
+        self._note(list(named))
+        return (*named.values(), *out.present)
 
 
 @contextlib.contextmanager
@@ -126,8 +156,8 @@ def trace(step: MedusaStep) -> ir.Model:
     """Traces a step.
 
     Returns:
-        A graph whose inputs and outputs are those of ``_TracedStep``; layers beyond the first of each
-        kind are ``DecoderLayer`` nodes, and the first are enclosed by ``LayerBoundary`` nodes.
+        A graph whose inputs are those of ``_TracedStep``, and so are its outputs, which are named; layers beyond the
+        first of each kind are ``DecoderLayer`` nodes, and the first are enclosed by ``LayerBoundary`` nodes.
 
     Raises:
         ModelNotSupportedError: The model does something that a step can't honour.
@@ -138,12 +168,14 @@ def trace(step: MedusaStep) -> ir.Model:
     # Free dimensions, of sizes that nothing else has: the tracer takes equal sizes for the same one.
     batch, capacity, dtype = 3, 251, step.model.dtype
     tokens = next(size for size in (37, 41, 43) if size not in (step.tree.size, shape.head_dim, heads))
+    draws = next(size for size in (53, 59, 61) if size not in (step.tree.size, shape.head_dim, heads))
     margin = step.tree.max_depth
-    example: dict[str, Tensor] = {
+    example: dict[str, Any] = {
         "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
         "num_tokens": torch.ones(batch, dtype=torch.int64),
         "is_prefill": torch.zeros(batch, dtype=torch.bool),
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
+        "sampling": _example_sampling(batch, draws) if step.sampling else None,
         "past": torch.zeros(batch, heads, capacity, head_dim, dtype=dtype),
     }
     if margin:
@@ -151,9 +183,13 @@ def trace(step: MedusaStep) -> ir.Model:
     dynamic = torch.export.Dim.DYNAMIC
     free: dict[str, Any] = {name: {0: dynamic} for name in example}
     free["input_ids"] = {0: dynamic, 1: dynamic}
+    free["sampling"] = {name: {0: dynamic} for name in example["sampling"]} if step.sampling else None
+    if step.sampling:
+        free["sampling"]["uniforms"] = {0: dynamic, 1: dynamic}
     free["past"] = {0: dynamic, 2: dynamic}
 
-    traced = _TracedStep(step)
+    names: list[str] = []
+    traced = _TracedStep(step, lambda given: names.__setitem__(slice(None), given))
     layers = decoder_layers(step.model)
     like = kinds_of(layers)
     with torch.no_grad(), quiet():
@@ -181,7 +217,17 @@ def trace(step: MedusaStep) -> ir.Model:
             raise ExportError(f"Translating the traced model to ONNX failed: {_first_line(error)}") from error
     if exported is None:
         raise ExportError("Translating the traced model to ONNX gave no graph.")
+    for name, value in zip(names, exported.model.graph.outputs, strict=False):
+        value.name = name
     return exported.model
+
+
+def _example_sampling(batch: int, draws: int) -> dict[str, Tensor]:
+    sizes = {"batch": batch, "draws": draws}
+    return {
+        spec.name: torch.ones([sizes[str(size)] for size in spec.shape], dtype=getattr(torch, spec.dtype))
+        for spec in SAMPLING_INPUTS
+    }
 
 
 def _first_line(error: BaseException) -> str:

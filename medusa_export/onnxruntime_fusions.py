@@ -40,6 +40,7 @@ from medusa_export.onnxruntime_plain_steps import (
     is_plain_mask,
     is_plain_step,
     skip_mask_in_plain_steps,
+    skip_sampling_where_none_draws,
     skip_tree_in_plain_steps,
 )
 
@@ -90,11 +91,14 @@ def finish(model: ir.Model, margin: int, sees_all: Sequence[ir.Value] = (), slot
     is_plain = is_plain_step(graph)
     for bias in sees_all:
         skip_mask_in_plain_steps(graph, is_plain, bias, margin, slots)
+    if any(value.name == "uniforms" for value in graph.inputs):
+        skip_sampling_where_none_draws(graph)
     if margin:
         skip_tree_in_plain_steps(graph, is_plain)
     model.opset_imports[CONTRIB] = 1
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
+    passes.NameFixPass()(model)  # names are unique within a branch only
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def integers(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
     return initializer(graph, name, np.array(values, dtype=np.int64))
 
 
+def value_named(graph: ir.Graph, name: str) -> ir.Value:
+    """A value that a node of the graph computes, by name."""
+    return next(value for node in graph for value in node.outputs if value.name == name)
+
+
 def given(value: ir.Value | None) -> ir.Value:
     """A value that is known to be there."""
     assert value is not None

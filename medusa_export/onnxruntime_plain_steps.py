@@ -8,7 +8,16 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from medusa_export.onnxruntime_nodes import IR_VERSION, PATH, Builder, given, initializer, integers, shape_of
+from medusa_export.onnxruntime_nodes import (
+    IR_VERSION,
+    PATH,
+    Builder,
+    given,
+    initializer,
+    integers,
+    shape_of,
+    value_named,
+)
 
 
 def is_plain_step(graph: ir.Graph) -> ir.Value:
@@ -51,11 +60,8 @@ def skip_mask_in_plain_steps(graph: ir.Graph, is_plain: ir.Value, bias: ir.Value
 
 def skip_tree_in_plain_steps(graph: ir.Graph, is_plain: ir.Value) -> None:
     """A plain step emits the base model's choice, accepts the root, and drafts nothing."""
-    names = ("tokens", "count", "next_input_ids", PATH)
-    results = {name: value for value in graph.outputs for name in names if value.name == name}
-    chosen = next(
-        node.outputs[0] for node in graph if node.op_type == "ArgMax" and given(node.inputs[0]).name == "logits"
-    )
+    results = {name: value_named(graph, name) for name in ("tokens", "count", "next_input_ids", PATH)}
+    chosen = value_named(graph, "chosen")
     num_tokens = next(value for value in graph.inputs if value.name == "num_tokens")
     _, depth = shape_of(results["tokens"])
     _, size = shape_of(results["next_input_ids"])
@@ -70,7 +76,47 @@ def skip_tree_in_plain_steps(graph: ir.Graph, is_plain: ir.Value) -> None:
         "next_input_ids": make("Pad", [chosen, integers(graph, "undrafted", [0, 0, 0, size - 1])]),
         PATH: make("Mul", [tokens, zero]),
     }
+    if any(value.name == "logprobs" for value in graph.outputs):
+        results["logprobs"] = value_named(graph, "logprobs")
+        last = integers(graph, "last_of_three", [2])
+        logit = make("GatherElements", [value_named(graph, "logits"), make("Unsqueeze", [chosen, last])], axis=2)
+        logit = make("Cast", [make("Squeeze", [logit, last])], to=ir.DataType.FLOAT)
+        logprob = make("Sub", [logit, value_named(graph, "sampled/log_total")])
+        made["logprobs"] = make("Expand", [logprob, integers(graph, "emitted", [1, depth])])
     _branch(graph, "tree", is_plain, results, made, make.nodes, outside=chosen)
+
+
+def skip_sampling_where_none_draws(graph: ir.Graph) -> None:
+    """A step without uniform numbers takes the best tokens; one whose nuclei are small does without a search."""
+    best = next(
+        node.outputs[0] for node in graph if node.op_type == "ArgMax" and given(node.inputs[0]).name == "logits"
+    )
+    uniforms = next(value for value in graph.inputs if value.name == "uniforms")
+    head = Builder(graph)
+    draws = head("Squeeze", [head("Shape", [uniforms], start=1, end=2)])
+    none_draws = head("Equal", [draws, integers(graph, "scalar_zero", 0)])
+    graph.insert_before(graph[0], head.nodes)
+
+    names = ("chosen", "sampled/support", "sampled/log_total")
+    results = {name: value_named(graph, name) for name in names}
+    inner = {name: value_named(graph, f"sampled/{name}") for name in ("beyond", "nucleus_end")}
+    make = Builder(graph)
+    like = make("Shape", [best])
+    filled = [
+        make("Expand", [initializer(graph, name, np.array(number, np.float32)), like])
+        for name, number in (("least_support", -np.inf), ("no_total", 0.0))
+    ]
+    made = dict(zip(names, [make("Identity", [best]), *filled], strict=True))
+    sampling = _branch(graph, "sampling", none_draws, results, made, make.nodes, outside=best)
+
+    head, make = Builder(graph), Builder(graph)
+    any_beyond = head("ReduceMax", [head("Cast", [inner["beyond"]], to=ir.DataType.INT32)], keepdims=0)
+    small = head("Equal", [any_beyond, initializer(graph, "none_beyond", np.array(0, np.int32))])
+    maker = inner["beyond"].producer()
+    assert maker is not None
+    sampling.insert_after(maker, head.nodes)
+    end = make("Cast", [inner["beyond"]], to=ir.DataType.FLOAT)
+    _branch(sampling, "nucleus", small, {"nucleus_end": inner["nucleus_end"]}, {"nucleus_end": end}, make.nodes)
 
 
 def _branch(
@@ -82,7 +128,7 @@ def _branch(
     plain_nodes: Sequence[ir.Node],
     *,
     outside: ir.Value | None = None,
-) -> None:
+) -> ir.Graph:
     """Puts what only ``results`` need into a branch for steps of several tokens, beside one for plain steps.
 
     Args:
@@ -93,6 +139,9 @@ def _branch(
         plain: What they are in a plain step, by the same names.
         plain_nodes: The nodes that compute that.
         outside: A value that stays outside, and what it is computed from too.
+
+    Returns:
+        The first branch.
     """
     tail = _tail(graph, set(results.values()), outside)
     step = ir.node("If", [is_plain], num_outputs=len(results), name=name)
@@ -114,6 +163,7 @@ def _branch(
     }
     for attribute, branch in branches.items():
         step.attributes[attribute] = ir.AttrGraph(attribute, branch)
+    return branches["else_branch"]
 
 
 def _tail(graph: ir.Graph, results: set[ir.Value], outside: ir.Value | None) -> list[ir.Node]:

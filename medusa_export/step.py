@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 from medusa_export.attention import StepCache, StepMasks, attending, concat_blocks
 from medusa_export.cache_shape import CacheShape
 from medusa_export.heads import MedusaHeads, sym_min
+from medusa_export.indexing import take_entries, take_rows
+from medusa_export.sampling import Sampled, SamplingInputs, sample
 from medusa_runtime.tree import Tree
 
 
@@ -36,23 +38,22 @@ class StepOutput:
         logits: [B, R, V], of the verified rows.
         head_logits: [B, active heads, draft_vocab_size], or None without heads.
         accepted_path: [B, M + 1], the accepted nodes from the root on; ``count`` of them hold.
+        chosen: [B, R], what the base model has come to after each verified node.
+        sampled: How; None in a step that is greedy only.
     """
 
     tokens: Tensor
     count: Tensor
     next_input_ids: Tensor
     next_cache_lengths: Tensor
+    logprobs: Tensor | None
     next_pending_kv: Tensor | None
     present: list[Tensor]
     logits: Tensor
     head_logits: Tensor | None
     accepted_path: Tensor
-
-
-def _take_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """values[b, rows[b, i]]: [B, N, ...] and [B, R] to [B, R, ...], as one gather on a folded axis."""
-    offsets = torch.arange(values.shape[0], device=rows.device) * values.shape[1]
-    return values.flatten(0, 1)[rows + offsets.unsqueeze(1)]
+    chosen: Tensor
+    sampled: Sampled | None
 
 
 class MedusaStep(nn.Module):
@@ -62,6 +63,7 @@ class MedusaStep(nn.Module):
         model: A Hugging Face causal LM whose attention implementation is ours.
         heads: The heads, or None for plain decoding with a tree of one node.
         tree: The draft tree; no deeper than there are heads.
+        sampling: Whether rows may sample and ask for log probabilities; all are greedy otherwise.
 
     Raises:
         ModelNotSupportedError: The model's caches are not all of one size.
@@ -75,11 +77,12 @@ class MedusaStep(nn.Module):
     tree_paths: Tensor
     tree_candidates: Tensor
 
-    def __init__(self, model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree) -> None:
+    def __init__(self, model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree, *, sampling: bool = True) -> None:
         super().__init__()
         self.model = model
         self.heads = heads
         self.tree = tree
+        self.sampling = sampling
         self.cache_shape = CacheShape.of(model)
         self._add_tables(tree)
 
@@ -106,6 +109,7 @@ class MedusaStep(nn.Module):
         num_tokens: Tensor,
         is_prefill: Tensor,
         cache_lengths: Tensor,
+        sampling: SamplingInputs | None,
         pending_kv: Tensor | None,
         past: Sequence[Tensor],
     ) -> StepOutput:
@@ -116,11 +120,12 @@ class MedusaStep(nn.Module):
             num_tokens: [B], how many of a chunk's tokens are valid.
             is_prefill: [B] boolean.
             cache_lengths: [B], committed entries.
+            sampling: How each row draws its tokens; None in a step that is greedy only.
             pending_kv: The last M of them, [B, 2L * num_key_value_heads, M, head_dim]; None if M is 0.
             past: 2L caches, keys and values alternating, each [B, num_key_value_heads, C, head_dim].
         """
         pending = [] if pending_kv is None else pending_kv.chunk(len(past), dim=1)
-        return self.run(input_ids, num_tokens, is_prefill, cache_lengths, pending, past)
+        return self.run(input_ids, num_tokens, is_prefill, cache_lengths, sampling, pending, past)
 
     def run(
         self,
@@ -128,6 +133,7 @@ class MedusaStep(nn.Module):
         num_tokens: Tensor,
         is_prefill: Tensor,
         cache_lengths: Tensor,
+        sampling: SamplingInputs | None,
         pending: Sequence[Tensor],
         past: Sequence[Tensor],
     ) -> StepOutput:
@@ -139,13 +145,25 @@ class MedusaStep(nn.Module):
         rows = torch.where(is_prefill.unsqueeze(1), last.unsqueeze(1), torch.arange(verified))
         logits, hidden = self._verify(input_ids, positions, cache, rows)
 
-        chosen = logits.argmax(-1)
-        best, count = self._accept(input_ids[:, :verified], chosen, is_prefill)
+        nodes = input_ids[:, :verified]
+        sampled = None
+        if sampling is not None:
+            places = take_rows(positions, rows) + 1
+            sampled = sample(logits, nodes, self.tree_parents[:verified], places, sampling)
+        chosen = logits.argmax(-1) if sampled is None else sampled.chosen
+        best, count = self._accept(nodes, chosen, is_prefill, sampled)
         path = self.tree_paths[best]
-        tokens = _take_rows(chosen, path.clamp(max=verified - 1))
+        on_path = path.clamp(max=verified - 1)
+        tokens = take_rows(chosen, on_path)
+        logprobs = None
+        if sampled is not None:
+            # Typical acceptance keeps tokens that the base model allows and has not come to itself.
+            below = take_rows(nodes, torch.cat([on_path[:, 1:], on_path[:, :1]], dim=1))
+            tokens = torch.where(torch.arange(path.shape[1]) < count.unsqueeze(1) - 1, below, tokens)
+            logprobs = take_entries(logits, on_path, tokens).float() - take_rows(sampled.log_total, on_path)
 
-        next_root = _take_rows(chosen, best.unsqueeze(1))
-        head_logits, next_input_ids = self._draft(_take_rows(hidden, best.unsqueeze(1)).squeeze(1), next_root, verified)
+        next_root = take_rows(chosen, best.unsqueeze(1))
+        head_logits, next_input_ids = self._draft(take_rows(hidden, best.unsqueeze(1)).squeeze(1), next_root, verified)
 
         added = torch.where(is_prefill, num_tokens, count)
         return StepOutput(
@@ -153,11 +171,14 @@ class MedusaStep(nn.Module):
             count=count,
             next_input_ids=next_input_ids,
             next_cache_lengths=cache_lengths + added,
+            logprobs=logprobs,
             next_pending_kv=self._carry(cache, path, added, is_prefill),
             present=[cache.present[i] for i in sorted(cache.present)],
             logits=logits,
             head_logits=head_logits,
             accepted_path=path,
+            chosen=chosen,
+            sampled=sampled,
         )
 
     def _positions_and_masks(
@@ -197,7 +218,7 @@ class MedusaStep(nn.Module):
         captured: list[Tensor] = []
 
         def keep_verified(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            captured.append(_take_rows(args[0], rows))
+            captured.append(take_rows(args[0], rows))
             return (captured[0], *args[1:])
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_verified)
@@ -208,23 +229,38 @@ class MedusaStep(nn.Module):
             hook.remove()
         return output.logits, captured[0]
 
-    def _accept(self, nodes: Tensor, chosen: Tensor, is_prefill: Tensor) -> tuple[Tensor, Tensor]:
-        """Greedy acceptance [2.1.2]: the deepest node that the base model would have chosen, with its ancestors.
+    def _accept(
+        self, nodes: Tensor, chosen: Tensor, is_prefill: Tensor, sampled: Sampled | None
+    ) -> tuple[Tensor, Tensor]:
+        """The deepest node that the base model has come to, or that typical acceptance allows, with its ancestors.
+
+        Of several such nodes, which only typical acceptance has, it is the one with the largest Σ log p [2.3.1].
 
         Args:
             nodes: [B, R], the verified tree.
-            chosen: [B, R], the base model's choice after each node.
+            chosen: [B, R], what the base model has come to after each node [2.1.2].
             is_prefill: [B].
+            sampled: How, if a row may sample.
 
         Returns:
             The node's index and its depth + 1, the number of tokens that the step emits; [B] each. A row
             that prefills accepts its one verified row.
         """
         verified = nodes.shape[1]
-        wrong = (nodes != chosen.index_select(1, self.tree_parents[:verified])) | is_prefill.unsqueeze(1)
-        refuted = wrong.unsqueeze(1) & self.tree_confirms[:verified, :verified]
+        confirmed = nodes == chosen.index_select(1, self.tree_parents[:verified])
+        if sampled is not None:
+            confirmed = confirmed | (sampled.support > -torch.inf)
+        wrong = ~confirmed | is_prefill.unsqueeze(1)
+        confirms = self.tree_confirms[:verified, :verified]
         lengths = self.tree_lengths[:verified]
-        best = torch.where(refuted, 0, lengths.unsqueeze(1)).amin(-1).argmax(-1)
+        lengths = torch.where(wrong.unsqueeze(1) & confirms, 0, lengths.unsqueeze(1)).amin(-1)
+        if sampled is None:
+            best = lengths.argmax(-1)
+        else:
+            support = torch.where(sampled.support > -torch.inf, sampled.support, 0.0)
+            support = torch.where(confirms, support.unsqueeze(1), 0.0).sum(-1)
+            longest = lengths == lengths.amax(-1, keepdim=True)
+            best = torch.where(longest, support, -torch.inf).argmax(-1)
         return best, self.tree_lengths[best]
 
     def _draft(self, hidden: Tensor, next_root: Tensor, verified: int) -> tuple[Tensor | None, Tensor]:

@@ -23,8 +23,9 @@ from medusa_export.trt_messages import NO_DRIVER, build_error, parser_error
 from medusa_runtime.backends.cuda import Cuda
 from medusa_runtime.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS, Bundle, FileFacts
 from medusa_runtime.compiled import ENGINE, CompiledEngine, EngineLimits, Profile
-from medusa_runtime.contract import TensorSpec, cache_name
+from medusa_runtime.contract import TensorSpec, cache_name, fixed_shape
 from medusa_runtime.errors import BackendError
+from medusa_runtime.sampling import draws_ahead
 from medusa_runtime.tensorrt_library import TensorRTLibrary, error_log
 
 DEFAULT_SEQUENCE, DEFAULT_PREFILL = 4096, 512
@@ -112,12 +113,13 @@ def choose_limits(
 
 
 def profiles_for(bundle: Bundle, limits: EngineLimits) -> tuple[Profile, Profile]:
-    """The ranges of B and S that the engine is optimised for."""
+    """The ranges of B, S and W that the engine is optimised for."""
     batch = (1, 1, limits.max_batch)
     tree = bundle.tree.size
+    draws = (0, 0, draws_ahead(bundle.tree))
     return (
-        Profile("decode", batch, (1, min(tree, USUAL_TREE), tree)),
-        Profile("prefill", batch, (1, max(limits.max_prefill // 2, 1), limits.max_prefill)),
+        Profile("decode", batch, (1, min(tree, USUAL_TREE), tree), draws),
+        Profile("prefill", batch, (1, max(limits.max_prefill // 2, 1), limits.max_prefill), draws),
     )
 
 
@@ -262,13 +264,12 @@ class EngineBuilder:
 
     def _add_profile(self, config: Any, profile: Profile) -> None:
         shapes = self._builder.create_optimization_profile()
-        for index in range(self.network.num_inputs):
-            value = self.network.get_input(index)
+        for spec in self.bundle.inputs:
             ends = []
-            for batch, sequence in zip(profile.batch, profile.sequence, strict=True):
-                sizes = iter((batch, sequence))
-                ends.append([next(sizes) if size == -1 else size for size in value.shape])
-            shapes.set_shape(value.name, *ends)
+            for batch, sequence, draws in zip(profile.batch, profile.sequence, profile.draws, strict=True):
+                sizes = {"batch": batch, "sequence": sequence, "draws": draws, "capacity": self.options.limits.capacity}
+                ends.append(fixed_shape(spec, sizes))
+            shapes.set_shape(spec.name, *ends)
         if config.add_optimization_profile(shapes) < 0:
             raise build_error(self.log.errors, ())
 

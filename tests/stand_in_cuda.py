@@ -444,7 +444,8 @@ class StandInContext:
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         batch, sequence = shapes["input_ids"]
-        sizes = {"batch": batch, "sequence": sequence, "capacity": self.trt.capacity}
+        _, draws = shapes.get("uniforms", (0, 0))
+        sizes = {"batch": batch, "sequence": sequence, "draws": draws, "capacity": self.trt.capacity}
         arrays = {}
         for name, spec in self.engine.specs.items():
             shape = tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape)

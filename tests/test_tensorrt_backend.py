@@ -23,6 +23,7 @@ from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.backends.tensorrt import TensorRTBackend
 from medusa_runtime.compiled import CompiledEngine
 from medusa_runtime.errors import OutOfDeviceMemoryError
+from medusa_runtime.sampling import Draws, SamplingParams
 from medusa_runtime.tensorrt_library import TensorRTLibrary
 from stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, StandInTensorRT, cudaError_t
 from tiny_models import tiny_model
@@ -315,3 +316,31 @@ def test_a_bundle_is_not_an_engine(tiny_bundle: Bundle) -> None:
         open_backend("tensorrt-rtx", tiny_bundle)
     with pytest.raises(BackendError, match="There is no backend 'cudnn'"):
         open_backend("cudnn", tiny_bundle)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_sample_as_they_do_in_onnx_runtime(machine: Machine, tiny_bundle: Bundle, ahead: bool) -> None:
+    """Policies side by side; also where a step is submitted before it is known how far the one before it came."""
+    policies = [SamplingParams(seed=1), None, SamplingParams(seed=2, temperature=2.0, top_p=0.9, acceptance="typical")]
+    emitted = []
+    for backend in (OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1), machine.backend(3)):
+        backend.reserve(128)
+        for row, params in enumerate(policies):
+            backend.assign(row, None if params is None else Draws(params, 13))
+        results = [backend.step(13, dict.fromkeys(range(3), PROMPTS[0])).emitted(row) for row in range(3)]
+        under_way = 0
+        for _ in range(11 if isinstance(backend, OnnxRuntimeBackend) or not ahead else 12):
+            if ahead and isinstance(backend, TensorRTBackend):
+                backend.submit(9)
+                if under_way == 0:
+                    under_way = 1
+                    continue
+                result = backend.collect()
+            else:
+                result = backend.step(9)
+            results += [result.emitted(row) for row in range(3)]
+        emitted.append(results)
+        backend.close()
+    for (tokens, logprobs), (wanted, expected) in zip(emitted[1], emitted[0], strict=True):
+        assert tokens == wanted
+        assert logprobs == pytest.approx(expected, abs=1e-4)

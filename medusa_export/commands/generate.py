@@ -29,6 +29,13 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--tree-size", callback=_tree_size, default="auto", show_default=True, help="Nodes per step, or 'auto'.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--temperature", type=float, help="Sample at this temperature; greedy without any of these options.")
+@click.option("--top-k", type=int, help="Sample from so many of the best tokens.")
+@click.option("--top-p", type=float, help="Sample from the best tokens that together have this probability.")
+@click.option("--min-p", type=float, help="Sample from tokens with this part of the best one's probability.")
+@click.option("--seed", type=int, help="The same seed samples the same tokens.")
+@click.option("--typical", is_flag=True, help="Sample with typical acceptance: longer steps, another distribution.")
+@click.option("--logprobs", is_flag=True, help="Add the tokens' log probabilities to --json.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default all.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result and its statistics as JSON instead.")
@@ -40,6 +47,13 @@ def command(
     max_new_tokens: int,
     tree_size: int | str,
     stop: tuple[str, ...],
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | None,
+    typical: bool,
+    logprobs: bool,
     backend: str,
     threads: int | None,
     as_json: bool,
@@ -47,13 +61,18 @@ def command(
     """Answer PROMPT with BUNDLE; '-' reads the prompt from standard input."""
     with extra("cpu"):
         from medusa_runtime.engine import MedusaEngine
+        from medusa_runtime.sampling import SamplingParams
 
+    asked: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    asked |= {"acceptance": "typical" if typical else None}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     text = _read_prompt() if prompt == "-" else prompt
     request: Any = text
     if chat or system is not None:
         request = [{"role": "system", "content": system}] if system is not None else []
         request.append({"role": "user", "content": text})
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree_size": tree_size, "stop": stop}
+    options |= {"sampling": SamplingParams(**given) if given else None, "logprobs": logprobs}
     with MedusaEngine.load(bundle, backend, threads=threads) as engine:
         stream = engine.stream(request, **options)
         for chunk in stream:
@@ -65,6 +84,7 @@ def command(
         figures = {
             "text": result.text,
             "token_ids": result.token_ids,
+            **({"logprobs": result.logprobs} if logprobs else {}),
             "finish_reason": result.finish_reason,
             "stats": {
                 "prompt_tokens": stats.prompt_tokens,

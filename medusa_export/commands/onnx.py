@@ -27,6 +27,7 @@ from medusa_export.cli import DTYPES, Progress, extra
     "--tree-size", type=click.IntRange(1), default=64, show_default=True, help="Of the tree by --calibration."
 )
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Candidates per head.")
+@click.option("--greedy-only", is_flag=True, help="Leave out sampling and log probabilities: a leaner graph.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Weights and cache.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
@@ -40,6 +41,7 @@ def command(  # noqa: PLR0915  # what it does is a list
     calibration: Path | None,
     tree_size: int,
     top_k: int,
+    greedy_only: bool,
     dtype: str,
     output: Path,
     overwrite: bool,
@@ -109,7 +111,7 @@ def command(  # noqa: PLR0915  # what it does is a list
     else:
         acceptance = prior_acceptance(chosen.tree, trained=heads is not None)
 
-    step = MedusaStep(base, attached, chosen.tree).eval()
+    step = MedusaStep(base, attached, chosen.tree, sampling=not greedy_only).eval()
     graph = build_graph(step, progress)
     progress(f"writing {output}")
     write_bundle(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from medusa_runtime.handle import RequestHandle
     from medusa_runtime.metrics import Metrics, PrometheusMetrics
     from medusa_runtime.request import Chunk, GenerationResult, RequestOptions, Stats
+    from medusa_runtime.sampling import SamplingParams
     from medusa_runtime.service import MedusaService
     from medusa_runtime.session import ChatSession
     from medusa_runtime.tree import Tree
@@ -49,6 +50,7 @@ _MODULES = {
     "RequestError": "errors",
     "RequestHandle": "handle",
     "RequestOptions": "request",
+    "SamplingParams": "sampling",
     "ServiceClosedError": "errors",
     "Stats": "request",
     "Tree": "tree",
@@ -75,6 +77,7 @@ __all__ = [
     "RequestError",
     "RequestHandle",
     "RequestOptions",
+    "SamplingParams",
     "ServiceClosedError",
     "Stats",
     "Tree",

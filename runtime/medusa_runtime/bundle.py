@@ -91,7 +91,20 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's description, and where it lies."""
+    """A bundle's description, and where it lies.
+
+    Attributes:
+        folder: Where it lies.
+        model: The base model.
+        dtype: Of weights and caches.
+        tree: The draft tree.
+        acceptance: How likely its nodes are to be accepted.
+        heads: The heads; None without.
+        sampling: Whether requests may sample and ask for log probabilities; all are greedy otherwise.
+        tree_name: What the tree is called.
+        files: What belongs to it.
+        producer: Versions of what made it.
+    """
 
     folder: Path
     model: ModelFacts
@@ -99,6 +112,7 @@ class Bundle:
     tree: Tree
     acceptance: Acceptance
     heads: HeadFacts | None = None
+    sampling: bool = True
     tree_name: str = ""
     files: Mapping[str, FileFacts] = field(default_factory=dict)
     producer: Mapping[str, str] = field(default_factory=dict)
@@ -118,13 +132,14 @@ class Bundle:
         """The graph's outputs by contract."""
         return step_outputs(**self._shape(), tree_size=self.tree.size, dtype=self.dtype)
 
-    def _shape(self) -> dict[str, int]:
+    def _shape(self) -> dict[str, Any]:
         model = self.model
         return {
             "num_layers": model.num_layers,
             "num_key_value_heads": model.num_key_value_heads,
             "head_dim": model.head_dim,
             "tree_depth": self.tree.max_depth,
+            "sampling": self.sampling,
         }
 
     def to_json(self) -> str:
@@ -135,6 +150,7 @@ class Bundle:
             "model": asdict(self.model),
             "dtype": self.dtype,
             "heads": asdict(self.heads) if self.heads else None,
+            "sampling": self.sampling,
             "tree": {"name": self.tree_name, "paths": self.tree.paths},
             "acceptance": asdict(self.acceptance),
             "inputs": [asdict(spec) for spec in self.inputs],
@@ -251,6 +267,7 @@ def _parse(reader: JsonReader, folder: Path) -> Bundle:
         tree=parsed_tree,
         acceptance=Acceptance(acceptance.get("source", str), node_values),
         heads=heads,
+        sampling=reader.get("sampling", bool) if "sampling" in reader.data else False,  # not in version 1
         tree_name=tree.get("name", str),
         files=file_table(reader),
         producer=reader.get("producer", dict),

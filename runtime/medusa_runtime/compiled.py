@@ -58,11 +58,13 @@ class Profile:
         name: ``decode`` or ``prefill``.
         batch: Of B.
         sequence: Of S.
+        draws: Of W, the numbers that a row samples with.
     """
 
     name: str
     batch: tuple[int, int, int]
     sequence: tuple[int, int, int]
+    draws: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _profile(reader: JsonReader) -> Profile:
             raise BundleError(f"In {reader.where}, a profile's {key!r} is {values}: expected three sizes. {REBUILD}")
         return values[0], values[1], values[2]
 
-    return Profile(reader.get("name", str), ends("batch"), ends("sequence"))
+    return Profile(reader.get("name", str), ends("batch"), ends("sequence"), ends("draws"))
 
 
 def is_engine(folder: Path) -> bool:

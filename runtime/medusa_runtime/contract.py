@@ -1,14 +1,18 @@
-"""The graph contract: names, shapes and types of the step's inputs and outputs (version 1).
+"""The graph contract: names, shapes and types of the step's inputs and outputs (version 2).
 
 B is the batch, S the new tokens, C the cache capacity, T the nodes of the tree, M its depth, L the
 layers, N the key/value heads of a layer and d their size. ``docs/contract.md`` says what each means.
+
+Version 1 had no sampling; it is what version 2 is without.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
+MAX_TOP_K = 256  # the most that top-k sampling may leave
 
 
 @dataclass(frozen=True)
@@ -20,21 +24,38 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+def fixed_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape with named dimensions by their sizes; -1 for those that have none."""
+    return tuple(size if isinstance(size, int) else sizes.get(size, -1) for size in spec.shape)
+
+
 def cache_name(role: str, index: int) -> str:
     """``past_key_3`` for role ``past`` and cache 6: keys and values of the layers alternate."""
     return f"{role}_{'value' if index % 2 else 'key'}_{index // 2}"
 
 
+SAMPLING_INPUTS = (
+    TensorSpec("uniforms", "float32", ("batch", "draws")),
+    TensorSpec("temperature", "float32", ("batch",)),
+    TensorSpec("top_k", "int64", ("batch",)),
+    TensorSpec("top_p", "float32", ("batch",)),
+    TensorSpec("min_p", "float32", ("batch",)),
+    TensorSpec("typical_epsilon", "float32", ("batch",)),
+    TensorSpec("typical_alpha", "float32", ("batch",)),
+)
+
+
 def step_inputs(
-    *, num_layers: int, num_key_value_heads: int, head_dim: int, tree_depth: int, dtype: str
+    *, num_layers: int, num_key_value_heads: int, head_dim: int, tree_depth: int, dtype: str, sampling: bool
 ) -> tuple[TensorSpec, ...]:
-    """The inputs of a step graph. ``dtype`` is that of weights and cache."""
+    """The inputs of a step graph. ``dtype`` is that of weights and cache; without ``sampling`` it is greedy only."""
     caches = 2 * num_layers
     specs = [
         TensorSpec("input_ids", "int64", ("batch", "sequence")),
         TensorSpec("num_tokens", "int64", ("batch",)),
         TensorSpec("is_prefill", "bool", ("batch",)),
         TensorSpec("cache_lengths", "int64", ("batch",)),
+        *(SAMPLING_INPUTS if sampling else ()),
     ]
     if tree_depth:
         specs.append(TensorSpec("pending_kv", dtype, ("batch", caches * num_key_value_heads, tree_depth, head_dim)))
@@ -44,7 +65,14 @@ def step_inputs(
 
 
 def step_outputs(
-    *, num_layers: int, num_key_value_heads: int, head_dim: int, tree_depth: int, tree_size: int, dtype: str
+    *,
+    num_layers: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    tree_depth: int,
+    tree_size: int,
+    dtype: str,
+    sampling: bool,
 ) -> tuple[TensorSpec, ...]:
     """The outputs of a step graph, in order."""
     caches = 2 * num_layers
@@ -54,6 +82,8 @@ def step_outputs(
         TensorSpec("next_input_ids", "int64", ("batch", tree_size)),
         TensorSpec("next_cache_lengths", "int64", ("batch",)),
     ]
+    if sampling:
+        specs.append(TensorSpec("logprobs", "float32", ("batch", tree_depth + 1)))
     if tree_depth:
         shape = ("batch", caches * num_key_value_heads, tree_depth, head_dim)
         specs.append(TensorSpec("next_pending_kv", dtype, shape))

@@ -14,11 +14,14 @@ from medusa_runtime.closing import Closing
 from medusa_runtime.errors import RequestError
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
+from medusa_runtime.sampling import SamplingParams
 from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
 
 TreeSize = int | Literal["auto"]
 PREFILL_CHUNK = 512
+# The tokens of a step, and their log probabilities.
+Emitted = tuple[list[int], list[float] | None]
 
 
 class MedusaEngine(Closing):
@@ -71,6 +74,8 @@ class MedusaEngine(Closing):
         tree_size: TreeSize = "auto",
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        sampling: SamplingParams | None = None,
+        logprobs: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> GenerationResult:
         """Answers a prompt.
@@ -79,9 +84,12 @@ class MedusaEngine(Closing):
             prompt: Text, a list of chat messages (``{"role": …, "content": …}``), or token ids.
             max_new_tokens: Tokens to generate at most.
             tree_size: Nodes to verify per step, from 1 (plain decoding) to the bundle's tree; ``auto``
-                takes the size with the best expected speed on this machine. It never changes the result.
+                takes the size with the best expected speed on this machine. It never changes the result, but for that
+                of typical acceptance.
             stop: Strings that end the text; they are not part of it.
             stop_token_ids: Tokens that end it, besides the model's own.
+            sampling: How to draw tokens; greedy if None.
+            logprobs: Give log probabilities.
             prefill_chunk: Tokens of the prompt that one step takes in.
 
         Raises:
@@ -94,6 +102,8 @@ class MedusaEngine(Closing):
             tree_size=tree_size,
             stop=stop,
             stop_token_ids=stop_token_ids,
+            sampling=sampling,
+            logprobs=logprobs,
             prefill_chunk=prefill_chunk,
         )
         return stream.result()
@@ -106,6 +116,8 @@ class MedusaEngine(Closing):
         tree_size: TreeSize = "auto",
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        sampling: SamplingParams | None = None,
+        logprobs: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> GenerationStream:
         """Answers a prompt piece by piece: iterate over the chunks; arguments and errors as for ``generate``.
@@ -120,16 +132,19 @@ class MedusaEngine(Closing):
             max_new_tokens=max_new_tokens,
             stop=stop,
             stop_token_ids=stop_token_ids,
+            sampling=sampling,
+            logprobs=logprobs,
         )
         size = self._tree_size(tree_size)
         check_prefill_chunk(prefill_chunk)
         sequence.stats.tree_size = size
         self.backend.reset(0)
+        self.backend.assign(0, sequence.draws)
         self._turn += 1
         return GenerationStream(sequence, self._steps(sequence, size, prefill_chunk, self._turn))
 
-    def _steps(self, sequence: TokenSequence, size: int, prefill_chunk: int, turn: int) -> Iterator[list[int]]:
-        """The tokens that each step emits, without end: prefill gives one, every step after it at least one."""
+    def _steps(self, sequence: TokenSequence, size: int, prefill_chunk: int, turn: int) -> Iterator[Emitted]:
+        """What steps emit, without end: prefill gives one token, every step after it at least one."""
         backend, depth, stats = self.backend, self.bundle.tree.max_depth, sequence.stats
         length = len(sequence.prompt_ids)
         # The last chunk is padded to the size of the tree: a step of S tokens drafts at most S - 1 deep.
@@ -145,13 +160,13 @@ class MedusaEngine(Closing):
             result = backend.step(max(len(chunk), size), {0: chunk})
             sequence.prefilled += len(chunk)
         stats.prefill_seconds = time.perf_counter() - started
-        yield [int(result.tokens[0, 0])]
+        yield result.emitted(0, 1)
         started = time.perf_counter()
         while True:
             self._check_turn(turn)
             result = backend.step(size)
-            emitted: list[int] = result.tokens[0, : result.count[0]].tolist()
-            stats.count_step(len(emitted))
+            emitted = result.emitted(0)
+            stats.count_step(len(emitted[0]))
             stats.decode_seconds = time.perf_counter() - started
             yield emitted
 
@@ -187,7 +202,7 @@ class MedusaEngine(Closing):
 class GenerationStream(Iterator[Chunk]):
     """A running request: iterate over it for chunks; ``result()`` runs it to its end."""
 
-    def __init__(self, sequence: TokenSequence, steps: Iterator[list[int]]) -> None:
+    def __init__(self, sequence: TokenSequence, steps: Iterator[Emitted]) -> None:
         self._sequence = sequence
         self._steps = steps
 
@@ -204,7 +219,7 @@ class GenerationStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        return self._sequence.accept(next(self._steps))
+        return self._sequence.accept(*next(self._steps))
 
     def result(self) -> GenerationResult:
         """Runs to the end and gives the whole."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from medusa_runtime.sampling import SamplingParams
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
@@ -17,6 +19,8 @@ class RequestOptions(TypedDict, total=False):
         max_new_tokens: Tokens to generate at most; 128.
         stop: Strings that end the text and are not part of it; none.
         stop_token_ids: Tokens that end it, besides the model's own; none.
+        sampling: How to draw tokens; greedy if None.
+        logprobs: Whether to give log probabilities; False.
         priority: Requests with a higher one get a row first; 0.
         timeout: Seconds from submission until it ends with ``DeadlineError``, wherever it is; None for no limit.
     """
@@ -24,6 +28,8 @@ class RequestOptions(TypedDict, total=False):
     max_new_tokens: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
+    sampling: SamplingParams | None
+    logprobs: bool
     priority: int
     timeout: float | None
 
@@ -73,10 +79,18 @@ class Stats:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step adds to a stream: the new tokens, and the text that is final by now."""
+    """What one step adds to a stream: the new tokens, and the text that is final by now.
+
+    Attributes:
+        text: The text.
+        token_ids: The tokens.
+        logprobs: For each token log p by the base model's own distribution, before temperature and whatever else
+            shapes it; None unless asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +102,11 @@ class GenerationResult:
         token_ids: The completion's tokens, an end-of-text token included.
         finish_reason: ``stop`` (a stop token or string) or ``length``.
         stats: How it went.
+        logprobs: As in ``Chunk``, for all tokens.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     stats: Stats
+    logprobs: tuple[float, ...] | None = None

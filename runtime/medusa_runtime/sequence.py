@@ -10,6 +10,7 @@ import numpy as np
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.errors import RequestError
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
+from medusa_runtime.sampling import GREEDY, Draws, SamplingParams
 from medusa_runtime.text_stream import TextStream, check_stop
 from medusa_runtime.tokenizer import Tokenizer
 
@@ -22,11 +23,14 @@ class TokenSequence:
         max_new_tokens: Tokens to generate at most.
         stop_token_ids: Tokens that end it.
         text: Decodes the completion and finds stop strings; None without a tokenizer.
+        sampling: How to draw its tokens.
+        logprobs: Whether log probabilities are asked for.
 
     Attributes:
         prefilled: Tokens of the prompt that the cache holds.
         token_ids: The completion so far, a stop token included.
         finish_reason: ``stop`` or ``length`` once it has ended, else None.
+        draws: What its row draws with; None if it is greedy and nobody asks for log probabilities.
         stats: How it goes.
     """
 
@@ -36,6 +40,8 @@ class TokenSequence:
         max_new_tokens: int,
         stop_token_ids: frozenset[int],
         text: TextStream | None,
+        sampling: SamplingParams = GREEDY,
+        logprobs: bool = False,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.max_new_tokens = max_new_tokens
@@ -43,6 +49,8 @@ class TokenSequence:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stats = Stats(prompt_tokens=len(prompt_ids))
+        self.draws = None if sampling.greedy and not logprobs else Draws(sampling, len(prompt_ids))
+        self._logprobs: list[float] | None = [] if logprobs else None
         self._stop_token_ids = stop_token_ids
         self._text = text
 
@@ -56,6 +64,8 @@ class TokenSequence:
         max_new_tokens: int,
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        sampling: SamplingParams | None = None,
+        logprobs: bool = False,
     ) -> Self:
         """Checks what a request asks of a bundle.
 
@@ -67,8 +77,10 @@ class TokenSequence:
         if stops and tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
         _check_length(bundle, len(prompt_ids), max_new_tokens)
+        sampling = _check_sampling(bundle, sampling, logprobs)
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
-        return cls(prompt_ids, max_new_tokens, frozenset((*bundle.model.eos_token_ids, *stop_token_ids)), text)
+        stop_ids = frozenset((*bundle.model.eos_token_ids, *stop_token_ids))
+        return cls(prompt_ids, max_new_tokens, stop_ids, text, sampling, logprobs)
 
     @property
     def is_prefilling(self) -> bool:
@@ -79,7 +91,7 @@ class TokenSequence:
         """The next tokens of the prompt, ``limit`` at most."""
         return self.prompt_ids[self.prefilled : self.prefilled + limit]
 
-    def accept(self, emitted: Sequence[int]) -> Chunk:
+    def accept(self, emitted: Sequence[int], logprobs: Sequence[float] | None = None) -> Chunk:
         """Takes the tokens of a step and gives what of them belongs to the completion; it may have ended with that."""
         tokens, reason = self._until_stop(list(emitted))
         text = ""
@@ -94,7 +106,10 @@ class TokenSequence:
         self.finish_reason = reason
         self.token_ids += tokens
         self.stats.completion_tokens = len(self.token_ids)
-        return Chunk(text, tuple(tokens))
+        if self._logprobs is None or logprobs is None:
+            return Chunk(text, tuple(tokens))
+        self._logprobs += logprobs[: len(tokens)]
+        return Chunk(text, tuple(tokens), tuple(logprobs[: len(tokens)]))
 
     def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
         """Cuts a step's tokens behind a stop token or at the length asked for; says which it was."""
@@ -107,7 +122,8 @@ class TokenSequence:
     def result(self) -> GenerationResult:
         """The whole, once it has ended."""
         text = self._text.text if self._text is not None else ""
-        return GenerationResult(text, tuple(self.token_ids), self.finish_reason or "length", self.stats)
+        logprobs = None if self._logprobs is None else tuple(self._logprobs)
+        return GenerationResult(text, tuple(self.token_ids), self.finish_reason or "length", self.stats, logprobs)
 
 
 def _encode(bundle: Bundle, tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
@@ -135,6 +151,18 @@ def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> No
             f"The prompt's {prompt_tokens} tokens and {max_new_tokens} new ones exceed the {limit} tokens that "
             "this model holds. Shorten the prompt or lower max_new_tokens."
         )
+
+
+def _check_sampling(bundle: Bundle, sampling: object, logprobs: object) -> SamplingParams:
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling is {sampling!r}: give SamplingParams(temperature=…, top_p=…, seed=…), or None.")
+    if not isinstance(logprobs, bool):
+        raise RequestError(f"logprobs is {logprobs!r}: expected True or False.")
+    chosen = sampling or GREEDY
+    if not bundle.sampling and (logprobs or not chosen.greedy):
+        what = "give log probabilities" if chosen.greedy else "sample"
+        raise RequestError(f"This bundle is greedy only and can't {what}: export it without --greedy-only.")
+    return chosen
 
 
 def check_tree_size(bundle: Bundle, tree_size: object) -> None:

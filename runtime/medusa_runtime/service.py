@@ -176,6 +176,8 @@ class MedusaService(Closing):
             max_new_tokens=options.get("max_new_tokens", 128),
             stop=options.get("stop", ()),
             stop_token_ids=options.get("stop_token_ids", ()),
+            sampling=options.get("sampling"),
+            logprobs=options.get("logprobs", False),
         )
         now = self._now()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
@@ -328,6 +330,7 @@ class MedusaService(Closing):
             job.sequence.stats.queue_seconds = job.admitted - job.submitted
             with self._blamed_on(job):
                 self._runner.take_over(admission.source, row, admission.shared)
+                self._backend.assign(row, job.sequence.draws)
 
     def _groups(self) -> list[list[Job]]:
         """The requests that decode, as they step together."""
@@ -365,7 +368,7 @@ class MedusaService(Closing):
             if not job.sequence.is_prefilling:
                 job.first_token = self._now()
                 job.sequence.stats.prefill_seconds = job.first_token - job.admitted
-                self._deliver(job, [int(result.tokens[job.row, 0])])
+                self._deliver(job, *result.emitted(job.row, 1))
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         """Verifies the trees of some rows; if that fails, of each by itself, to see whose fault it is."""
@@ -384,13 +387,13 @@ class MedusaService(Closing):
             result, size = self._runner.decode(rows)
             now = self._now()
             for job, row in zip(jobs, rows, strict=True):
-                emitted = result.tokens[row, : result.count[row]].tolist()
+                emitted, logprobs = result.emitted(row)
                 stats = job.sequence.stats
                 stats.count_step(len(emitted))
                 stats.tree_size = size
                 stats.decode_seconds = now - job.first_token
                 tokens.append(len(emitted))
-                self._deliver(job, emitted)
+                self._deliver(job, emitted, logprobs)
 
     def _forget_free_rows(self) -> None:
         """Gives up what free rows hold, which may be what there is no room for."""
@@ -415,9 +418,9 @@ class MedusaService(Closing):
         yield tokens
         self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._now() - started)
 
-    def _deliver(self, job: Job, emitted: Sequence[int]) -> None:
+    def _deliver(self, job: Job, emitted: Sequence[int], logprobs: Sequence[float] | None) -> None:
         try:
-            chunk = job.sequence.accept(emitted)
+            chunk = job.sequence.accept(emitted, logprobs)
         except Exception as error:  # noqa: BLE001  # a tokenizer that fails is the fault of nobody else
             failure = RequestError(f"The tokens of this request can't be made text: {error!r}.")
             failure.__cause__ = error

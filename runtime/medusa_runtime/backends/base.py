@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from medusa_runtime.sampling import Draws
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -21,10 +23,19 @@ class StepResult:
     Attributes:
         tokens: [rows, M + 1]; row b holds ``count[b]`` valid ones. The views are valid until the next step.
         count: [rows].
+        logprobs: [rows, M + 1], log p of these tokens by the base model's own distribution, for rows that were
+            assigned ``Draws``; None if the bundle is greedy only.
     """
 
     tokens: NDArray[np.int64]
     count: NDArray[np.int64]
+    logprobs: NDArray[np.float32] | None = None
+
+    def emitted(self, row: int, count: int | None = None) -> tuple[list[int], list[float] | None]:
+        """The first tokens of a row, and their log probabilities; all that hold if ``count`` is None."""
+        count = int(self.count[row]) if count is None else count
+        logprobs = None if self.logprobs is None else self.logprobs[row, :count].tolist()
+        return self.tokens[row, :count].tolist(), logprobs
 
 
 class Backend(Protocol):
@@ -65,6 +76,14 @@ class Backend(Protocol):
 
     def reset(self, row: int) -> None:
         """Empties a row."""
+        ...
+
+    def assign(self, row: int, draws: Draws | None) -> None:
+        """How a row draws its tokens from its next step on; None if it is greedy, as it is at first.
+
+        Raises:
+            BackendError: The bundle is greedy only.
+        """
         ...
 
     def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:

@@ -22,6 +22,7 @@ from medusa_runtime.backends.row_store import CAPACITY_STEP
 from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
+from medusa_runtime.sampling import Draws, SamplingRows
 
 
 def import_onnxruntime() -> Any:
@@ -88,6 +89,12 @@ class OnnxRuntimeBackend:
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
         # A step reads these before it writes them, so each is its own successor.
         self._lengths = self._bind_state("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
+        self._sampling = SamplingRows(rows) if bundle.sampling else None
+        self._logprobs: NDArray[np.float32] | None = None
+        if self._sampling is not None:
+            for name, array in self._sampling.inputs.items():
+                self._bind(name, array)
+            self._logprobs = self._bind(None, np.zeros((rows, depth + 1), np.float32), output="logprobs")
         self._pending: NDArray[Any] | None = None
         if any(value.name == "pending_kv" for value in self._session.get_inputs()):
             shape = next(spec.shape for spec in bundle.inputs if spec.name == "pending_kv")
@@ -101,10 +108,10 @@ class OnnxRuntimeBackend:
         self._drafts = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
         # What a row is besides its cache.
         self._state = [array for array in (self._lengths, self._drafts, self._pending) if array is not None]
-        self._result = StepResult(self._tokens, self._count)
+        self._result = StepResult(self._tokens, self._count, self._logprobs)
         self._extra_outputs = tuple(extra_outputs)
         self._extra: dict[str, Any] = {}
-        self._input_ids: dict[int, NDArray[np.int64]] = {}
+        self._by_width: dict[tuple[str, int], NDArray[Any]] = {}
         self._binding: Binding | None = None
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
@@ -171,13 +178,19 @@ class OnnxRuntimeBackend:
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
+    def assign(self, row: int, draws: Draws | None) -> None:
+        if self._sampling is not None:
+            self._sampling.assign(row, draws)
+        elif draws is not None:
+            raise BackendError("This bundle was exported with --greedy-only: it can't sample.")
+
     def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
         rows = range(self._rows)
-        ids = self._write_inputs(size, prompts or {}, rows)
+        inputs = self._write_inputs(size, prompts or {}, rows)
         binding = self._bindings()
         before = [array.copy() for array in self._state]
         try:
-            self._run(binding, size, binding.input_ids(ids, keep=size in self._input_ids))
+            self._run(binding, size, inputs)
         except BackendError:
             for array, old in zip(self._state, before, strict=True):
                 array[:] = old
@@ -187,9 +200,10 @@ class OnnxRuntimeBackend:
                 self._move_accepted(self._path, row, self._caches[:, row])
         return self._result
 
-    def _run(self, binding: Binding, size: int, input_ids: Any) -> None:
-        """Runs the session on token ids, an ``OrtValue`` [rows, size]."""
-        binding.values.bind_ortvalue_input("input_ids", input_ids)
+    def _run(self, binding: Binding, size: int, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Runs the session; ``inputs`` are those that ``_write_inputs`` gives, for the rows that are bound."""
+        for name, array in inputs.items():
+            binding.bind(name, array)
         for name in self._extra_outputs:  # of another shape in each step
             binding.values.bind_output(name)
         try:
@@ -211,23 +225,34 @@ class OnnxRuntimeBackend:
         root = self._bundle.tree.max_depth + int(self._lengths[row]) - count
         cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
 
-    def _write_inputs(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> NDArray[np.int64]:
-        """Gives the token ids, [all rows, size]: the same array for each size of a tree, but not for any of a chunk."""
-        array = self._input_ids.get(size)
-        if array is None:
-            array = np.zeros((self._rows, size), np.int64)
-            if size <= self._bundle.tree.size:
-                self._input_ids[size] = array
+    def _write_inputs(
+        self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
+    ) -> dict[str, NDArray[Any]]:
+        """Gives the inputs whose width changes from step to step, [all rows, width]; the others are bound."""
+        ids = self._of_width("input_ids", size, np.int64)
         for row in rows:
             prompt = prompts.get(row)
             if prompt is None:
                 drafted = self._drafts[row, :size]
-                array[row, : len(drafted)] = drafted
+                ids[row, : len(drafted)] = drafted
             else:
-                array[row, : len(prompt)] = prompt
-                array[row, len(prompt) :] = 0
+                ids[row, : len(prompt)] = prompt
+                ids[row, len(prompt) :] = 0
             self._is_prefill[row] = prompt is not None
             self._num_tokens[row] = size if prompt is None else len(prompt)
+        if self._sampling is None:
+            return {"input_ids": ids}
+        uniforms = self._of_width("uniforms", self._sampling.width(size, prompts, rows), np.float32)
+        self._sampling.write(uniforms, self._lengths, {row: len(chunk) for row, chunk in prompts.items()})
+        return {"input_ids": ids, "uniforms": uniforms}
+
+    def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:
+        """The same array for each width that a tree has, and one for each chunk of a prompt."""
+        array = self._by_width.get((name, width))
+        if array is None:
+            array = np.zeros((self._rows, width), dtype)
+            if width <= self._bundle.tree.size:
+                self._by_width[name, width] = array
         return array
 
     def _bindings(self) -> Binding:
@@ -243,7 +268,7 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         self._caches = np.zeros((0,), self._dtype)
         self._capacity = 0
-        self._input_ids.clear()
+        self._by_width.clear()
         self._binding = None
 
 
@@ -274,7 +299,7 @@ class Binding:
 
     def __init__(self, ort: Any, session: Any, bound: Sequence[Bound]) -> None:
         self._ort = ort
-        self._input_ids: dict[int, Any] = {}
+        self._bound: dict[str, tuple[NDArray[Any], Any]] = {}
         self.values = session.io_binding()
         self.outputs: list[str] = []
         for item in bound:
@@ -285,15 +310,11 @@ class Binding:
                 self.values.bind_ortvalue_output(item.output, value)
                 self.outputs.append(item.output)
 
-    def input_ids(self, array: NDArray[np.int64], *, keep: bool) -> Any:
-        """Token ids, [rows, size]; kept if it is the same array whenever the size is."""
-        size = array.shape[1]
-        if size in self._input_ids:
-            return self._input_ids[size]
-        value = self._ort.OrtValue.ortvalue_from_numpy(array)
-        if keep:
-            self._input_ids[size] = value
-        return value
+    def bind(self, name: str, array: NDArray[Any]) -> None:
+        """Binds an input anew, unless this array is the one that it has."""
+        if name not in self._bound or self._bound[name][0] is not array:
+            self._bound[name] = array, self._ort.OrtValue.ortvalue_from_numpy(array)
+            self.values.bind_ortvalue_input(name, self._bound[name][1])
 
 
 def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, provider: str) -> Any:
@@ -303,7 +324,12 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
         "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
     )
     try:
-        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=[provider])
+        session = ort.InferenceSession(
+            graph if isinstance(graph, bytes) else str(graph),
+            options,
+            providers=[provider],
+            disabled_optimizers=["EliminateSlice"],  # there is none to eliminate, and it warns about the others
+        )
     except Exception as error:  # its exceptions share no base of their own
         raise BackendError(f"ONNX Runtime {ort.__version__} can't load {bundle.graph}: {error}") from error
     if provider not in session.get_providers():  # it goes on without one that it can't start

@@ -83,12 +83,11 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
         if window is None:
             raise BackendError(f"Rows {rows} are not beside each other: call arrange before a step.")
         order = list(window.rows)
-        ids = self._write_inputs(size, prompts or {}, order)[order]
+        inputs = {name: array[order] for name, array in self._write_inputs(size, prompts or {}, order).items()}
         for item, staged in zip(self._bound, self._staged, strict=True):
             if item.input is not None:
                 staged[: len(order)] = item.array[order]
-        binding = self._window(window)
-        self._run(binding, size, binding.input_ids(ids, keep=False))
+        self._run(self._window(window), size, inputs)
         for item, staged in zip(self._bound, self._staged, strict=True):
             if item.output is not None:
                 item.array[order] = staged[: len(order)]

@@ -17,23 +17,26 @@ from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.cuda import Cuda, Event, Graph, Stream
-from medusa_runtime.backends.tensorrt_loading import LoadedEngine, fixed_shape, load_engine
+from medusa_runtime.backends.tensorrt_loading import LoadedEngine, load_engine
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.compiled import REBUILD, CompiledEngine
-from medusa_runtime.contract import TensorSpec, cache_name
+from medusa_runtime.contract import TensorSpec, cache_name, fixed_shape
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
+from medusa_runtime.sampling import Draws, SamplingRows, draws_ahead
 from medusa_runtime.tensorrt_library import TensorRTLibrary, import_tensorrt
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 IN_FLIGHT = 2  # steps that may be submitted and not yet collected
 _ID = np.dtype(np.int64)
+# Outputs that the host reads, which lie side by side.
+_RESULTS = ("tokens", "count", "logprobs")
 # Outputs that the next step reads, and where it does.
 _CARRIED = {"next_cache_lengths": "cache_lengths", "next_pending_kv": "pending_kv"}
 
 
 @dataclass
 class _Decoder:
-    """What runs decoding steps of one size.
+    """What runs decoding steps of one size, with or without sampling.
 
     Attributes:
         context: The execution context, bound.
@@ -115,7 +118,10 @@ class TensorRTBackend:
         self._drafts_shown = False
         self._all_decode = False  # whether the flags on the device say so
         self.uncaptured: dict[int, str] = {}
-        self._decoders: dict[int, _Decoder] = {}
+        self._decoders: dict[tuple[int, int], _Decoder] = {}  # by size, and numbers to draw with
+        self._sampling = SamplingRows(rows) if bundle.sampling else None
+        self._sampling_changed = True  # since it was stored on the device
+        self._draws = draws_ahead(bundle.tree)
         self._prefiller: Any = None
         try:
             self._allocate()
@@ -129,7 +135,12 @@ class TensorRTBackend:
 
     def _size(self, spec: TensorSpec, rows: int | None = None) -> int:
         """Bytes of a tensor at this backend's rows."""
-        sizes = {"batch": rows or self._rows, "capacity": self._limits.capacity, "sequence": self._limits.max_prefill}
+        sizes = {
+            "batch": rows or self._rows,
+            "capacity": self._limits.capacity,
+            "sequence": self._limits.max_prefill,
+            "draws": self._draws,
+        }
         itemsize = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
         return int(np.prod(fixed_shape(spec, sizes))) * itemsize
 
@@ -137,15 +148,17 @@ class TensorRTBackend:
         """All memory of this backend: one block for each tensor, and the results side by side."""
         present = {cache_name("present", i) for i in range(2 * self._bundle.model.num_layers)}
         for name, spec in self._specs.items():
-            if name not in present and name not in ("tokens", "count"):
+            if name not in present and name not in _RESULTS:
                 self._address[name] = self._block(name, self._size(spec))
         for index in range(len(present)):
             self._address[cache_name("present", index)] = self._address[cache_name("past", index)]
-        tokens_size = self._size(self._specs["tokens"])
-        self._count_at = -(-tokens_size // ALIGNMENT) * ALIGNMENT
-        results_size = self._count_at + self._size(self._specs["count"])
-        self._address["tokens"] = self._block("the results of a step", results_size)
-        self._address["count"] = self._address["tokens"] + self._count_at
+        places, results_size = {}, 0
+        for name in _RESULTS:
+            if name in self._specs:
+                places[name] = results_size
+                results_size += -(-self._size(self._specs[name]) // ALIGNMENT) * ALIGNMENT
+        block = self._block("the results of a step", results_size)
+        self._address |= {name: block + place for name, place in places.items()}
         self._scratch = self._block("the scratch memory of a step", max(self._scratch_size, ALIGNMENT))
 
         rows, tree = self._rows, self._bundle.tree
@@ -153,11 +166,21 @@ class TensorRTBackend:
         self._num_tokens = self._pin((rows,), _ID)
         self._is_prefill = self._pin((rows,), np.bool_)
         self._drafts = self._pin((rows, tree.size), _ID)
+        if self._sampling is not None:
+            self._uniforms = self._pin((rows, self._draws), np.float32)
+            for name, array in self._sampling.inputs.items():
+                self._sampling.inputs[name] = self._pin(array.shape, array.dtype)
+                self._sampling.inputs[name][:] = array
         for _ in range(IN_FLIGHT):
             results = self._pin((results_size,), np.uint8)
-            tokens = results[:tokens_size].view(_ID).reshape(rows, tree.max_depth + 1)
-            result = StepResult(tokens, results[self._count_at :].view(_ID))
-            self._slots.append(_Slot(results, result, self._stream.event()))
+            arrays = {name: self._part(results, name, place) for name, place in places.items()}
+            self._slots.append(_Slot(results, StepResult(**arrays), self._stream.event()))
+
+    def _part(self, results: NDArray[np.uint8], name: str, place: int) -> NDArray[Any]:
+        """One of a step's results among them all."""
+        spec = self._specs[name]
+        part: NDArray[Any] = results[place : place + self._size(spec)].view(spec.dtype)
+        return part.reshape(fixed_shape(spec, {"batch": self._rows}))
 
     def _block(self, name: str, size: int) -> int:
         doing = f"allocating {size:,} bytes for {name}"
@@ -215,6 +238,15 @@ class TensorRTBackend:
         address = self._address["cache_lengths"] + row * _ID.itemsize
         self._stream.zero(address, _ID.itemsize, f"resetting row {row}")
 
+    def assign(self, row: int, draws: Draws | None) -> None:
+        if self._sampling is None:
+            if draws is not None:
+                raise BackendError("This engine's bundle was exported with --greedy-only: it can't sample.")
+            return
+        self._stream.synchronize("changing how a row samples")  # the device may still read what it was
+        self._sampling.assign(row, draws)
+        self._sampling_changed = True
+
     def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
         self._settle()
         self.submit(size, prompts)
@@ -234,10 +266,11 @@ class TensorRTBackend:
             self._stream.upload(self._address["next_input_ids"], self._drafts, "storing the drafted trees")
             self._drafts_shown = False
         doing = f"running a step of {size} tokens over {self._rows} rows"
+        width = self._store_sampling(size, prompts, doing)
         if prompts:
-            self._prefill(size, prompts, doing)
+            self._prefill(size, width, prompts, doing)
         else:
-            self._decode(size, doing)
+            self._decode(size, width, doing)
         slot = self._slots[self._next_slot]
         self._next_slot = (self._next_slot + 1) % IN_FLIGHT
         self._stream.download(slot.results, self._address["tokens"], doing)
@@ -289,13 +322,33 @@ class TensorRTBackend:
                 f"{self._limits.capacity} slots. {REBUILD.removesuffix('.')} and a larger --max-seq-len."
             )
 
-    def _decode(self, size: int, doing: str) -> None:
+    def _store_sampling(self, size: int, prompts: Mapping[int, Sequence[int]], doing: str) -> int:
+        """What rows sample with, to the device; how many numbers per row that is.
+
+        The numbers do for all places that a step may reach, even if the one before it has not been collected. A number
+        that a step under way may still read keeps its place and its value.
+        """
+        if self._sampling is None or not self._sampling.width(size, prompts, range(self._rows)):
+            return 0
+        least = self._lengths.copy()
+        for step in self._submitted:
+            for row, added in step.added.items():
+                least[row] += added
+        self._sampling.write(self._uniforms, least, {row: len(prompt) for row, prompt in prompts.items()})
+        self._stream.upload(self._address["uniforms"], self._uniforms, doing)
+        if self._sampling_changed:
+            for name, array in self._sampling.inputs.items():
+                self._stream.upload(self._address[name], array, doing)
+            self._sampling_changed = False
+        return self._draws
+
+    def _decode(self, size: int, width: int, doing: str) -> None:
         if not self._all_decode:
             self._set_flags(np.full(self._rows, size), np.zeros(self._rows, np.bool_), doing)
             self._all_decode = True
-        decoder = self._decoders.get(size)
+        decoder = self._decoders.get((size, width))
         if decoder is None:
-            decoder = self._decoders[size] = _Decoder(self._context(0, size, eager=True))
+            decoder = self._decoders[size, width] = _Decoder(self._context(0, size, width, eager=True))
         if decoder.graph is None and decoder.warm and size not in self.uncaptured:
             decoder.graph = self._capture(decoder, size, doing)
         if decoder.graph is not None:
@@ -324,7 +377,7 @@ class TensorRTBackend:
             self.uncaptured[size] = str(error)
             return None
 
-    def _prefill(self, size: int, prompts: Mapping[int, Sequence[int]], doing: str) -> None:
+    def _prefill(self, size: int, width: int, prompts: Mapping[int, Sequence[int]], doing: str) -> None:
         """Rows in ``prompts`` take their chunk, all others their drafted tree."""
         self._stream.synchronize(doing)  # until then the device may still read what is written next
         ids = self._ids.reshape(-1)[: self._rows * size].reshape(self._rows, size)
@@ -342,8 +395,10 @@ class TensorRTBackend:
             source = self._address["next_input_ids"] + row * tree
             self._stream.copy(target, source, min(size * _ID.itemsize, tree), doing)
         if self._prefiller is None:
-            self._prefiller = self._context(1, size, eager=False)
+            self._prefiller = self._context(1, size, width, eager=False)
         self._set_input_shape(self._prefiller, "input_ids", (self._rows, size), doing)
+        if self._sampling is not None:
+            self._set_input_shape(self._prefiller, "uniforms", (self._rows, width), doing)
         self._execute(self._prefiller, doing)
 
     def _set_flags(self, num_tokens: NDArray[np.int64], is_prefill: NDArray[np.bool_], doing: str) -> None:
@@ -362,14 +417,14 @@ class TensorRTBackend:
                 size = self._size(self._specs[target])
                 self._stream.copy(self._address[target], self._address[source], size, doing)
 
-    def _context(self, profile: int, size: int, *, eager: bool) -> Any:
+    def _context(self, profile: int, size: int, width: int, *, eager: bool) -> Any:
         """An execution context for steps of a size, with everything bound."""
         assert self._loaded is not None
         doing = f"preparing steps of {size} tokens over {self._rows} rows"
         context = self._loaded.new_context(eager=eager)
         if not context.set_optimization_profile_async(profile, self._stream.handle):
             raise BackendError(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
-        sizes = {"batch": self._rows, "sequence": size, "capacity": self._limits.capacity}
+        sizes = {"batch": self._rows, "sequence": size, "draws": width, "capacity": self._limits.capacity}
         for spec in self._bundle.inputs:
             self._set_input_shape(context, spec.name, fixed_shape(spec, sizes), doing)
         for name, address in self._address.items():

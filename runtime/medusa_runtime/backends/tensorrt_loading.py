@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from medusa_runtime.backends.cuda import Cuda, Device
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.compiled import REBUILD, CompiledEngine
-from medusa_runtime.contract import TensorSpec, cache_name
+from medusa_runtime.contract import cache_name, fixed_shape
 from medusa_runtime.errors import BackendError
 from medusa_runtime.tensorrt_library import TensorRTLibrary, error_log
 
@@ -168,8 +167,3 @@ def _check_tensors(loaded: LoadedEngine, bundle: Bundle) -> None:
         past, present = cache_name("past", index), cache_name("present", index)
         if engine.get_aliased_input_tensor(present) != past:
             raise BackendError(f"The engine in {loaded.description.folder} doesn't update {past} in place. {REBUILD}")
-
-
-def fixed_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's shape with named dimensions by their sizes; -1 for those that have none."""
-    return tuple(size if isinstance(size, int) else sizes.get(size, -1) for size in spec.shape)

@@ -1,0 +1,197 @@
+"""Drawing tokens inside a step: the distribution that a row samples from, and a token for each verified node.
+
+The base model's logits are divided by the temperature and cut off by top-k, top-p and min-p, in this order, as
+transformers does it; what is left is the *processed* distribution. One token is drawn from it per node, by inverting
+its cumulative sum at a number from the host. Which number that is hangs on the place of the token in the text and not
+on the node or the step: exact sampling gives the same text with every tree, and without one.
+
+Nothing here runs over more nodes than the host gave numbers for, so a step without any costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa_export.heads import sym_min
+from medusa_export.indexing import take_entries, take_rows
+from medusa_runtime.contract import MAX_TOP_K
+
+# Halvings of an interval of logits, which is enough to tell any two in fp32 apart.
+_HALVINGS = 26
+_LEAST_LOGIT = -40.0  # below the best: a vocabulary of such tokens weighs less than fp32 can tell
+_BLOCK = 256  # tokens, of a sum
+
+
+@dataclass(frozen=True)
+class SamplingInputs:
+    """The graph's inputs for sampling; see ``docs/contract.md``.
+
+    Attributes:
+        uniforms: [B, W] in [0, 1); the token at place q of a text is drawn with number q mod W.
+        temperature: [B]; 0 is greedy.
+        top_k: [B]; 0 is off.
+        top_p: [B]; 1 is off.
+        min_p: [B]; 0 is off.
+        typical_epsilon: [B], of typical acceptance; 0 is exact acceptance.
+        typical_alpha: [B].
+    """
+
+    uniforms: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    typical_epsilon: Tensor
+    typical_alpha: Tensor
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What sampling makes of R verified nodes; nodes beyond those that were drawn for hold what greedy steps need.
+
+    Attributes:
+        chosen: [B, R], the token that the base model has come to after each node: drawn, or the best one.
+        support: [B, R], log p of each node's own token where typical acceptance allows it, else -inf.
+        log_total: [B, R], the logarithm of the sum of exp(logits): what logits are above log p.
+        beyond: [B, U], where the nucleus of top-p holds more than ``MAX_TOP_K`` tokens.
+        nucleus_end: [B, U], the least logit of it, below the best one, where that is so.
+    """
+
+    chosen: Tensor
+    support: Tensor
+    log_total: Tensor
+    beyond: Tensor
+    nucleus_end: Tensor
+
+
+def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given: SamplingInputs) -> Sampled:
+    """Draws a token for each of the first U = min(R, W) nodes.
+
+    Args:
+        logits: [B, R, V], of the base model.
+        nodes: [B, R], the tokens of the verified nodes.
+        parents: [R], the node above each; what stands for the root is of no importance.
+        places: [B, R], where in its text the token after each node stands.
+        given: What the host gave.
+    """
+    best = logits.argmax(-1)
+    drawn = sym_min(logits.shape[1], given.uniforms.shape[1])
+    width = torch.full((1,), given.uniforms.shape[1], dtype=torch.int64).clamp(min=1)
+    numbers = take_rows(given.uniforms, places[:, :drawn] % width)
+
+    below, log_total = _below_best(logits[:, :drawn])
+    scaled = below / torch.where(given.temperature > 0, given.temperature, 1.0)[:, None, None]
+    weights = scaled.exp()
+    least, beyond, nucleus_end = _least_logit(scaled, weights, given)
+    weights = torch.where(scaled >= least.unsqueeze(-1), weights, 0.0)
+    total = weights.sum(-1)
+    bar = _typical_bar(scaled, weights, total, given)
+    weights = torch.where((scaled > bar.unsqueeze(-1)) | (scaled >= 0), weights, 0.0)
+    tokens = torch.where(given.temperature.unsqueeze(1) > 0, _invert(weights, numbers), best[:, :drawn])
+
+    own = take_entries(scaled, parents[:drawn], nodes[:, :drawn])
+    above = parents[:drawn]
+    allowed = (own >= least[:, above]) & ((own > bar[:, above]) | (own >= 0))
+    allowed = allowed & (given.typical_epsilon > 0).unsqueeze(1)
+    support = torch.where(allowed, own - total[:, above].log(), -torch.inf)
+
+    undrawn = best[:, drawn:]
+    return Sampled(
+        chosen=torch.cat([tokens, undrawn], dim=1),
+        support=torch.cat([support, torch.full_like(undrawn, -torch.inf, dtype=torch.float32)], dim=1),
+        log_total=torch.cat([log_total, torch.zeros_like(undrawn, dtype=torch.float32)], dim=1),
+        beyond=beyond,
+        nucleus_end=nucleus_end,
+    )
+
+
+def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, U, V] in fp32 as far as they lie below the best one, and the logarithm of their sum [B, U]."""
+    logits = logits.float()
+    top = logits.amax(-1, keepdim=True)
+    below = logits - top
+    return below, below.exp().sum(-1).log() + top.squeeze(-1)
+
+
+def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The least logit, below the best, that top-k, top-p and min-p leave; with ``beyond`` and ``nucleus_end``.
+
+    Tokens of equal logits stay or go together.
+
+    Args:
+        scaled: [B, U, V], below the best one.
+        weights: Their exponentials.
+        given: What the host gave.
+    """
+    most = min(MAX_TOP_K, scaled.shape[-1])
+    best = scaled.topk(most, dim=-1).values
+    rank = torch.arange(most)
+    has_top_k, has_top_p = (given.top_k > 0).unsqueeze(1), (given.top_p < 1).unsqueeze(1)
+    kept = rank < torch.where(given.top_k > 0, given.top_k, most)[:, None, None]
+    best_weights = torch.where(kept, best.exp(), 0.0)
+    sums = best_weights.cumsum(-1)
+    mass = given.top_p.unsqueeze(1) * torch.where(has_top_k, sums[..., -1], weights.sum(-1))
+    # A token is in the nucleus if those before it do not fill it.
+    before = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., :-1]], dim=-1)
+    kept = kept & ((before < mass.unsqueeze(-1)) | (rank == 0))
+    least = torch.where(kept, best, torch.inf).amin(-1)
+
+    beyond = (sums[..., -1] < mass) & has_top_p & ~has_top_k
+    nucleus_end = _nucleus_end(scaled, weights, mass)
+    least = torch.where(beyond, nucleus_end, least)
+    least = torch.where(has_top_k | has_top_p, least, -torch.inf)
+    return torch.maximum(least, given.min_p.log().unsqueeze(1)), beyond, nucleus_end
+
+
+def _nucleus_end(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+    """The least logit [B, U] of which those above it weigh less than ``mass``, without sorting them.
+
+    ``end`` is the lower bound of an interval that is halved: what lies above it weighs at least ``mass``.
+    """
+    end = torch.full_like(mass, _LEAST_LOGIT)
+    for halving in range(1, _HALVINGS + 1):
+        middle = end - _LEAST_LOGIT * 0.5**halving
+        above = torch.where(scaled > middle.unsqueeze(-1), weights, 0.0).sum(-1)
+        end = torch.where(above >= mass, middle, end)
+    return torch.where(scaled > end.unsqueeze(-1), scaled, 0.0).amin(-1)
+
+
+def _typical_bar(scaled: Tensor, weights: Tensor, total: Tensor, given: SamplingInputs) -> Tensor:
+    """What a logit, below the best, has to exceed in typical acceptance [2.3.1]; -inf in exact acceptance.
+
+    p > min(ε, alpha exp(-H(p))) of the processed distribution p, whose weights [B, U, V] have the sum ``total``.
+    """
+    log_total = total.log()
+    entropy = log_total - (weights * scaled.clamp(min=-100.0)).sum(-1) / total
+    alpha, epsilon = given.typical_alpha.unsqueeze(1), given.typical_epsilon.unsqueeze(1)
+    bar = torch.minimum(epsilon.log(), alpha.log() - entropy) + log_total
+    return torch.where(epsilon > 0, bar, -torch.inf)
+
+
+def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The tokens [B, U] at which the cumulative sum of weights [B, U, V] passes a part ``numbers`` [B, U] of the whole.
+
+    It is summed in blocks, to lose nothing to rounding: first the block is found, then the token in it.
+    """
+    batch, nodes, vocab_size = weights.shape
+    blocks = -(-vocab_size // _BLOCK)
+    weights = torch.nn.functional.pad(weights, (0, blocks * _BLOCK - vocab_size))
+    weights = weights.reshape(batch, nodes, blocks, _BLOCK)
+    block_weights = weights.sum(-1)
+    sums = block_weights.cumsum(-1)
+    goal = numbers.unsqueeze(-1) * sums[..., -1:]
+    block = _first_above(sums, block_weights, goal)
+    before = torch.where(torch.arange(blocks) == block.unsqueeze(-1) - 1, sums, 0.0).sum(-1, keepdim=True)
+    inside = take_rows(weights.flatten(0, 1), block.reshape(-1, 1)).reshape(batch, nodes, _BLOCK)
+    sums = inside.cumsum(-1)
+    # Sums of a block and within it differ by rounding: stay below the end.
+    goal = torch.minimum(goal - before, sums[..., -1:] * (1 - 2**-23))
+    return block * _BLOCK + _first_above(sums, inside, goal)
+
+
+def _first_above(sums: Tensor, weights: Tensor, goal: Tensor) -> Tensor:
+    """The first place [...] of a last axis whose sum exceeds the goal [..., 1]; only what has a weight counts."""
+    return ((sums > goal) & (weights > 0)).to(torch.int32).argmax(-1)
