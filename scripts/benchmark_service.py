@@ -7,6 +7,7 @@ the first submission to the last token, prefill included. The first round warms 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from medusa_export.bench import bench_prompts
 from medusa_runtime import Bundle, MedusaEngine, MedusaService
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 from medusa_runtime.tokenizer import Tokenizer
 
 Tokens = list[tuple[int, ...]]
@@ -43,23 +44,35 @@ def at_a_time(service: MedusaService) -> Contestant:
     return run
 
 
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Where the mean of a ratio lies with a confidence of 90 %, by the spread of its logarithm over rounds."""
+    logs = [math.log(ratio) for ratio in ratios]
+    error = statistics.stdev(logs) / math.sqrt(len(logs))
+    middle = statistics.fmean(logs)
+    return math.exp(middle - 1.645 * error), math.exp(middle + 1.645 * error)
+
+
 @click.command()
 @click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--requests", default=4, show_default=True, help="Requests at a time, and rows.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
+@click.option("--seconds", type=float, help="Begin no round after so many, however many are left.")
 @click.option("--tokens", default=96, show_default=True, help="Tokens of each answer, at most.")
 @click.option("--engine-size", "engine_sizes", multiple=True, type=int, default=(1, 4, 6), show_default=True)
 @click.option("--service-size", "service_sizes", multiple=True, type=int, default=(1, 2), show_default=True)
+@click.option("--no-engine", is_flag=True, help="Compare the service's tree sizes only.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 def main(
     folder: Path,
     requests: int,
     threads: int,
     rounds: int,
+    seconds: float | None,
     tokens: int,
     engine_sizes: tuple[int, ...],
     service_sizes: tuple[int, ...],
+    no_engine: bool,
     json_path: Path | None,
 ) -> None:
     """Prints a table of medians; 'auto' is the service as it comes."""
@@ -67,10 +80,13 @@ def main(
     tokenizer = Tokenizer.load(folder)
     assert tokenizer is not None
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}]) for prompt in bench_prompts()]
-    engine = MedusaEngine.load(folder, threads=threads, check_digests=False)
-    service = MedusaService(bundle, OnnxRuntimeBackend(bundle, rows=requests, threads=threads), tokenizer)
+    service = MedusaService(bundle, OnnxRuntimeBatchBackend(bundle, rows=requests, threads=threads), tokenizer)
     runner = service._runner  # one session for all tree sizes, for it holds a copy of the weights
-    contestants = {f"one after another, tree size {size}": one_after_another(engine, size) for size in engine_sizes}
+    contestants: dict[str, Contestant] = {}
+    if not no_engine:
+        engine = MedusaEngine.load(folder, threads=threads, check_digests=False)
+        contestants = {f"one after another, tree size {size}": one_after_another(engine, size) for size in engine_sizes}
+    alone = list(contestants)
 
     def with_size(size: int | str) -> Contestant:
         def run(group: list[list[int]], count: int) -> Tokens:
@@ -83,7 +99,10 @@ def main(
         contestants[f"{requests} at a time, tree size {size}"] = with_size(size)
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     same = dict.fromkeys(contestants, True)
+    begun = time.monotonic()
     for turn in range(rounds + 1):
+        if turn > 2 and seconds is not None and time.monotonic() - begun > seconds:
+            break
         first = turn * requests % len(prompts)
         group = (prompts + prompts)[first : first + requests]
         names = list(contestants)[turn % len(contestants) :] + list(contestants)[: turn % len(contestants)]
@@ -96,17 +115,26 @@ def main(
                 speeds[name].append(sum(map(len, answers[name])) / taken)
         for name in names:
             same[name] &= answers[name] == answers[next(iter(contestants))]
-    best = max(list(contestants)[: len(engine_sizes)], key=lambda name: statistics.median(speeds[name]))
-    table = Table("", "tokens/s", f"against\n{best}", "same tokens", box=box.SIMPLE_HEAD)
-    ratios = {}
+    plain = f"{requests} at a time, tree size 1"
+    baselines = [plain] if plain in contestants else []
+    if alone:
+        baselines.append(max(alone, key=lambda name: statistics.median(speeds[name])))
+    table = Table("", "tokens/s", *(f"against\n{name}" for name in baselines), "same tokens", box=box.SIMPLE_HEAD)
     for name, values in speeds.items():
-        ratios[name] = statistics.median(ours / theirs for ours, theirs in zip(values, speeds[best], strict=True))
-        table.add_row(name, f"{statistics.median(values):.1f}", f"{ratios[name]:.2f}", "yes" if same[name] else "NO")
-    Console().print(table)
-    Console().print(f"Tree sizes that auto takes, by rows: {dict(sorted(runner._best.items()))}")
+        cells = []
+        for baseline in baselines:
+            ratios = [ours / theirs for ours, theirs in zip(values, speeds[baseline], strict=True)]
+            low, high = interval(ratios)
+            cells.append("1" if name == baseline else f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})")
+        table.add_row(name, f"{statistics.median(values):.1f}", *cells, "yes" if same[name] else "NO")
+    Console(width=140).print(table)
+    sizes = dict(runner.tree_sizes)
+    Console().print(
+        f"Tree sizes that auto takes, by rows: {sizes}; right guesses: {runner.accuracy:.2f} of those expected."
+    )
     service.close()
     if json_path is not None:
-        figures = {"speeds": speeds, "ratios": ratios, "same": same, "auto": runner._best}
+        figures = {"speeds": speeds, "same": same, "auto": sizes, "accuracy": runner.accuracy}
         json_path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,18 +1,25 @@
-"""A long stormy day of a service: random requests, cancels, deadlines and consumers over a few rows of a tiny model.
+"""A long stormy day of a service: random requests, cancels, deadlines and consumers over a few rows.
 
-Every request must end exactly once; every finished one must equal its run alone, chunk by chunk; afterwards nothing
-may run or wait. Fails with exit code 1 otherwise. Memory is reported as the slope of RSS over the second half of it.
+Every request must end exactly once; what came of it must equal its run alone; afterwards nothing may run or wait. Fails
+with exit code 1 otherwise. Of each request nothing is kept but its outcome and a digest, so that the slope of RSS over
+the second half of the day is the service's own.
+
+Without a BUNDLE it exports a tiny random model; prompts are pieces of the bench's prompts or, there, of noise.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +27,6 @@ import click
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from decoding import export, guessing_heads, make_step
 from medusa_runtime import (
     Chunk,
     MedusaEngine,
@@ -33,50 +37,87 @@ from medusa_runtime import (
     RequestHandle,
     Stats,
 )
-from tiny_models import tiny_model
+from medusa_runtime.tokenizer import Tokenizer
+
+SHARED = 60  # tokens that half of the prompts begin with
+QUEUE = 16
+FINISHED = ("stop", "length")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Request:
-    """A request, what is going to happen to it, and what came of it.
+    """A request, and what is going to happen to it.
 
     Attributes:
         prompt: Its tokens.
-        max_new_tokens: Of its answer.
+        policy: Options that decide which tokens are right.
         consumer: ``read``, ``callback``, or ``raise`` for a callback that fails.
         cancel_after: Chunks after which a reader cancels it.
         timeout: Seconds until its deadline.
-        received: Tokens that came in chunks.
-        outcome: How it ended, or ``lost``.
     """
 
     prompt: list[int]
-    max_new_tokens: int
+    policy: dict[str, Any]
     consumer: str
     cancel_after: int | None
     timeout: float | None
-    received: list[int] = field(default_factory=list)
-    tokens: tuple[int, ...] = ()
-    outcome: str = "lost"
 
-    def callback(self, chunk: Chunk) -> None:
-        """Takes a chunk, or raises."""
-        self.received += chunk.token_ids
-        if self.consumer == "raise":
-            raise RuntimeError("a consumer's fault")
 
-    def follow(self, handle: RequestHandle) -> None:
-        """Reads a handle to its end."""
-        try:
-            if self.consumer == "read":
-                for count, chunk in enumerate(handle):
-                    self.received += chunk.token_ids
-                    if count == self.cancel_after:
-                        handle.cancel()
-            result = handle.result(120)
-            self.tokens, self.outcome = result.token_ids, result.finish_reason
-        except MedusaError as error:
-            self.outcome = type(error).__name__
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a request.
+
+    Attributes:
+        name: Its finish reason, or the class of its error.
+        received: How many tokens its consumer got.
+        digest: Of these.
+    """
+
+    name: str
+    received: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Weather:
+    """Draws requests; the same one for the same number.
+
+    Attributes:
+        corpus: What prompts are cut from.
+        longest: Tokens of a prompt at most.
+        most: Tokens of an answer at most.
+        patience: Mean seconds until a deadline.
+        seed: Of all draws.
+    """
+
+    corpus: list[int]
+    longest: int
+    most: int
+    patience: float
+    seed: int
+
+    def request(self, number: int) -> Request:
+        """One of the day's requests; half of them begin with one of three system prompts."""
+        rng = np.random.default_rng((self.seed, number))
+        prompt = self._piece(rng, int(rng.exponential(25)) + 1)
+        if rng.random() < 0.5:
+            begin = int(rng.integers(3)) * SHARED
+            prompt = self.corpus[begin : begin + SHARED] + prompt
+        return Request(
+            prompt[: self.longest],
+            self._policy(rng),
+            str(rng.choice(["read", "callback", "raise"], p=[0.75, 0.2, 0.05])),
+            int(rng.integers(20)) if rng.random() < 0.15 else None,
+            float(rng.exponential(self.patience)) + 1e-3 if rng.random() < 0.15 else None,
+        )
+
+    def _policy(self, rng: np.random.Generator) -> dict[str, Any]:
+        """What a request asks for: options that a service and an engine both take, and that fix its tokens."""
+        return {"max_new_tokens": int(rng.integers(1, self.most))}
+
+    def _piece(self, rng: np.random.Generator, length: int) -> list[int]:
+        begin = int(rng.integers(len(self.corpus) - length)) if length < len(self.corpus) else 0
+        return self.corpus[begin : begin + length]
 
 
 class Ends(Metrics):
@@ -89,52 +130,91 @@ class Ends(Metrics):
         self.count[outcome] += 1
 
 
-def draw(rng: np.random.Generator, systems: list[list[int]]) -> Request:
-    """A random request; half of them begin with one of a few system prompts."""
-    prompt = rng.integers(1, 101, int(rng.exponential(25)) + 1).tolist()
-    if rng.random() < 0.5:
-        prompt = systems[int(rng.integers(len(systems)))] + prompt
-    return Request(
-        prompt[:300],
-        int(rng.integers(1, 80)),
-        str(rng.choice(["read", "callback", "raise"], p=[0.75, 0.2, 0.05])),
-        int(rng.integers(20)) if rng.random() < 0.15 else None,
-        float(rng.exponential(0.5)) + 1e-3 if rng.random() < 0.15 else None,
-    )
+class Consumer:
+    """Takes what comes of one request."""
 
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._received: list[int] = []
 
-def submit(service: MedusaService, request: Request) -> RequestHandle:
-    """Submits a request, and again while the queue is full."""
-    while True:
+    def submit(self, service: MedusaService) -> RequestHandle:
+        """Submits it, and again while the queue is full."""
+        request = self._request
+        while True:
+            try:
+                return service.submit(
+                    request.prompt,
+                    timeout=request.timeout,
+                    priority=len(request.prompt) % 3,
+                    on_chunk=None if request.consumer == "read" else self._callback,
+                    **request.policy,
+                )
+            except QueueFullError:
+                time.sleep(0.02)
+
+    def _callback(self, chunk: Chunk) -> None:
+        self._received += chunk.token_ids
+        if self._request.consumer == "raise":
+            raise RuntimeError("a consumer's fault")
+
+    def follow(self, handle: RequestHandle) -> Outcome:
+        """Waits for its end."""
         try:
-            return service.submit(
-                request.prompt,
-                max_new_tokens=request.max_new_tokens,
-                timeout=request.timeout,
-                priority=len(request.prompt) % 3,
-                on_chunk=None if request.consumer == "read" else request.callback,
-            )
-        except QueueFullError:
-            time.sleep(0.02)
+            if self._request.consumer == "read":
+                for count, chunk in enumerate(handle):
+                    self._received += chunk.token_ids
+                    if count == self._request.cancel_after:
+                        handle.cancel()
+            result = handle.result(300)
+        except MedusaError as error:
+            received = list(self._received)  # a callback's own thread may go on for a moment
+            return Outcome(type(error).__name__, len(received), digest(received))
+        for _ in range(1000):
+            if len(self._received) == len(result.token_ids):
+                break
+            time.sleep(0.01)
+        return Outcome(result.finish_reason, len(self._received), digest(self._received))
+
+
+def digest(tokens: Iterable[int]) -> bytes:
+    """Of token ids."""
+    return hashlib.blake2b(np.array(list(tokens), np.int64).tobytes(), digest_size=8).digest()
 
 
 @click.command()
+@click.argument("folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
 @click.option("--requests", default=1000, show_default=True)
 @click.option("--rows", default=8, show_default=True)
+@click.option("--threads", default=1, show_default=True)
 @click.option("--rate", default=60.0, show_default=True, help="Mean arrivals per second.")
+@click.option("--longest", default=300, show_default=True, help="Tokens of a prompt, at most.")
+@click.option("--most", default=80, show_default=True, help="Tokens of an answer, at most.")
+@click.option("--patience", default=0.5, show_default=True, help="Mean seconds until a deadline, where there is one.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
-def main(requests: int, rows: int, rate: float, seed: int, json_path: Path | None) -> None:
+def main(
+    folder: Path | None,
+    requests: int,
+    rows: int,
+    threads: int,
+    rate: float,
+    longest: int,
+    most: int,
+    patience: float,
+    seed: int,
+    json_path: Path | None,
+) -> None:
     """Runs the day and prints its report."""
-    rng = np.random.default_rng(seed)
-    systems = [rng.integers(1, 101, 60).tolist() for _ in range(3)]
-    day = [draw(rng, systems) for _ in range(requests)]
-    with tempfile.TemporaryDirectory() as folder:
-        model = tiny_model("llama")
-        bundle = export(make_step(model, guessing_heads(model)), Path(folder) / "bundle", trained=True)
-        report = weather(bundle.folder, day, rows, rng.exponential(1 / rate, requests))
-        engine = MedusaEngine.load(bundle.folder, threads=1)
-        report["wrong"] = sum(is_wrong(request, engine) for request in day)
+    with bundle_folder(folder) as bundle:
+        weather = Weather(corpus(bundle, seed), longest, most, patience, seed)
+        service = MedusaService.load(
+            bundle, rows=rows, threads=threads, max_queue=QUEUE, prefill_chunk=16, metrics=(ends := Ends())
+        )
+        outcomes, report = day(service, weather, requests, rate)
+        service.close()
+        engine = MedusaEngine.load(bundle, threads=threads)
+        report["wrong"] = sum(is_wrong(weather.request(i), outcomes.get(i), engine) for i in range(requests))
+    report |= {"rows": rows, "ended": sum(ends.count.values())}
     click.echo(json.dumps(report, indent=1))
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -142,46 +222,76 @@ def main(requests: int, rows: int, rate: float, seed: int, json_path: Path | Non
         sys.exit(1)
 
 
-def weather(folder: Path, day: list[Request], rows: int, pauses: np.ndarray) -> dict[str, Any]:
-    """Sends all requests through a service; gives the figures."""
-    ends, process, memory = Ends(), psutil.Process(), []
-    service = MedusaService.load(folder, rows=rows, threads=1, max_queue=16, prefill_chunk=16, metrics=ends)
-    started, threads = time.monotonic(), []
-    for number, (request, pause) in enumerate(zip(day, pauses, strict=True)):
-        time.sleep(pause)
-        threads.append(threading.Thread(target=request.follow, args=(submit(service, request),)))
-        threads[-1].start()
-        memory.append((number, process.memory_info().rss))
+@contextmanager
+def bundle_folder(folder: Path | None) -> Iterator[Path]:
+    """The bundle to run: the one given, or a tiny one."""
+    if folder is not None:
+        yield folder
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from decoding import export, guessing_heads, make_step  # noqa: PLC0415  # needs torch
+    from tiny_models import tiny_model  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model = tiny_model("llama")
+        yield export(make_step(model, guessing_heads(model)), Path(scratch) / "bundle", trained=True).folder
+
+
+def corpus(folder: Path, seed: int) -> list[int]:
+    """Tokens to cut prompts from."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer is None:
+        noise: list[int] = np.random.default_rng(seed).integers(1, 101, 4000).tolist()
+        return noise
+    from medusa_export.bench import bench_prompts  # noqa: PLC0415
+
+    return [token for prompt in bench_prompts() for token in tokenizer.encode(prompt.prompt)]
+
+
+def day(
+    service: MedusaService, weather: Weather, requests: int, rate: float
+) -> tuple[dict[int, Outcome], dict[str, Any]]:
+    """Sends all requests through a service; gives what came of them, and figures."""
+    pauses = np.random.default_rng(weather.seed).exponential(1 / rate, requests)
+    process, memory = psutil.Process(), np.zeros(requests)
+    outcomes: dict[int, Outcome] = {}
+    started = time.monotonic()
+    # Whoever is in the service needs a thread to read; those that have just ended may need theirs for a moment longer.
+    with ThreadPoolExecutor(4 * QUEUE + 64) as readers:
+        for number, pause in enumerate(pauses):
+            time.sleep(pause)
+            readers.submit(answer, service, weather.request(number), number, outcomes)
+            memory[number] = process.memory_info().rss
     drained = service.drain(120)
-    for thread in threads:
-        thread.join(120)
     seconds = time.monotonic() - started
-    waiting, running = service.load_figures
-    service.close()
-    second_half = np.array(memory[len(memory) // 2 :], dtype=float)
-    return {
-        "requests": len(day),
-        "rows": rows,
+    half = requests // 2
+    slope = np.polyfit(np.arange(half, requests), memory[half:], 1)[0]
+    return outcomes, {
+        "requests": requests,
         "seconds": round(seconds, 1),
-        "tokens": sum(len(request.received) for request in day),
-        "outcomes": dict(Counter(request.outcome for request in day)),
-        "ended": sum(ends.count.values()),
-        "lost": sum(request.outcome == "lost" for request in day),
-        "drained": drained and waiting == running == 0,
-        "threads_left": [thread.name for thread in threading.enumerate()],
-        "rss_mib": [round(rss / 2**20, 1) for _, rss in memory[:: max(len(memory) // 8, 1)]],
-        "rss_slope_bytes_per_request": round(float(np.polyfit(second_half[:, 0], second_half[:, 1], 1)[0])),
+        "tokens": sum(outcome.received for outcome in outcomes.values()),
+        "outcomes": dict(Counter(outcome.name for outcome in outcomes.values())),
+        "lost": requests - len(outcomes),
+        "drained": drained and service.load_figures == (0, 0),
+        "threads_left": sum(thread.name.startswith("medusa-callback") for thread in threading.enumerate()),
+        "rss_mib": [round(rss / 2**20, 1) for rss in memory[:: max(requests // 8, 1)]],
+        "rss_slope_bytes_per_request": round(float(slope)),
     }
 
 
-def is_wrong(request: Request, engine: MedusaEngine) -> bool:
-    """Whether an answer is not what the request gets alone; of one that was cut short, what came of it."""
-    alone = engine.generate(request.prompt, max_new_tokens=request.max_new_tokens, tree_size=1).token_ids
-    received = tuple(request.received)
-    if request.outcome in ("stop", "length"):
-        behind = request.consumer != "read"  # a callback's own thread may end later than the request
-        return request.tokens != alone or (received != alone if not behind else received != alone[: len(received)])
-    return received != alone[: len(received)]
+def answer(service: MedusaService, request: Request, number: int, outcomes: dict[int, Outcome]) -> None:
+    """Takes one request from its submission to its end."""
+    consumer = Consumer(request)
+    outcomes[number] = consumer.follow(consumer.submit(service))
+
+
+def is_wrong(request: Request, outcome: Outcome | None, engine: MedusaEngine) -> bool:
+    """Whether a request was not answered as it is alone; of one that was cut short, what came of it."""
+    if outcome is None:
+        return True
+    alone = engine.generate(request.prompt, tree_size=1, **request.policy).token_ids
+    short = outcome.name in FINISHED and outcome.received != len(alone)
+    return short or outcome.digest != digest(alone[: outcome.received])
 
 
 if __name__ == "__main__":

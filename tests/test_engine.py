@@ -149,12 +149,12 @@ def test_auto_measures_once_and_keeps_it(tiny_bundle: Bundle, tmp_path: Path) ->
     with MedusaEngine.load(folder, threads=1) as engine:
         size = engine.generate(PROMPT, max_new_tokens=3).stats.tree_size
     (known,) = json.loads((folder / CACHE_FILE).read_text()).values()
-    assert set(known) == {"1", "2", "4", "6", "8", "9"}
+    assert {"1", "2"} <= set(known) <= {"1", "2", "4", "6", "8", "9"}  # those for which there is some hope
     (folder / CACHE_FILE).write_text(
         json.dumps({k: dict.fromkeys(known, 1.0) for k in json.loads((folder / CACHE_FILE).read_text())})
     )
     with MedusaEngine.load(folder, threads=1) as engine:  # now all sizes take equally long
-        assert engine.generate(PROMPT, max_new_tokens=3).stats.tree_size == 9
+        assert engine.generate(PROMPT, max_new_tokens=3).stats.tree_size == max(map(int, known))
     assert 1 <= size <= 9
 
 
@@ -194,7 +194,7 @@ def test_unusable_bundles(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"lacks its file model\.onnx\.data"):
         Bundle.load(folder)
     folder = fresh("newer")
-    edit(folder, contract_version=2)
+    edit(folder, contract_version=3)
     with pytest.raises(BundleError, match="version"):
         Bundle.load(folder)
     folder = fresh("json")
@@ -254,7 +254,7 @@ backend = OnnxRuntimeBackend(bundle, threads=1, graph=bundle.graph)
 backend.reserve(64)
 if sys.argv[2] == "elsewhere":
     other = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 2, backend.capacity, 16), np.float32))
-    backend._window(range(1)).binding.bind_ortvalue_output("present_key_0", other)
+    backend._bindings().values.bind_ortvalue_output("present_key_0", other)
 backend.step(9, {0: [1, 2, 3]})
 for size in (1, 9):
     backend.step(size)

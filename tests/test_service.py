@@ -8,12 +8,14 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from decoding import export, guessing_heads, make_step
 from medusa_runtime import (
     BackendError,
     Bundle,
@@ -29,8 +31,12 @@ from medusa_runtime import (
     RequestError,
     ServiceClosedError,
 )
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
+from medusa_runtime.sequence import TokenSequence
+from medusa_runtime.service import MOVED_BESIDES
+from medusa_runtime.text_stream import TextStream
 from medusa_runtime.tokenizer import Tokenizer
+from tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
@@ -50,12 +56,12 @@ class Gate:
     """A backend whose steps wait until the test lets them go, and fail when it wants them to."""
 
     def __init__(self, bundle: Bundle, rows: int) -> None:
-        self.inner = OnnxRuntimeBackend(bundle, rows=rows, threads=1)
+        self.inner = OnnxRuntimeBatchBackend(bundle, rows=rows, threads=1)
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)
         self.fail = lambda size, prompts, rows: None
-        self.fail_reserve = lambda capacity: None
+        self.fail_arrange = lambda rows, capacity: None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -63,15 +69,15 @@ class Gate:
     def step(self, size: int, prompts: object = None, rows: Sequence[int] | None = None) -> object:
         self.entered.release()
         assert self.open.wait(30)
-        depth = 3
-        for row in range(min(rows), max(rows) + 1):  # no step may write beyond the capacity
-            assert 2 * depth + int(self.inner.lengths[row]) + size <= self.inner.capacity
+        window = self.inner._store.window(rows)
+        assert window is not None
+        assert 3 + int(self.inner.lengths[rows].max()) + size <= window.block.capacity  # none writes beyond it
         self.fail(size, prompts, rows)
         return self.inner.step(size, prompts, rows)
 
-    def reserve(self, capacity: int) -> None:
-        self.fail_reserve(capacity)
-        self.inner.reserve(capacity)
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
+        self.fail_arrange(rows, capacity)
+        return self.inner.arrange(rows, capacity)
 
 
 @pytest.fixture
@@ -114,7 +120,7 @@ def test_auto_measures_for_each_number_of_rows(tiny_bundle: Bundle, engine: Medu
         handles = [service.submit(PROMPT, max_new_tokens=20) for _ in range(5)]
         expected = engine.generate(PROMPT, max_new_tokens=20).token_ids
         assert [handle.result(60).token_ids for handle in handles] == [expected] * 5
-        assert set(service._runner._best) == {1, 2, 3}
+        assert set(service._runner.tree_sizes) == {1, 2, 3}
 
 
 def test_kinds_of_prompts_stops_and_streams(shared: MedusaService, engine: MedusaEngine) -> None:
@@ -146,10 +152,29 @@ def test_unusable_requests(shared: MedusaService, prompt: object, options: dict[
         shared.submit(prompt, **options)
 
 
-def test_unusable_options(tiny_bundle: Bundle) -> None:
-    for options in ({"rows": 0}, {"max_queue": -1}, {"tree_size": 10}, {"prefill_chunk": 0}):
+def test_unusable_options(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused before anything is opened; what is opened is closed if that was in vain."""
+    opened: list[OnnxRuntimeBatchBackend] = []
+
+    def open_it(*_: object, **options: int) -> OnnxRuntimeBatchBackend:
+        opened.append(OnnxRuntimeBatchBackend(tiny_bundle, rows=options["rows"], threads=1))
+        opened[0].reserve(64)
+        return opened[0]
+
+    monkeypatch.setattr("medusa_runtime.service.open_batch_backend", open_it)
+    for options in ({"rows": 0}, {"max_queue": -1}, {"tree_size": 10}, {"tree_size": True}, {"prefill_chunk": 0}):
         with pytest.raises(RequestError):
             MedusaService.load(tiny_bundle.folder, threads=1, **options)
+    assert not opened
+    monkeypatch.setattr("medusa_runtime.service.BatchRunner", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MedusaService.load(tiny_bundle.folder, threads=1)
+    assert opened[0].capacity == 0
+
+
+def test_unknown_options_are_not_passed_over(shared: MedusaService) -> None:
+    with pytest.raises(TypeError, match="no option 'max_tokens': a request has max_new_tokens, "):
+        shared.submit(PROMPT, max_tokens=3)
 
 
 def test_asyncio_and_threads_at_once(shared: MedusaService, engine: MedusaEngine) -> None:
@@ -233,6 +258,29 @@ def test_deadlines_run_in_the_queue_and_in_a_row(tiny_bundle: Bundle, gate: Gate
         assert isinstance(DeadlineError("x"), TimeoutError)
 
 
+@pytest.mark.parametrize("jump", [1e6, -1e6])
+def test_a_clock_that_jumps(tiny_bundle: Bundle, gate: Gate, jump: float) -> None:
+    """Forwards it ends requests that had a deadline; back it ends none. Others don't care."""
+    now = [5e6]
+    with MedusaService(tiny_bundle, gate, None, tree_size=1, clock=lambda: now[0]) as service:
+        gate.open.clear()
+        timed = service.submit(PROMPT, max_new_tokens=30, timeout=60)
+        free = service.submit(PROMPT, max_new_tokens=30)
+        gate.entered.acquire(timeout=30)
+        now[0] += jump
+        gate.open.set()
+        assert len(free.result(30).token_ids) == 30
+        if jump > 0:
+            with pytest.raises(DeadlineError):
+                timed.result(30)
+        else:
+            assert len(timed.result(30).token_ids) == 30
+        for stats in (timed.stats, free.stats):
+            assert min(stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) >= 0
+        assert len(service.generate(PROMPT, max_new_tokens=5, timeout=60).token_ids) == 5
+        assert service.load_figures == (0, 0)
+
+
 def test_the_clock_of_the_wall_may_jump(shared: MedusaService, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = shared.submit(PROMPT, max_new_tokens=100, timeout=60)
     monkeypatch.setattr(time, "time", lambda: 4e9)
@@ -300,6 +348,75 @@ def test_an_event_loop_that_is_closed_harms_nobody(service: MedusaService, gate:
     del task
 
 
+def test_an_event_loop_that_is_closed_while_it_streams_harms_nobody(service: MedusaService, gate: Gate) -> None:
+    stream = service.astream(PROMPT, max_new_tokens=450)
+
+    async def begin(stream: AsyncIterator[Chunk]) -> Chunk:
+        return await anext(stream)
+
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(begin(stream)).token_ids
+    gate.open.clear()
+    task = loop.create_task(begin(stream))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    gate.open.set()
+    assert len(service.generate(PROMPT, max_new_tokens=5).token_ids) == 5
+    del task, stream
+    gc.collect()
+    assert service.drain(30)
+
+
+def test_a_stream_that_nobody_begins_to_read_is_cancelled(service: MedusaService, gate: Gate) -> None:
+    gate.open.clear()
+    stream = service.stream(PROMPT, max_new_tokens=450)
+    del stream
+    gc.collect()
+    gate.open.set()
+    assert service.drain(30)
+    assert gate.inner.lengths.max() < 400
+
+
+def test_text_that_fails_ends_its_request_only(service: MedusaService, monkeypatch: pytest.MonkeyPatch) -> None:
+    push = TextStream.push
+
+    def fail(self: TextStream, tokens: Sequence[int]) -> str:
+        if threading.current_thread().name == "medusa-service" and self in victims:
+            raise UnicodeError("no such character")
+        return push(self, tokens)
+
+    victims: list[TextStream | None] = []
+    monkeypatch.setattr(TextStream, "push", fail)
+    other = service.submit(PROMPT, max_new_tokens=60)
+    of = TokenSequence.of
+
+    def remember(*arguments: object, **options: object) -> TokenSequence:
+        sequence = of(*arguments, **options)
+        victims.append(sequence._text)
+        return sequence
+
+    monkeypatch.setattr(TokenSequence, "of", remember)
+    with pytest.raises(RequestError, match="can't be made text: UnicodeError"):
+        service.generate(PROMPT, max_new_tokens=60)
+    assert len(other.result(30).token_ids) == 60
+    assert service.load_figures == (0, 0)
+
+
+def test_a_hook_may_close_the_service(tiny_bundle: Bundle, gate: Gate) -> None:
+    class Impatient(Metrics):
+        def ended(self, *_: object) -> None:
+            service.close()
+
+    service = MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=Impatient())
+    first = service.submit(PROMPT, max_new_tokens=3)
+    second = service.submit(PROMPT, max_new_tokens=400)
+    assert len(first.result(30).token_ids) == 3
+    with pytest.raises(ServiceClosedError):
+        second.result(30)
+    service.close()
+    assert gate.inner.capacity == 0
+
+
 def test_a_step_that_fails_ends_the_request_whose_fault_it_is(
     service: MedusaService, gate: Gate, engine: MedusaEngine
 ) -> None:
@@ -333,11 +450,11 @@ def test_a_prompt_that_fails_ends_its_request_only(service: MedusaService, gate:
 
 
 def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
-    def fail_reserve(capacity: int) -> None:
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
         if capacity > 200:
             raise MemoryError
 
-    gate.fail_reserve = fail_reserve
+    gate.fail_arrange = fail_arrange
     long = service.submit([9] * 150, max_new_tokens=300)
     short = service.submit([3] * 10, max_new_tokens=60)
     with pytest.raises(BackendError, match="no room"):
@@ -348,19 +465,113 @@ def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engin
     assert len(service.generate([9] * 100, max_new_tokens=20).token_ids) == 20
 
 
+def test_what_free_rows_hold_makes_way(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    """A request that there is no room for gets that of prefixes that nobody uses."""
+    service.generate([7] * 250, max_new_tokens=2)
+    lengths = gate.inner.lengths
+
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
+        if capacity > 60 and lengths.max() > 200:
+            raise MemoryError
+
+    gate.fail_arrange = fail_arrange
+    result = service.generate([9] * 100, max_new_tokens=5)
+    assert result.token_ids == engine.generate([9] * 100, max_new_tokens=5).token_ids
+    assert lengths.max() < 200
+
+
+def test_no_memory_to_step_together(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    """Where rows can't be brought together they go on one by one."""
+
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
+        if len(rows) > 1:
+            raise MemoryError
+
+    gate.fail_arrange = fail_arrange
+    prompts = [[9] * 30, [3] * 10]
+    handles = [service.submit(prompt, max_new_tokens=40) for prompt in prompts]
+    for prompt, handle in zip(prompts, handles, strict=True):
+        assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=40).token_ids
+
+
+def test_no_memory_for_what_is_taken_over(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    gate.open.clear()
+    first = service.submit([*[9] * 40, 1], max_new_tokens=300)
+    gate.entered.acquire(timeout=30)
+    gate.open.set()
+    next(first)
+    taken = []
+
+    def fail_arrange(rows: Sequence[int], capacity: int) -> None:
+        if len(rows) == 1 and rows != [0] and not taken:
+            taken.append(capacity)
+            raise MemoryError
+
+    gate.fail_arrange = fail_arrange
+    with pytest.raises(BackendError, match="no room"):
+        service.generate([*[9] * 40, 2], max_new_tokens=5)
+    assert taken == [3 + 40 + 1]  # it was where its beginning was to be copied
+    again = service.generate([*[9] * 40, 2], max_new_tokens=5)
+    assert again.token_ids == engine.generate([*[9] * 40, 2], max_new_tokens=5).token_ids
+    assert first.result(30).token_ids == engine.generate([*[9] * 40, 1], max_new_tokens=300).token_ids
+
+
+def test_a_long_row_steps_by_itself(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+    service._runner._worth_a_step = 100
+    seen: list[list[int]] = []
+    gate.fail = lambda size, prompts, rows: seen.append(sorted(rows)) if not prompts else None
+    prompts = [[9] * 300, [3] * 10]
+    handles = [service.submit(prompt, max_new_tokens=60) for prompt in prompts]
+    for prompt, handle in zip(prompts, handles, strict=True):
+        assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=60).token_ids
+    assert [0, 1] not in seen
+    seen.clear()
+    service._runner._worth_a_step = 1000
+    handles = [service.submit(prompt, max_new_tokens=60) for prompt in prompts]
+    assert all(handle.result(30) for handle in handles)
+    assert [0, 1] in seen
+
+
 def test_a_failed_step_leaves_rows_as_they_were(tiny_bundle: Bundle) -> None:
-    backend = OnnxRuntimeBackend(tiny_bundle, rows=2, threads=1)
-    backend.reserve(64)
-    backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
-    backend.step(4)
-    before = [array.copy() for array, _ in backend._carried]
-    backend._caches, caches = backend._caches[:, :, :, :32], backend._caches  # not what is bound to it
-    backend._windows.clear()
-    with pytest.raises((BackendError, ValueError)):
-        backend.step(40)
-    backend._caches = caches
-    backend._windows.clear()
-    assert all(np.array_equal(array, old) for (array, _), old in zip(backend._carried, before, strict=True))
+    for graph in (None, tiny_bundle.graph):
+        backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=2, threads=1, graph=graph)
+        backend.arrange([0, 1], 64)
+        backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
+        backend.step(4)
+        before = [array.copy() for array, _ in backend._carried]
+        with pytest.raises(BackendError, match="failed in a step of 200 tokens"):
+            backend.step(200)  # more than there is room for
+        assert all(np.array_equal(array, old) for (array, _), old in zip(backend._carried, before, strict=True))
+
+
+def test_rows_far_apart_step_alone(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
+    """A step runs over the rows that take part and no others, wherever their places were."""
+    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=8, threads=1)
+    prompts = {row: [(row + 3 * i) % 100 + 1 for i in range(10 + row)] for row in range(8)}
+    backend.arrange(range(8), 64)
+    tokens = {row: [] for row in prompts}
+    result = backend.step(17, prompts)
+    for row in prompts:
+        tokens[row].append(int(result.tokens[row, 0]))
+    widths = []
+    session = backend._session
+
+    class Watched:
+        io_binding = session.io_binding
+
+        def run_with_iobinding(self, values: object) -> None:
+            widths.append(len(values.get_outputs()[0].numpy()))
+            session.run_with_iobinding(values)
+
+    backend._session = Watched()
+    for rows in ([0, 7], [7], [1, 3, 6], [0, 7], range(8), [2, 5]):
+        backend.arrange(rows, 64)
+        result = backend.step(4, {}, rows)
+        assert widths.pop() == len(rows)
+        for row in rows:
+            tokens[row] += result.tokens[row, : result.count[row]].tolist()
+    for row, prompt in prompts.items():
+        assert tuple(tokens[row]) == engine.generate(prompt, max_new_tokens=40).token_ids[: len(tokens[row])]
 
 
 def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:
@@ -429,7 +640,7 @@ def test_a_conversation_goes_on_where_it_ended(service: MedusaService, engine: M
 
 def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
     """Where entries are pending from step to step, they come to their places before rows are copied or cut."""
-    backend = OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
+    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
     rng = np.random.default_rng(3)
     with MedusaService(tiny_bundle, backend, None, tree_size=9, prefill_chunk=5) as service:
         known: list[list[int]] = [[1]]
@@ -440,6 +651,18 @@ def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) ->
             expected = engine.generate(prompt, max_new_tokens=15).token_ids
             assert [handle.result(30).token_ids for handle in handles] == [expected] * 2
             known.append([*prompt, *expected])
+
+
+def test_an_fp16_bundle(tmp_path: Path) -> None:
+    """It has no graph of its own for several rows."""
+    model = tiny_model("llama").half()
+    bundle = export(make_step(model, guessing_heads(model)), tmp_path / "bundle", trained=True)
+    engine = MedusaEngine.load(bundle.folder, threads=1)
+    with MedusaService.load(bundle.folder, rows=3, threads=1, tree_size=4) as service:
+        prompts = [[5 + i] * (10 + 7 * i) for i in range(5)]
+        handles = [service.submit(prompt, max_new_tokens=30) for prompt in prompts]
+        for prompt, handle in zip(prompts, handles, strict=True):
+            assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=30).token_ids
 
 
 def test_a_long_prompt_delays_others_by_one_chunk(service: MedusaService, gate: Gate) -> None:
@@ -455,6 +678,31 @@ def test_a_long_prompt_delays_others_by_one_chunk(service: MedusaService, gate: 
     chunks = [i for i, (_, prefill) in enumerate(steps[:last_decoding]) if prefill]
     assert all(second - first > 1 for first, second in itertools.pairwise(chunks))
     assert all(size <= 8 for size, _ in steps[:last_decoding])
+
+
+def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> None:
+    """Between two steps of a running stream there is one chunk, or rows are moved far, never both."""
+    events: list[str] = []
+    gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
+    arrange = gate.inner.arrange
+
+    def watched(rows: Sequence[int], capacity: int) -> int:
+        moved = arrange(rows, capacity)
+        if moved > MOVED_BESIDES:
+            events.append("move")
+        return moved
+
+    gate.inner.arrange = watched
+    running = service.submit(PROMPT, max_new_tokens=400)
+    next(running)
+    assert service.submit([4] * 480, max_new_tokens=20).result(30)
+    running.cancel()
+    last = max(i for i, event in enumerate(events) if event == "decode")
+    between = [
+        list(group) for is_step, group in itertools.groupby(events[:last], lambda e: e == "decode") if not is_step
+    ]
+    assert ["move"] in between[1:]
+    assert all(len(group) == 1 for group in between[1:])
 
 
 def test_metrics(tiny_bundle: Bundle) -> None:
@@ -514,3 +762,12 @@ def test_a_session_computes_only_what_is_new(service: MedusaService, engine: Med
         session.send("x" * 600)
     assert session.messages == said
     assert asyncio.run(session.asend("Bye", max_new_tokens=5)).stats.cached_tokens > 20
+
+
+def test_prompts_of_many_lengths_leave_nothing_behind(tiny_bundle: Bundle) -> None:
+    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=2, threads=1)
+    with MedusaService(tiny_bundle, backend, None, tree_size=4) as service:
+        for length in range(1, 60):
+            service.generate([7] * length, max_new_tokens=2)
+        assert len(backend._by_width) <= 2 * (tiny_bundle.tree.size + 1)
+        assert len(backend._windows) <= 4

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 from medusa_runtime.backends.base import BatchBackend, StepResult
-from medusa_runtime.bundle import Bundle
+from medusa_runtime.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.errors import BackendError
 from medusa_runtime.latency import LatencyTable
-from medusa_runtime.sequence import check_tree_size
+from medusa_runtime.tree_choice import TreeChoice
 
 TreeSize = int | Literal["auto"]
-SPARE = 128  # slots that are not worth giving back
+# On CPUs attention reads a byte of the caches in about twice the time in which matrix products read one of the weights.
+CACHE_TO_WEIGHTS = 2
 
 
 class BatchRunner:
@@ -22,18 +25,15 @@ class BatchRunner:
         bundle: What the backend runs.
         backend: It.
         tree_size: Nodes per row and step; ``auto`` takes what has the best expected speed for so many rows at a time.
-
-    Raises:
-        RequestError: The bundle has no tree of that size.
     """
 
     def __init__(self, bundle: Bundle, backend: BatchBackend, tree_size: TreeSize) -> None:
-        if tree_size != "auto":
-            check_tree_size(bundle, tree_size)
         self.backend = backend
         self._bundle = bundle
         self._tree_size = tree_size
-        self._best: dict[int, int] = {}
+        self._choice = TreeChoice(bundle.acceptance, {})
+        self._grouped: tuple[list[int], list[list[int]]] | None = None
+        self._worth_a_step = _slots_worth_a_step(bundle)
 
     def measure(self) -> None:
         """Finds out which tree is best for how many rows, so far as nobody has measured it on this machine before."""
@@ -41,15 +41,55 @@ class BatchRunner:
         if self._tree_size != "auto" or acceptance.expected_tokens(self._bundle.tree.size) <= 1.0:
             return
         counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < most]
-        for count in [*counts, most]:
-            table = LatencyTable.measured_batch(self._bundle, self.backend, count)
-            self._best[count] = table.best_size(acceptance)
+        tables = {n: LatencyTable.measured_batch(self._bundle, self.backend, n) for n in [*counts, most]}
+        self._choice = TreeChoice(acceptance, tables)
 
     def tree_size(self, active: int) -> int:
         """Nodes per row in a step of so many rows."""
         if self._tree_size != "auto":
             return self._tree_size
-        return next((size for count, size in sorted(self._best.items()) if count >= active), 1)
+        return self._choice.size(active)
+
+    @property
+    def tree_sizes(self) -> Mapping[int, int]:
+        """What ``auto`` takes at present, by the number of rows in a step."""
+        return self._choice.current
+
+    @property
+    def accuracy(self) -> float:
+        """How many guesses are right of late, against what the bundle expects."""
+        return self._choice.accuracy
+
+    def groups(self, rows: Sequence[int]) -> list[list[int]]:
+        """Which rows step together: those of like length.
+
+        In a step attention reads as many slots of each row as the longest one has. Where that comes to more than
+        reading the weights once more, long rows step by themselves.
+        """
+        if self._grouped is None or self._grouped[0] != list(rows):  # else they would move to and fro
+            ascending = sorted(rows, key=lambda row: int(self.backend.lengths[row]))
+            self._grouped = (list(rows), self._split(ascending))
+        return self._grouped[1]
+
+    def _split(self, ascending: Sequence[int]) -> list[list[int]]:
+        lengths = [int(self.backend.lengths[row]) for row in ascending]
+        spared = [count * (lengths[-1] - lengths[count - 1]) for count in range(1, len(lengths))]
+        if not spared or max(spared) < self._worth_a_step:
+            return [sorted(ascending)]
+        count = 1 + spared.index(max(spared))
+        return [*self._split(ascending[:count]), sorted(ascending[count:])]
+
+    def prepare(self, rows: Sequence[int]) -> int:
+        """Makes room for a decoding step of these rows; gives the number of entries that had to be moved.
+
+        Raises:
+            BackendError: There is no memory.
+        """
+        return self._arrange(rows, self._entries(rows) + self.tree_size(len(rows)))
+
+    def prepare_prefill(self, row: int, chunk: Sequence[int], active: int) -> int:
+        """As ``prepare``, for ``prefill``."""
+        return self._arrange([row], self._entries([row]) + self._chunk_size(chunk, active))
 
     def prefill(self, row: int, chunk: Sequence[int], active: int) -> StepResult:
         """Takes in a chunk of a row's prompt; ``active`` rows will decode once it is the last one.
@@ -57,8 +97,11 @@ class BatchRunner:
         Raises:
             BackendError: The graph failed, or there is no memory; the row is as it was.
         """
-        # Padded to the size of the tree: a step of S tokens drafts at most S - 1 deep.
-        return self._step(max(len(chunk), self.tree_size(active)), {row: chunk}, [row])
+        return self._step(self._chunk_size(chunk, active), {row: chunk}, [row])
+
+    def _chunk_size(self, chunk: Sequence[int], active: int) -> int:
+        """Padded to the size of the tree: a step of S tokens drafts at most S - 1 deep."""
+        return max(len(chunk), self.tree_size(active))
 
     def decode(self, rows: Sequence[int]) -> tuple[StepResult, int]:
         """Verifies the trees of some rows; gives also their size.
@@ -67,11 +110,24 @@ class BatchRunner:
             BackendError: As for ``prefill``.
         """
         size = self.tree_size(len(rows))
-        return self._step(size, {}, rows), size
+        result = self._step(size, {}, rows)
+        self._choice.observe(size, result.count[list(rows)].tolist())
+        return result, size
+
+    def take_over(self, source: int, row: int, shared: int) -> None:
+        """Begins a request in a row with the first entries of another one, or with what it has of them itself.
+
+        Raises:
+            BackendError: There is no memory.
+        """
+        if source != row:
+            self.backend.reset(row)
+            if shared:
+                self._arrange([row], shared + 1)
+        self.backend.copy(source, row, shared)
 
     def _step(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> StepResult:
-        covered = self.backend.lengths[min(rows) : max(rows) + 1]
-        self._reserve(2 * self._bundle.tree.max_depth + int(covered.max()) + size)
+        self._arrange(rows, self._entries(rows) + size)
         try:
             return self.backend.step(size, prompts, rows)
         except BackendError:
@@ -79,21 +135,20 @@ class BatchRunner:
         except Exception as error:  # others go on, whatever a backend raises
             raise BackendError(f"A step of {size} tokens for {len(rows)} requests failed: {error!r}.") from error
 
-    def _reserve(self, needed: int) -> None:
-        """Makes room, a quarter more than needed if there is memory for it, so that caches are seldom moved.
+    def _entries(self, rows: Sequence[int]) -> int:
+        """Of the longest of these rows."""
+        return int(self.backend.lengths[list(rows)].max())
 
-        Room for more than twice what all rows hold is given back: steps may well read the whole capacity.
-        """
-        if needed <= self.backend.capacity:
-            all_need = max(needed, 2 * self._bundle.tree.max_depth + int(self.backend.lengths.max()))
-            if self.backend.capacity > 2 * all_need + SPARE:
-                self.backend.shrink(all_need + all_need // 4)
-            return
-        for capacity in (needed + needed // 4, needed):
-            try:
-                self.backend.reserve(capacity)
-            except (BackendError, MemoryError) as error:
-                failure = error
-            else:
-                return
-        raise BackendError(f"There is no room for a request of {needed} tokens: {failure}") from failure
+    def _arrange(self, rows: Sequence[int], entries: int) -> int:
+        try:
+            return self.backend.arrange(rows, self._bundle.tree.max_depth + entries)
+        except MemoryError as error:
+            raise BackendError(f"There is no room for {entries} tokens in {len(rows)} rows.") from error
+
+
+def _slots_worth_a_step(bundle: Bundle) -> int:
+    """How many slots of a row's caches take as long to read as all the weights."""
+    model = bundle.model
+    slot = 2 * model.num_layers * model.num_key_value_heads * model.head_dim * np.dtype(bundle.dtype).itemsize
+    weights = max((facts.size for name, facts in bundle.files.items() if name in (WEIGHTS, GRAPH)), default=0)
+    return weights // (CACHE_TO_WEIGHTS * slot)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend, StepResult, can_step_ahead
 from medusa_runtime.bundle import Bundle
+from medusa_runtime.closing import Closing
 from medusa_runtime.errors import RequestError
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
@@ -24,7 +24,7 @@ PREFILL_CHUNK = 512
 Emitted = tuple[list[int], list[float] | None]
 
 
-class MedusaEngine:
+class MedusaEngine(Closing):
     """Generates text from a bundle.
 
     Args:
@@ -63,8 +63,8 @@ class MedusaEngine:
             BackendError: The backend is unknown or not installed, or it can't load the graph.
         """
         checked = Bundle.load(bundle, check_digests=check_digests)
-        opened = open_backend(backend, checked, threads=threads, check_digests=check_digests)
-        return cls(checked, opened, Tokenizer.load(checked.folder))
+        tokenizer = Tokenizer.load(checked.folder)
+        return cls(checked, open_backend(backend, checked, threads=threads, check_digests=check_digests), tokenizer)
 
     def generate(
         self,
@@ -198,14 +198,6 @@ class MedusaEngine:
         """Gives the backend's memory back."""
         self._turn += 1
         self.backend.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def decoding_steps(backend: Backend, size: int, is_sure: Callable[[], bool]) -> Iterator[StepResult]:

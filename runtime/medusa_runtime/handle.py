@@ -8,14 +8,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
+from medusa_runtime.closing import Closing
 from medusa_runtime.errors import MedusaError
 from medusa_runtime.request import Chunk, GenerationResult, Stats
 
 
-class RequestHandle:
+class RequestHandle(Closing):
     """A submitted request.
 
     Iterate over it for chunks, with ``for`` or ``async for``, or ask for the whole with ``result()`` or ``aresult()``.
@@ -147,12 +147,8 @@ class RequestHandle:
         for listener in self._listeners:
             listener()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """As ``cancel``; what a ``with`` block does at its end."""
         self.cancel()
 
 

@@ -17,7 +17,10 @@ from medusa_runtime.bundle import DESCRIPTION, Acceptance, Bundle, FileFacts
 
 CACHE_FILE = ".medusa-latency.json"
 FILL = 64  # entries in the cache while measuring
-WARM_UP, REPEATS = 2, 5
+WARM_UP = 2  # rounds that do not count
+FEWEST, MOST = WARM_UP + 3, WARM_UP + 7
+PATIENCE = 4.0  # seconds after which the fewest rounds will do
+HOPELESS = 0.6  # of the best speed so far: larger trees than one of this are not measured again
 MOST_TOKENS = 64  # in a step of several rows: no CPU that we know verifies more of them any faster
 
 
@@ -95,7 +98,11 @@ def _measure(
     *,
     rows: int,
 ) -> dict[str, float]:
-    """Median seconds of a step, sizes interleaved so that a busy moment hits them all alike.
+    """Seconds of a step, sizes interleaved so that a busy moment hits them all alike.
+
+    What counts is how they compare: so it is the median ratio to a plain step of the same round, times the median of
+    those. A machine that slows down for a minute then changes little. From the second round on, trees much larger than
+    the best are left out.
 
     Args:
         bundle: What the backend runs.
@@ -108,15 +115,30 @@ def _measure(
     fill = min(FILL, backend.max_tokens or FILL)
     backend.reserve(depth + fill + len(sizes) * (depth + 1) + bundle.tree.size)
     prompt = [token % bundle.model.vocab_size for token in range(fill)]
-    taken: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(WARM_UP + REPEATS):
+
+    def seconds(size: int) -> float:
+        started = time.perf_counter()
+        step(size, {})
+        return time.perf_counter() - started
+
+    rounds: list[dict[int, float]] = []
+    begun = time.perf_counter()
+    while len(rounds) < FEWEST or (len(rounds) < MOST and time.perf_counter() - begun < PATIENCE):
         for row in range(rows):
             backend.reset(row)
         step(max(fill, bundle.tree.size), dict.fromkeys(range(rows), prompt))
-        for size in reversed(sizes):
-            started = time.perf_counter()
-            step(size, {})
-            taken[size].append(time.perf_counter() - started)
+        taken: dict[int, float] = {}
+        best = 0.0
+        for size in sizes:
+            taken[size] = seconds(size)
+            rate = bundle.acceptance.expected_tokens(size) / taken[size]
+            best = max(best, rate)
+            if len(rounds) == 1 and rate < HOPELESS * best:
+                break
+        sizes = list(taken)
+        rounds.append(taken)
     for row in range(rows):
         backend.reset(row)
-    return {str(size): statistics.median(times[WARM_UP:]) for size, times in taken.items()}
+    rounds = rounds[WARM_UP:]
+    plain = statistics.median(taken[1] for taken in rounds)
+    return {str(size): plain * statistics.median(taken[size] / taken[1] for taken in rounds) for size in sizes}

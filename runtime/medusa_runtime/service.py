@@ -2,25 +2,25 @@
 
 One thread owns the backend. Between steps it lets go of requests that are cancelled or late, gives free rows to those
 that wait, takes in one chunk of one prompt, and then verifies the trees of all rows that decode. So a long prompt
-delays the next tokens of the others by one chunk at most.
+delays the next tokens of the others by one chunk at most, or by what it takes to move its row instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 from medusa_runtime.backends import open_batch_backend
 from medusa_runtime.backends.base import BatchBackend
 from medusa_runtime.batch_runner import BatchRunner, TreeSize
 from medusa_runtime.bundle import Bundle
+from medusa_runtime.closing import Closing
 from medusa_runtime.errors import (
     BackendError,
     CallbackError,
@@ -35,22 +35,33 @@ from medusa_runtime.handle import RequestHandle, follow
 from medusa_runtime.metrics import Metrics
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
 from medusa_runtime.scheduler import Job, Scheduler
-from medusa_runtime.sequence import TokenSequence, check_prefill_chunk
+from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.session import ChatSession
 from medusa_runtime.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 64  # beside rows that decode
 LONE_CHUNK = 512  # while none does
+# Entries that may be moved in the same turn as a chunk is taken in: moving one takes a hundredth of computing one.
+MOVED_BESIDES = 256
 
 _log = logging.getLogger(__name__)
 
 
-class MedusaService:
+class ServiceOptions(TypedDict, total=False):
+    """Options of a service; see ``MedusaService``."""
+
+    max_queue: int
+    tree_size: TreeSize
+    prefill_chunk: int
+    metrics: Metrics | None
+
+
+class MedusaService(Closing):
     """Answers many requests at a time; all methods may be called from any thread and any event loop.
 
     Args:
         bundle: The bundle, checked.
-        backend: What runs its graph; the service is its only user, and closes it.
+        backend: What runs its graph; the service is its only user, and closes it, unless it can't be made.
         tokenizer: Its tokenizer, or None if it has none.
         max_queue: Requests that may wait for a row; beyond that ``submit`` raises ``QueueFullError``.
         tree_size: Nodes per row and step. ``auto`` fits them to the number of rows that decode, by steps measured once
@@ -58,7 +69,7 @@ class MedusaService:
         prefill_chunk: Tokens of a prompt that one step takes in while other requests decode: more of them bring the
             first token sooner, fewer the next token of the others.
         metrics: What to tell about it all.
-        clock: Seconds that never run backwards.
+        clock: Tells seconds.
 
     Raises:
         RequestError: An option makes no sense.
@@ -76,9 +87,7 @@ class MedusaService:
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        check_prefill_chunk(prefill_chunk)
-        if max_queue < 0:
-            raise RequestError(f"max_queue is {max_queue}: it is the number of requests that may wait, at least 0.")
+        _check_options(bundle, {"max_queue": max_queue, "tree_size": tree_size, "prefill_chunk": prefill_chunk})
         self.bundle = bundle
         self.tokenizer = tokenizer
         self._runner = BatchRunner(bundle, backend, tree_size)
@@ -86,6 +95,7 @@ class MedusaService:
         self._prefill_chunk = prefill_chunk
         self._metrics = metrics or Metrics()
         self._clock = clock
+        self._latest = clock()
         self._changed = threading.Condition()  # guards all below
         self._scheduler = Scheduler(backend.rows, max_queue)
         self._ends: dict[Job, MedusaError] = {}  # requests that somebody wants to end, and with what
@@ -103,10 +113,7 @@ class MedusaService:
         rows: int = 4,
         threads: int | None = None,
         check_digests: bool = True,
-        max_queue: int = 256,
-        tree_size: TreeSize = "auto",
-        prefill_chunk: int = PREFILL_CHUNK,
-        metrics: Metrics | None = None,
+        **options: Unpack[ServiceOptions],
     ) -> Self:
         """Opens a bundle.
 
@@ -116,10 +123,7 @@ class MedusaService:
             rows: Requests that run at a time.
             threads: CPU threads of one step; all that this process may use if None.
             check_digests: Read all files to compare their digests.
-            max_queue: This and the others as for the class.
-            tree_size: Nodes per row and step.
-            prefill_chunk: Tokens of a prompt in a step beside rows that decode.
-            metrics: What to tell about it all.
+            options: ``max_queue``, ``tree_size``, ``prefill_chunk`` and ``metrics``, as for the class.
 
         Raises:
             BundleError: The bundle can't be served; the message says why.
@@ -129,15 +133,14 @@ class MedusaService:
         if rows < 1:
             raise RequestError(f"rows is {rows}: a service runs at least one request at a time.")
         checked = Bundle.load(bundle, check_digests=check_digests)
-        return cls(
-            checked,
-            open_batch_backend(backend, checked, rows=rows, threads=threads),
-            Tokenizer.load(checked.folder),
-            max_queue=max_queue,
-            tree_size=tree_size,
-            prefill_chunk=prefill_chunk,
-            metrics=metrics,
-        )
+        _check_options(checked, options)
+        tokenizer = Tokenizer.load(checked.folder)
+        opened = open_batch_backend(backend, checked, rows=rows, threads=threads)
+        try:
+            return cls(checked, opened, tokenizer, **options)
+        except BaseException:
+            opened.close()
+            raise
 
     def submit(
         self,
@@ -159,6 +162,10 @@ class MedusaService:
             QueueFullError: There is no room in the queue.
             ServiceClosedError: The service is closed or about to be.
         """
+        unknown = options.keys() - RequestOptions.__annotations__.keys()
+        if unknown:
+            known = ", ".join(RequestOptions.__annotations__)
+            raise TypeError(f"There is no option {min(unknown)!r}: a request has {known}.")
         timeout = options.get("timeout")
         if timeout is not None and not timeout > 0:
             raise RequestError(f"timeout is {timeout}: give a request more than 0 seconds, or None.")
@@ -172,7 +179,7 @@ class MedusaService:
             sampling=options.get("sampling"),
             logprobs=options.get("logprobs", False),
         )
-        now = self._clock()
+        now = self._now()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
         job = Job(sequence, handle, options.get("priority", 0), now, None if timeout is None else now + timeout)
         try:
@@ -190,9 +197,12 @@ class MedusaService:
 
         def chunks() -> Iterator[Chunk]:
             with handle:
+                yield Chunk("", ())  # for nobody: one that has not begun could be left without cancelling anything
                 yield from handle
 
-        return chunks()
+        iterator = chunks()
+        next(iterator)
+        return iterator
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
         """Answers a prompt and waits for it; arguments and errors as for ``submit``, besides those of the handle."""
@@ -242,15 +252,8 @@ class MedusaService:
             self._accepting = False
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        if threading.current_thread() is not self._thread:  # a hook for metrics may call this
+            self._thread.join()
 
     # What callers' threads do.
 
@@ -279,8 +282,11 @@ class MedusaService:
         try:
             self._runner.measure()
             while self._wait_for_work():
-                self._prefill()
-                self._decode()
+                groups = self._groups()
+                if not self._make_room(groups):
+                    self._prefill(sum(map(len, groups)))
+                for jobs in groups:
+                    self._decode(jobs)
         except Exception as error:  # noqa: BLE001  # whatever it is, nobody may wait forever
             _log.exception("The service's thread failed")
             failure = BackendError(f"The service failed and is closed: {error!r}.")
@@ -311,7 +317,7 @@ class MedusaService:
             if not job.handle.done:
                 self._end(job, error)
         self._ends.clear()
-        now = self._clock()
+        now = self._now()
         for job in [*self._scheduler.running.values(), *self._scheduler.waiting]:
             if job.deadline is not None and now >= job.deadline:
                 self._end(job, DeadlineError(f"The request was not answered in {job.deadline - job.submitted:g} s."))
@@ -320,33 +326,52 @@ class MedusaService:
         for admission in self._scheduler.admit(self._backend.lengths):
             job, row = admission.job, admission.job.row
             assert row is not None
-            job.admitted = self._clock()
+            job.admitted = self._now()
             job.sequence.stats.queue_seconds = job.admitted - job.submitted
-            self._backend.copy(admission.source, row, admission.shared)
-            self._backend.assign(row, job.sequence.draws)
+            with self._blamed_on(job):
+                self._runner.take_over(admission.source, row, admission.shared)
+                self._backend.assign(row, job.sequence.draws)
 
-    def _prefill(self) -> None:
-        """Takes in one chunk of one prompt."""
+    def _groups(self) -> list[list[Job]]:
+        """The requests that decode, as they step together."""
         with self._changed:
-            job, decoding = self._scheduler.prefilling(), self._scheduler.decoding()
+            jobs = {job.row: job for job in self._scheduler.decoding() if job.row is not None}
+        return [[jobs[row] for row in rows] for rows in self._runner.groups(list(jobs))] if jobs else []
+
+    def _make_room(self, groups: Sequence[Sequence[Job]]) -> bool:
+        """Prepares steps of rows that decode; whether that took so long that no chunk should be taken in besides."""
+        moved = 0
+        for jobs in groups:
+            with contextlib.suppress(BackendError):  # the step itself will say so
+                moved += self._runner.prepare(_rows(jobs))
+        return moved > MOVED_BESIDES
+
+    def _prefill(self, decoding: int) -> None:
+        """Takes in one chunk of one prompt, beside so many requests that decode."""
+        with self._changed:
+            job = self._scheduler.prefilling()
         if job is None or job.row is None:
             return
         chunk = job.sequence.next_chunk(self._prefill_chunk if decoding else LONE_CHUNK)
-        with self._blamed_on(job), self._timed("prefill", 1, len(chunk)) as tokens:
-            result = self._runner.prefill(job.row, chunk, len(decoding) + 1)
-            job.sequence.prefilled += len(chunk)
-            tokens.append(len(chunk))
+        with self._blamed_on(job):
+            try:
+                moved = self._runner.prepare_prefill(job.row, chunk, decoding + 1)
+            except BackendError:
+                self._forget_free_rows()
+                moved = self._runner.prepare_prefill(job.row, chunk, decoding + 1)
+            if moved > MOVED_BESIDES and decoding:
+                return  # moving them took its time: the others first
+            with self._timed("prefill", 1, len(chunk)) as tokens:
+                result = self._runner.prefill(job.row, chunk, decoding + 1)
+                job.sequence.prefilled += len(chunk)
+                tokens.append(len(chunk))
             if not job.sequence.is_prefilling:
-                job.first_token = self._clock()
+                job.first_token = self._now()
                 job.sequence.stats.prefill_seconds = job.first_token - job.admitted
                 self._deliver(job, *result.emitted(job.row, 1))
 
-    def _decode(self) -> None:
-        """Verifies the trees of all rows that decode; if that fails, of each by itself, to see whose fault it is."""
-        with self._changed:
-            jobs = self._scheduler.decoding()
-        if not jobs:
-            return
+    def _decode(self, jobs: Sequence[Job]) -> None:
+        """Verifies the trees of some rows; if that fails, of each by itself, to see whose fault it is."""
         try:
             self._decode_together(jobs)
         except BackendError:
@@ -357,10 +382,10 @@ class MedusaService:
                     self._decode_together([job])
 
     def _decode_together(self, jobs: Sequence[Job]) -> None:
-        rows = [job.row for job in jobs if job.row is not None]
+        rows = _rows(jobs)
         with self._timed("decode", len(rows), self._runner.tree_size(len(rows))) as tokens:
             result, size = self._runner.decode(rows)
-            now = self._clock()
+            now = self._now()
             for job, row in zip(jobs, rows, strict=True):
                 emitted, logprobs = result.emitted(row)
                 stats = job.sequence.stats
@@ -376,7 +401,7 @@ class MedusaService:
             for row in self._scheduler.forget():
                 self._backend.reset(row)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _blamed_on(self, job: Job) -> Iterator[None]:
         """Ends a request with the backend's error."""
         try:
@@ -385,16 +410,24 @@ class MedusaService:
             with self._changed:
                 self._end(job, error)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _timed(self, kind: str, rows: int, size: int) -> Iterator[list[int]]:
         """Tells of a step that didn't fail; takes what it came to."""
         tokens: list[int] = []
-        started = self._clock()
+        started = self._now()
         yield tokens
-        self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._clock() - started)
+        self._tell(self._metrics.step, kind, rows, size, sum(tokens), self._now() - started)
 
     def _deliver(self, job: Job, emitted: Sequence[int], logprobs: Sequence[float] | None) -> None:
-        job.handle.put(job.sequence.accept(emitted, logprobs))
+        try:
+            chunk = job.sequence.accept(emitted, logprobs)
+        except Exception as error:  # noqa: BLE001  # a tokenizer that fails is the fault of nobody else
+            failure = RequestError(f"The tokens of this request can't be made text: {error!r}.")
+            failure.__cause__ = error
+            with self._changed:
+                self._end(job, failure)
+            return
+        job.handle.put(chunk)
         if job.sequence.finish_reason is not None:
             with self._changed:
                 self._end(job, job.sequence.result())
@@ -413,8 +446,26 @@ class MedusaService:
         job.handle.end(outcome)
         self._changed.notify_all()
 
+    def _now(self) -> float:
+        """The clock's time, which stands still where the clock jumps back."""
+        self._latest = max(self._latest, self._clock())
+        return self._latest
+
     def _tell(self, hook: Callable[..., None], *figures: object) -> None:
         try:
             hook(*figures)
         except Exception:  # noqa: BLE001  # a stranger's code
             _log.exception("A hook for metrics failed")
+
+
+def _rows(jobs: Sequence[Job]) -> list[int]:
+    return [job.row for job in jobs if job.row is not None]
+
+
+def _check_options(bundle: Bundle, options: ServiceOptions) -> None:
+    check_prefill_chunk(options.get("prefill_chunk", PREFILL_CHUNK))
+    tree_size, max_queue = options.get("tree_size", "auto"), options.get("max_queue", 0)
+    if tree_size != "auto":
+        check_tree_size(bundle, tree_size)
+    if max_queue < 0:
+        raise RequestError(f"max_queue is {max_queue}: it is the number of requests that may wait, at least 0.")

@@ -70,6 +70,6 @@ def open_batch_backend(name: str, bundle: Bundle, *, rows: int, threads: int | N
         raise BackendError(
             "A service runs a bundle on backend 'onnxruntime' only: load the bundle with that, or use MedusaEngine."
         )
-    from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 
-    return OnnxRuntimeBackend(bundle, rows=rows, threads=threads)
+    return OnnxRuntimeBatchBackend(bundle, rows=rows, threads=threads)

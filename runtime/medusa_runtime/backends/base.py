@@ -145,6 +145,19 @@ class BatchBackend(Backend, Protocol):
         """Committed entries per row, [rows]."""
         ...
 
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
+        """Prepares for steps of these rows together, with room for so many slots in each; no row loses anything.
+
+        It may move rows, and give back what none needs any more.
+
+        Returns:
+            How many entries were moved for it.
+
+        Raises:
+            BackendError: There is no memory for it; nothing has changed.
+        """
+        ...
+
     def step(
         self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
     ) -> StepResult:
@@ -153,18 +166,16 @@ class BatchBackend(Backend, Protocol):
         Args:
             size: As for ``Backend``.
             prompts: As for ``Backend``; of rows that take part.
-            rows: Rows that take part, all if None. Rows between the first and the last of them may be computed
-                along, so the capacity has to do for these, too.
+            rows: Rows that take part, all if None; ``arrange`` was called for them.
 
         Raises:
             BackendError: The graph failed.
         """
         ...
 
-    def shrink(self, capacity: int) -> None:
-        """Gives back slots beyond so many, as far as it can; whoever calls it knows that no row needs them."""
-        ...
-
     def copy(self, source: int, target: int, length: int) -> None:
-        """Makes the first ``length`` entries of one row those of another; it has to prefill next."""
+        """Makes the first ``length`` entries of one row those of another, where they have room; it has to prefill next.
+
+        Both may be the same row, which then keeps no more than these.
+        """
         ...

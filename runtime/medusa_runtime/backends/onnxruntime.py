@@ -21,13 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.row_store import CAPACITY_STEP
 from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
-
-# Caches grow in steps of this many slots, so that a longer request seldom moves them.
-CAPACITY_STEP = 64
 
 
 def import_onnxruntime() -> Any:
@@ -46,7 +44,7 @@ def import_onnxruntime() -> Any:
 
 
 class OnnxRuntimeBackend:
-    """Runs a bundle with ONNX Runtime on the CPU.
+    """Runs a bundle with ONNX Runtime on the CPU, all rows in every step.
 
     Attributes:
         provider: The execution provider, as ONNX Runtime calls it.
@@ -115,9 +113,8 @@ class OnnxRuntimeBackend:
         self._result = StepResult(self._tokens, self._count, self._logprobs)
         self._extra_outputs = tuple(extra_outputs)
         self._extra: dict[str, Any] = {}
-        self._input_ids: dict[int, NDArray[np.int64]] = {}
-        self._uniforms: dict[int, NDArray[np.float32]] = {}
-        self._windows: dict[range, Window] = {}
+        self._by_width: dict[tuple[str, int], NDArray[Any]] = {}
+        self._binding: Binding | None = None
 
     def _bind(self, name: str | None, array: NDArray[Any], *, output: str | None = None) -> NDArray[Any]:
         """Makes an array, [rows, …], the memory of an input and, or, an output."""
@@ -165,10 +162,6 @@ class OnnxRuntimeBackend:
         if capacity > self._capacity:
             self._resize(capacity)
 
-    def shrink(self, capacity: int) -> None:
-        if -(-capacity // CAPACITY_STEP) * CAPACITY_STEP < self._capacity:
-            self._resize(capacity)
-
     def _resize(self, capacity: int) -> None:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         model = self._bundle.model
@@ -185,7 +178,7 @@ class OnnxRuntimeBackend:
         if kept:
             grown[:, :, :, :kept] = self._caches[:, :, :, :kept]
         self._caches, self._capacity = grown, capacity
-        self._windows.clear()
+        self._binding = None
 
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
@@ -196,49 +189,31 @@ class OnnxRuntimeBackend:
         elif draws is not None:
             raise BackendError("This bundle was exported with --greedy-only: it can't sample.")
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        if length == 0:
-            self.reset(target)
-            return
-        depth = self._bundle.tree.max_depth
-        if self._pending is not None:
-            # The newest entries are still pending: they come to their place, as the next step would bring them.
-            newest = int(self._lengths[source])
-            shape = (len(self._caches), -1, depth, self._caches.shape[-1])
-            self._caches[:, source, :, newest : newest + depth] = self._pending[source].reshape(shape)
-        if target != source:
-            self._caches[:, target, :, : depth + length] = self._caches[:, source, :, : depth + length]
-        if self._pending is not None:
-            newest_of_target = self._caches[:, target, :, length : length + depth]
-            self._pending[target] = newest_of_target.reshape(self._pending[target].shape)
-        self._lengths[target] = length
+    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+        rows = range(self._rows)
+        inputs = self._write_inputs(size, prompts or {}, rows)
+        self._run(self._bindings(), size, inputs)
+        self._carry_over(rows)
+        if self._path is not None:
+            for row in rows:
+                self._move_accepted(self._path, row, self._caches[:, row])
+        return self._result
 
-    def step(
-        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
-    ) -> StepResult:
-        active = range(self._rows) if rows is None else sorted(rows)
-        covered = range(active[0], active[-1] + 1)
-        prompts = prompts or {}
-        self._write_inputs(size, prompts, covered)
-        window = self._window(covered)
-        window.bind("input_ids", self._input_ids[size])
-        if self._sampling is not None:
-            window.bind("uniforms", self._write_uniforms(self._sampling, size, prompts, active))
+    def _run(self, binding: Binding, size: int, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Runs the session; ``inputs`` are those that ``_write_inputs`` gives, for the rows that are bound."""
+        for name, array in inputs.items():
+            binding.bind(name, array)
         for name in self._extra_outputs:  # of another shape in each step
-            window.binding.bind_output(name)
+            binding.values.bind_output(name)
         try:
-            self._session.run_with_iobinding(window.binding)
+            self._session.run_with_iobinding(binding.values)
         except Exception as error:
             raise BackendError(
-                f"ONNX Runtime failed in a step of {size} tokens at capacity {self._capacity}: {error}"
+                f"ONNX Runtime failed in a step of {size} tokens at capacity {self.capacity}: {error}"
             ) from error
-        self._carry_over(active)
         if self._extra_outputs:
-            names = [*window.outputs, *self._extra_outputs]
-            self._extra = dict(zip(names, window.binding.get_outputs(), strict=True))
-        if self._path is not None:
-            self._move_accepted(self._path, active)
-        return self._result
+            names = [*binding.outputs, *self._extra_outputs]
+            self._extra = dict(zip(names, binding.values.get_outputs(), strict=True))
 
     def _carry_over(self, rows: Iterable[int]) -> None:
         """Makes what a step left of these rows what they are now; others keep what they are."""
@@ -246,46 +221,51 @@ class OnnxRuntimeBackend:
             for row in rows:
                 array[row] = following[row]
 
-    def _move_accepted(self, path: NDArray[np.int64], rows: Sequence[int]) -> None:
-        """Moves the entries of accepted nodes together; that of the root, the first, is in its place."""
-        for row in rows:
-            count = int(self._count[row])
-            if count == 1 or self._is_prefill[row]:
-                continue
-            nodes = path[row, 1:count]
-            root = self._bundle.tree.max_depth + int(self._lengths[row]) - count
-            cache = self._caches[:, row]
-            cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
+    def _move_accepted(self, path: NDArray[np.int64], row: int, cache: NDArray[Any]) -> None:
+        """Moves the entries of a row's accepted nodes together, in its caches, [2L, N, C, d]; the root stays."""
+        count = int(self._count[row])
+        if count == 1 or self._is_prefill[row]:
+            return
+        nodes = path[row, 1:count]
+        root = self._bundle.tree.max_depth + int(self._lengths[row]) - count
+        cache[:, :, root + 1 : root + count] = cache[:, :, root + nodes]
 
-    def _write_inputs(self, size: int, prompts: Mapping[int, Sequence[int]], rows: range) -> None:
-        array = self._input_ids.setdefault(size, np.zeros((self._rows, size), np.int64))
+    def _write_inputs(
+        self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
+    ) -> dict[str, NDArray[Any]]:
+        """Gives the inputs whose width changes from step to step, [all rows, width]; the others are bound."""
+        ids = self._of_width("input_ids", size, np.int64)
         for row in rows:
             prompt = prompts.get(row)
             if prompt is None:
                 drafted = self._drafts[row, :size]
-                array[row, : len(drafted)] = drafted
+                ids[row, : len(drafted)] = drafted
             else:
-                array[row, : len(prompt)] = prompt
-                array[row, len(prompt) :] = 0
+                ids[row, : len(prompt)] = prompt
+                ids[row, len(prompt) :] = 0
             self._is_prefill[row] = prompt is not None
             self._num_tokens[row] = size if prompt is None else len(prompt)
-
-    def _write_uniforms(
-        self, sampling: SamplingRows, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        width = sampling.width(size, prompts, rows)
-        uniforms = self._uniforms.setdefault(width, np.zeros((self._rows, width), np.float32))
+        if self._sampling is None:
+            return {"input_ids": ids}
+        uniforms = self._of_width("uniforms", width := self._sampling.width(size, prompts, rows), np.float32)
         if width:
-            sampling.write(uniforms, self.lengths, {row: len(chunk) for row, chunk in prompts.items()})
-        return uniforms
+            self._sampling.write(uniforms, self.lengths, {row: len(chunk) for row, chunk in prompts.items()})
+        return {"input_ids": ids, "uniforms": uniforms}
 
-    def _window(self, rows: range) -> Window:
-        """The bindings for a step of neighbouring rows."""
-        window = self._windows.get(rows)
-        if window is None:
+    def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:
+        """The same array for each width that a tree has, and one for each chunk of a prompt."""
+        array = self._by_width.get((name, width))
+        if array is None:
+            array = np.zeros((self._rows, width), dtype)
+            if width <= self._bundle.tree.size:
+                self._by_width[name, width] = array
+        return array
+
+    def _bindings(self) -> Binding:
+        if self._binding is None:
             caches = [self._bound_cache(index, cache) for index, cache in enumerate(self._caches)]
-            window = self._windows[rows] = Window(self._ort, self._session, [*self._bound, *caches], rows)
-        return window
+            self._binding = Binding(self._ort, self._session, [*self._bound, *caches])
+        return self._binding
 
     def _bound_cache(self, index: int, cache: NDArray[Any]) -> Bound:
         """A cache, where the provider keeps it."""
@@ -294,9 +274,8 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         self._caches = np.zeros((0,), self._dtype)
         self._capacity = 0
-        self._input_ids.clear()
-        self._uniforms.clear()
-        self._windows.clear()
+        self._by_width.clear()
+        self._binding = None
 
 
 @dataclass(frozen=True)
@@ -316,37 +295,32 @@ class Bound:
     on_device: Any = None
 
 
-class Window:
-    """The session's inputs and outputs, bound to neighbouring rows of the arrays.
+class Binding:
+    """The session's inputs and outputs, bound to arrays.
 
     Attributes:
-        binding: What the session runs with.
+        values: What the session runs with.
         outputs: Names of its outputs, in order.
     """
 
-    def __init__(self, ort: Any, session: Any, bound: Sequence[Bound], rows: range) -> None:
+    def __init__(self, ort: Any, session: Any, bound: Sequence[Bound]) -> None:
         self._ort = ort
-        self._rows = rows
-        self._values: dict[tuple[str, int], Any] = {}
-        self.binding = session.io_binding()
+        self._bound: dict[str, tuple[NDArray[Any], Any]] = {}
+        self.values = session.io_binding()
         self.outputs: list[str] = []
         for item in bound:
-            value = self._value(item.array) if item.on_device is None else item.on_device
+            value = ort.OrtValue.ortvalue_from_numpy(item.array) if item.on_device is None else item.on_device
             if item.input is not None:
-                self.binding.bind_ortvalue_input(item.input, value)
+                self.values.bind_ortvalue_input(item.input, value)
             if item.output is not None:
-                self.binding.bind_ortvalue_output(item.output, value)
+                self.values.bind_ortvalue_output(item.output, value)
                 self.outputs.append(item.output)
 
-    def _value(self, array: NDArray[Any]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array[self._rows.start : self._rows.stop])
-
     def bind(self, name: str, array: NDArray[Any]) -> None:
-        """Binds an input whose width changes from step to step: [rows, width], one array for each width."""
-        key = name, array.shape[1]
-        if key not in self._values:
-            self._values[key] = self._value(array)
-        self.binding.bind_ortvalue_input(name, self._values[key])
+        """Binds an input anew, unless this array is the one that it has."""
+        if name not in self._bound or self._bound[name][0] is not array:
+            self._bound[name] = array, self._ort.OrtValue.ortvalue_from_numpy(array)
+            self.values.bind_ortvalue_input(name, self._bound[name][1])
 
 
 def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, provider: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.backends.onnxruntime import Bound, OnnxRuntimeBackend, Window, import_onnxruntime
+from medusa_runtime.backends.onnxruntime import Binding, Bound, OnnxRuntimeBackend, import_onnxruntime
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
@@ -69,12 +69,12 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         self._state[name] = _Kept(self._copied(array), self._copied(array), output)
         return array
 
-    def _window(self, rows: range) -> Window:
-        window = super()._window(rows)
+    def _bindings(self) -> Binding:
+        binding = super()._bindings()
         for name, kept in self._state.items():
-            window.binding.bind_ortvalue_input(name, kept.now)
-            window.binding.bind_ortvalue_output(kept.output, kept.following)
-        return window
+            binding.values.bind_ortvalue_input(name, kept.now)
+            binding.values.bind_ortvalue_output(kept.output, kept.following)
+        return binding
 
     def _carry_over(self, rows: Iterable[int]) -> None:
         super()._carry_over(rows)

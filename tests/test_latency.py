@@ -1,0 +1,63 @@
+"""How steps are measured: what a busy machine does to the figures, and what is not measured at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import pytest
+
+from medusa_runtime import Bundle, latency
+
+
+class Machine:
+    """A clock, and steps that take their time by it: a second for a plain one, more by some per token."""
+
+    max_tokens = None
+
+    def __init__(self, per_token: float, busy: Sequence[float]) -> None:
+        self.now = 0.0
+        self.steps: list[int] = []
+        self._per_token = per_token
+        self._busy = busy
+        self._round = -1
+
+    def reserve(self, capacity: int) -> None:
+        """Has all the room in the world."""
+
+    def reset(self, row: int) -> None:
+        """Rows hold nothing."""
+
+    def step(self, size: int, prompts: Mapping[int, Sequence[int]]) -> None:
+        if prompts:
+            self._round += 1
+            return
+        self.steps.append(size)
+        self.now += self._busy[self._round % len(self._busy)] * (1 + self._per_token * (size - 1))
+
+    def table(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+        monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        return latency._measure(bundle, self, self.step, rows=2)
+
+
+def test_a_machine_that_slows_down_changes_no_ratio(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for busy in ([1], [1, 1, 1, 4, 4, 1, 1, 1, 1], [1, 1, 4, 4, 4]):
+        table = Machine(0.1, busy).table(tiny_bundle, monkeypatch)
+        assert {size: seconds / table["1"] for size, seconds in table.items()} == pytest.approx(
+            {size: 1 + 0.1 * (int(size) - 1) for size in ("1", "2", "4", "6", "8", "9")}
+        )
+
+
+def test_what_is_hopeless_is_left_out(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(1.0, [0.01])
+    table = machine.table(tiny_bundle, monkeypatch)
+    assert list(table) == ["1", "2", "4"]
+    assert machine.steps.count(9) == 1
+
+
+def test_a_slow_machine_is_not_measured_for_long(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = Machine(0.1, [2.0]), Machine(0.1, [0.01])
+    slow.table(tiny_bundle, monkeypatch)
+    fast.table(tiny_bundle, monkeypatch)
+    assert slow.steps.count(1) == latency.FEWEST
+    assert fast.steps.count(1) == latency.MOST
