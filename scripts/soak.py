@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 
 from medusa_runtime import (
+    Bundle,
     Chunk,
     MedusaEngine,
     MedusaError,
@@ -35,6 +36,7 @@ from medusa_runtime import (
     Metrics,
     QueueFullError,
     RequestHandle,
+    SamplingParams,
     Stats,
 )
 from medusa_runtime.tokenizer import Tokenizer
@@ -87,6 +89,7 @@ class Weather:
         longest: Tokens of a prompt at most.
         most: Tokens of an answer at most.
         patience: Mean seconds until a deadline.
+        sampling: Some requests draw their tokens.
         seed: Of all draws.
     """
 
@@ -94,6 +97,7 @@ class Weather:
     longest: int
     most: int
     patience: float
+    sampling: bool
     seed: int
 
     def request(self, number: int) -> Request:
@@ -113,7 +117,15 @@ class Weather:
 
     def _policy(self, rng: np.random.Generator) -> dict[str, Any]:
         """What a request asks for: options that a service and an engine both take, and that fix its tokens."""
-        return {"max_new_tokens": int(rng.integers(1, self.most))}
+        policy: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, self.most))}
+        if self.sampling and rng.random() < 0.4:
+            policy["sampling"] = SamplingParams(
+                temperature=float(rng.uniform(0.2, 1.5)),
+                top_k=int(rng.choice([0, 20])),
+                top_p=float(rng.choice([1.0, 0.9])),
+                seed=int(rng.integers(1 << 30)),
+            )
+        return policy
 
     def _piece(self, rng: np.random.Generator, length: int) -> list[int]:
         begin = int(rng.integers(len(self.corpus) - length)) if length < len(self.corpus) else 0
@@ -206,7 +218,7 @@ def main(
 ) -> None:
     """Runs the day and prints its report."""
     with bundle_folder(folder) as bundle:
-        weather = Weather(corpus(bundle, seed), longest, most, patience, seed)
+        weather = Weather(corpus(bundle, seed), longest, most, patience, Bundle.load(bundle).sampling, seed)
         service = MedusaService.load(
             bundle, rows=rows, threads=threads, max_queue=QUEUE, prefill_chunk=16, metrics=(ends := Ends())
         )
