@@ -11,13 +11,17 @@ Nothing here runs over more nodes than the host gave numbers for, so a step with
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medusa_export.heads import sym_min
 from medusa_export.indexing import take_entries, take_rows
 from medusa_runtime.contract import MAX_TOP_K
+from medusa_runtime.sampling import LARGEST_NUMBER, SamplingParams
 
 LEAST_LOGIT = -40.0  # below the best: a vocabulary of such tokens weighs less than fp32 can tell
 # Widths of an interval of logits that is halved until no two in fp32 lie between its ends.
@@ -106,6 +110,16 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
         beyond=beyond,
         nucleus_end=end,
     )
+
+
+def draw(logits: Tensor, numbers: NDArray[np.floating[Any]], params: SamplingParams) -> NDArray[np.int64]:
+    """The tokens [N] that rows of logits [N, V] give at a number each."""
+    count = len(numbers)
+    rows = {name: torch.full((count,), value) for name, value in params.row_inputs().items()}
+    uniforms = torch.from_numpy(np.clip(numbers, 0, LARGEST_NUMBER).astype(np.float32))[:, None]
+    none = torch.zeros(count, 1, dtype=torch.int64)
+    tokens = sample(logits[:, None], none, none[0], none, SamplingInputs(uniforms=uniforms, **rows)).chosen
+    return tokens[:, 0].numpy()
 
 
 def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ from numpy.typing import NDArray
 from medusa_export.eager import EagerBackend
 from medusa_export.errors import VerificationError
 from medusa_export.oracle import oracle_tree
+from medusa_export.sampling import draw
 from medusa_export.step import MedusaStep
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import GRAPH, GRAPHS, Bundle
 from medusa_runtime.engine import MedusaEngine
+from medusa_runtime.sampling import Draws, SamplingParams
 
 Progress = Callable[[str], None]
+TEMPERATURE = 0.8  # of sampled answers
 # A row that left its reference is compared no further, so each scenario is short and there are several.
 STEPS_PER_SCENARIO = 8
 
@@ -46,19 +50,21 @@ class Tolerances:
         cosine: At least this, between logits of a token.
         norm_ratio: Between logits of a token, at most this far from 1.
         margin: Two logits of the reference that lie no further apart are a tie.
+        cumulative: How far a sum of probabilities may be off.
     """
 
     max_abs: float
     cosine: float
     norm_ratio: float
     margin: float
+    cumulative: float
 
     @classmethod
     def of(cls, dtype: str) -> Tolerances:
         """What rounding explains, by the dtype of weights and cache."""
         if dtype == "float32":
-            return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4)
-        return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25)
+            return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4, cumulative=1e-4)
+        return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25, cumulative=0.05)
 
 
 @dataclass
@@ -113,6 +119,18 @@ class Prompt:
     expected: list[int]
 
 
+@contextmanager
+def with_own_attention(step: MedusaStep) -> Iterator[None]:
+    """Has a step's model attend as transformers has it."""
+    model: Any = step.model
+    ours = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
+
+
 def reference_tokens(step: MedusaStep, prompt: Sequence[int], count: int) -> list[int]:
     """transformers' greedy tokens, with its own attention and cache.
 
@@ -122,15 +140,11 @@ def reference_tokens(step: MedusaStep, prompt: Sequence[int], count: int) -> lis
         count: How many to generate at most.
     """
     model: Any = step.model
-    ours = model.config._attn_implementation
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    try:
+    with with_own_attention(step):
         ids = torch.tensor([list(prompt)])
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, **_GREEDY
         )
-    finally:
-        model.set_attn_implementation(ours)
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
 
@@ -175,6 +189,7 @@ def verify_bundle(
         checks += _graph_checks(bundle, step, graph, tolerances).run(answered, sizes, prefill_chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
         checks += generation_checks(engine, step, answered, sizes, prefill_chunks, tolerances, progress)
+        checks += sampling_checks(engine, step, answered, sizes, tolerances)
     return Verification(checks, tolerances)
 
 
@@ -415,6 +430,45 @@ def _margin(logits: torch.Tensor) -> float:
     return float((best[..., 0] - best[..., 1]).min())
 
 
+def sampling_checks(
+    engine: MedusaEngine, step: MedusaStep, prompts: Sequence[Prompt], sizes: Sequence[int], tolerances: Tolerances
+) -> list[Check]:
+    """Samples answers with trees of several sizes, and looks at each token by itself, if the bundle can sample.
+
+    Tokens are drawn by inverting a sum over the vocabulary, so one is right if it lies between those that the reference
+    draws a little below and a little above its number. Log probabilities have to be as close as logits.
+    """
+    if not engine.bundle.sampling:
+        return []
+    check = Check("sampled tokens")
+    furthest = 0.0
+    for number, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=TEMPERATURE, seed=number)
+        size, length = sizes[number % len(sizes)], len(prompt.ids)
+        result = engine.generate(
+            prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, sampling=params, logprobs=True
+        )
+        tokens = np.array(result.token_ids)
+        with torch.no_grad(), with_own_attention(step):
+            logits = step.model(torch.tensor([[*prompt.ids, *result.token_ids]])).logits[0, length - 1 : -1].float()
+        numbers = Draws(params, length).numbers(length, len(tokens))
+        low, high = (draw(logits, numbers + shift, params) for shift in (-tolerances.cumulative, tolerances.cumulative))
+        wrong = np.flatnonzero((tokens < low) | (tokens > high))
+        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens)[:, None])[:, 0].numpy()
+        furthest = max(furthest, float(np.abs(expected - np.array(result.logprobs)).max()))
+        check.compared += len(tokens)
+        check.mismatches += len(wrong)
+        check.notes += [
+            f"prompt {number}, token {place}: got {tokens[place]}, expected {low[place]} to {high[place]}"
+            for place in wrong[:2]
+        ]
+    check.figures["logprob_max_abs"] = furthest
+    if furthest > tolerances.max_abs:
+        check.mismatches += 1
+        check.notes.append(f"a log probability is {furthest:.2g} from the reference's")
+    return [check]
+
+
 def generation_checks(
     engine: MedusaEngine,
     step: MedusaStep,
@@ -450,14 +504,8 @@ def _compare_tokens(
     if same is None and len(tokens) == len(expected):
         return
     place = len(tokens) if same is None else same
-    with torch.no_grad():
-        model: Any = step.model
-        ours = model.config._attn_implementation
-        model.set_attn_implementation("eager")
-        try:
-            logits = model(torch.tensor([[*prompt.ids, *expected[:place]]])).logits[0, -1].float()
-        finally:
-            model.set_attn_implementation(ours)
+    with torch.no_grad(), with_own_attention(step):
+        logits = step.model(torch.tensor([[*prompt.ids, *expected[:place]]])).logits[0, -1].float()
     got = int(tokens[place]) if place < len(tokens) else None
     margin = float("inf") if got is None else float(logits.max() - logits[got])
     words = f"prompt {number}, token {place}: got {got}, expected {expected[place] if place < len(expected) else None}"

@@ -44,10 +44,7 @@ def inputs(uniforms: NDArray[np.float64], params: SamplingParams) -> SamplingInp
 
 def draw(logits: torch.Tensor, uniforms: NDArray[np.float64], params: SamplingParams) -> torch.Tensor:
     """Draws from one distribution [V] at each number of ``uniforms`` [N]."""
-    rows = logits.expand(len(uniforms), 1, -1)
-    nodes = torch.zeros(len(uniforms), 1, dtype=torch.int64)
-    made = inputs(uniforms[:, None], params)
-    return sample(rows, nodes, torch.zeros(1, dtype=torch.int64), torch.zeros_like(nodes), made).chosen[:, 0]
+    return torch.from_numpy(sampling.draw(logits.expand(len(uniforms), -1), uniforms, params))
 
 
 def processed(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
