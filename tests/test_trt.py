@@ -41,6 +41,7 @@ from medusa_runtime import BackendError, Bundle, BundleError, Tree
 from medusa_runtime import tensorrt_library as libraries
 from medusa_runtime.bundle import DESCRIPTION
 from medusa_runtime.compiled import ENGINE, CompiledEngine, EngineLimits
+from medusa_runtime.sampling import GREEDY, SamplingParams
 from medusa_runtime.tensorrt_library import import_tensorrt
 from tiny_models import tiny_model
 
@@ -121,7 +122,7 @@ def test_rewrites_change_no_result(family: str, tmp_path: Path) -> None:
     rewritten = tmp_path / "bundle" / "for-tensorrt.onnx"
     rewritten.write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity))
     onnx.checker.check_model(str(rewritten))
-    feeds = [random_inputs(bundle, size) for size in (1, 4, TREE.size, 20)]
+    feeds = [random_inputs(bundle, size, draws) for size in (1, 4, TREE.size, 20) for draws in (0, size)]
     runners = [OnnxrtRunner(SessionFromOnnx(str(graph))) for graph in (bundle.graph, rewritten)]
     results = Comparator.run(runners, data_loader=feeds)
     # integers differ by 1 at least
@@ -131,10 +132,10 @@ def test_rewrites_change_no_result(family: str, tmp_path: Path) -> None:
     assert [set(outputs) for outputs in compared] == [{spec.name for spec in bundle.outputs}] * len(feeds)
 
 
-def random_inputs(bundle: Bundle, size: int) -> dict[str, np.ndarray]:
-    """Inputs of a step of two rows, of which one prefills, or both do beyond the tree."""
+def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray]:
+    """Inputs of a step of two rows, of which one prefills, or both do beyond the tree; so many numbers to draw with."""
     rng = np.random.default_rng(size)
-    sizes = {"batch": 2, "capacity": LIMITS.capacity, "sequence": size}
+    sizes = {"batch": 2, "capacity": LIMITS.capacity, "sequence": size, "draws": draws}
     feed = {}
     for spec in bundle.inputs:
         shape = [part if isinstance(part, int) else sizes[part] for part in spec.shape]
@@ -144,6 +145,9 @@ def random_inputs(bundle: Bundle, size: int) -> dict[str, np.ndarray]:
     feed["num_tokens"] = np.array([size, max(size - 1, 1)])
     feed["is_prefill"] = np.array([size > TREE.size, True])
     feed["cache_lengths"] = np.array([30, 7])
+    feed["uniforms"] = rng.random((2, draws), np.float32)
+    rows = [SamplingParams(temperature=0.8, top_k=20, top_p=0.9).row_inputs(), GREEDY.row_inputs()]
+    feed |= {name: np.array([row[name] for row in rows], feed[name].dtype) for name in rows[0]}
     return feed
 
 
