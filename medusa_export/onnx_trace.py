@@ -76,13 +76,13 @@ def _translations() -> dict[Any, Any]:
 
     def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
         axis, none = onnx_op.Constant(value_ints=[-1]), onnx_op.Constant(value_float=0.0)
+        mass = onnx_op.Unsqueeze(mass, axis)
         end = onnx_op.Expand(onnx_op.Constant(value_float=LEAST_LOGIT), onnx_op.Shape(mass))
         for width in HALVINGS:
             middle = onnx_op.Add(end, onnx_op.Constant(value_float=width))
-            above = onnx_op.Where(onnx_op.Greater(scaled, onnx_op.Unsqueeze(middle, axis)), weights, none)
-            reached = onnx_op.GreaterOrEqual(onnx_op.ReduceSum(above, axis, keepdims=0), mass)
-            end = onnx_op.Where(reached, middle, end)
-        kept = onnx_op.Where(onnx_op.Greater(scaled, onnx_op.Unsqueeze(end, axis)), scaled, none)
+            above = onnx_op.ReduceSum(onnx_op.Where(onnx_op.Greater(scaled, middle), weights, none), axis)
+            end = onnx_op.Where(onnx_op.Less(above, mass), end, middle)
+        kept = onnx_op.Where(onnx_op.Greater(scaled, end), scaled, none)
         return onnx_op.ReduceMin(kept, axis, keepdims=0)
 
     ops = torch.ops.medusa_export

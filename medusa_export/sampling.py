@@ -77,12 +77,19 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
     Args:
         logits: [B, R, V], of the base model.
         nodes: [B, R], the tokens of the verified nodes.
-        parents: [R], the node above each; what stands for the root is of no importance.
+        parents: [T], the node above each node of the whole tree; what stands for the root is of no importance.
         places: [B, R], where in its text the token after each node stands.
         given: What the host gave.
     """
-    best = logits.argmax(-1)
-    drawn = sym_min(logits.shape[1], given.uniforms.shape[1])
+    size, best = logits.shape[1], logits.argmax(-1)
+    if len(parents) == 1:
+        # A tracer takes the smaller of 1 and W for 1, so the one node there is gets drawn for as often as it can be.
+        parents = torch.zeros(given.uniforms.shape[1], dtype=torch.int64)
+        logits, nodes, places = logits[:, parents], nodes[:, parents], places[:, parents]
+        drawn, undrawn, best = given.uniforms.shape[1], best, best[:, parents]
+    else:
+        drawn = sym_min(size, given.uniforms.shape[1])
+        undrawn, best = best[:, drawn:], best[:, :drawn]
     width = torch.full((1,), given.uniforms.shape[1], dtype=torch.int64).clamp(min=1)
     numbers = take_rows(given.uniforms, places[:, :drawn] % width)
 
@@ -94,7 +101,7 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
     total = weights.sum(-1)
     bar = _typical_bar(scaled, weights, total, given)
     weights = torch.where((scaled > bar.unsqueeze(-1)) | (scaled >= 0), weights, 0.0)
-    tokens = torch.where(given.temperature.unsqueeze(1) > 0, _invert(weights, numbers), best[:, :drawn])
+    tokens = torch.where(given.temperature.unsqueeze(1) > 0, _invert(weights, numbers), best)
 
     own = take_entries(scaled, parents[:drawn], nodes[:, :drawn])
     above = parents[:drawn]
@@ -102,11 +109,11 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
     allowed = allowed & (given.typical_epsilon > 0).unsqueeze(1)
     support = torch.where(allowed, own - total[:, above].log(), -torch.inf)
 
-    undrawn = best[:, drawn:]
+    none = torch.zeros_like(undrawn, dtype=torch.float32)
     return Sampled(
-        chosen=torch.cat([tokens, undrawn], dim=1),
-        support=torch.cat([support, torch.full_like(undrawn, -torch.inf, dtype=torch.float32)], dim=1),
-        log_total=torch.cat([log_total, torch.zeros_like(undrawn, dtype=torch.float32)], dim=1),
+        chosen=torch.cat([tokens, undrawn], dim=1)[:, :size],
+        support=torch.cat([support, none - torch.inf], dim=1)[:, :size],
+        log_total=torch.cat([log_total, none], dim=1)[:, :size],
         beyond=beyond,
         nucleus_end=end,
     )

@@ -149,7 +149,7 @@ class MedusaStep(nn.Module):
         sampled = None
         if sampling is not None:
             places = take_rows(positions, rows) + 1
-            sampled = sample(logits, nodes, self.tree_parents[:verified], places, sampling)
+            sampled = sample(logits, nodes, self.tree_parents, places, sampling)
         chosen = logits.argmax(-1) if sampled is None else sampled.chosen
         best, count = self._accept(nodes, chosen, is_prefill, sampled)
         path = self.tree_paths[best]
