@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from medusa_runtime import (
@@ -31,6 +31,7 @@ from medusa_runtime import (
     QueueFullError,
     RequestError,
     RequestHandle,
+    SamplingParams,
     ServiceClosedError,
 )
 
@@ -45,11 +46,17 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request for an answer."""
+    """A request for an answer; what the service doesn't know is refused. Greedy at temperature 0."""
 
+    model_config = ConfigDict(extra="forbid")
     messages: list[Message] = Field(min_length=1)
     max_new_tokens: int = Field(default=128, ge=1)
     stop: list[str] = []
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
     priority: int = 0
     timeout: float | None = Field(default=None, gt=0)
 
@@ -84,6 +91,9 @@ async def chat(body: ChatRequest, request: Request) -> StreamingResponse:
             [message.model_dump() for message in body.messages],
             max_new_tokens=body.max_new_tokens,
             stop=body.stop,
+            sampling=SamplingParams(
+                temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, min_p=body.min_p, seed=body.seed
+            ),
             priority=body.priority,
             timeout=body.timeout,
         )

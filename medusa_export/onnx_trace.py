@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medusa_export.errors import ExportError, ModelNotSupportedError
 from medusa_export.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
-from medusa_export.sampling import SamplingInputs
+from medusa_export.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step import MedusaStep, StepOutput
 from medusa_runtime.contract import SAMPLING_INPUTS
 
@@ -74,10 +74,22 @@ def _translations() -> dict[Any, Any]:
     def concat_blocks(blocks: Any) -> Any:
         return blocks_op(*blocks)
 
+    def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
+        axis, none = onnx_op.Constant(value_ints=[-1]), onnx_op.Constant(value_float=0.0)
+        end = onnx_op.Expand(onnx_op.Constant(value_float=LEAST_LOGIT), onnx_op.Shape(mass))
+        for width in HALVINGS:
+            middle = onnx_op.Add(end, onnx_op.Constant(value_float=width))
+            above = onnx_op.Where(onnx_op.Greater(scaled, onnx_op.Unsqueeze(middle, axis)), weights, none)
+            reached = onnx_op.GreaterOrEqual(onnx_op.ReduceSum(above, axis, keepdims=0), mass)
+            end = onnx_op.Where(reached, middle, end)
+        kept = onnx_op.Where(onnx_op.Greater(scaled, onnx_op.Unsqueeze(end, axis)), scaled, none)
+        return onnx_op.ReduceMin(kept, axis, keepdims=0)
+
     ops = torch.ops.medusa_export
     return {
         ops.cache_scatter.default: cache_scatter,
         ops.attention.default: attention,
+        ops.nucleus_end.default: nucleus_end,
         ops.layer_boundary.default: layer_boundary,
         ops.decoder_layer.default: decoder_layer,
         ops.concat_blocks.default: concat_blocks,

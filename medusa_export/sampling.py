@@ -11,17 +11,21 @@ Nothing here runs over more nodes than the host gave numbers for, so a step with
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medusa_export.heads import sym_min
 from medusa_export.indexing import take_entries, take_rows
 from medusa_runtime.contract import MAX_TOP_K
+from medusa_runtime.sampling import LARGEST_NUMBER, SamplingParams
 
-# Halvings of an interval of logits, which is enough to tell any two in fp32 apart.
-_HALVINGS = 26
-_LEAST_LOGIT = -40.0  # below the best: a vocabulary of such tokens weighs less than fp32 can tell
+LEAST_LOGIT = -40.0  # below the best: a vocabulary of such tokens weighs less than fp32 can tell
+# Widths of an interval of logits that is halved until no two in fp32 lie between its ends.
+HALVINGS = tuple(-LEAST_LOGIT * 0.5**halving for halving in range(1, 27))
 _BLOCK = 256  # tokens, of a sum
 
 
@@ -85,7 +89,7 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
     below, log_total = _below_best(logits[:, :drawn])
     scaled = below / torch.where(given.temperature > 0, given.temperature, 1.0)[:, None, None]
     weights = scaled.exp()
-    least, beyond, nucleus_end = _least_logit(scaled, weights, given)
+    least, beyond, end = _least_logit(scaled, weights, given)
     weights = torch.where(scaled >= least.unsqueeze(-1), weights, 0.0)
     total = weights.sum(-1)
     bar = _typical_bar(scaled, weights, total, given)
@@ -104,8 +108,18 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
         support=torch.cat([support, torch.full_like(undrawn, -torch.inf, dtype=torch.float32)], dim=1),
         log_total=torch.cat([log_total, torch.zeros_like(undrawn, dtype=torch.float32)], dim=1),
         beyond=beyond,
-        nucleus_end=nucleus_end,
+        nucleus_end=end,
     )
+
+
+def draw(logits: Tensor, numbers: NDArray[np.floating[Any]], params: SamplingParams) -> NDArray[np.int64]:
+    """The tokens [N] that rows of logits [N, V] give at a number each."""
+    count = len(numbers)
+    rows = {name: torch.full((count,), value) for name, value in params.row_inputs().items()}
+    uniforms = torch.from_numpy(np.clip(numbers, 0, LARGEST_NUMBER).astype(np.float32))[:, None]
+    none = torch.zeros(count, 1, dtype=torch.int64)
+    tokens = sample(logits[:, None], none, none[0], none, SamplingInputs(uniforms=uniforms, **rows)).chosen
+    return tokens[:, 0].numpy()
 
 
 def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,23 +154,35 @@ def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tupl
     least = torch.where(kept, best, torch.inf).amin(-1)
 
     beyond = (sums[..., -1] < mass) & has_top_p & ~has_top_k
-    nucleus_end = _nucleus_end(scaled, weights, mass)
-    least = torch.where(beyond, nucleus_end, least)
+    end = nucleus_end(scaled, weights, mass)
+    least = torch.where(beyond, end, least)
     least = torch.where(has_top_k | has_top_p, least, -torch.inf)
-    return torch.maximum(least, given.min_p.log().unsqueeze(1)), beyond, nucleus_end
+    return torch.maximum(least, given.min_p.log().unsqueeze(1)), beyond, end
 
 
-def _nucleus_end(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+@torch.library.custom_op("medusa_export::nucleus_end", mutates_args=())
+def nucleus_end(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
     """The least logit [B, U] of which those above it weigh less than ``mass``, without sorting them.
 
-    ``end`` is the lower bound of an interval that is halved: what lies above it weighs at least ``mass``.
+    ``end`` is the lower bound of an interval that is halved: what lies above it weighs at least ``mass``. It is an
+    operator of its own, since a tracer takes longer for it than for a decoder layer.
+
+    Args:
+        scaled: [B, U, V], below the best one.
+        weights: Their exponentials.
+        mass: [B, U].
     """
-    end = torch.full_like(mass, _LEAST_LOGIT)
-    for halving in range(1, _HALVINGS + 1):
-        middle = end - _LEAST_LOGIT * 0.5**halving
+    end = torch.full_like(mass, LEAST_LOGIT)
+    for width in HALVINGS:
+        middle = end + width
         above = torch.where(scaled > middle.unsqueeze(-1), weights, 0.0).sum(-1)
         end = torch.where(above >= mass, middle, end)
     return torch.where(scaled > end.unsqueeze(-1), scaled, 0.0).amin(-1)
+
+
+@nucleus_end.register_fake
+def _(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+    return torch.empty_like(mass)
 
 
 def _typical_bar(scaled: Tensor, weights: Tensor, total: Tensor, given: SamplingInputs) -> Tensor:

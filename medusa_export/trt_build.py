@@ -45,7 +45,7 @@ class BuildOptions:
         limits: Rows, slots and tokens per step.
         targets: Architectures such as ``sm89``; none for the GPU of this machine.
         opt_level: The builder's optimisation level, 0 to 5.
-        timing_cache: A file of measured kernels to read and to write; it needs a GPU.
+        timing_cache: A file of measured kernels to read and to write, for a flavor that measures.
     """
 
     limits: EngineLimits
@@ -164,6 +164,9 @@ class EngineBuilder:
         bundle: What to build.
         options: How.
 
+    Raises:
+        EngineBuildError: A timing cache was given, and the flavor has no use for one.
+
     Attributes:
         log: What TensorRT complained of.
         network: The parsed network, once there is one.
@@ -177,6 +180,11 @@ class EngineBuilder:
 
     def __post_init__(self) -> None:
         trt = self.library.trt
+        if self.options.timing_cache is not None and self.library.flavor == "tensorrt-rtx":
+            raise EngineBuildError(
+                "tensorrt-rtx does nothing with a timing cache: it measures no kernels when it builds.",
+                remedy="Drop --timing-cache. What it compiles when an engine runs is kept beside the engine.",
+            )
         self.log = error_log(trt, ignore=NO_DRIVER if self.options.targets else None)
         self._builder = trt.Builder(self.log)
 

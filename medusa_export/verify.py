@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,15 @@ from numpy.typing import NDArray
 from medusa_export.eager import EagerBackend
 from medusa_export.errors import VerificationError
 from medusa_export.oracle import oracle_tree
+from medusa_export.sampling import draw
 from medusa_export.step import MedusaStep
-from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import GRAPH, GRAPHS, Bundle
-from medusa_runtime.compiled import CompiledEngine, is_engine
 from medusa_runtime.engine import MedusaEngine
-from medusa_runtime.errors import BackendError
+from medusa_runtime.sampling import Draws, SamplingParams
 
 Progress = Callable[[str], None]
+TEMPERATURE = 0.8  # of sampled answers
 # A row that left its reference is compared no further, so each scenario is short and there are several.
 STEPS_PER_SCENARIO = 8
 
@@ -49,19 +50,21 @@ class Tolerances:
         cosine: At least this, between logits of a token.
         norm_ratio: Between logits of a token, at most this far from 1.
         margin: Two logits of the reference that lie no further apart are a tie.
+        cumulative: How far a sum of probabilities may be off.
     """
 
     max_abs: float
     cosine: float
     norm_ratio: float
     margin: float
+    cumulative: float
 
     @classmethod
     def of(cls, dtype: str) -> Tolerances:
         """What rounding explains, by the dtype of weights and cache."""
         if dtype == "float32":
-            return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4)
-        return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25)
+            return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4, cumulative=1e-4)
+        return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25, cumulative=0.05)
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of ``verify_bundle`` or ``verify_backend``.
+    """The outcome of ``verify_bundle`` or of ``verify_backend``.
 
     Attributes:
         checks: What was compared.
@@ -116,6 +119,18 @@ class Prompt:
     expected: list[int]
 
 
+@contextmanager
+def with_own_attention(step: MedusaStep) -> Iterator[None]:
+    """Has a step's model attend as transformers has it."""
+    model: Any = step.model
+    ours = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
+
+
 def reference_tokens(step: MedusaStep, prompt: Sequence[int], count: int) -> list[int]:
     """transformers' greedy tokens, with its own attention and cache.
 
@@ -125,15 +140,11 @@ def reference_tokens(step: MedusaStep, prompt: Sequence[int], count: int) -> lis
         count: How many to generate at most.
     """
     model: Any = step.model
-    ours = model.config._attn_implementation
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    try:
+    with with_own_attention(step):
         ids = torch.tensor([list(prompt)])
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, **_GREEDY
         )
-    finally:
-        model.set_attn_implementation(ours)
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
 
@@ -168,68 +179,35 @@ def verify_bundle(
         VerificationError: The bundle is of another model or tree than the step.
         BackendError: ONNX Runtime can't run the bundle.
     """
-    _check_same(bundle, step)
+    check_same(bundle, step)
     tolerances = tolerances or Tolerances.of(bundle.dtype)
-    sizes = sorted(set(tree_sizes or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
-    progress(f"answering {len(prompts)} prompts with transformers")
-    answered = [Prompt(list(ids), reference_tokens(step, ids, max_new_tokens)) for ids in prompts]
+    sizes = tree_sizes_of(bundle, tree_sizes)
+    answered = answered_prompts(step, prompts, max_new_tokens, progress)
     checks: list[Check] = []
     for graph in _graphs(bundle):
         progress(f"comparing steps of {graph}")
         checks += _graph_checks(bundle, step, graph, tolerances).run(answered, sizes, prefill_chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
-        checks += _generation_checks(engine, step, answered, sizes, prefill_chunks, tolerances, progress)
+        checks += generation_checks(engine, step, answered, sizes, prefill_chunks, tolerances, progress)
+        checks += sampling_checks(engine, step, answered, sizes, tolerances)
     return Verification(checks, tolerances)
 
 
-def verify_backend(
-    bundle: Bundle,
-    backend: str,
-    step: MedusaStep,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 32,
-    tree_sizes: Sequence[int] | None = None,
-    prefill_chunks: Sequence[int] = (512, 5),
-    tolerances: Tolerances | None = None,
-    progress: Progress = lambda _: None,
-) -> Verification:
-    """Holds a backend by name, with a bundle or a compiled engine, against PyTorch.
+def tree_sizes_of(bundle: Bundle, asked_for: Sequence[int] | None) -> list[int]:
+    """The sizes to decode with, each once; 1, a middle one and all if none were asked for."""
+    return sorted(set(asked_for or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
 
-    As ``verify_bundle``, but for logits, which a compiled engine keeps to itself.
 
-    Returns:
-        The outcome; ``not_run`` says why if the backend can't be opened on this machine.
-
-    Raises:
-        VerificationError: The bundle is of another model or tree than the step.
-        BackendError: The backend failed in a step.
-    """
-    _check_same(bundle, step)
-    tolerances = tolerances or Tolerances.of(bundle.dtype)
-    sizes = sorted(set(tree_sizes or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
-    progress(f"opening {backend}")
-    try:
-        opened = _open_two_rows(backend, bundle)
-    except BackendError as error:
-        return Verification([], tolerances, not_run=str(error))
-    chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
+def answered_prompts(
+    step: MedusaStep, prompts: Sequence[Sequence[int]], count: int, progress: Progress
+) -> list[Prompt]:
+    """Prompts with up to ``count`` tokens of transformers' each."""
     progress(f"answering {len(prompts)} prompts with transformers")
-    answered = [Prompt(list(ids), reference_tokens(step, ids, max_new_tokens)) for ids in prompts]
-    progress(f"comparing steps of {opened.name}")
-    checks = _StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
-    with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
-        checks += _generation_checks(engine, step, answered, sizes, chunks, tolerances, progress)
-    return Verification(checks, tolerances)
+    return [Prompt(list(ids), reference_tokens(step, ids, count)) for ids in prompts]
 
 
-def _open_two_rows(backend: str, bundle: Bundle) -> Any:
-    """A backend of two rows, or of one where an engine holds no more."""
-    rows = min(2, CompiledEngine.load(bundle.folder).limits.max_batch) if is_engine(bundle.folder) else 2
-    return open_backend(backend, bundle, rows=rows, check_digests=False)
-
-
-def _check_same(bundle: Bundle, step: MedusaStep) -> None:
+def check_same(bundle: Bundle, step: MedusaStep) -> None:
+    """Raises ``VerificationError`` unless a bundle and a step are of the same model and tree."""
     vocab_size = step.model.get_output_embeddings().weight.shape[0]
     for what, ours, theirs in (
         ("vocabulary", bundle.model.vocab_size, vocab_size),
@@ -302,17 +280,17 @@ class _Logits:
         }
 
 
-def _graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> _StepChecks:
+def _graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> StepChecks:
     """The checks of a bundle's graph in ONNX Runtime, logits included."""
     contract = graph == GRAPH
     # The derived graph keeps head logits to itself, in a branch; what they lead to is compared all the same.
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
     data = _with_outputs(bundle.folder / graph, extra)
     backend = OnnxRuntimeBackend(bundle, rows=2 if contract else 1, graph=data, extra_outputs=extra)
-    return _StepChecks(bundle, step, graph, backend, extra, tolerances)
+    return StepChecks(bundle, step, graph, backend, extra, tolerances)
 
 
-class _StepChecks:
+class StepChecks:
     """Runs a backend and the eager module side by side.
 
     Args:
@@ -452,7 +430,46 @@ def _margin(logits: torch.Tensor) -> float:
     return float((best[..., 0] - best[..., 1]).min())
 
 
-def _generation_checks(
+def sampling_checks(
+    engine: MedusaEngine, step: MedusaStep, prompts: Sequence[Prompt], sizes: Sequence[int], tolerances: Tolerances
+) -> list[Check]:
+    """Samples answers with trees of several sizes, and looks at each token by itself, if the bundle can sample.
+
+    Tokens are drawn by inverting a sum over the vocabulary, so one is right if it lies between those that the reference
+    draws a little below and a little above its number. Log probabilities have to be as close as logits.
+    """
+    if not engine.bundle.sampling:
+        return []
+    check = Check("sampled tokens")
+    furthest = 0.0
+    for number, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=TEMPERATURE, seed=number)
+        size, length = sizes[number % len(sizes)], len(prompt.ids)
+        result = engine.generate(
+            prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, sampling=params, logprobs=True
+        )
+        tokens = np.array(result.token_ids)
+        with torch.no_grad(), with_own_attention(step):
+            logits = step.model(torch.tensor([[*prompt.ids, *result.token_ids]])).logits[0, length - 1 : -1].float()
+        numbers = Draws(params, length).numbers(length, len(tokens))
+        low, high = (draw(logits, numbers + shift, params) for shift in (-tolerances.cumulative, tolerances.cumulative))
+        wrong = np.flatnonzero((tokens < low) | (tokens > high))
+        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens)[:, None])[:, 0].numpy()
+        furthest = max(furthest, float(np.abs(expected - np.array(result.logprobs)).max()))
+        check.compared += len(tokens)
+        check.mismatches += len(wrong)
+        check.notes += [
+            f"prompt {number}, token {place}: got {tokens[place]}, expected {low[place]} to {high[place]}"
+            for place in wrong[:2]
+        ]
+    check.figures["logprob_max_abs"] = furthest
+    if furthest > tolerances.max_abs:
+        check.mismatches += 1
+        check.notes.append(f"a log probability is {furthest:.2g} from the reference's")
+    return [check]
+
+
+def generation_checks(
     engine: MedusaEngine,
     step: MedusaStep,
     prompts: Sequence[Prompt],
@@ -487,14 +504,8 @@ def _compare_tokens(
     if same is None and len(tokens) == len(expected):
         return
     place = len(tokens) if same is None else same
-    with torch.no_grad():
-        model: Any = step.model
-        ours = model.config._attn_implementation
-        model.set_attn_implementation("eager")
-        try:
-            logits = model(torch.tensor([[*prompt.ids, *expected[:place]]])).logits[0, -1].float()
-        finally:
-            model.set_attn_implementation(ours)
+    with torch.no_grad(), with_own_attention(step):
+        logits = step.model(torch.tensor([[*prompt.ids, *expected[:place]]])).logits[0, -1].float()
     got = int(tokens[place]) if place < len(tokens) else None
     margin = float("inf") if got is None else float(logits.max() - logits[got])
     words = f"prompt {number}, token {place}: got {got}, expected {expected[place] if place < len(expected) else None}"

@@ -21,11 +21,12 @@ import torch
 from medusa_export.files import write_text
 from medusa_export.reference import load_reference, prompt_ids
 from medusa_export.trt_build import BuildOptions, choose_limits, write_engine
-from medusa_export.verify import verify_backend
+from medusa_export.verify_backend import verify_backend
 from medusa_runtime import Bundle, MedusaEngine, MedusaError
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.cuda import Cuda
 from medusa_runtime.backends.tensorrt import TensorRTBackend
+from medusa_runtime.compiled import CompiledEngine
 from medusa_runtime.tensorrt_library import import_tensorrt
 
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
@@ -96,6 +97,7 @@ def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target
         if isinstance(opened.backend, TensorRTBackend):
             facts["uncaptured"] = opened.backend.uncaptured
             facts["host_gap_ms"] = host_gap(opened.backend, prompts[0])
+            facts["enqueued_step_ms"] = enqueued_step_times(Bundle.load(folder, check_digests=False), prompts[0])
         plain = speed(opened, prompts, 1)
         facts["tokens_per_second"] = {"tree size 1": plain, "auto": speed(opened, prompts, "auto")}
         facts["tree_size"] = opened.generate(prompts[0], max_new_tokens=2).stats.tree_size
@@ -116,6 +118,15 @@ def step_times(backend: Backend, bundle: Bundle, prompt: list[int]) -> dict[int,
             taken.append(time.perf_counter() - started)
         times[size] = 1000 * statistics.median(taken[WARM_UP:])
     return times
+
+
+def enqueued_step_times(engine: Bundle, prompt: list[int]) -> dict[int, float]:
+    """As ``step_times``, but launched call by call and not as a captured graph: what a refused capture would cost."""
+    backend = TensorRTBackend(engine, CompiledEngine.load(engine.folder, check_digests=False), capture=False)
+    try:
+        return step_times(backend, engine, prompt)
+    finally:
+        backend.close()
 
 
 def host_gap(backend: TensorRTBackend, prompt: list[int]) -> float:
@@ -187,10 +198,19 @@ def as_markdown(report: dict[str, Any]) -> str:
         if "refused" in found:
             lines.append(f"Refused: {found['refused']}")
             continue
-        lines.append(", ".join(f"{size} nodes {ms:.2f} ms" for size, ms in found["step_ms"].items()))
+        lines += step_table(found["step_ms"], found.get("enqueued_step_ms"))
         lines += [f"- steps of {size} are not captured: {words}" for size, words in found.get("uncaptured", {}).items()]
         lines += [f"- {note}" for note in found["notes"]]
     return "\n".join(lines) + "\n"
+
+
+def step_table(replayed: dict[Any, float], enqueued: dict[Any, float] | None) -> list[str]:
+    """Milliseconds of a step by tree size; for TensorRT with the captured graph, and without."""
+    lines = [f"| nodes | {' | '.join(map(str, replayed))} |", "|---" * (len(replayed) + 1) + "|"]
+    lines.append(f"| step, ms | {' | '.join(f'{ms:.2f}' for ms in replayed.values())} |")
+    if enqueued is not None:
+        lines.append(f"| without CUDA graphs, ms | {' | '.join(f'{ms:.2f}' for ms in enqueued.values())} |")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class cudaError_t(enum.IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorNoDevice = 100
     cudaErrorStreamCaptureUnsupported = 900
 
 
@@ -310,6 +311,7 @@ class StandInTensorRT:
     Attributes:
         capturable: Whether contexts say that they can be captured.
         fails: Makes the next step fail with these words.
+        unloadable: Makes loading an engine fail with these words.
         invalid: Why engines are said to be invalid.
         configs: The runtime configurations of the contexts that were made.
     """
@@ -330,6 +332,7 @@ class StandInTensorRT:
         )
         self.capturable = True
         self.fails: str | None = None
+        self.unloadable: str | None = None
         self.invalid = EngineInvalidityDiagnostics(0)
         self.configs: list[RuntimeConfig] = []
         self.executed: list[tuple[int, int]] = []  # B and S of each step that ran
@@ -341,7 +344,13 @@ class StandInTensorRT:
         self.EngineValidity, self.EngineInvalidityDiagnostics = EngineValidity, EngineInvalidityDiagnostics
 
     def Runtime(self, log: Any) -> Any:
-        runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: StandInEngine(self, log) if data else None)
+        def load(data: bytes) -> StandInEngine | None:
+            if self.unloadable is None:
+                return StandInEngine(self, log)
+            log.log(ILogger.ERROR, self.unloadable)
+            return None
+
+        runtime = SimpleNamespace(deserialize_cuda_engine=load)
         if hasattr(self, "EngineValidity"):
             validity = EngineValidity.INVALID if self.invalid else EngineValidity.VALID
             runtime.get_engine_validity = lambda data: (validity, self.invalid)

@@ -194,7 +194,7 @@ def test_unusable_bundles(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"lacks its file model\.onnx\.data"):
         Bundle.load(folder)
     folder = fresh("newer")
-    edit(folder, contract_version=2)
+    edit(folder, contract_version=3)
     with pytest.raises(BundleError, match="version"):
         Bundle.load(folder)
     folder = fresh("json")

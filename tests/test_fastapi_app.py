@@ -95,6 +95,10 @@ def test_a_client_that_leaves_cancels_its_request(server: str) -> None:
 
 def test_refusals(server: str) -> None:
     assert httpx.post(f"{server}/chat", json={"messages": []}).status_code == 422
+    hello = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert httpx.post(f"{server}/chat", json={**hello, "repetition_penalty": 1.2}).status_code == 422
+    response = httpx.post(f"{server}/chat", json={**hello, "temperature": -1})
+    assert response.status_code == 422 and "temperature is -1.0" in response.text
     too_long = {"messages": [{"role": "user", "content": "x" * 600}]}
     response = httpx.post(f"{server}/chat", json=too_long)
     assert response.status_code == 422 and "exceed the 512 tokens" in response.text

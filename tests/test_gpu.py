@@ -9,7 +9,7 @@ import torch
 
 from decoding import TREE, decode, export, greedy, guessing_heads, make_step
 from medusa_export.trt_build import BuildOptions, write_engine
-from medusa_export.verify import verify_backend
+from medusa_export.verify_backend import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.cuda import Cuda

@@ -11,6 +11,8 @@ import pytest
 
 from decoding import guessing_heads, make_step
 from medusa_runtime import Bundle
+from medusa_runtime.backends import tensorrt as backend_module
+from medusa_runtime.backends.cuda import Cuda
 from medusa_runtime.compiled import CompiledEngine
 from test_tensorrt_backend import PROMPTS, Machine
 from tiny_models import tiny_model
@@ -40,8 +42,11 @@ def test_a_report(gpu_check: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypat
         "backends": {"onnxruntime": found, "tensorrt": {"refused": "no GPU at all"}},
         "transformers": gpu_check.transformers_speed(model, PROMPTS),
     }
+    report["backends"]["replaying"] = {**found, "enqueued_step_ms": dict.fromkeys(found["step_ms"], 12.5)}
     text = gpu_check.as_markdown(json.loads(json.dumps(report)))
     assert "| onnxruntime | yes |" in text
+    assert "| nodes | 1 | 2 | 4 | 8 |" in text
+    assert text.count("| without CUDA graphs, ms | 12.50 | 12.50 | 12.50 | 12.50 |") == 1
     assert "Refused: no GPU at all" in text
     assert "- torch 2" in text
 
@@ -54,3 +59,17 @@ def test_the_host_gap_is_taken_from_steps_submitted_ahead(
     assert isinstance(gpu_check.host_gap(backend, PROMPTS[0]), float)
     assert len(machine.trt.executed) == 1 + gpu_check.WARM_UP + 2 * gpu_check.REPEATS + 1
     backend.close()
+
+
+def test_steps_are_timed_without_graphs_too(
+    gpu_check: Any, tiny_engine: CompiledEngine, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tiny_bundle, tiny_engine)
+    machine.trt.__version__ = tiny_engine.version
+    monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    monkeypatch.setattr(gpu_check, "REPEATS", 12)  # what 128 slots have room for
+    times = gpu_check.enqueued_step_times(Bundle.load(tiny_engine.folder), PROMPTS[0][:4])
+    assert list(times) == [1, 2, 4, 8]
+    assert machine.cuda.calls["cudaStreamBeginCapture"] == machine.cuda.calls["cudaGraphLaunch"] == 0
+    assert not machine.cuda.blocks

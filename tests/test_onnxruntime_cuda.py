@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from decoding import TREE, decode, greedy
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from tiny_models import tiny_model
 
@@ -18,6 +20,9 @@ class InHostMemory(OnnxRuntimeCudaBackend):
     """The same code with its state where this machine has memory."""
 
     provider, device = "CPUExecutionProvider", "cpu"
+
+    def _copied(self, array: np.ndarray) -> object:  # on a CPU it would be the array itself
+        return super()._copied(array.copy())
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -45,6 +50,44 @@ def test_growing_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
     assert backend.lengths[0] == 13 + len(tokens) - 1
     backend.reset(0)
     assert backend.lengths[0] == 0
+
+
+@pytest.mark.parametrize("kind", [InHostMemory, OnnxRuntimeBackend])
+@pytest.mark.parametrize("standard", [True, False])
+def test_a_failed_step_can_be_tried_again(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, kind: type[OnnxRuntimeBackend], standard: bool
+) -> None:
+    """It has written its outputs, and then fails: lengths, pending entries and drafts are as they were."""
+    if kind is InHostMemory:
+        backend = kind(tiny_bundle, rows=2, threads=1)
+    else:
+        backend = kind(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph if standard else None)
+    backend.reserve(96)
+    backend.step(13, dict(enumerate(PROMPTS)))
+    backend.step(9)
+    lengths, drafts = backend.lengths.copy(), backend.drafts.copy()
+    run = backend._session.run_with_iobinding
+
+    def run_and_fail(binding: object) -> None:
+        run(binding)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backend._session, "run_with_iobinding", run_and_fail)
+    for size in (9, 1):
+        with pytest.raises(BackendError, match=f"failed in a step of {size} tokens .* out of memory"):
+            backend.step(size)
+    np.testing.assert_array_equal(backend.lengths, lengths)
+    np.testing.assert_array_equal(backend.drafts, drafts)
+    monkeypatch.undo()
+    tokens: list[list[int]] = [[], []]
+    while min(map(len, tokens)) < 12:
+        step = backend.step(9)
+        for row in range(2):
+            tokens[row] += step.tokens[row, : step.count[row]].tolist()
+    for row, prompt in enumerate(PROMPTS):
+        expected = greedy(tiny_model("llama"), prompt, 40)
+        begin = int(lengths[row]) - len(prompt) + 1
+        assert tokens[row][:10] == expected[begin : begin + 10]
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -19,6 +20,7 @@ from decoding import export, greedy, guessing_heads, make_step
 from medusa_export import sampling
 from medusa_export.eager import EagerBackend
 from medusa_export.sampling import SamplingInputs, sample
+from medusa_export.step import MedusaStep
 from medusa_runtime import Bundle, MedusaEngine, RequestError, SamplingParams, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -42,10 +44,7 @@ def inputs(uniforms: NDArray[np.float64], params: SamplingParams) -> SamplingInp
 
 def draw(logits: torch.Tensor, uniforms: NDArray[np.float64], params: SamplingParams) -> torch.Tensor:
     """Draws from one distribution [V] at each number of ``uniforms`` [N]."""
-    rows = logits.expand(len(uniforms), 1, -1)
-    nodes = torch.zeros(len(uniforms), 1, dtype=torch.int64)
-    made = inputs(uniforms[:, None], params)
-    return sample(rows, nodes, torch.zeros(1, dtype=torch.int64), torch.zeros_like(nodes), made).chosen[:, 0]
+    return torch.from_numpy(sampling.draw(logits.expand(len(uniforms), -1), uniforms, params))
 
 
 def processed(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -240,13 +239,19 @@ def verified_trees(draw: st.DrawFn) -> tuple[Tree, NDArray[np.float32], NDArray[
     return tree, logits, nodes, params, float(rng.random(dtype=np.float32))
 
 
+@functools.cache
+def any_step() -> MedusaStep:
+    return make_step(tiny_model("llama", num_hidden_layers=1), None, Tree())
+
+
 @given(verified_trees())
 @settings(max_examples=300, deadline=None)
 def test_typical_acceptance_against_brute_force(
     example: tuple[Tree, NDArray[np.float32], NDArray[np.int64], SamplingParams, float],
 ) -> None:
     tree, logits, nodes, params, number = example
-    step = make_step(tiny_model("llama", num_hidden_layers=1), guessing_heads(tiny_model("llama"), 4), tree)
+    step = any_step()
+    step._add_tables(tree)
     given = inputs(np.full((1, tree.size), number), params)
     batch, tokens = torch.from_numpy(logits)[None], torch.from_numpy(nodes)[None]
     places = torch.from_numpy(tree.depths)[None]

@@ -538,10 +538,10 @@ def test_a_failed_step_leaves_rows_as_they_were(tiny_bundle: Bundle) -> None:
         backend.arrange([0, 1], 64)
         backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
         backend.step(4)
-        before = [array.copy() for array in backend._state]
+        before = [array.copy() for array, _ in backend._carried]
         with pytest.raises(BackendError, match="failed in a step of 200 tokens"):
             backend.step(200)  # more than there is room for
-        assert all(np.array_equal(array, old) for array, old in zip(backend._state, before, strict=True))
+        assert all(np.array_equal(array, old) for (array, _), old in zip(backend._carried, before, strict=True))
 
 
 def test_rows_far_apart_step_alone(tiny_bundle: Bundle, engine: MedusaEngine) -> None:

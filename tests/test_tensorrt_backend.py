@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import TREE, decode, export, greedy, guessing_heads, make_step
-from medusa_export.verify import verify_backend
-from medusa_runtime import BackendError, Bundle, MedusaEngine
+from medusa_export.verify_backend import verify_backend
+from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
+from medusa_runtime.backends import cuda as cuda_module
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends import tensorrt as backend_module
 from medusa_runtime.backends.cuda import Cuda
@@ -128,6 +129,7 @@ def test_the_next_step_may_be_submitted_before_the_last_is_read(machine: Machine
         tokens += step.tokens[0, : step.count[0]].tolist()
     assert tokens[:16] == expected[0][:16]
     assert len(tokens) <= backend.lengths[0] - len(PROMPTS[0]) + 4
+    backend.collect()  # the lengths of a step under way don't take it from whoever collects it
     backend.submit(1)
     backend.submit(1)
     with pytest.raises(BackendError, match="2 steps are under way"):
@@ -201,6 +203,58 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
     assert not machine.cuda.events
 
 
+def logged(backend: TensorRTBackend) -> list[str]:
+    """What is called of a backend from now on."""
+    log: list[str] = []
+    for name in ("submit", "collect", "reset"):
+        call = getattr(backend, name)
+        setattr(backend, name, lambda *given, call=call, name=name: (log.append(name), call(*given))[1])
+    return log
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_the_engine_submits_steps_ahead(machine: Machine, expected: list[list[int]], size: int) -> None:
+    """And none that the number of tokens asked for makes useless."""
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    for count in (1, 2, 5, 6, 40):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=count, tree_size=size)
+        assert list(result.token_ids) == expected[0][:count]
+        steps = log[log.index("reset") + 3 :]  # behind the prompt, a step that is waited for
+        assert steps.count("submit") == steps.count("collect") == result.stats.steps
+    assert steps[:5] == ["submit", "submit", "collect", "submit", "collect"]
+    assert steps[-2:] == ["submit", "collect"] or steps[-3:] == ["submit", "collect", "collect"]
+    assert backend.lengths[0] - len(PROMPTS[0]) < 40 + min(size, TREE.max_depth + 1)
+
+
+def test_a_step_ahead_of_a_stop_is_discarded(machine: Machine, expected: list[list[int]]) -> None:
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    stop = expected[0][7]
+    until = expected[0][: expected[0].index(stop) + 1]
+    for size in (1, 4, 9):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size, stop_token_ids=[stop])
+        assert list(result.token_ids) == until
+        assert result.finish_reason == "stop"
+        assert log.count("submit") == log.count("collect") + 1
+        # what comes next begins with an empty row
+        assert list(engine.generate(PROMPTS[1], max_new_tokens=20, tree_size=size).token_ids) == expected[1][:20]
+    stream = engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9)
+    next(stream), next(stream)  # left with a step under way
+    assert list(engine.generate(PROMPTS[2], max_new_tokens=20, tree_size=9).token_ids) == expected[2][:20]
+    ran = log.count("submit")
+    with pytest.raises(RequestError, match="begun another request"):
+        next(stream)
+    assert log.count("submit") == ran
+    engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9).__next__()
+    engine.close()
+    assert not machine.cuda.blocks
+
+
 def test_kernels_compiled_at_run_time_are_kept(
     tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path
 ) -> None:
@@ -241,11 +295,42 @@ def test_engines_that_are_not_for_this_machine(machine: Machine, spoil: Break, w
         machine.backend()
 
 
+def test_an_engine_that_can_not_be_loaded(machine: Machine) -> None:
+    """As where digests weren't compared, or agree with a file that was cut off before it was written; or too large."""
+    machine.trt.unloadable = "Magic tag does not match"
+    with pytest.raises(BackendError, match=r"can't load .*model\.engine on a stand-in: Magic tag .* Build it again"):
+        machine.backend()
+    machine.trt.unloadable = "Requested amount of GPU memory could not be allocated: out of memory"
+    with pytest.raises(OutOfDeviceMemoryError, match=r"no memory for the weights .* MiB\).* one with more memory"):
+        machine.backend()
+    assert not machine.cuda.blocks
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (cudaError_t.cudaErrorInsufficientDriver, "Install an NVIDIA driver, or a newer one"),
+        (cudaError_t.cudaErrorNoDevice, "check nvidia-smi and CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_driver_that_is_missing_or_too_old(
+    tiny_engine: CompiledEngine, monkeypatch: pytest.MonkeyPatch, code: cudaError_t, words: str
+) -> None:
+    cuda = StandInCuda()
+    monkeypatch.setattr(cuda_module, "import_cudart", lambda: cuda)
+    cuda.fail["cudaGetDeviceCount"] = code
+    with pytest.raises(BackendError, match=f"looking for a GPU: cudaGetDeviceCount gave {code.name} .*{words}"):
+        MedusaEngine.load(tiny_engine.folder)
+
+
 def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
     machine = Machine(tiny_bundle, tiny_engine, memory_limit=100_000)
     with pytest.raises(OutOfDeviceMemoryError, match=r"3 sequences of 128 tokens .* smaller --max-seq-len") as raised:
         machine.backend(3)
     assert "cudaMalloc gave cudaErrorMemoryAllocation" in str(raised.value)
+    machine.cuda.fail["cudaMemsetAsync"] = cudaError_t.cudaErrorInvalidValue
+    with pytest.raises(BackendError, match="for input_ids"):
+        machine.backend()
     assert not machine.cuda.blocks
     assert not machine.cuda.pinned
 

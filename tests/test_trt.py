@@ -7,16 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import Comparator, CompareFunc
 
 from decoding import TREE, export, guessing_heads, make_step
 from medusa_export import tensorrt_rewrites
@@ -31,12 +34,14 @@ from medusa_export.trt_build import (
     parse_targets,
     profiles_for,
     updated_in_place,
+    write_engine,
 )
 from medusa_export.trt_messages import build_error, remedy
 from medusa_runtime import BackendError, Bundle, BundleError, Tree
 from medusa_runtime import tensorrt_library as libraries
 from medusa_runtime.bundle import DESCRIPTION
 from medusa_runtime.compiled import ENGINE, CompiledEngine, EngineLimits
+from medusa_runtime.sampling import GREEDY, SamplingParams
 from medusa_runtime.tensorrt_library import import_tensorrt
 from tiny_models import tiny_model
 
@@ -108,36 +113,42 @@ def test_each_rewrite_takes_place(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert len(onnx.load_from_string(data).graph.node) == counts[-1]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Polygraphy's figures, of zeros
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "cohere"])
 def test_rewrites_change_no_result(family: str, tmp_path: Path) -> None:
     """The rewritten graph is standard ONNX: ONNX Runtime gives the same for it, caches included."""
     model = tiny_model(family)
     bundle = export(make_step(model, guessing_heads(model)), tmp_path / "bundle")
-    graphs = {"theirs": tmp_path / "bundle" / "for-tensorrt.onnx", "ours": bundle.graph}
-    graphs["theirs"].write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity))
-    onnx.checker.check_model(str(graphs["theirs"]))
-    rng = np.random.default_rng(3)
-    sizes = {"batch": 2, "capacity": LIMITS.capacity}
-    sessions = {name: onnxruntime.InferenceSession(str(graph)) for name, graph in graphs.items()}
-    for size in (1, 4, TREE.size, 20):
-        feed = {}
-        for spec in bundle.inputs:
-            shape = [part if isinstance(part, int) else {**sizes, "sequence": size}[part] for part in spec.shape]
-            if spec.dtype == "float32":
-                feed[spec.name] = rng.standard_normal(shape, np.float32)
-            else:
-                feed[spec.name] = rng.integers(0, 101, shape)
-        feed["num_tokens"] = np.array([size, max(size - 1, 1)])
-        feed["is_prefill"] = np.array([size > TREE.size, True])
-        feed["cache_lengths"] = np.array([30, 7])
-        names = [spec.name for spec in bundle.outputs]
-        results = {name: dict(zip(names, session.run(names, feed), strict=True)) for name, session in sessions.items()}
-        for name in names:
-            ours, theirs = results["ours"][name], results["theirs"][name]
-            if ours.dtype == np.float32:
-                np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4, err_msg=name)
-            else:
-                np.testing.assert_array_equal(theirs, ours, err_msg=name)
+    rewritten = tmp_path / "bundle" / "for-tensorrt.onnx"
+    rewritten.write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity))
+    onnx.checker.check_model(str(rewritten))
+    feeds = [random_inputs(bundle, size, draws) for size in (1, 4, TREE.size, 20) for draws in (0, size)]
+    runners = [OnnxrtRunner(SessionFromOnnx(str(graph))) for graph in (bundle.graph, rewritten)]
+    results = Comparator.run(runners, data_loader=feeds)
+    # integers differ by 1 at least
+    (outcome,) = Comparator.compare_accuracy(results, compare_func=CompareFunc.simple(atol=1e-4, rtol=0))
+    assert outcome
+    (compared,) = outcome.values()
+    assert [set(outputs) for outputs in compared] == [{spec.name for spec in bundle.outputs}] * len(feeds)
+
+
+def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray]:
+    """Inputs of a step of two rows, of which one prefills, or both do beyond the tree; so many numbers to draw with."""
+    rng = np.random.default_rng(size)
+    sizes = {"batch": 2, "capacity": LIMITS.capacity, "sequence": size, "draws": draws}
+    feed = {}
+    for spec in bundle.inputs:
+        shape = [part if isinstance(part, int) else sizes[part] for part in spec.shape]
+        feed[spec.name] = (
+            rng.standard_normal(shape, np.float32) if spec.dtype == "float32" else rng.integers(0, 101, shape)
+        )
+    feed["num_tokens"] = np.array([size, max(size - 1, 1)])
+    feed["is_prefill"] = np.array([size > TREE.size, True])
+    feed["cache_lengths"] = np.array([30, 7])
+    feed["uniforms"] = rng.random((2, draws), np.float32)
+    rows = [SamplingParams(temperature=0.8, top_k=20, top_p=0.9).row_inputs(), GREEDY.row_inputs()]
+    feed |= {name: np.array([row[name] for row in rows], feed[name].dtype) for name in rows[0]}
+    return feed
 
 
 def test_plain_decoding_and_one_row_build(tmp_path: Path) -> None:
@@ -194,7 +205,8 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
         (("--target", "sm89", "--max-prefill", "8"), "--max-prefill 8 is smaller than the tree of 9"),
         (("--target", "sm89", "--max-prefill", "62", "--max-seq-len", "64"), "Give at most 61"),
         (("--flavor", "tensorrt", "--target", "sm89"), "pip install 'medusa-export[tensorrt]'"),
-        (("--target", "sm89", "--timing-cache", "cache"), "drop it, or drop --target"),
+        (("--target", "sm89", "--timing-cache", "cache"), "does nothing with a timing cache"),
+        (("--target", "sm89", "--timing-cache", "cache"), "Drop --timing-cache."),
     ],
 )
 def test_what_can_not_be_built(tiny_bundle: Bundle, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -224,6 +236,28 @@ def test_which_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendError, match=r"medusa-export\[tensorrt-rtx\]"):
         import_tensorrt("tensorrt-rtx")
+
+
+def test_a_timing_cache(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a flavor that measures does with one; TensorRT-RTX, in its place here, has the same calls and ignores it."""
+    library = libraries.TensorRTLibrary("tensorrt", import_tensorrt("tensorrt-rtx").trt)
+    path = tmp_path / "cache"
+    options = BuildOptions(EngineLimits(1, 64, 16), ("sm89",), opt_level=0, timing_cache=path)
+    write_engine(library, tiny_bundle, options, tmp_path / "engine")
+    assert path.stat().st_size > 0
+    assert CompiledEngine.load(tmp_path / "engine").flavor == "tensorrt"
+    builder = EngineBuilder(library, tiny_bundle, options)
+    builder._config()  # reads it again
+    for answers in ({"create_timing_cache.return_value": None}, {"set_timing_cache.return_value": False}):
+        config = Mock(**answers)
+        builder._builder = Mock(**{"create_builder_config.return_value": config})
+        builder.log.errors[:] = ["Skipping timing cache: it is of another device."]
+        with pytest.raises(EngineBuildError, match=r"cache can't be used: .* of another device") as raised:
+            builder._config()
+        assert "delete it, or give another file" in str(raised.value.remedy)
+    folder = replace(options, timing_cache=tmp_path)
+    with pytest.raises(EngineBuildError, match="can't be read"):
+        EngineBuilder(library, tiny_bundle, folder)._config()
 
 
 def test_a_flavor_that_builds_for_the_gpu_at_hand_only() -> None:
@@ -262,7 +296,13 @@ def test_builder_failures_name_the_node_and_the_remedy(tiny_bundle: Bundle) -> N
     with pytest.raises(EngineBuildError, match="Raise --max-seq-len, or lower --max-prefill") as raised:
         builder.build()
     assert raised.value.node is not None and "cache_scatter" in raised.value.node
-    assert remedy("cudaError 35: CUDA driver version is insufficient") is not None
+    for said, helps in (
+        ("cudaError 35: CUDA driver version is insufficient", "update the driver"),
+        ("Requested amount of GPU memory could not be allocated: out of memory", "lower --max-batch or --max-seq-len"),
+        ("Cuda Runtime (cudaError 2: out of memory)", "lower --max-batch or --max-seq-len"),
+        ("Timing cache data is corrupted", "delete it, or give another file"),
+    ):
+        assert helps in str(remedy(said))
     assert build_error([], ()).remedy is None
     driver = "[checkMacros.cpp::catchCudaError::250] Error Code 1 (cudaError 35: CUDA driver version is insufficient)"
     refused = build_error([f"the node is odd\n{driver}"], ["node"])
@@ -301,8 +341,16 @@ def test_engines_that_were_altered(tiny_engine: CompiledEngine, tmp_path: Path) 
     assert CompiledEngine.load(tiny_engine.folder) == replace(tiny_engine)
 
 
-def test_an_interrupted_build_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    command = ["trt", str(tiny_bundle.folder), "-o", str(tmp_path / "out"), "--target", "sm89"]
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_build_leaves_nothing(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path, overwrite: bool
+) -> None:
+    """And what was there as it was."""
+    out = tmp_path / "out"
+    command = ["trt", str(tiny_bundle.folder), "-o", str(out), "--target", "sm89"]
+    if overwrite:
+        shutil.copytree(tiny_engine.folder, out)
+        command.append("--overwrite")
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from medusa_export.cli import main; main(prog_name='medusa-export')"
@@ -318,7 +366,9 @@ def test_an_interrupted_build_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path
     assert process.returncode != 0
     assert "Traceback" not in errors
     assert "Aborted" in errors
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == ([out] if overwrite else [])
+    if overwrite:
+        assert CompiledEngine.load(out) == replace(tiny_engine, folder=out)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it is run")
@@ -358,6 +408,9 @@ def test_smollm2_is_built_within_its_bounds(smollm2_gguf: str, tmp_path: Path) -
     bundle = Bundle.load(tmp_path / "bundle", check_digests=False)
     limits = choose_limits(bundle, max_batch=4, max_seq_len=2048)
     for targets in (("sm80",), ("sm86", "sm89"), TARGETS):
+        started = time.process_time()
         built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, targets)).build()
+        assert time.process_time() - started < 2 * 60  # a minute of two cores, whatever else they are doing
         assert sum(built.layers.values()) < 3000
-        assert built.data.nbytes < 1.12 * bundle.files["model.onnx.data"].size
+        # docs/gpu.md says what is in the 10.9 % that come on top of the weights
+        assert built.data.nbytes < 1.11 * bundle.files["model.onnx.data"].size

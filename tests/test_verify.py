@@ -72,6 +72,7 @@ def test_a_right_bundle_passes(tiny_bundle: Bundle, step: MedusaStep) -> None:
         "tokens, tree size 1",
         "tokens, tree size 5",
         "tokens, tree size 9",
+        "sampled tokens",
     ]
     integers = outcome.checks[2]
     assert set(integers.figures) == {"accepted_1", "accepted_2", "accepted_3", "accepted_4"}
@@ -149,6 +150,24 @@ def test_a_wrong_derived_graph_is_caught(copy: Path, step: MedusaStep) -> None:
     wrong = failed(verify(redescribe(copy), step))
     assert "model.onnxruntime.onnx: logits" in wrong
     assert "model.onnx: logits" not in wrong
+
+
+def test_a_wrong_draw_is_caught(copy: Path, step: MedusaStep) -> None:
+    path = copy / "model.onnxruntime.onnx"
+    model = onnx.load(path, load_external_data=False)
+
+    def backwards(graph: onnx.GraphProto) -> int:
+        count = 0
+        for node in graph.node:
+            if node.op_type == "CumSum":
+                node.attribute.append(onnx.helper.make_attribute("reverse", 1))
+                count += 1
+            count += sum(backwards(attribute.g) for attribute in node.attribute if attribute.type == attribute.GRAPH)
+        return count
+
+    assert backwards(model.graph) == 3
+    path.write_bytes(model.SerializeToString())
+    assert failed(verify(redescribe(copy), step)) == {"sampled tokens"}
 
 
 def test_wrong_heads_are_caught(tiny_bundle: Bundle) -> None:

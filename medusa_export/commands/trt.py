@@ -32,7 +32,9 @@ FLAVORS = ("auto", "tensorrt", "tensorrt-rtx")
 @click.option("--max-prefill", type=click.IntRange(1), help="Tokens of a prompt per step; by default at most 512.")
 @click.option("--opt-level", type=click.IntRange(0, 5), default=3, show_default=True, help="Of the builder.")
 @click.option(
-    "--timing-cache", type=click.Path(path_type=Path), help="Keep what was measured on this GPU here, for later builds."
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    help="Keep here, for later builds, what was measured on this GPU; tensorrt only.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an engine that is there.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -53,8 +55,6 @@ def command(
 
     With --target this needs no GPU. The caches have the bundle's dtype: export with --dtype fp16.
     """
-    if target is not None and timing_cache is not None:
-        raise click.UsageError("--timing-cache measures on this machine's GPU: drop it, or drop --target.")
     progress = Progress(quiet=quiet)
     progress("starting")
     with extra("export"):

@@ -145,7 +145,6 @@ class Bundle:
     def to_json(self) -> str:
         """The text of ``medusa.json``."""
         data = {
-            "contract_version": CONTRACT_VERSION,
             "producer": dict(self.producer),
             "model": asdict(self.model),
             "dtype": self.dtype,
@@ -155,9 +154,8 @@ class Bundle:
             "acceptance": asdict(self.acceptance),
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
-            "files": {name: asdict(facts) for name, facts in sorted(self.files.items())},
         }
-        return json.dumps(data, indent=1) + "\n"
+        return description_text(data, self.files)
 
     @classmethod
     def load(cls, folder: str | Path, *, check_digests: bool = True) -> Bundle:
@@ -289,6 +287,12 @@ def _check_files(bundle: Bundle, check_digests: bool) -> None:
     if (bundle.folder / ENGINE_DESCRIPTION).is_file():
         files = {name: facts for name, facts in files.items() if name not in (*GRAPHS, WEIGHTS)}
     check_files(bundle.folder, files, DESCRIPTION, "bundle", check_digests=check_digests)
+
+
+def description_text(data: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
+    """The text of a folder's description: contract version, what it says, and the facts of its files."""
+    table = {name: asdict(facts) for name, facts in sorted(files.items())}
+    return json.dumps({"contract_version": CONTRACT_VERSION, **data, "files": table}, indent=1) + "\n"
 
 
 def file_table(reader: JsonReader) -> dict[str, FileFacts]:

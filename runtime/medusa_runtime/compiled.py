@@ -19,6 +19,7 @@ from medusa_runtime.bundle import (
     FileFacts,
     JsonReader,
     check_files,
+    description_text,
     file_table,
 )
 from medusa_runtime.contract import CONTRACT_VERSION
@@ -110,7 +111,6 @@ class CompiledEngine:
     def to_json(self, bundle: Bundle) -> str:
         """The text of ``engine.json``; ``bundle`` is what the engine was built from."""
         data = {
-            "contract_version": CONTRACT_VERSION,
             "flavor": self.flavor,
             "version": self.version,
             "targets": self.targets,
@@ -124,9 +124,8 @@ class CompiledEngine:
             "network_layers": {"total": sum(self.layers.values()), **self.layers},
             "opt_level": self.opt_level,
             "build_seconds": round(self.build_seconds, 2),
-            "files": {name: asdict(facts) for name, facts in sorted(self.files.items())},
         }
-        return json.dumps(data, indent=1) + "\n"
+        return description_text(data, self.files)
 
     @classmethod
     def load(cls, folder: str | Path, *, check_digests: bool = True) -> CompiledEngine:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.base import Backend, StepResult, can_step_ahead
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.closing import Closing
 from medusa_runtime.errors import RequestError
@@ -161,14 +161,15 @@ class MedusaEngine(Closing):
             sequence.prefilled += len(chunk)
         stats.prefill_seconds = time.perf_counter() - started
         yield result.emitted(0, 1)
+        self._check_turn(turn)
         started = time.perf_counter()
-        while True:
-            self._check_turn(turn)
-            result = backend.step(size)
+        most = min(size, depth + 1)  # tokens that a step emits
+        for result in decoding_steps(backend, size, lambda: sequence.tokens_left > most):
             emitted = result.emitted(0)
             stats.count_step(len(emitted[0]))
             stats.decode_seconds = time.perf_counter() - started
             yield emitted
+            self._check_turn(turn)
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -197,6 +198,31 @@ class MedusaEngine(Closing):
         """Gives the backend's memory back."""
         self._turn += 1
         self.backend.close()
+
+
+def decoding_steps(backend: Backend, size: int, is_sure: Callable[[], bool]) -> Iterator[StepResult]:
+    """Decoding steps without end; where the backend can, each is submitted before the one before it is looked at.
+
+    So the device never waits for the host. A step that turns out to come after a stop is in vain, and discarded when
+    the row is reset.
+
+    Args:
+        backend: What runs them.
+        size: Nodes that each verifies.
+        is_sure: Whether one more step will be needed after the one under way, whatever that emits, unless the text
+            stops: a step ahead never goes past the tokens asked for, nor past the caches' end.
+    """
+    if not can_step_ahead(backend):
+        while True:
+            yield backend.step(size)
+    ahead = False
+    while True:
+        if not ahead:
+            backend.submit(size)
+        ahead = is_sure()
+        if ahead:
+            backend.submit(size)
+        yield backend.collect()
 
 
 class GenerationStream(Iterator[Chunk]):

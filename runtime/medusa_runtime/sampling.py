@@ -16,6 +16,7 @@ from medusa_runtime.tree import Tree
 
 # Numbers are multiples of this: a fp32 sum times the largest of them is less than the sum.
 _GRAIN = 23  # bits
+LARGEST_NUMBER = 1 - 2**-_GRAIN
 _BLOCK = 256
 
 

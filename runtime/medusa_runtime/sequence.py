@@ -87,6 +87,11 @@ class TokenSequence:
         """Whether some of the prompt is left."""
         return self.prefilled < len(self.prompt_ids)
 
+    @property
+    def tokens_left(self) -> int:
+        """How many it may still generate."""
+        return self.max_new_tokens - len(self.token_ids)
+
     def next_chunk(self, limit: int) -> Sequence[int]:
         """The next tokens of the prompt, ``limit`` at most."""
         return self.prompt_ids[self.prefilled : self.prefilled + limit]
@@ -113,7 +118,7 @@ class TokenSequence:
 
     def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
         """Cuts a step's tokens behind a stop token or at the length asked for; says which it was."""
-        left = self.max_new_tokens - len(self.token_ids)
+        left = self.tokens_left
         for place, token in enumerate(tokens[:left]):
             if token in self._stop_token_ids:
                 return tokens[: place + 1], "stop"

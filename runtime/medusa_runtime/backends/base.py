@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,36 @@ class Backend(Protocol):
     def close(self) -> None:
         """Gives all memory back."""
         ...
+
+
+class AheadBackend(Backend, Protocol):
+    """A backend whose next step can be put into the device's queue before the last one has been looked at.
+
+    ``step`` and ``reset`` wait for what is under way, and discard what it emits.
+    """
+
+    def submit(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> None:
+        """The first half of ``step``: puts a step behind those under way, without waiting for any.
+
+        Two steps may be under way.
+
+        Raises:
+            BackendError: The step doesn't fit, there are two already, or it can't be launched.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """The other half: waits for the oldest step under way, and gives what it emitted, until two more are submitted.
+
+        Raises:
+            BackendError: None is under way, or the device failed.
+        """
+        ...
+
+
+def can_step_ahead(backend: Backend) -> TypeGuard[AheadBackend]:
+    """Whether a backend has ``submit`` and ``collect``."""
+    return hasattr(backend, "submit")
 
 
 class BatchBackend(Backend, Protocol):

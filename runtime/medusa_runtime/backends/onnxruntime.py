@@ -1,5 +1,8 @@
 """The ONNX Runtime backend: every buffer bound once, caches updated in place.
 
+What a step leaves for the next goes to memory of its own, and takes effect once the step has come to its end: one that
+fails leaves rows as they were, as what it wrote into their caches lies behind their committed entries.
+
 It runs the graph that was derived for ONNX Runtime where a bundle has one: there is one for a single row and one for
 several, as ``GroupQueryAttention`` takes several tokens of one sequence or one token of several. Both append new
 entries to the caches without carrying accepted ones over from step to step: they say which nodes they accepted, and
@@ -9,7 +12,7 @@ the few entries below the root are moved to their places here. Plain decoding mo
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +90,7 @@ class OnnxRuntimeBackend:
         depth = bundle.tree.max_depth
         self._num_tokens = self._bind("num_tokens", np.zeros(rows, np.int64))
         self._is_prefill = self._bind("is_prefill", np.zeros(rows, np.bool_))
-        # A step reads these before it writes them, so each is its own successor.
+        self._carried: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._lengths = self._bind_state("cache_lengths", np.zeros(rows, np.int64), output="next_cache_lengths")
         self._sampling = SamplingRows(rows) if bundle.sampling else None
         self._logprobs: NDArray[np.float32] | None = None
@@ -105,9 +108,8 @@ class OnnxRuntimeBackend:
             self._path = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="accepted_path")
         self._tokens = self._bind(None, np.zeros((rows, depth + 1), np.int64), output="tokens")
         self._count = self._bind(None, np.zeros(rows, np.int64), output="count")
-        self._drafts = self._bind(None, np.zeros((rows, bundle.tree.size), np.int64), output="next_input_ids")
-        # What a row is besides its cache.
-        self._state = [array for array in (self._lengths, self._drafts, self._pending) if array is not None]
+        drafts = np.zeros((rows, bundle.tree.size), np.int64)
+        self._drafts = self._bind_state(None, drafts, output="next_input_ids")
         self._result = StepResult(self._tokens, self._count, self._logprobs)
         self._extra_outputs = tuple(extra_outputs)
         self._extra: dict[str, Any] = {}
@@ -119,9 +121,12 @@ class OnnxRuntimeBackend:
         self._bound.append(Bound(name, array, output))
         return array
 
-    def _bind_state(self, name: str, array: NDArray[Any], *, output: str) -> NDArray[Any]:
-        """Binds what one step leaves for the next, where the provider keeps it."""
-        return self._bind(name, array, output=output)
+    def _bind_state(self, name: str | None, array: NDArray[Any], *, output: str) -> NDArray[Any]:
+        """Binds what a row is besides its cache: what it is now, and what a step leaves for the next."""
+        if name is not None:
+            self._bind(name, array)
+        self._carried.append((array, self._bind(None, np.zeros_like(array), output=output)))
+        return array
 
     @property
     def name(self) -> str:
@@ -187,14 +192,8 @@ class OnnxRuntimeBackend:
     def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
         rows = range(self._rows)
         inputs = self._write_inputs(size, prompts or {}, rows)
-        binding = self._bindings()
-        before = [array.copy() for array in self._state]
-        try:
-            self._run(binding, size, inputs)
-        except BackendError:
-            for array, old in zip(self._state, before, strict=True):
-                array[:] = old
-            raise
+        self._run(self._bindings(), size, inputs)
+        self._carry_over(rows)
         if self._path is not None:
             for row in rows:
                 self._move_accepted(self._path, row, self._caches[:, row])
@@ -215,6 +214,12 @@ class OnnxRuntimeBackend:
         if self._extra_outputs:
             names = [*binding.outputs, *self._extra_outputs]
             self._extra = dict(zip(names, binding.values.get_outputs(), strict=True))
+
+    def _carry_over(self, rows: Iterable[int]) -> None:
+        """Makes what a step left of these rows what they are now; others keep what they are."""
+        for array, following in self._carried:
+            for row in rows:
+                array[row] = following[row]
 
     def _move_accepted(self, path: NDArray[np.int64], row: int, cache: NDArray[Any]) -> None:
         """Moves the entries of a row's accepted nodes together, in its caches, [2L, N, C, d]; the root stays."""
@@ -242,8 +247,9 @@ class OnnxRuntimeBackend:
             self._num_tokens[row] = size if prompt is None else len(prompt)
         if self._sampling is None:
             return {"input_ids": ids}
-        uniforms = self._of_width("uniforms", self._sampling.width(size, prompts, rows), np.float32)
-        self._sampling.write(uniforms, self._lengths, {row: len(chunk) for row, chunk in prompts.items()})
+        uniforms = self._of_width("uniforms", width := self._sampling.width(size, prompts, rows), np.float32)
+        if width:
+            self._sampling.write(uniforms, self.lengths, {row: len(chunk) for row, chunk in prompts.items()})
         return {"input_ids": ids, "uniforms": uniforms}
 
     def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:

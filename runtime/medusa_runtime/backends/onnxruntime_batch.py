@@ -91,6 +91,7 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
         for item, staged in zip(self._bound, self._staged, strict=True):
             if item.output is not None:
                 item.array[order] = staged[: len(order)]
+        self._carry_over(order)
         if self._path is not None:
             for row in order:
                 self._move_accepted(self._path, row, self._store.row(row))

@@ -6,15 +6,32 @@ tree among them, are some hundred bytes a step and go through the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.backends.onnxruntime import Bound, OnnxRuntimeBackend, import_onnxruntime
+from medusa_runtime.backends.onnxruntime import Binding, Bound, OnnxRuntimeBackend, import_onnxruntime
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
+
+
+@dataclass
+class _Kept:
+    """What a step reads and the next one's, which take turns in two blocks of device memory.
+
+    Attributes:
+        now: What the next step reads.
+        following: Where it leaves what the one after it reads.
+        output: That output's name.
+    """
+
+    now: Any
+    following: Any
+    output: str
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
@@ -43,19 +60,35 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                 "pip install 'medusa-export[gpu]', in the place of the package onnxruntime."
             )
         self._on_device: dict[str, Any] = {}
+        self._state: dict[str, _Kept] = {}
         super().__init__(bundle, rows=rows, threads=threads, graph=bundle.graph)
 
-    def _bind_state(self, name: str, array: NDArray[Any], *, output: str) -> NDArray[Any]:
-        self._bound.append(self._kept(name, array, output))
+    def _bind_state(self, name: str | None, array: NDArray[Any], *, output: str) -> NDArray[Any]:
+        if name is None:
+            return super()._bind_state(None, array, output=output)
+        self._state[name] = _Kept(self._copied(array), self._copied(array), output)
         return array
 
-    def _bound_cache(self, index: int, cache: NDArray[Any]) -> Bound:
-        return self._kept(cache_name("past", index), cache, cache_name("present", index))
+    def _bindings(self) -> Binding:
+        binding = super()._bindings()
+        for name, kept in self._state.items():
+            binding.values.bind_ortvalue_input(name, kept.now)
+            binding.values.bind_ortvalue_output(kept.output, kept.following)
+        return binding
 
-    def _kept(self, name: str, array: NDArray[Any], output: str) -> Bound:
-        """A copy of an array on the device, which is what steps read and write from now on."""
-        value = self._on_device[name] = self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
-        return Bound(name, array, output, value)
+    def _carry_over(self, rows: Iterable[int]) -> None:
+        super()._carry_over(rows)
+        for kept in self._state.values():
+            kept.now, kept.following = kept.following, kept.now
+
+    def _bound_cache(self, index: int, cache: NDArray[Any]) -> Bound:
+        name = cache_name("past", index)
+        value = self._on_device[name] = self._copied(cache)
+        return Bound(name, cache, cache_name("present", index), value)
+
+    def _copied(self, array: NDArray[Any]) -> Any:
+        """A copy of an array on the device."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
     @property
     def name(self) -> str:
@@ -63,7 +96,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        lengths: NDArray[np.int64] = self._on_device["cache_lengths"].numpy()
+        lengths: NDArray[np.int64] = self._state["cache_lengths"].now.numpy()
         return lengths
 
     def _resize(self, capacity: int) -> None:
@@ -75,8 +108,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     def reset(self, row: int) -> None:
         lengths = self.lengths
         lengths[row] = 0
-        self._on_device["cache_lengths"].update_inplace(lengths)
+        self._state["cache_lengths"].now.update_inplace(lengths)
 
     def close(self) -> None:
         super().close()
         self._on_device.clear()
+        self._state.clear()

@@ -76,6 +76,7 @@ class TensorRTBackend:
         rows: Sequences held at a time.
         library: The TensorRT to run it; the engine's flavor if None.
         cuda: The CUDA runtime; NVIDIA's if None.
+        capture: Whether steps are captured as CUDA graphs, which is what one wants but to measure what they bring.
 
     Raises:
         BackendError: The engine can't run here; the message says why, and how to rebuild it.
@@ -92,6 +93,7 @@ class TensorRTBackend:
         rows: int = 1,
         library: TensorRTLibrary | None = None,
         cuda: Cuda | None = None,
+        capture: bool = True,
     ) -> None:
         limits = description.limits
         if not 1 <= rows <= limits.max_batch:
@@ -101,7 +103,7 @@ class TensorRTBackend:
             )
         library = library or import_tensorrt(description.flavor)
         self._cuda = cuda or Cuda.open()
-        self._bundle, self._rows, self._limits = bundle, rows, limits
+        self._bundle, self._rows, self._limits, self._captures = bundle, rows, limits, capture
         self._loaded: LoadedEngine | None = load_engine(bundle, description, library, self._cuda)
         self._name = f"{description.flavor} {library.version}, {self._loaded.device.name}"
         self._stream = Stream(self._cuda)
@@ -132,6 +134,9 @@ class TensorRTBackend:
                 f"{self._name} has no memory for {rows} sequences of {limits.capacity} tokens ({size / 2**20:,.0f} MiB "
                 f"with caches): take fewer rows, or build again with a smaller --max-seq-len. {error}"
             ) from error
+        except BackendError:
+            self.close()
+            raise
 
     def _size(self, spec: TensorSpec, rows: int | None = None) -> int:
         """Bytes of a tensor at this backend's rows."""
@@ -211,9 +216,11 @@ class TensorRTBackend:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Committed entries per row, [rows]; waits for the steps under way."""
-        self._settle()
-        return self._lengths
+        """Committed entries per row, [rows], once the steps under way are done; waits for them."""
+        lengths = self._lengths.copy()
+        for step in self._submitted:
+            lengths += self._committed(step)
+        return lengths
 
     @property
     def drafts(self) -> NDArray[np.int64]:
@@ -253,13 +260,6 @@ class TensorRTBackend:
         return self.collect()
 
     def submit(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> None:
-        """Puts a step into the device's queue, as ``step`` does, without waiting for it.
-
-        Two steps may be under way; the results of each are to be collected in turn.
-
-        Raises:
-            BackendError: The step is too large, there are two already, or it can't be launched.
-        """
         prompts = prompts or {}
         self._check_step(size, prompts)
         if self._drafts_shown:
@@ -278,23 +278,20 @@ class TensorRTBackend:
         self._submitted.append(_Submitted(slot, size, {row: len(prompt) for row, prompt in prompts.items()}))
 
     def collect(self) -> StepResult:
-        """Waits for the oldest step that was submitted, and gives what it emitted.
-
-        The arrays are valid until as many steps more are submitted as may be under way.
-
-        Raises:
-            BackendError: None was submitted, or the device failed.
-        """
         if not self._submitted:
             raise BackendError("No step was submitted that could be collected.")
         step = self._submitted.pop(0)
-        step.slot.done.wait(f"waiting for a step of {step.size} tokens over {self._rows} rows")
-        for row in range(self._rows):
-            self._lengths[row] += step.added.get(row, int(step.slot.result.count[row]))
+        self._lengths += self._committed(step)
         return step.slot.result
 
+    def _committed(self, step: _Submitted) -> NDArray[np.int64]:
+        """Waits for a step; how many entries it commits in each row."""
+        step.slot.done.wait(f"waiting for a step of {step.size} tokens over {self._rows} rows")
+        count = step.slot.result.count
+        return np.array([step.added.get(row, int(count[row])) for row in range(self._rows)])
+
     def _settle(self) -> None:
-        """Takes note of what steps under way commit."""
+        """Discards what steps under way emit, and takes note of what they commit."""
         while self._submitted:
             self.collect()
 
@@ -349,7 +346,7 @@ class TensorRTBackend:
         decoder = self._decoders.get((size, width))
         if decoder is None:
             decoder = self._decoders[size, width] = _Decoder(self._context(0, size, width, eager=True))
-        if decoder.graph is None and decoder.warm and size not in self.uncaptured:
+        if self._captures and decoder.graph is None and decoder.warm and size not in self.uncaptured:
             decoder.graph = self._capture(decoder, size, doing)
         if decoder.graph is not None:
             decoder.graph.launch(doing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from medusa_runtime.backends.cuda import Cuda, Device
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.compiled import REBUILD, CompiledEngine
 from medusa_runtime.contract import cache_name, fixed_shape
-from medusa_runtime.errors import BackendError
+from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
 from medusa_runtime.tensorrt_library import TensorRTLibrary, error_log
 
 
@@ -104,6 +105,7 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
     """Deserialises an engine and holds it against the contract.
 
     Raises:
+        OutOfDeviceMemoryError: The GPU has no memory for its weights.
         BackendError: It is of another version or GPU, it can't be read, or it is not what the contract says.
     """
     if library.version != description.version:
@@ -125,9 +127,15 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
     kernels = KernelCache(description.folder / f".kernels.{device.architecture}.cache")
     loaded = LoadedEngine(description, library, device, engine, log, kernels)
     if engine is None:
+        words = loaded.words()
+        if re.search(r"out ?of ?memory", words, re.IGNORECASE):
+            raise OutOfDeviceMemoryError(
+                f"{device.name} has no memory for the weights in {description.engine} ({len(data) / 2**20:,.0f} MiB): "
+                f"{words} End what else uses the GPU, or take one with more memory."
+            )
         raise BackendError(
-            f"{description.flavor} {library.version} can't load {description.engine} on {device.name}: "
-            f"{loaded.words()} {REBUILD}"
+            f"{description.flavor} {library.version} can't load {description.engine} on {device.name}: {words} "
+            f"{REBUILD}"
         )
     _check_tensors(loaded, bundle)
     return loaded
