@@ -24,7 +24,15 @@ from medusa_export.head_files import load_heads
 from medusa_export.head_writer import save_heads
 from medusa_export.heads import MedusaHeads
 from medusa_export.training import distillation
-from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize, unique
+from medusa_export.training.conversations import (
+    Conversation,
+    Sample,
+    load_chat_tokenizer,
+    read_conversations,
+    render,
+    tokenize,
+    unique,
+)
 from medusa_export.training.dataset import load_splits
 from medusa_export.training.features import Features, _left, positions_of
 from medusa_export.training.generation import Writer, _choose
@@ -93,6 +101,16 @@ def test_labels_are_what_the_assistant_says(template: str, end: str) -> None:
     cut = tokenize(tokenizer, Conversation(TALK, complete=False))
     assert labelled(tokenizer, cut) == [f"yes{end}", "I think so."]
     assert cut.is_label[-1]
+
+
+@pytest.mark.slow
+def test_labels_under_the_chat_template_of_a_real_model(smollm2_gguf: str) -> None:
+    tokenizer = load_chat_tokenizer(smollm2_gguf)
+    whole = tokenize(tokenizer, Conversation(TALK))
+    assert labelled(tokenizer, whole) == ["yes<|im_end|>", "I think so.<|im_end|>"]
+    # What a step drafts after the prompt begins where the assistant's first word does.
+    prompt = render(tokenizer, TALK[:1], answering=True)
+    assert whole.is_label.index(True) == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def test_a_template_that_alters_answers_is_refused() -> None:
@@ -210,6 +228,16 @@ def test_distilled_data(data: Path) -> None:
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
     splits = load_splits(data, heldout=0)
     assert {split.name: len(split.conversations) > 0 for split in splits} == {"train": True, "heldout": True}
+
+
+def test_a_limit_takes_a_sample_not_the_shortest_prompts(data: Path) -> None:
+    whole, few, fewer = (load_splits(data, heldout=0, limit=limit)[0] for limit in (None, 8, 4))
+    assert (len(few.conversations), len(fewer.conversations)) == (8, 4)
+    assert len({split.sha256 for split in (whole, few, fewer)}) == 3
+    places = [whole.conversations.index(conversation) for conversation in few.conversations]
+    assert places == sorted(places) != list(range(8))  # what distill writes is sorted by the length of prompts
+    assert {c.prompt_key for c in fewer.conversations} < {c.prompt_key for c in few.conversations}
+    assert load_splits(data, heldout=0, limit=1000)[0] == whole
 
 
 def test_an_interrupted_distillation_goes_on(
