@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Makes the heads in scripts/smollm2_heads anew: distil, train, calibrate. Each step goes on where it was stopped.
 # On two CPU cores it takes about three hours; a run to try it out takes a few minutes:
-#   WORK=/tmp/try HEADS=/tmp/try/smollm2_heads PROMPTS=24 MAX_NEW_TOKENS=24 EPOCHS=1 DRAFT_VOCAB=512 scripts/train_smollm2.sh
+#   WORK=/tmp/try HEADS=/tmp/try/heads DTYPE=fp32 PROMPTS=12 BATCH_SIZE=12 HELDOUT=0.3 MAX_NEW_TOKENS=24 EPOCHS=1 \
+#     DRAFT_VOCAB=512 scripts/train_smollm2.sh
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 work=${WORK:-.cache/train}                # data, hidden states, checkpoints
 heads=${HEADS:-scripts/smollm2_heads}     # what is replaced
 prompts=${PROMPTS:-2600}                  # templated ones, and as many that the model writes itself
+batch_size=${BATCH_SIZE:-128}
+heldout=${HELDOUT:-0.05}
 max_new_tokens=${MAX_NEW_TOKENS:-256}
 epochs=${EPOCHS:-4}
 draft_vocab=${DRAFT_VOCAB:-6144}
@@ -19,7 +22,8 @@ model=$(scripts/smollm2.sh)
 mkdir -p "$work" "$heads"
 python scripts/seed_prompts.py "$prompts" > "$work/prompts.txt"
 distill() {
-  medusa-export distill "$model" --max-new-tokens "$max_new_tokens" --temperature 0 --dtype "$dtype" --batch-size 128 "$@"
+  medusa-export distill "$model" --max-new-tokens "$max_new_tokens" --temperature 0 --dtype "$dtype" \
+    --batch-size "$batch_size" --heldout "$heldout" "$@"
 }
 distill --output "$work/templates" --prompts "$work/prompts.txt"
 distill --output "$work/magpie" --magpie "$prompts" --prompt-temperature 0.8
