@@ -43,22 +43,25 @@ def plot(points: list[dict[str, float]], target: Path) -> None:
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("model")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="What 'distill' wrote.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="As for 'train'.")
 @click.option("--measure", type=click.Path(path_type=Path), required=True, help="Conversations to measure on.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of heads, JSON and plot.")
+@click.option("--heldout", default=0.05, show_default=True, help="If --data is a file.")
 @click.option("--parts", default=4, show_default=True, help="Points, each of twice the data of the one before.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def main(model: str, data: Path, measure: Path, output: Path, parts: int, options: tuple[str, ...]) -> None:
+def main(
+    model: str, data: Path, measure: Path, output: Path, heldout: float, parts: int, options: tuple[str, ...]
+) -> None:
     """Trains and measures; what is there already is not made again."""
     tokenizer = load_chat_tokenizer(model)
-    whole = load_splits(data, heldout=0)[0]
+    whole = load_splits(data, heldout=heldout)[0]
     points = []
     for part in reversed(range(parts)):
         split = whole.sample(len(whole.conversations) >> part)
         heads, measured = output / f"heads-{part}", output / f"calibration-{part}.json"
         if not measured.is_file():
-            limit = len(split.conversations)
-            medusa_export("train", model, "--data", data, "--limit", limit, "-o", heads, *options)
+            chosen = ("--data", data, "--heldout", heldout, "--limit", len(split.conversations))
+            medusa_export("train", model, *chosen, "-o", heads, *options)
             medusa_export("calibrate", model, "--heads", heads, "--data", measure, "-o", measured)
         calibration = Calibration.load(measured)
         point = {"tokens": sum(sum(sample.is_label) for sample in split.samples(tokenizer))}
