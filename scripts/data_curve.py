@@ -26,15 +26,21 @@ def medusa_export(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "medusa_export", *map(str, arguments)], check=True)  # noqa: S603
 
 
+def point(tokens: int, measured: Path) -> dict[str, float]:
+    """Tokens that heads were trained on, and how often they are right."""
+    heads = enumerate(Calibration.load(measured).accuracies, 1)
+    return {"tokens": tokens} | {f"head{k}_top{top}": sum(head[:top]) for k, head in heads for top in TOP}
+
+
 def plot(points: list[dict[str, float]], target: Path) -> None:
     """A line per head, over tokens on a logarithmic scale."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    tokens = [point["tokens"] for point in points]
+    tokens = [found["tokens"] for found in points]
     heads = sum(name.endswith("_top1") for name in points[0])
     for k in range(1, heads + 1):
-        (line,) = axes.plot(tokens, [point[f"head{k}_top1"] for point in points], "o-", label=f"head {k}")
-        axes.plot(tokens, [point[f"head{k}_top5"] for point in points], "o--", color=line.get_color())
+        (line,) = axes.plot(tokens, [found[f"head{k}_top1"] for found in points], "o-", label=f"head {k}")
+        axes.plot(tokens, [found[f"head{k}_top5"] for found in points], "o--", color=line.get_color())
     axes.set(xlabel="tokens trained on", ylabel="accuracy", xscale="log", ylim=0, title="Top-1 (solid), top-5 (dashed)")
     axes.legend()
     with atomic_file(target) as path:
@@ -48,9 +54,17 @@ def plot(points: list[dict[str, float]], target: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of heads, JSON and plot.")
 @click.option("--heldout", default=0.05, show_default=True, help="If --data is a file.")
 @click.option("--parts", default=4, show_default=True, help="Points, each of twice the data of the one before.")
+@click.option("--known", type=(int, str), multiple=True, metavar="TOKENS HEADS", help="Also heads that are there.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def main(
-    model: str, data: Path, measure: Path, output: Path, heldout: float, parts: int, options: tuple[str, ...]
+    model: str,
+    data: Path,
+    measure: Path,
+    output: Path,
+    heldout: float,
+    parts: int,
+    known: tuple[tuple[int, str], ...],
+    options: tuple[str, ...],
 ) -> None:
     """Trains and measures; what is there already is not made again."""
     tokenizer = load_chat_tokenizer(model)
@@ -63,12 +77,12 @@ def main(
             chosen = ("--data", data, "--heldout", heldout, "--limit", len(split.conversations))
             medusa_export("train", model, *chosen, "-o", heads, *options)
             medusa_export("calibrate", model, "--heads", heads, "--data", measure, "-o", measured)
-        calibration = Calibration.load(measured)
-        point = {"tokens": sum(sum(sample.is_label) for sample in split.samples(tokenizer))}
-        for k, head in enumerate(calibration.accuracies, 1):
-            point |= {f"head{k}_top{top}": sum(head[:top]) for top in TOP}
-        points.append(point)
-        print(json.dumps(point))
+        points.append(point(sum(sum(sample.is_label) for sample in split.samples(tokenizer)), measured))
+    for tokens, path in sorted(known):
+        measured = output / f"calibration-{tokens}.json"
+        if not measured.is_file():
+            medusa_export("calibrate", model, "--heads", path, "--data", measure, "-o", measured)
+        points.append(point(tokens, measured))
     write_text(output / "data_curve.json", json.dumps(points, indent=1) + "\n")
     plot(points, output / "data_curve.png")
 
