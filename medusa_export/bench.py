@@ -148,17 +148,18 @@ def genai_contestant(folder: Path, threads: int | None) -> Contestant:
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=len(prompt) + max_new_tokens, do_sample=False)
         generator = og.Generator(model, params)
+        # Not from its `get_sequence`, which leaves out the token that ends an answer.
+        tokens: list[int] = []
         started = time.perf_counter()
         generator.append_tokens(prompt)
         generator.generate_next_token()
         first = time.perf_counter()
-        steps = 0
+        tokens.append(int(generator.get_next_tokens()[0]))
         while not generator.is_done():
             generator.generate_next_token()
-            steps += 1
+            tokens.append(int(generator.get_next_tokens()[0]))
         done = time.perf_counter()
-        tokens = [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
-        return Generation(tuple(tokens), first - started, done - first, steps)
+        return Generation(tuple(tokens), first - started, done - first, len(tokens) - 1)
 
     return answer
 

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from medusa_export.errors import CheckpointError, ModelNotSupportedError, OutputError
-from medusa_export.files import atomic_folder
+from medusa_export.files import WRITE_ERRORS, atomic_folder
 from medusa_export.gguf_cache import gguf_cache
 
 # A model has a tokenizer if it has one of these.
@@ -120,7 +120,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         with atomic_folder(folder) as partial, quiet_libraries():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-    except OSError as error:
+    except WRITE_ERRORS as error:
         raise OutputError(f"The model can't be written to {folder}: {error}.") from error
 
 

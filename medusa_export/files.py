@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from medusa_export.errors import ExportError, OutputError
+
+# What is raised where a file can't be written; safetensors wraps the system's errors in its own.
+WRITE_ERRORS = (OSError, SafetensorError)
 
 
 @contextmanager
@@ -25,7 +30,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(target)
-    except OSError as error:
+    except WRITE_ERRORS as error:
         raise OutputError(f"{target} can't be written: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -36,7 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of ``target`` only if nothing failed.
 
     Raises:
-        OSError: It can't be written.
+        OSError: It can't be written; what fills it may raise others of ``WRITE_ERRORS``.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -1,23 +1,40 @@
 #!/usr/bin/env bash
 # Makes the heads in scripts/smollm2_heads anew: distil, train, calibrate. Each step goes on where it was stopped.
-# On two CPU cores it takes about three hours.
+# On two CPU cores it takes about three hours; a run to try it out takes a few minutes:
+#   WORK=/tmp/try HEADS=/tmp/try/heads DTYPE=fp32 PROMPTS=12 BATCH_SIZE=12 HELDOUT=0.3 MAX_NEW_TOKENS=24 EPOCHS=1 \
+#     DRAFT_VOCAB=512 scripts/train_smollm2.sh
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
+
+work=${WORK:-.cache/train}                # data, hidden states, checkpoints
+heads=${HEADS:-scripts/smollm2_heads}     # what is replaced
+prompts=${PROMPTS:-2600}                  # templated ones, and as many that the model writes itself
+batch_size=${BATCH_SIZE:-128}
+heldout=${HELDOUT:-0.05}
+max_new_tokens=${MAX_NEW_TOKENS:-256}
+epochs=${EPOCHS:-4}
+draft_vocab=${DRAFT_VOCAB:-6144}
+dtype=${DTYPE:-bf16}                      # fp32 is faster on a CPU without instructions for bf16
 
 # Freed caches stay with the process, which saves a fifth of the time on a CPU.
 export MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TRIM_THRESHOLD_=100000000000
 model=$(scripts/smollm2.sh)
-work=.cache/train
-heads=scripts/smollm2_heads
-mkdir -p $work
-python scripts/seed_prompts.py 2600 > $work/prompts.txt
-distill() { medusa-export distill "$model" --max-new-tokens 256 --temperature 0 --dtype bf16 --batch-size 128 "$@"; }
-distill --output $work/templates --prompts $work/prompts.txt
-distill --output $work/magpie --magpie 2600 --prompt-temperature 0.8
-data=(--data $work/templates --data $work/magpie)
-medusa-export train "$model" "${data[@]}" --output $work/heads --dtype bf16 --bf16 \
-  --num-heads 4 --num-layers 2 --draft-vocab 6144 --epochs 4
-medusa-export calibrate "$model" --heads $work/heads "${data[@]}" --output $work/calibration.json \
-  --plot $heads/calibration.png
-cp $work/heads/medusa_lm_head.safetensors $work/heads/config.json $work/heads/training.json \
-  $work/heads/training.png $work/calibration.json $heads/
+mkdir -p "$work" "$heads"
+python scripts/seed_prompts.py "$prompts" > "$work/prompts.txt"
+distill() {
+  medusa-export distill "$model" --max-new-tokens "$max_new_tokens" --temperature 0 --dtype "$dtype" \
+    --batch-size "$batch_size" --heldout "$heldout" "$@"
+}
+distill --output "$work/templates" --prompts "$work/prompts.txt"
+distill --output "$work/magpie" --magpie "$prompts" --prompt-temperature 0.8
+data=(--data "$work/templates" --data "$work/magpie")
+bf16=--no-bf16
+[ "$dtype" = bf16 ] && bf16=--bf16
+medusa-export train "$model" "${data[@]}" --output "$work/heads" --dtype "$dtype" $bf16 \
+  --num-heads 4 --num-layers 2 --draft-vocab "$draft_vocab" --epochs "$epochs"
+medusa-export calibrate "$model" --heads "$work/heads" "${data[@]}" --output "$work/calibration.json" \
+  --plot "$heads/calibration.png"
+for file in medusa_lm_head.safetensors config.json training.json training.png; do
+  cp "$work/heads/$file" "$heads/"
+done
+cp "$work/calibration.json" "$heads/"

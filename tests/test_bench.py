@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
 
-from medusa_export.bench import Contestant, Generation, Paddock, bench_prompts, by_category, race, speeds
+from medusa_export.bench import (
+    Contestant,
+    Generation,
+    Paddock,
+    bench_prompts,
+    by_category,
+    genai_contestant,
+    race,
+    speeds,
+)
 from medusa_export.bench_report import as_markdown, regressions
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
@@ -62,6 +73,54 @@ def test_everyone_answers_everything_and_the_order_turns() -> None:
     assert [name for name, _ in asked] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     lengths = {name: [len(repeat) for repeat in repeats] for name, repeats in answers.items()}
     assert lengths == {"a": [2, 2], "b": [2, 2]}
+
+
+class StandInGenai(ModuleType):
+    """As much of onnxruntime-genai 0.18 as the bench uses: its sequence lacks the token that ends an answer."""
+
+    STOP = 2
+
+    class Config:
+        def __init__(self, folder: str) -> None: ...
+
+        def clear_providers(self) -> None: ...
+
+    class Model:
+        def __init__(self, config: object) -> None: ...
+
+    class GeneratorParams:
+        def __init__(self, model: object) -> None: ...
+
+        def set_search_options(self, *, max_length: int, do_sample: bool) -> None:
+            self.max_length = max_length
+
+    class Generator:
+        def __init__(self, model: object, params: StandInGenai.GeneratorParams) -> None:
+            self.most, self.sequence, self.answer = params.max_length, [], [7, 8, 9, StandInGenai.STOP]
+
+        def append_tokens(self, tokens: list[int]) -> None:
+            self.sequence += tokens
+
+        def generate_next_token(self) -> None:
+            self.last = self.answer.pop(0)
+            self.sequence += [self.last] if self.last != StandInGenai.STOP else []
+
+        def get_next_tokens(self) -> list[int]:
+            return [self.last]
+
+        def get_sequence(self, row: int) -> list[int]:
+            return self.sequence
+
+        def is_done(self) -> bool:
+            return self.last == StandInGenai.STOP or len(self.sequence) == self.most
+
+
+def test_the_end_of_an_answer_is_one_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", StandInGenai("onnxruntime_genai"))
+    contestant = genai_contestant(Path("model"), None)
+    assert contestant([1, 1], 10).token_ids == (7, 8, 9, 2)
+    assert contestant([1, 1], 3).token_ids == (7, 8, 9)
+    assert contestant([1, 1], 10).steps == 3
 
 
 def test_contestants_are_weighed() -> None:

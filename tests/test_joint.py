@@ -325,7 +325,9 @@ with processes.main_first():
 
 @pytest.mark.slow
 def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "medusa_export"]
+    # accelerate starts processes by itself for GPUs only: they are asked for, and then not used.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher = [*launch, "-m", "medusa_export"]
     arguments = train(tiny_model_folder, talks, tmp_path / "out", "--recipe", "medusa2")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, check=False)

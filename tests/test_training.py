@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
@@ -19,7 +24,15 @@ from medusa_export.head_files import load_heads
 from medusa_export.head_writer import save_heads
 from medusa_export.heads import MedusaHeads
 from medusa_export.training import distillation
-from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize, unique
+from medusa_export.training.conversations import (
+    Conversation,
+    Sample,
+    load_chat_tokenizer,
+    read_conversations,
+    render,
+    tokenize,
+    unique,
+)
 from medusa_export.training.dataset import load_splits
 from medusa_export.training.features import Features, _left, positions_of
 from medusa_export.training.generation import Writer, _choose
@@ -88,6 +101,16 @@ def test_labels_are_what_the_assistant_says(template: str, end: str) -> None:
     cut = tokenize(tokenizer, Conversation(TALK, complete=False))
     assert labelled(tokenizer, cut) == [f"yes{end}", "I think so."]
     assert cut.is_label[-1]
+
+
+@pytest.mark.slow
+def test_labels_under_the_chat_template_of_a_real_model(smollm2_gguf: str) -> None:
+    tokenizer = load_chat_tokenizer(smollm2_gguf)
+    whole = tokenize(tokenizer, Conversation(TALK))
+    assert labelled(tokenizer, whole) == ["yes<|im_end|>", "I think so.<|im_end|>"]
+    # What a step drafts after the prompt begins where the assistant's first word does.
+    prompt = render(tokenizer, TALK[:1], answering=True)
+    assert whole.is_label.index(True) == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def test_a_template_that_alters_answers_is_refused() -> None:
@@ -205,6 +228,16 @@ def test_distilled_data(data: Path) -> None:
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
     splits = load_splits(data, heldout=0)
     assert {split.name: len(split.conversations) > 0 for split in splits} == {"train": True, "heldout": True}
+
+
+def test_a_limit_takes_a_sample_not_the_shortest_prompts(data: Path) -> None:
+    whole, few, fewer = (load_splits(data, heldout=0, limit=limit)[0] for limit in (None, 8, 4))
+    assert (len(few.conversations), len(fewer.conversations)) == (8, 4)
+    assert len({split.sha256 for split in (whole, few, fewer)}) == 3
+    places = [whole.conversations.index(conversation) for conversation in few.conversations]
+    assert places == sorted(places) != list(range(8))  # what distill writes is sorted by the length of prompts
+    assert {c.prompt_key for c in fewer.conversations} < {c.prompt_key for c in few.conversations}
+    assert load_splits(data, heldout=0, limit=1000)[0] == whole
 
 
 def test_an_interrupted_distillation_goes_on(
@@ -352,6 +385,101 @@ def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Pat
     again = train(tmp_path / "again", 2)
     for name, tensor in whole.items():
         torch.testing.assert_close(again[name], tensor, msg=name)
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As on a disk that fills up: every write beyond the limit fails, whichever library makes it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_distillation_with_no_room_goes_on(
+    data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    options = ("--prompts", prompts, "--temperature", 1)
+    with no_file_larger_than(1024):  # enough for the parts, but not for what they make together
+        code, output = distilled(tiny_model_folder, tmp_path / "data", *options)
+    assert code == 1
+    assert "train.jsonl can't be written" in output
+    assert distilled(tiny_model_folder, tmp_path / "data", *options)[0] == 0
+    assert rows_of(tmp_path / "data") == rows_of(data)
+
+
+# Sizes are such that the first file to reach the limit is the one named.
+@pytest.mark.parametrize(
+    ("limit", "words", "options"),
+    [
+        (20_000, "000000.safetensors can't be written", ()),
+        (60_000, "A checkpoint can't be written", ()),  # its weights, by safetensors
+        (90_000, "A checkpoint can't be written", ("--hidden-states", "online")),  # its optimizer, by torch
+        (180_000, "The model can't be written", ("--recipe", "medusa2", "--lora-rank", 1)),
+    ],
+)
+def test_a_training_with_no_room_goes_on(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, limit: int, words: str, options: tuple[object, ...]
+) -> None:
+    def train(folder: Path) -> Result:
+        command = ["train", tiny_model_folder, "--data", data, "-o", folder, "--num-heads", 2, "--epochs", 2, *options]
+        return CliRunner().invoke(main, [*map(str, command), "-q"])
+
+    with no_file_larger_than(limit):
+        result = train(tmp_path / "full")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert words in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not list((tmp_path / "full").rglob("*.partial*"))
+    assert all((checkpoint / "trainer_state.json").is_file() for checkpoint in tmp_path.rglob("checkpoint-*"))
+    for folder in ("full", "whole"):
+        result = train(tmp_path / folder)
+        assert result.exit_code == 0, (result.output, result.exception)
+    expected = load_file(tmp_path / "whole" / "medusa_lm_head.safetensors")
+    for name, tensor in load_file(tmp_path / "full" / "medusa_lm_head.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def flip_a_byte(path: Path) -> None:
+    """In its last quarter, where a file of tensors holds their values."""
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 4] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut])
+def test_damage_to_what_a_training_keeps_is_found(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    out = tmp_path / "out"
+    command = ["train", tiny_model_folder, "--data", data, "-o", out, "--num-heads", 2, "--epochs", 2, "-q"]
+
+    def train() -> Result:
+        return CliRunner().invoke(main, list(map(str, command)))
+
+    assert train().exit_code == 0
+    shard = next((out / "features").glob("train-*/000000.safetensors"))
+    damage(shard)
+    result = train()
+    assert result.exit_code == 1
+    assert f"{shard} is damaged" in result.output
+    shard.unlink()
+    assert train().exit_code == 0
+    last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+    for name in ("model.safetensors", "optimizer.pt"):
+        cut(last / name)
+        result = train()
+        assert result.exit_code == 1
+        assert f"{last} is damaged" in result.output
+    shutil.rmtree(last)
+    assert train().exit_code == 0
 
 
 def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:

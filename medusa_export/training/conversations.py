@@ -52,10 +52,14 @@ class Conversation:
         first = self.user_turns[0] if self.user_turns else ""
         return " ".join("".join(c if c.isalnum() else " " for c in first.casefold()).split())
 
+    @property
+    def prompt_digest(self) -> int:
+        """64 bits decided by the prompt alone, so that copies go together wherever a data set is divided by it."""
+        return int.from_bytes(hashlib.sha256(self.prompt_key.encode()).digest()[:8], "big")
+
     def is_held_out(self, fraction: float) -> bool:
-        """Whether this prompt belongs to the held-out part: decided by the prompt alone, so that copies go together."""
-        digest = hashlib.sha256(self.prompt_key.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < fraction * 2**64
+        """Whether this prompt belongs to the held-out part."""
+        return self.prompt_digest < fraction * 2**64
 
 
 def unique(conversations: Sequence[Conversation]) -> list[Conversation]:

@@ -32,6 +32,14 @@ class DatasetSplit:
         words = "\n".join([self.sha256, *(conversation.prompt_key for conversation in left)])
         return DatasetSplit(self.name, left, hashlib.sha256(words.encode()).hexdigest())
 
+    def sample(self, limit: int) -> DatasetSplit:
+        """At most so many of its conversations, whatever their order; a larger sample holds all of a smaller one."""
+        if limit >= len(self.conversations):
+            return self
+        chosen = sorted(range(len(self.conversations)), key=lambda i: self.conversations[i].prompt_digest)[:limit]
+        kept = [self.conversations[i] for i in sorted(chosen)]
+        return DatasetSplit(self.name, kept, f"{self.sha256}, sample of {limit}")
+
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """Its conversations as tokens.
 
@@ -69,9 +77,8 @@ def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list
             raise DatasetError(
                 f"No conversation of {data} falls to the split {split.name!r}: give more, or another --heldout."
             )
-    train = splits[0]
-    if limit is not None and limit < len(train.conversations):
-        splits[0] = DatasetSplit(train.name, train.conversations[:limit], f"{train.sha256}, first {limit}")
+    if limit is not None:
+        splits[0] = splits[0].sample(limit)
     return splits
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from medusa_export.progress import progress_bar
 from medusa_export.training.conversations import Sample
 
 DESCRIPTION = "features.json"
+_DIGEST = "sha256"
 # Tokens of a batch, padding included.
 _BATCH_TOKENS = 4096
 
@@ -189,7 +190,7 @@ def compute_features(
         for number, batch in missing.items():
             tensors = _compute(model, batch, key.num_heads)
             with atomic_file(folder / _file(number)) as path:
-                save_file(tensors, path)
+                save_file(tensors, path, {_DIGEST: _digest(tensors)})
             bar.add(sum(len(sample.input_ids) for sample in batch))
             bar.finish_piece()
     return _load(folder, len(batches))
@@ -264,14 +265,24 @@ def _load(folder: Path, count: int) -> Features:
         path = folder / _file(number)
         try:
             with safe_open(path, framework="pt") as file:
-                for name, tensors in parts.items():
-                    tensors.append(file.get_tensor(name))
+                found = {name: file.get_tensor(name) for name in parts}
+                if _digest(found) != (file.metadata() or {}).get(_DIGEST):
+                    raise OSError("its content is not what was written")
         except (SafetensorError, OSError) as error:
             raise DatasetError(f"{path} is damaged ({error}): delete it and run again to compute it anew.") from error
+        for name, tensor in found.items():
+            parts[name].append(tensor)
     features = Features(**{name: torch.cat(tensors) for name, tensors in parts.items()})
     if not len(features):
         raise DatasetError("The conversations hold no assistant's turn of more than one token: nothing to learn from.")
     return features
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def frequent_tokens(samples: Iterable[Sample], count: int) -> Tensor:

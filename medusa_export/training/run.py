@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import click
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_export.checkpoints import quiet_libraries
-from medusa_export.errors import TrainingError
+from medusa_export.errors import OutputError, TrainingError
+from medusa_export.files import WRITE_ERRORS
 from medusa_export.progress import progress_bar
 
 
@@ -77,6 +82,41 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         self._bars.close()
 
 
+class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """transformers' own, but a checkpoint that can't be written or read is named, and one half written is removed."""
+
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        folder = Path(self.args.output_dir)
+        try:
+            super()._save_checkpoint(*arguments)
+        except (*WRITE_ERRORS, RuntimeError) as error:  # the latter is torch's
+            free = shutil.disk_usage(folder).free >> 20
+            shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", ignore_errors=True)
+            raise OutputError(
+                f"A checkpoint can't be written to {folder}, where {free:,} MiB are free ({error}). Make room and run "
+                "again: earlier ones are whole."
+            ) from error
+
+    def _load_from_checkpoint(self, checkpoint: str, *arguments: Any) -> None:
+        with _reading(checkpoint):
+            super()._load_from_checkpoint(checkpoint, *arguments)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise TrainingError(
+            f"{checkpoint} is damaged, or of another training ({error}): delete it and run again to go on from the one "
+            "before."
+        ) from error
+
+
 def _as_tuple(arrays: Any) -> tuple[Any, ...]:
     """The Trainer hands over a single array by itself."""
     return arrays if isinstance(arrays, tuple) else (arrays,)
@@ -128,7 +168,8 @@ def run_training(
         What was logged: losses by step, and figures on held-out examples by epoch.
 
     Raises:
-        TrainingError: The loss is no longer a number.
+        OutputError: A checkpoint can't be written.
+        TrainingError: The loss is no longer a number, or a checkpoint can't be read.
     """
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -155,7 +196,7 @@ def run_training(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
     )
-    trainer = Trainer(
+    trainer = _Trainer(
         model=module,
         args=arguments,
         train_dataset=train,
