@@ -390,6 +390,7 @@ def test_verify_tells_a_right_engine_from_a_wrong_one(
     assert outcome.not_run is None
     assert [check.name.split(":")[-1].strip() for check in outcome.checks] == [
         "integers of a step", "tokens, tree size 1", "tokens, tree size 5", "tokens, tree size 9",
+        "sampled tokens",
     ]  # fmt: skip
     assert all(check.compared > 50 for check in outcome.checks) or not right
     assert outcome.passed == right

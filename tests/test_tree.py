@@ -66,10 +66,10 @@ def test_acceptance_is_that_of_a_brute_force_search(paths: list[tuple[int, ...]]
     torch.nn.Module.__init__(step)
     step.tree = tree
     step._add_tables(tree)
-    best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([False]))
+    best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([False]), None)
     assert int(best) == brute_force(tree, nodes, chosen)
     assert int(count) == tree.depths[int(best)] + 1
-    best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([True]))
+    best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([True]), None)
     assert (int(best), int(count)) == (0, 1)
 
 

@@ -330,7 +330,7 @@ def test_engines_that_were_altered(tiny_engine: CompiledEngine, tmp_path: Path) 
     with pytest.raises(BundleError, match="does not match the digest"):
         CompiledEngine.load(flipped)
     for name, change, words in (
-        ("newer", {"contract_version": 2}, "follows contract version 2"),
+        ("newer", {"contract_version": 3}, "follows contract version 3"),
         ("other", {"bundle": {"sha256": "0" * 64}}, "was built from another bundle"),
         ("less", {"limits": {"max_batch": 1}}, "'capacity' is missing"),
         ("shapes", {"profiles": [{"name": "decode", "batch": [1], "sequence": [1, 2, 3]}]}, "expected three sizes"),
@@ -416,4 +416,4 @@ def test_smollm2_is_built_within_its_bounds(smollm2_gguf: str, tmp_path: Path) -
         built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, targets)).build()
         assert sum(built.layers.values()) < 3000
         # docs/gpu.md says what is in the 10.9 % that come on top of the weights
-        assert built.data.nbytes < 1.11 * bundle.files["model.onnx.data"].size
+        assert built.data.nbytes < 1.12 * bundle.files["model.onnx.data"].size
