@@ -98,7 +98,7 @@ class EagerBackend:
     def _sampling_inputs(self, size: int, prompts: Mapping[int, Sequence[int]]) -> SamplingInputs:
         width = self._sampling.width(size, prompts, range(self._rows))
         uniforms = np.zeros((self._rows, width), np.float32)
-        self._sampling.write(uniforms, self._lengths.numpy(), {row: len(chunk) for row, chunk in prompts.items()})
+        self._sampling.write(uniforms, self._lengths.numpy(), prompts)
         inputs = {name: torch.from_numpy(array.copy()) for name, array in self._sampling.inputs.items()}
         return SamplingInputs(uniforms=torch.from_numpy(uniforms), **inputs)
 

@@ -89,10 +89,8 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
     _simplify(model)
 
     outputs = {value.name: value for value in graph.outputs}
-    specs = {spec.name: spec for spec in (*_contract_inputs(step), *_contract_outputs(step))}
-    small = [
-        name for name in (spec.name for spec in _contract_inputs(step)) if not name.startswith(("past", "pending"))
-    ]
+    specs = {spec.name: spec for spec in _contract_inputs(step)}
+    small = [name for name in specs if not name.startswith(("past", "pending"))]
     traced_inputs, stand_ins = graph.inputs[: len(small)], graph.inputs[len(small) :]
     cache_type = stand_ins[0].type
 
@@ -124,12 +122,13 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
     graph.inputs.clear()
     graph.inputs.extend([*inputs, *caches])
     outputs |= {contract.cache_name("present", i): value for i, value in enumerate(present)}
-    results = [outputs[spec.name] for spec in _contract_outputs(step)]
+    output_specs = _contract_outputs(step)
+    results = [outputs[spec.name] for spec in output_specs]
     if any(value.is_graph_input() or value.is_initializer() for value in results):
         raise ExportError("An output of the step is one of its inputs unchanged.")
     graph.outputs.clear()
     graph.outputs.extend(
-        _rename(value, spec.name, spec.shape) for value, spec in zip(results, _contract_outputs(step), strict=True)
+        _rename(value, spec.name, spec.shape) for value, spec in zip(results, output_specs, strict=True)
     )
     graph.name = "medusa_step"
     model.opset_imports.pop(MARK_DOMAIN, None)

@@ -201,7 +201,11 @@ def trace(step: MedusaStep) -> ir.Model:
     free["past"] = {0: dynamic, 2: dynamic}
 
     names: list[str] = []
-    traced = _TracedStep(step, lambda given: names.__setitem__(slice(None), given))
+
+    def note(given: Sequence[str]) -> None:
+        names[:] = given
+
+    traced = _TracedStep(step, note)
     layers = decoder_layers(step.model)
     like = kinds_of(layers)
     with torch.no_grad(), quiet():

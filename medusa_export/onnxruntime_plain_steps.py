@@ -129,19 +129,19 @@ def _branch(
     *,
     outside: ir.Value | None = None,
 ) -> ir.Graph:
-    """Puts what only ``results`` need into a branch for steps of several tokens, beside one for plain steps.
+    """Puts what only ``results`` need into a branch of an ``If``, beside a shorter one for steps that allow it.
 
     Args:
         graph: The graph.
         name: What to call the branch.
-        is_plain: Which branch to take.
+        is_plain: Whether to take the shorter one.
         results: Values of the graph.
-        plain: What they are in a plain step, by the same names.
+        plain: What they are then, by the same names.
         plain_nodes: The nodes that compute that.
         outside: A value that stays outside, and what it is computed from too.
 
     Returns:
-        The first branch.
+        The branch that has what was there before.
     """
     tail = _tail(graph, set(results.values()), outside)
     step = ir.node("If", [is_plain], num_outputs=len(results), name=name)

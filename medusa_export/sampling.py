@@ -103,8 +103,8 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
     weights = torch.where((scaled > bar.unsqueeze(-1)) | (scaled >= 0), weights, 0.0)
     tokens = torch.where(given.temperature.unsqueeze(1) > 0, _invert(weights, numbers), best)
 
-    own = take_entries(scaled, parents[:drawn], nodes[:, :drawn])
     above = parents[:drawn]
+    own = take_entries(scaled, above, nodes[:, :drawn])
     allowed = (own >= least[:, above]) & ((own > bar[:, above]) | (own >= 0))
     allowed = allowed & (given.typical_epsilon > 0).unsqueeze(1)
     support = torch.where(allowed, own - total[:, above].log(), -torch.inf)

@@ -189,7 +189,6 @@ def verify_bundle(
         checks += _graph_checks(bundle, step, graph, tolerances).run(answered, sizes, prefill_chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
         checks += generation_checks(engine, step, answered, sizes, prefill_chunks, tolerances, progress)
-        checks += sampling_checks(engine, step, answered, sizes, tolerances)
     return Verification(checks, tolerances)
 
 
@@ -430,10 +429,10 @@ def _margin(logits: torch.Tensor) -> float:
     return float((best[..., 0] - best[..., 1]).min())
 
 
-def sampling_checks(
+def _sampling_checks(
     engine: MedusaEngine, step: MedusaStep, prompts: Sequence[Prompt], sizes: Sequence[int], tolerances: Tolerances
 ) -> list[Check]:
-    """Samples answers with trees of several sizes, and looks at each token by itself, if the bundle can sample.
+    """Samples answers with trees of several sizes, and looks at each token by itself; none if it is greedy only.
 
     Tokens are drawn by inverting a sum over the vocabulary, so one is right if it lies between those that the reference
     draws a little below and a little above its number. Log probabilities have to be as close as logits.
@@ -478,7 +477,7 @@ def generation_checks(
     tolerances: Tolerances,
     progress: Progress,
 ) -> Iterator[Check]:
-    """Whole generations of the engine, as a service runs them."""
+    """Whole generations of the engine, as a service runs them: greedy ones, and sampled ones if the bundle can."""
     for size in sizes:
         progress(f"generating with tree size {size}")
         check = Check(f"tokens, tree size {size}")
@@ -493,6 +492,7 @@ def generation_checks(
                 emitted += result.stats.completion_tokens - 1
         check.figures["tokens_per_step"] = emitted / max(steps, 1)
         yield check
+    yield from _sampling_checks(engine, step, prompts, sizes, tolerances)
 
 
 def _compare_tokens(

@@ -14,7 +14,6 @@ from medusa_export.verify import (
     answered_prompts,
     check_same,
     generation_checks,
-    sampling_checks,
     tree_sizes_of,
 )
 from medusa_runtime.backends import open_backend
@@ -61,7 +60,6 @@ def verify_backend(
     checks = StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
         checks += generation_checks(engine, step, answered, sizes, chunks, tolerances, progress)
-        checks += sampling_checks(engine, step, answered, sizes, tolerances)
     return Verification(checks, tolerances)
 
 

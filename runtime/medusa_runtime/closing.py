@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
 
-class Closing:
+class Closing(ABC):
     """Base of what has a ``close()`` and may stand in a ``with`` statement."""
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back what it holds; a second time does nothing."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -158,17 +158,20 @@ class SamplingRows:
         return 1 if all(row in prefilling for row in rows) else size
 
     def write(
-        self, uniforms: NDArray[np.float32], lengths: Sequence[int] | NDArray[np.int64], chunks: Mapping[int, int]
+        self,
+        uniforms: NDArray[np.float32],
+        lengths: Sequence[int] | NDArray[np.int64],
+        prompts: Mapping[int, Sequence[int]],
     ) -> None:
         """Writes the numbers of a step.
 
         Args:
             uniforms: [rows, W]; the one for the token at place q is written to q mod W.
             lengths: Committed entries per row.
-            chunks: How many tokens rows prefill.
+            prompts: Chunks of prompt by row.
         """
         width = uniforms.shape[1]
         for row, draws in enumerate(self._draws):
             if draws is not None and width:
-                place = int(lengths[row]) + chunks.get(row, 1)
+                place = int(lengths[row]) + (len(prompts[row]) if row in prompts else 1)
                 uniforms[row, (place + np.arange(width)) % width] = draws.numbers(place, width)

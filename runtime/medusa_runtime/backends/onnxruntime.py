@@ -249,7 +249,7 @@ class OnnxRuntimeBackend:
             return {"input_ids": ids}
         uniforms = self._of_width("uniforms", width := self._sampling.width(size, prompts, rows), np.float32)
         if width:
-            self._sampling.write(uniforms, self.lengths, {row: len(chunk) for row, chunk in prompts.items()})
+            self._sampling.write(uniforms, self.lengths, prompts)
         return {"input_ids": ids, "uniforms": uniforms}
 
     def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:

@@ -331,7 +331,7 @@ class TensorRTBackend:
         for step in self._submitted:
             for row, added in step.added.items():
                 least[row] += added
-        self._sampling.write(self._uniforms, least, {row: len(prompt) for row, prompt in prompts.items()})
+        self._sampling.write(self._uniforms, least, prompts)
         self._stream.upload(self._address["uniforms"], self._uniforms, doing)
         if self._sampling_changed:
             for name, array in self._sampling.inputs.items():
