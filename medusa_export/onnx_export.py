@@ -15,6 +15,7 @@ from medusa_export.errors import ExportError
 from medusa_export.layer_reuse import decoder_layers
 from medusa_export.onnx_layers import expand_layers
 from medusa_export.onnx_rewrites import fuse_rms_norm, fuse_rotary_embedding, index_rows, lay_out_linears
+from medusa_export.onnx_sampling import expand_sampling
 from medusa_export.onnx_trace import MARK_DOMAIN, quiet, trace
 from medusa_export.step import MedusaStep
 from medusa_runtime import contract
@@ -87,6 +88,7 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
         if node.op_type == "Attention":
             node.resize_outputs(1)
     _simplify(model)
+    expand_sampling(model, step.model.dtype)
 
     outputs = {value.name: value for value in graph.outputs}
     specs = {spec.name: spec for spec in _contract_inputs(step)}

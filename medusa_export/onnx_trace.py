@@ -28,22 +28,19 @@ OPSET_VERSION = 24
 MARK_DOMAIN = "medusa_export"
 
 
-def _mark(name: str, *attributes: str) -> Any:
+def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
     """An operator of our own domain, which no finished graph holds."""
     types = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int64", "int32", "bool")]
-    parameter = onnx.defs.OpSchema.FormalParameter
+    parameter, variadic = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Variadic
     kinds = {"port": onnx.defs.OpSchema.AttrType.STRING}
+    of_outputs = [f"T{i}" for i in range(outputs)]
     schema = onnx.defs.OpSchema(
         name,
         MARK_DOMAIN,
         1,
-        inputs=[
-            parameter(
-                "inputs", "T", param_option=onnx.defs.OpSchema.FormalParameterOption.Variadic, is_homogeneous=False
-            )
-        ],
-        outputs=[parameter("output", "T")],
-        type_constraints=[("T", types, "")],
+        inputs=[parameter("inputs", "T", param_option=variadic, is_homogeneous=False)],
+        outputs=[parameter(f"output{i}", of_type) for i, of_type in enumerate(of_outputs)],
+        type_constraints=[(of_type, types, "") for of_type in ("T", *of_outputs)],
         attributes=[
             onnx.defs.OpSchema.Attribute(attribute, kinds.get(attribute, onnx.defs.OpSchema.AttrType.INT), "")
             for attribute in attributes
@@ -58,6 +55,7 @@ def _translations() -> dict[Any, Any]:
     boundary = _mark("LayerBoundary", "layer", "port")
     layer_op = _mark("DecoderLayer", "layer", "like")
     blocks_op = _mark("ConcatBlocks")
+    draw_op = _mark("DrawNodes", outputs=5)
 
     def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
         return onnx_op.TensorScatter(cache, update, write_indices, axis=2)
@@ -74,6 +72,9 @@ def _translations() -> dict[Any, Any]:
     def concat_blocks(blocks: Any) -> Any:
         return blocks_op(*blocks)
 
+    def draw_nodes(logits: Any, best: Any, nodes: Any, above: Any, given: Any) -> Any:
+        return draw_op(logits, best, nodes, above, *given)
+
     def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
         axis, none = onnx_op.Constant(value_ints=[-1]), onnx_op.Constant(value_float=0.0)
         mass = onnx_op.Unsqueeze(mass, axis)
@@ -89,6 +90,7 @@ def _translations() -> dict[Any, Any]:
     return {
         ops.cache_scatter.default: cache_scatter,
         ops.attention.default: attention,
+        ops.draw_nodes.default: draw_nodes,
         ops.nucleus_end.default: nucleus_end,
         ops.layer_boundary.default: layer_boundary,
         ops.decoder_layer.default: decoder_layer,
@@ -187,7 +189,7 @@ def trace(step: MedusaStep) -> ir.Model:
         "num_tokens": torch.ones(batch, dtype=torch.int64),
         "is_prefill": torch.zeros(batch, dtype=torch.bool),
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
-        "sampling": _example_sampling(batch, draws) if step.sampling else None,
+        "sampling": example_sampling(batch, draws) if step.sampling else None,
         "past": torch.zeros(batch, heads, capacity, head_dim, dtype=dtype),
     }
     if margin:
@@ -220,25 +222,37 @@ def trace(step: MedusaStep) -> ir.Model:
                 raise
             except Exception as error:
                 raise ExportError(f"Tracing the model failed: {_first_line(error)}") from error
-        try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=OPSET_VERSION,
-                custom_translation_table=_translations(),
-            )
-        except Exception as error:
-            raise ExportError(f"Translating the traced model to ONNX failed: {_first_line(error)}") from error
+        model = translate(program)
+    for name, value in zip(names, model.graph.outputs, strict=False):
+        value.name = name
+    return model
+
+
+def translate(program: torch.export.ExportedProgram) -> ir.Model:
+    """An exported program in ONNX, with marks of ours.
+
+    Raises:
+        ExportError: Some operator can't be translated.
+    """
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET_VERSION,
+            custom_translation_table=_translations(),
+        )
+    except Exception as error:
+        raise ExportError(f"Translating the traced model to ONNX failed: {_first_line(error)}") from error
     if exported is None:
         raise ExportError("Translating the traced model to ONNX gave no graph.")
-    for name, value in zip(names, exported.model.graph.outputs, strict=False):
-        value.name = name
-    return exported.model
+    model: ir.Model = exported.model
+    return model
 
 
-def _example_sampling(batch: int, draws: int) -> dict[str, Tensor]:
+def example_sampling(batch: int, draws: int) -> dict[str, Tensor]:
+    """The graph's inputs for sampling, in its order."""
     sizes = {"batch": batch, "draws": draws}
     return {
         spec.name: torch.ones([sizes[str(size)] for size in spec.shape], dtype=getattr(torch, spec.dtype))

@@ -10,7 +10,8 @@ Nothing here runs over more nodes than the host gave numbers for, so a step with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,22 +93,13 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
         undrawn, best = best[:, drawn:], best[:, :drawn]
     width = torch.full((1,), given.uniforms.shape[1], dtype=torch.int64).clamp(min=1)
     numbers = take_rows(given.uniforms, places[:, :drawn] % width)
-
-    below, log_total = _below_best(logits[:, :drawn])
-    scaled = below / torch.where(given.temperature > 0, given.temperature, 1.0)[:, None, None]
-    weights = scaled.exp()
-    least, beyond, end = _least_logit(scaled, weights, given)
-    weights = torch.where(scaled >= least.unsqueeze(-1), weights, 0.0)
-    total = weights.sum(-1)
-    bar = _typical_bar(scaled, weights, total, given)
-    weights = torch.where((scaled > bar.unsqueeze(-1)) | (scaled >= 0), weights, 0.0)
-    tokens = torch.where(given.temperature.unsqueeze(1) > 0, _invert(weights, numbers), best)
-
-    above = parents[:drawn]
-    own = take_entries(scaled, above, nodes[:, :drawn])
-    allowed = (own >= least[:, above]) & ((own > bar[:, above]) | (own >= 0))
-    allowed = allowed & (given.typical_epsilon > 0).unsqueeze(1)
-    support = torch.where(allowed, own - total[:, above].log(), -torch.inf)
+    tokens, support, log_total, beyond, end = draw_nodes(
+        logits[:, :drawn],
+        best,
+        nodes[:, :drawn],
+        parents[:drawn],
+        list(vars(replace(given, uniforms=numbers)).values()),
+    )
 
     none = torch.zeros_like(undrawn, dtype=torch.float32)
     return Sampled(
@@ -117,6 +109,55 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
         beyond=beyond,
         nucleus_end=end,
     )
+
+
+def drawings(
+    logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, given: SamplingInputs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Draws a token for each of U nodes.
+
+    Args:
+        logits: [B, U, V].
+        best: [B, U], their best tokens.
+        nodes: [B, U], the tokens of the nodes themselves.
+        above: [U], the node above each.
+        given: What the host gave, with the number of each node, [B, U], as ``uniforms``.
+
+    Returns:
+        The tokens, and what ``Sampled`` has of the nodes in ``support``, ``log_total``, ``beyond`` and
+        ``nucleus_end``; [B, U] each.
+    """
+    below, log_total = _below_best(logits)
+    scaled = below / torch.where(given.temperature > 0, given.temperature, 1.0)[:, None, None]
+    weights = scaled.exp()
+    least, beyond, end = _least_logit(scaled, weights, given)
+    weights = torch.where(scaled >= least.unsqueeze(-1), weights, 0.0)
+    total = weights.sum(-1)
+    bar = _typical_bar(scaled, weights, total, given)
+    weights = torch.where((scaled > bar.unsqueeze(-1)) | (scaled >= 0), weights, 0.0)
+    tokens = torch.where(given.temperature.unsqueeze(1) > 0, _invert(weights, given.uniforms), best)
+
+    own = take_entries(scaled, above, nodes)
+    allowed = (own >= least[:, above]) & ((own > bar[:, above]) | (own >= 0))
+    allowed = allowed & (given.typical_epsilon > 0).unsqueeze(1)
+    support = torch.where(allowed, own - total[:, above].log(), -torch.inf)
+    return tokens, support, log_total, beyond, end
+
+
+@torch.library.custom_op("medusa_export::draw_nodes", mutates_args=())
+def draw_nodes(
+    logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``drawings``, as an operator: it is the same in all steps, and a tracer takes as long for it as for the rest."""
+    return drawings(logits, best, nodes, above, SamplingInputs(*given))
+
+
+@draw_nodes.register_fake
+def _(
+    logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    support, log_total, end = (torch.empty_like(best, dtype=torch.float32) for _ in range(3))
+    return torch.empty_like(best), support, log_total, torch.empty_like(best, dtype=torch.bool), end
 
 
 def draw(logits: Tensor, numbers: NDArray[np.floating[Any]], params: SamplingParams) -> NDArray[np.int64]:
@@ -172,7 +213,7 @@ def nucleus_end(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
     """The least logit [B, U] of which those above it weigh less than ``mass``, without sorting them.
 
     ``end`` is the lower bound of an interval that is halved: what lies above it weighs at least ``mass``. It is an
-    operator of its own, since a tracer takes longer for it than for a decoder layer.
+    operator, since a tracer takes longer for it than for a decoder layer.
 
     Args:
         scaled: [B, U, V], below the best one.
