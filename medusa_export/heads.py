@@ -218,16 +218,18 @@ class MedusaHeads(nn.Module):
         active = self.config.num_heads if active is None else active
         # With no head active all of this runs over no rows: no weight is read.
         some = sym_min(active, 1)
-        states = hidden[:, None][:, :some].flatten(0, 1)
+        first = torch.arange(some, device=hidden.device)  # indices: TensorRT's parser makes 25 layers of such a slice
+        states = hidden[:, None].index_select(1, first).flatten(0, 1)
         if self.config.conditioned:
             assert embedded is not None
-            embedded = embedded[:, None][:, :some].flatten(0, 1)
+            embedded = embedded[:, None].index_select(1, first).flatten(0, 1)
         for layer in self.residual_layers:
             states = layer(states, embedded)
         states = states.transpose(0, 1).reshape(hidden.shape[0], self.config.num_heads * some, hidden.shape[1])
         states = states.contiguous()  # or else torch copies the projection for each row
         if (common := self.common_projection) is not None:
-            logits: Tensor = common(states[:, :active].to(common.weight.dtype))
+            states = states.index_select(1, torch.arange(active, device=hidden.device))
+            logits: Tensor = common(states.to(common.weight.dtype))
             return logits
         # Likewise the large matrix of each head beyond `active`.
         assert self.projections is not None

@@ -75,12 +75,15 @@ def _translations() -> dict[Any, Any]:
     def draw_nodes(logits: Any, best: Any, nodes: Any, above: Any, given: Any) -> Any:
         return draw_op(logits, best, nodes, above, *given)
 
+    def number(value: float) -> Any:  # of the rank that it meets: else TensorRT takes a layer to give it that
+        return onnx_op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, (1, 1, 1), (value,)))
+
     def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
-        axis, none = onnx_op.Constant(value_ints=[-1]), onnx_op.Constant(value_float=0.0)
+        axis, none = onnx_op.Constant(value_ints=[-1]), number(0.0)
         mass = onnx_op.Unsqueeze(mass, axis)
-        end = onnx_op.Expand(onnx_op.Constant(value_float=LEAST_LOGIT), onnx_op.Shape(mass))
+        end = onnx_op.Expand(number(LEAST_LOGIT), onnx_op.Shape(mass))
         for width in HALVINGS:
-            middle = onnx_op.Add(end, onnx_op.Constant(value_float=width))
+            middle = onnx_op.Add(end, number(width))
             above = onnx_op.ReduceSum(onnx_op.Where(onnx_op.Greater(scaled, middle), weights, none), axis)
             end = onnx_op.Where(onnx_op.Less(above, mass), end, middle)
         kept = onnx_op.Where(onnx_op.Greater(scaled, end), scaled, none)

@@ -83,29 +83,27 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
         given: What the host gave.
     """
     size, best = logits.shape[1], logits.argmax(-1)
-    if len(parents) == 1:
-        # A tracer takes the smaller of 1 and W for 1, so the one node there is gets drawn for as often as it can be.
-        parents = torch.zeros(given.uniforms.shape[1], dtype=torch.int64)
-        logits, nodes, places = logits[:, parents], nodes[:, parents], places[:, parents]
-        drawn, undrawn, best = given.uniforms.shape[1], best, best[:, parents]
-    else:
-        drawn = sym_min(size, given.uniforms.shape[1])
-        undrawn, best = best[:, drawn:], best[:, :drawn]
-    width = torch.full((1,), given.uniforms.shape[1], dtype=torch.int64).clamp(min=1)
-    numbers = take_rows(given.uniforms, places[:, :drawn] % width)
+    width = given.uniforms.shape[1]
+    # A tracer takes the smaller of 1 and W for 1, so the root of a tree without others is drawn for W times.
+    drawn = width if len(parents) == 1 else sym_min(size, width)
+    first = torch.arange(drawn).clamp(max=len(parents) - 1)
+    number = places.index_select(1, first) % torch.full((1,), width, dtype=torch.int64).clamp(min=1)
+    own = replace(given, uniforms=take_rows(given.uniforms, number))
     tokens, support, log_total, beyond, end = draw_nodes(
-        logits[:, :drawn],
-        best,
-        nodes[:, :drawn],
-        parents[:drawn],
-        list(vars(replace(given, uniforms=numbers)).values()),
+        logits.index_select(1, first),
+        best.index_select(1, first),
+        nodes.index_select(1, first),
+        parents.index_select(0, first),
+        list(vars(own).values()),
     )
 
-    none = torch.zeros_like(undrawn, dtype=torch.float32)
+    node = torch.arange(size)
+    source = torch.where(node < drawn, node, node + drawn)  # of what was drawn, with what stands for it behind
+    none = torch.zeros_like(best, dtype=torch.float32)
     return Sampled(
-        chosen=torch.cat([tokens, undrawn], dim=1)[:, :size],
-        support=torch.cat([support, none - torch.inf], dim=1)[:, :size],
-        log_total=torch.cat([log_total, none], dim=1)[:, :size],
+        chosen=torch.cat([tokens, best], dim=1).index_select(1, source),
+        support=torch.cat([support, none - torch.inf], dim=1).index_select(1, source),
+        log_total=torch.cat([log_total, none], dim=1).index_select(1, source),
         beyond=beyond,
         nucleus_end=end,
     )
@@ -197,8 +195,7 @@ def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tupl
     sums = best_weights.cumsum(-1)
     mass = given.top_p.unsqueeze(1) * torch.where(has_top_k, sums[..., -1], weights.sum(-1))
     # A token is in the nucleus if those before it do not fill it.
-    before = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., :-1]], dim=-1)
-    kept = kept & ((before < mass.unsqueeze(-1)) | (rank == 0))
+    kept = kept & ((sums - best_weights < mass.unsqueeze(-1)) | (rank == 0))
     least = torch.where(kept, best, torch.inf).amin(-1)
 
     beyond = (sums[..., -1] < mass) & has_top_p & ~has_top_k
@@ -256,13 +253,13 @@ def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
     weights = weights.reshape(batch, nodes, blocks, _BLOCK)
     block_weights = weights.sum(-1)
     sums = block_weights.cumsum(-1)
-    goal = numbers.unsqueeze(-1) * sums[..., -1:]
+    goal = numbers.unsqueeze(-1) * sums[..., -1].unsqueeze(-1)
     block = _first_above(sums, block_weights, goal)
     before = torch.where(torch.arange(blocks) == block.unsqueeze(-1) - 1, sums, 0.0).sum(-1, keepdim=True)
     inside = take_rows(weights.flatten(0, 1), block.reshape(-1, 1)).reshape(batch, nodes, _BLOCK)
     sums = inside.cumsum(-1)
     # Sums of a block and within it differ by rounding: stay below the end.
-    goal = torch.minimum(goal - before, sums[..., -1:] * (1 - 2**-23))
+    goal = torch.minimum(goal - before, sums[..., -1].unsqueeze(-1) * (1 - 2**-23))
     return block * _BLOCK + _first_above(sums, inside, goal)
 
 

@@ -145,7 +145,7 @@ class MedusaStep(nn.Module):
         rows = torch.where(is_prefill.unsqueeze(1), last.unsqueeze(1), torch.arange(verified))
         logits, hidden = self._verify(input_ids, positions, cache, rows)
 
-        nodes = input_ids[:, :verified]
+        nodes = input_ids.index_select(1, torch.arange(verified))
         sampled = None
         if sampling is not None:
             places = take_rows(positions, rows) + 1
@@ -158,7 +158,7 @@ class MedusaStep(nn.Module):
         logprobs = None
         if sampled is not None:
             # Typical acceptance keeps tokens that the base model allows and has not come to itself.
-            below = take_rows(nodes, torch.cat([on_path[:, 1:], on_path[:, :1]], dim=1))
+            below = take_rows(nodes, on_path.index_select(1, torch.arange(1, path.shape[1] + 1) % path.shape[1]))
             tokens = torch.where(torch.arange(path.shape[1]) < count.unsqueeze(1) - 1, below, tokens)
             logprobs = take_entries(logits, on_path, tokens).float() - take_rows(sampled.log_total, on_path)
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from decoding import export, guessing_heads, make_step
+from medusa_export.cli import main
 from medusa_export.trt_build import BuildOptions, write_engine
 from medusa_runtime import Bundle
 from medusa_runtime.compiled import CompiledEngine, EngineLimits
 from medusa_runtime.tensorrt_library import import_tensorrt
+from stock import Stock
 from tiny_models import tiny_model
 
 torch.set_num_threads(1)  # tests run side by side
@@ -38,20 +41,42 @@ def make_tokenizer(vocab_size: int = 101) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of two layers with a tokenizer, as transformers saves it."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model("llama").save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    """Folders that are made once for all processes that test side by side; not to be changed."""
+    root = tmp_path_factory.getbasetemp()
+    return Stock(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """That model with three guessing heads and a tree of nine nodes, exported; not to be changed."""
+def tiny_model_folder(stock: Stock) -> Path:
+    """A random llama of two layers with a tokenizer, as transformers saves it."""
+
+    def fill(folder: Path) -> None:
+        tiny_model("llama").save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+
+    return stock.folder("tiny-model", fill)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(stock: Stock) -> Bundle:
+    """That model with three guessing heads and a tree of nine nodes, exported."""
     model = tiny_model("llama")
-    folder = tmp_path_factory.mktemp("tiny") / "bundle"
-    return export(make_step(model, guessing_heads(model)), folder, tokenizer=make_tokenizer(), trained=True)
+    step = make_step(model, guessing_heads(model))
+    folder = stock.folder("tiny-bundle", lambda out: export(step, out, tokenizer=make_tokenizer(), trained=True))
+    return Bundle.load(folder)
+
+
+@pytest.fixture(scope="session")
+def untrained_bundle(stock: Stock, tiny_model_folder: Path) -> Bundle:
+    """That folder with two fresh heads, exported by the command."""
+
+    def fill(folder: Path) -> None:
+        arguments = ["onnx", str(tiny_model_folder), "--init-heads", "2", "--top-k", "2", "-o", str(folder), "-q"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+
+    return Bundle.load(stock.folder("untrained-bundle", fill))
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +90,9 @@ def smollm2_gguf() -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> CompiledEngine:
-    """That bundle compiled by TensorRT-RTX for SM 8.9: three rows, 128 slots, chunks of 32; not to be changed."""
+def tiny_engine(tiny_bundle: Bundle, stock: Stock) -> CompiledEngine:
+    """The tiny bundle compiled by TensorRT-RTX for SM 8.9: three rows, 128 slots, chunks of 32."""
     options = BuildOptions(EngineLimits(max_batch=3, capacity=128, max_prefill=32), ("sm89",), opt_level=0)
-    folder = tmp_path_factory.mktemp("tiny") / "engine"
-    write_engine(import_tensorrt("tensorrt-rtx"), tiny_bundle, options, folder)
+    library = import_tensorrt("tensorrt-rtx")
+    folder = stock.folder("tiny-engine", lambda out: write_engine(library, tiny_bundle, options, out))
     return CompiledEngine.load(folder)

@@ -14,11 +14,12 @@ import onnx
 import pytest
 
 import medusa_runtime
-from decoding import TREE, export, greedy, make_step
-from medusa_runtime import Bundle, BundleError, MedusaEngine, RequestError, Tree
+from decoding import TREE, greedy
+from medusa_runtime import Bundle, BundleError, MedusaEngine, RequestError
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH, Acceptance
 from medusa_runtime.latency import CACHE_FILE, LatencyTable
+from stock import Stock
 from tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
@@ -130,10 +131,8 @@ def test_caches_are_as_large_as_needed(tiny_bundle: Bundle) -> None:
     assert len(engine.generate([5] * 500, max_new_tokens=12, tree_size=9).token_ids) == 12
 
 
-def test_without_a_tokenizer(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    bundle = export(make_step(model, None, Tree()), tmp_path / "bundle")
-    engine = MedusaEngine.load(bundle.folder)
+def test_without_a_tokenizer(stock: Stock) -> None:
+    engine = MedusaEngine.load(stock.export(heads=False).bundle.folder)
     result = engine.generate(PROMPT, max_new_tokens=5)
     assert len(result.token_ids) == 5
     assert result.text == ""

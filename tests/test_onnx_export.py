@@ -16,12 +16,13 @@ from medusa_export.heads import HeadsConfig, MedusaHeads
 from medusa_export.onnx_export import build_graph
 from medusa_runtime import BackendError, Tree
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from stock import Stock
 from tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
 
-@pytest.mark.parametrize("size", [2, 4, 7])
+@pytest.mark.parametrize("size", [7, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))])
 def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
     """A tree of seven nodes once met an example of seven tokens, and both became one constant."""
     tree = TREE.prefix(size)
@@ -35,7 +36,10 @@ def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
             assert result.tokens == expected, (graph, chunk)
 
 
-@pytest.mark.parametrize("variant", ["two blocks", "own projection", "reduced vocabulary"])
+@pytest.mark.parametrize(
+    "variant",
+    ["reduced vocabulary", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two blocks", "own projection"))],
+)
 def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     expected = [greedy(model, PROMPT, 16)]
@@ -91,22 +95,17 @@ def test_layers_of_one_kind_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert layer_reuse.kinds_of(other.model.layers) == [0, 0, 2]
 
 
-def test_a_trace_of_every_layer_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("qwen2")
-    step = make_step(model, guessing_heads(model))
-    reused = export(step, tmp_path / "reused")
+@pytest.mark.slow
+def test_a_trace_of_every_layer_gives_the_same(stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = stock.export("qwen2")
+    step, reused = exported.step, exported.bundle
     monkeypatch.setattr(onnx_trace, "kinds_of", lambda layers: list(range(len(layers))))
     traced = export(step, tmp_path / "traced")
     outcomes = []
     for bundle in (reused, traced):
         backend = OnnxRuntimeBackend(bundle, threads=1)
         outcomes.append(decode(backend, TREE, [PROMPT], [[]], size=9, chunk=5, count=16, seed=None).tokens)
-    assert outcomes[0] == outcomes[1] == [greedy_again(model)]
-
-
-def greedy_again(model: object) -> list[int]:
-    model.set_attn_implementation("sdpa")
-    return greedy(model, PROMPT, 16)
+    assert outcomes[0] == outcomes[1] == [greedy(tiny_model("qwen2"), PROMPT, 16)]
 
 
 def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
@@ -118,15 +117,15 @@ def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
         OnnxRuntimeBackend(bundle)
 
 
-def test_heads_that_are_odd_for_the_derived_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("head_dim", "derived"), [(12, False), pytest.param(24, True, marks=pytest.mark.slow)])
+def test_heads_that_are_odd_for_the_derived_graph(stock: Stock, head_dim: int, derived: bool) -> None:
     """ONNX Runtime's attention wants heads of a multiple of 8, and of 16 to rotate them: others do without."""
-    for head_dim, derived in ((12, False), (24, True)):
-        model = tiny_model("llama", num_hidden_layers=1, head_dim=head_dim)
-        expected = [greedy(model, PROMPT, 12)]
-        bundle = export(make_step(model, None, Tree()), tmp_path / f"{head_dim}")
-        assert ("model.onnxruntime.onnx" in bundle.files) == derived
-        backend = OnnxRuntimeBackend(bundle, threads=1)
-        assert decode(backend, Tree(), [PROMPT], expected, size=1, chunk=5, count=12).tokens == expected
+    options = {"num_hidden_layers": 1, "head_dim": head_dim}
+    expected = [greedy(tiny_model("llama", **options), PROMPT, 12)]
+    bundle = stock.export(heads=False, **options).bundle
+    assert ("model.onnxruntime.onnx" in bundle.files) == derived
+    backend = OnnxRuntimeBackend(bundle, threads=1)
+    assert decode(backend, Tree(), [PROMPT], expected, size=1, chunk=5, count=12).tokens == expected
 
 
 def test_a_layer_that_computes_with_its_index_is_refused() -> None:

@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.contract import MAX_TOP_K
 from medusa_runtime.sampling import GREEDY, Draws, SamplingRows
+from stock import Stock
 from tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
@@ -124,12 +124,13 @@ SMALL = 7  # tokens
 
 
 @pytest.fixture(scope="module")
-def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def small_bundle(stock: Stock) -> Bundle:
     """A model of few tokens, none of which it is sure of, with heads that guess them well enough."""
     model = tiny_model("llama", num_hidden_layers=1, vocab_size=SMALL)
     model.lm_head.weight.data *= 0.5
     tree = Tree.from_paths([[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0]])
-    return export(make_step(model, guessing_heads(model), tree), tmp_path_factory.mktemp("small") / "bundle")
+    step = make_step(model, guessing_heads(model), tree)
+    return Bundle.load(stock.folder("seven-tokens", lambda folder: export(step, folder)))
 
 
 def joint_distribution(bundle: Bundle, prompt: list[int], length: int, params: SamplingParams) -> dict[tuple, float]:
@@ -348,11 +349,10 @@ def test_log_probabilities_are_those_of_the_model(engine: MedusaEngine) -> None:
 
 @pytest.mark.parametrize("derived", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_compiled_graphs_sample_as_the_eager_step_does(tmp_path: Path, derived: bool, rows: int) -> None:
+def test_compiled_graphs_sample_as_the_eager_step_does(stock: Stock, derived: bool, rows: int) -> None:
     """Rows of different policies side by side, sizes and widths changing from step to step."""
-    model = tiny_model("qwen2", num_hidden_layers=2, vocab_size=601)
-    step = make_step(model, guessing_heads(model))
-    bundle = export(step, tmp_path / "bundle")
+    exported = stock.export("qwen2", num_hidden_layers=2, vocab_size=601)
+    step, bundle = exported.step, exported.bundle
     compiled = OnnxRuntimeBackend(bundle, rows=rows, threads=1, graph=None if derived else bundle.graph)
     eager = EagerBackend(step, rows=rows)
     policies = [
@@ -381,12 +381,9 @@ def test_compiled_graphs_sample_as_the_eager_step_does(tmp_path: Path, derived: 
     assert rows == 1 or eager.output.sampled.beyond.any()
 
 
-def test_greedy_only_leaves_sampling_out(tmp_path: Path) -> None:
-    model = tiny_model("llama", num_hidden_layers=1)
-    expected = tuple(greedy(model, PROMPT, 20))
-    step = make_step(model, guessing_heads(model))
-    step.sampling = False
-    bundle = export(step, tmp_path / "bundle")
+def test_greedy_only_leaves_sampling_out(stock: Stock) -> None:
+    expected = tuple(greedy(tiny_model("llama"), PROMPT, 20))
+    bundle = stock.export(sampling=False).bundle
     assert not bundle.sampling
     assert {spec.name for spec in bundle.inputs}.isdisjoint({"uniforms", "temperature"})
     with MedusaEngine.load(bundle.folder, threads=1) as engine:

@@ -10,12 +10,10 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from decoding import export, guessing_heads, make_step
 from medusa_runtime import (
     BackendError,
     Bundle,
@@ -36,7 +34,7 @@ from medusa_runtime.sequence import TokenSequence
 from medusa_runtime.service import MOVED_BESIDES
 from medusa_runtime.text_stream import TextStream
 from medusa_runtime.tokenizer import Tokenizer
-from tiny_models import tiny_model
+from stock import Stock
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
@@ -653,10 +651,9 @@ def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) ->
             known.append([*prompt, *expected])
 
 
-def test_an_fp16_bundle(tmp_path: Path) -> None:
+def test_an_fp16_bundle(stock: Stock) -> None:
     """It has no graph of its own for several rows."""
-    model = tiny_model("llama").half()
-    bundle = export(make_step(model, guessing_heads(model)), tmp_path / "bundle", trained=True)
+    bundle = stock.export(dtype="float16").bundle
     engine = MedusaEngine.load(bundle.folder, threads=1)
     with MedusaService.load(bundle.folder, rows=3, threads=1, tree_size=4) as service:
         prompts = [[5 + i] * (10 + 7 * i) for i in range(5)]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding import TREE, decode, export, greedy, guessing_heads, make_step
+from decoding import TREE, decode, greedy, guessing_heads, make_step
 from medusa_export.verify_backend import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
 from medusa_runtime.backends import cuda as cuda_module
@@ -27,6 +27,7 @@ from medusa_runtime.errors import OutOfDeviceMemoryError
 from medusa_runtime.sampling import Draws, SamplingParams
 from medusa_runtime.tensorrt_library import TensorRTLibrary
 from stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, StandInTensorRT, cudaError_t
+from stock import Stock
 from tiny_models import tiny_model
 
 PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6, 20))]
@@ -372,7 +373,7 @@ def test_failures_of_a_step_name_it(machine: Machine) -> None:
 def test_verify_tells_a_right_engine_from_a_wrong_one(
     tiny_bundle: Bundle,
     tiny_engine: CompiledEngine,
-    tmp_path: Path,
+    stock: Stock,
     monkeypatch: pytest.MonkeyPatch,
     right: bool,
 ) -> None:
@@ -380,8 +381,7 @@ def test_verify_tells_a_right_engine_from_a_wrong_one(
     step = make_step(model.float(), guessing_heads(model))
     graph = None
     if not right:
-        other = tiny_model("llama", rms_norm_eps=0.3)
-        graph = export(make_step(other, guessing_heads(other)), tmp_path / "other").graph
+        graph = stock.export(rms_norm_eps=0.3).bundle.graph
     machine = Machine(tiny_bundle, tiny_engine, graph)
     machine.trt.__version__ = tiny_engine.version
     monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)

@@ -336,8 +336,8 @@ def test_places() -> None:
     "options",
     [
         ("--conditioned", "--num-layers", 2, "--draft-vocab", 40, "--soft", 0.5),
-        ("--plain",),
-        ("--plain", "--own-projections", "--draft-vocab", 60),
+        pytest.param(("--plain",), marks=pytest.mark.slow),
+        pytest.param(("--plain", "--own-projections", "--draft-vocab", 60), marks=pytest.mark.slow),
     ],
 )
 def test_trained_heads_learn_and_decode_losslessly(

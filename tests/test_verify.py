@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
-from decoding import TREE, export, guessing_heads, make_step
+from decoding import TREE, guessing_heads, make_step
 from medusa_export.cli import main
 from medusa_export.errors import VerificationError
 from medusa_export.heads import MedusaHeads
@@ -22,6 +22,7 @@ from medusa_export.step import MedusaStep
 from medusa_export.verify import Check, Verification, reference_tokens, verify_bundle
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.bundle import DESCRIPTION, FileFacts
+from stock import Stock
 from tiny_models import tiny_model
 
 PROMPTS = [[(7 * i * i + 3) % 101 for i in range(13)], [(5 * i * i + 11 * i + 1) % 101 for i in range(22)]]
@@ -190,11 +191,9 @@ def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
         verify(tiny_bundle, make_step(model, guessing_heads(model)))
 
 
-def test_a_tie_is_shown_and_is_no_failure(tmp_path: Path) -> None:
+def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:
     """Two tokens with one and the same row of lm_head: whichever is taken, the margin is 0."""
-    model = tiny_model("llama")
-    step = make_step(model, None, Tree())
-    bundle = export(step, tmp_path / "bundle")
+    bundle = stock.export(heads=False).bundle
     other = tiny_model("llama")
     weight = other.get_output_embeddings().weight
     outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], max_new_tokens=12)
@@ -208,35 +207,24 @@ def test_a_tie_is_shown_and_is_no_failure(tmp_path: Path) -> None:
     assert any(note.startswith("tie: ") for note in tokens.notes)
 
 
-def test_without_heads(tmp_path: Path) -> None:
-    model = tiny_model("qwen3", 3)
-    step = make_step(model, None, Tree())
-    outcome = verify_bundle(export(step, tmp_path / "bundle"), step, PROMPTS, max_new_tokens=12)
-    assert outcome.passed
+def test_without_heads(stock: Stock) -> None:
+    exported = stock.export(heads=False)
+    assert verify_bundle(exported.bundle, exported.step, PROMPTS, max_new_tokens=12).passed
 
 
-@pytest.mark.parametrize("dtype", ["float16"])
-def test_half_precision(tmp_path: Path, dtype: str) -> None:
-    import torch
-
-    model = tiny_model("llama").to(getattr(torch, dtype))
-    step = make_step(model, guessing_heads(model))
-    bundle = export(step, tmp_path / "bundle")
-    assert bundle.dtype == dtype
-    reference = make_step(model.float(), guessing_heads(model).float())
+def test_half_precision(stock: Stock) -> None:
+    exported = stock.export(dtype="float16")
+    bundle, reference = exported.bundle, exported.step.float()
+    assert bundle.dtype == "float16"
     outcome = verify_bundle(bundle, reference, PROMPTS, max_new_tokens=24)
     assert all(check.compared for check in outcome.checks)
     wrong = [(c.name, c.notes) for c in outcome.checks if not c.passed and "No step accepted" not in str(c.notes)]
     assert not wrong
 
 
-def test_command_writes_reports(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_command_writes_reports(tiny_model_folder: Path, untrained_bundle: Bundle, tmp_path: Path) -> None:
     runner = CliRunner()
-    bundle = tmp_path / "bundle"
-    made = runner.invoke(
-        main, ["onnx", str(tiny_model_folder), "--init-heads", "2", "-o", str(bundle), "--top-k", "2", "-q"]
-    )
-    assert made.exit_code == 0, made.output
+    bundle = Path(shutil.copytree(untrained_bundle.folder, tmp_path / "bundle"))
     report, junit = tmp_path / "out" / "report.json", tmp_path / "junit.xml"
     arguments = [
         "verify",

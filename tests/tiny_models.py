@@ -194,6 +194,7 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 SUPPORTED_FAMILIES = tuple(_SUPPORTED)
+SEEDS = {"qwen3": 3, "olmo2": 3}  # with others they repeat a token
 REFUSED_FAMILIES = tuple(_REFUSED)
 
 

@@ -1,0 +1,54 @@
+"""What takes long to make, and is read only: each made once for all processes that test side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from decoding import export, guessing_heads, make_step
+from medusa_export.step import MedusaStep
+from medusa_runtime import Bundle, Tree
+from tiny_models import tiny_model
+
+
+@dataclass(frozen=True)
+class Exported:
+    step: MedusaStep
+    bundle: Bundle
+
+
+@dataclass(frozen=True)
+class Stock:
+    root: Path
+
+    def folder(self, name: str, fill: Callable[[Path], object]) -> Path:
+        """A folder by name; ``fill`` makes it where it isn't there."""
+        folder = self.root / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                part = self.root / f"{name}.part"
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    def export(
+        self,
+        family: str = "llama",
+        seed: int = 0,
+        *,
+        dtype: str = "float32",
+        heads: bool = True,
+        sampling: bool = True,
+        **overrides: object,
+    ) -> Exported:
+        """A random model, a step of it with three guessing heads and nine nodes, or with none, and its bundle."""
+        model = tiny_model(family, seed, **overrides).to(getattr(torch, dtype))
+        step = make_step(model, guessing_heads(model)) if heads else make_step(model, None, Tree())
+        step.sampling = sampling
+        facts = {"seed": seed, "dtype": dtype, "heads": heads, "sampling": sampling} | overrides
+        name = "-".join([family, *(f"{key}_{value}" for key, value in facts.items())])
+        return Exported(step, Bundle.load(self.folder(name, lambda out: export(step, out, trained=heads))))
