@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from decoding import export, guessing_heads, make_step
 from medusa_export.cli import main
 from medusa_export.trt_build import BuildOptions, write_engine
 from medusa_runtime import Bundle
@@ -19,25 +16,9 @@ from medusa_runtime.compiled import CompiledEngine, EngineLimits
 from medusa_runtime.tensorrt_library import import_tensorrt
 from stock import Stock
 from tiny_models import tiny_model
+from tiny_tokenizer import make_tokenizer
 
 torch.set_num_threads(1)  # tests run side by side
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-def make_tokenizer(vocab_size: int = 101) -> PreTrainedTokenizerFast:
-    """Bytes and nothing else, as far as a vocabulary goes: the first token is <eos>, the others printable ASCII."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda character: (not character.isascii(), character))
-    vocab = {"<eos>": 0} | {character: i + 1 for i, character in enumerate(alphabet[: vocab_size - 1])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +42,7 @@ def tiny_model_folder(stock: Stock) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(stock: Stock) -> Bundle:
     """That model with three guessing heads and a tree of nine nodes, exported."""
-    model = tiny_model("llama")
-    step = make_step(model, guessing_heads(model))
-    folder = stock.folder("tiny-bundle", lambda out: export(step, out, tokenizer=make_tokenizer(), trained=True))
-    return Bundle.load(folder)
+    return stock.export().bundle
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from decoding import export, guessing_heads, make_step
 from medusa_export.step import MedusaStep
 from medusa_runtime import Bundle, Tree
 from tiny_models import tiny_model
+from tiny_tokenizer import make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,15 @@ class Stock:
         sampling: bool = True,
         **overrides: object,
     ) -> Exported:
-        """A random model, a step of it with three guessing heads and nine nodes, or with none, and its bundle."""
+        """A random model, a step of it with three guessing heads and nine nodes, and its bundle.
+
+        A model without heads, or with options of its own, comes without a tokenizer.
+        """
         model = tiny_model(family, seed, **overrides).to(getattr(torch, dtype))
         step = make_step(model, guessing_heads(model)) if heads else make_step(model, None, Tree())
         step.sampling = sampling
+        tokenizer = None if overrides or not heads else make_tokenizer()
         facts = {"seed": seed, "dtype": dtype, "heads": heads, "sampling": sampling} | overrides
         name = "-".join([family, *(f"{key}_{value}" for key, value in facts.items())])
-        return Exported(step, Bundle.load(self.folder(name, lambda out: export(step, out, trained=heads))))
+        folder = self.folder(name, lambda out: export(step, out, tokenizer=tokenizer, trained=heads))
+        return Exported(step, Bundle.load(folder))

@@ -59,6 +59,7 @@ def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
     if reduced:
         heads.token_map = torch.randperm(101, generator=generator)[:40]
     step = make_step(model, heads.eval().requires_grad_(False))
+    step.sampling = False
     bundle = export(step, tmp_path / "bundle")
     for graph in (bundle.graph, None):
         compiled, eager = OnnxRuntimeBackend(bundle, threads=1, graph=graph), EagerBackend(step)
@@ -108,6 +109,7 @@ def test_a_trace_of_every_layer_gives_the_same(stock: Stock, tmp_path: Path, mon
     assert outcomes[0] == outcomes[1] == [greedy(tiny_model("qwen2"), PROMPT, 16)]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
     model = tiny_model("llama", num_hidden_layers=1).to(torch.bfloat16)
     bundle = export(make_step(model, guessing_heads(model)), tmp_path / "bundle")
@@ -122,7 +124,7 @@ def test_heads_that_are_odd_for_the_derived_graph(stock: Stock, head_dim: int, d
     """ONNX Runtime's attention wants heads of a multiple of 8, and of 16 to rotate them: others do without."""
     options = {"num_hidden_layers": 1, "head_dim": head_dim}
     expected = [greedy(tiny_model("llama", **options), PROMPT, 12)]
-    bundle = stock.export(heads=False, **options).bundle
+    bundle = stock.export(heads=False, sampling=False, **options).bundle
     assert ("model.onnxruntime.onnx" in bundle.files) == derived
     backend = OnnxRuntimeBackend(bundle, threads=1)
     assert decode(backend, Tree(), [PROMPT], expected, size=1, chunk=5, count=12).tokens == expected

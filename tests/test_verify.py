@@ -232,7 +232,7 @@ def test_command_writes_reports(tiny_model_folder: Path, untrained_bundle: Bundl
         "--model",
         str(tiny_model_folder),
         "-n",
-        "40",
+        "16",
         "--json",
         str(report),
         "--junit",
