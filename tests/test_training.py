@@ -416,9 +416,12 @@ def test_a_distillation_with_no_room_goes_on(
     ("limit", "words", "options"),
     [
         (20_000, "000000.safetensors can't be written", ()),
-        (60_000, "A checkpoint can't be written", ()),  # its weights, by safetensors
+        # Its weights, by safetensors.
+        pytest.param(60_000, "A checkpoint can't be written", (), marks=pytest.mark.slow),
         (90_000, "A checkpoint can't be written", ("--hidden-states", "online")),  # its optimizer, by torch
-        (180_000, "The model can't be written", ("--recipe", "medusa2", "--lora-rank", 1)),
+        pytest.param(
+            180_000, "The model can't be written", ("--recipe", "medusa2", "--lora-rank", 1), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_training_with_no_room_goes_on(
@@ -455,7 +458,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut])
+@pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(cut, marks=pytest.mark.slow)])
 def test_damage_to_what_a_training_keeps_is_found(
     data: Path, tiny_model_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

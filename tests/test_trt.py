@@ -123,7 +123,7 @@ def test_each_rewrite_takes_place(stock: Stock, caplog: pytest.LogCaptureFixture
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Polygraphy's figures, of zeros
 @pytest.mark.parametrize(
-    "family", families("llama", "gemma3_text", "gpt_neox", others=("qwen2", "qwen3", "gemma2", "cohere"))
+    "family", families("llama", "gemma3_text", others=("gpt_neox", "qwen2", "qwen3", "gemma2", "cohere"))
 )
 def test_rewrites_change_no_result(family: str, stock: Stock, tmp_path: Path) -> None:
     """The rewritten graph is standard ONNX: ONNX Runtime gives the same for it, caches included."""
@@ -351,7 +351,7 @@ def test_engines_that_were_altered(tiny_engine: CompiledEngine, tmp_path: Path) 
     assert CompiledEngine.load(tiny_engine.folder) == replace(tiny_engine)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_interrupted_build_leaves_nothing(
     tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path, overwrite: bool
 ) -> None:
