@@ -80,14 +80,13 @@ def _translations() -> dict[Any, Any]:
 
     def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
         axis, none = onnx_op.Constant(value_ints=[-1]), number(0.0)
-        mass = onnx_op.Unsqueeze(mass, axis)
         end = onnx_op.Expand(number(LEAST_LOGIT), onnx_op.Shape(mass))
         for width in HALVINGS:
             middle = onnx_op.Add(end, number(width))
             above = onnx_op.ReduceSum(onnx_op.Where(onnx_op.Greater(scaled, middle), weights, none), axis)
             end = onnx_op.Where(onnx_op.Less(above, mass), end, middle)
         kept = onnx_op.Where(onnx_op.Greater(scaled, end), scaled, none)
-        return onnx_op.ReduceMin(kept, axis, keepdims=0)
+        return onnx_op.ReduceMin(kept, axis)
 
     ops = torch.ops.medusa_export
     return {

@@ -61,8 +61,8 @@ class Sampled:
         chosen: [B, R], the token that the base model has come to after each node: drawn, or the best one.
         support: [B, R], log p of each node's own token where typical acceptance allows it, else -inf.
         log_total: [B, R], the logarithm of the sum of exp(logits): what logits are above log p.
-        beyond: [B, U], where the nucleus of top-p holds more than ``MAX_TOP_K`` tokens.
-        nucleus_end: [B, U], the least logit of it, below the best one, where that is so.
+        beyond: [B, U, 1], where the nucleus of top-p holds more than ``MAX_TOP_K`` tokens.
+        nucleus_end: [B, U, 1], the least logit of it, below the best one, where that is so.
     """
 
     chosen: Tensor
@@ -98,12 +98,13 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
     )
 
     node = torch.arange(size)
-    source = torch.where(node < drawn, node, node + drawn)  # of what was drawn, with what stands for it behind
-    none = torch.zeros_like(best, dtype=torch.float32)
+    or_best = torch.where(node < drawn, node, node + drawn)
+    or_none = node.clamp(max=drawn)
+    none = 0 * given.temperature.unsqueeze(1)
     return Sampled(
-        chosen=torch.cat([tokens, best], dim=1).index_select(1, source),
-        support=torch.cat([support, none - torch.inf], dim=1).index_select(1, source),
-        log_total=torch.cat([log_total, none], dim=1).index_select(1, source),
+        chosen=torch.cat([tokens, best], dim=1).index_select(1, or_best),
+        support=torch.cat([support, none - torch.inf], dim=1).index_select(1, or_none),
+        log_total=torch.cat([log_total, none], dim=1).index_select(1, or_none),
         beyond=beyond,
         nucleus_end=end,
     )
@@ -122,24 +123,28 @@ def drawings(
         given: What the host gave, with the number of each node, [B, U], as ``uniforms``.
 
     Returns:
-        The tokens, and what ``Sampled`` has of the nodes in ``support``, ``log_total``, ``beyond`` and
-        ``nucleus_end``; [B, U] each.
+        The tokens, and what ``Sampled`` has of the nodes in ``support`` and ``log_total``, [B, U], and in ``beyond``
+        and ``nucleus_end``.
     """
+    # From here on what a row has is [B, 1, 1], and what a node has [B, U, 1].
+    given = SamplingInputs(
+        given.uniforms.unsqueeze(-1), *(row.view(-1, 1, 1) for row in list(vars(given).values())[1:])
+    )
+    draws, typical = given.temperature > 0, given.typical_epsilon > 0
     below, log_total = _below_best(logits)
-    scaled = below / torch.where(given.temperature > 0, given.temperature, 1.0)[:, None, None]
+    scaled = below / torch.where(draws, given.temperature, 1.0)
     weights = scaled.exp()
     least, beyond, end = _least_logit(scaled, weights, given)
-    weights = torch.where(scaled >= least.unsqueeze(-1), weights, 0.0)
-    total = weights.sum(-1)
-    bar = _typical_bar(scaled, weights, total, given)
-    weights = torch.where((scaled > bar.unsqueeze(-1)) | (scaled >= 0), weights, 0.0)
-    tokens = torch.where(given.temperature.unsqueeze(1) > 0, _invert(weights, given.uniforms), best)
+    weights = torch.where(scaled < least, 0.0, weights)
+    total = weights.sum(-1, keepdim=True)
+    bar = torch.where(typical, _typical_bar(scaled, weights, total, given), -torch.inf)
+    weights = torch.where((scaled > bar) | (scaled == 0), weights, 0.0)
+    tokens = torch.where(draws, _invert(weights, given.uniforms), best.unsqueeze(-1))
 
-    own = take_entries(scaled, above, nodes)
-    allowed = (own >= least[:, above]) & ((own > bar[:, above]) | (own >= 0))
-    allowed = allowed & (given.typical_epsilon > 0).unsqueeze(1)
-    support = torch.where(allowed, own - total[:, above].log(), -torch.inf)
-    return tokens, support, log_total, beyond, end
+    own = take_entries(scaled, above, nodes).unsqueeze(-1)
+    refused = (own < least.index_select(1, above)) | ~((own > bar.index_select(1, above)) | (own == 0)) | ~typical
+    support = torch.where(refused, -torch.inf, own - total.index_select(1, above).log())
+    return tokens.squeeze(-1), support.squeeze(-1), log_total.squeeze(-1), beyond, end
 
 
 @torch.library.custom_op("medusa_export::draw_nodes", mutates_args=())
@@ -154,8 +159,9 @@ def draw_nodes(
 def _(
     logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, given: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    support, log_total, end = (torch.empty_like(best, dtype=torch.float32) for _ in range(3))
-    return torch.empty_like(best), support, log_total, torch.empty_like(best, dtype=torch.bool), end
+    support, log_total = (torch.empty_like(best, dtype=torch.float32) for _ in range(2))
+    beyond, end = (torch.empty_like(logits[..., :1], dtype=dtype) for dtype in (torch.bool, torch.float32))
+    return torch.empty_like(best), support, log_total, beyond, end
 
 
 def draw(logits: Tensor, numbers: NDArray[np.floating[Any]], params: SamplingParams) -> NDArray[np.int64]:
@@ -169,11 +175,11 @@ def draw(logits: Tensor, numbers: NDArray[np.floating[Any]], params: SamplingPar
 
 
 def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, U, V] in fp32 as far as they lie below the best one, and the logarithm of their sum [B, U]."""
+    """Logits [B, U, V] in fp32 as far as they lie below the best one, and the logarithm of their sum [B, U, 1]."""
     logits = logits.float()
     top = logits.amax(-1, keepdim=True)
     below = logits - top
-    return below, below.exp().sum(-1).log() + top.squeeze(-1)
+    return below, below.exp().sum(-1, keepdim=True).log() + top
 
 
 def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,25 +195,26 @@ def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tupl
     most = min(MAX_TOP_K, scaled.shape[-1])
     best = scaled.topk(most, dim=-1).values
     rank = torch.arange(most)
-    has_top_k, has_top_p = (given.top_k > 0).unsqueeze(1), (given.top_p < 1).unsqueeze(1)
-    kept = rank < torch.where(given.top_k > 0, given.top_k, most)[:, None, None]
+    has_top_k, has_top_p = given.top_k > 0, given.top_p < 1
+    kept = rank < torch.where(has_top_k, given.top_k, most)
     best_weights = torch.where(kept, best.exp(), 0.0)
     sums = best_weights.cumsum(-1)
-    mass = given.top_p.unsqueeze(1) * torch.where(has_top_k, sums[..., -1], weights.sum(-1))
+    whole = best_weights.sum(-1, keepdim=True)
+    mass = given.top_p * torch.where(has_top_k, whole, weights.sum(-1, keepdim=True))
     # A token is in the nucleus if those before it do not fill it.
-    kept = kept & ((sums - best_weights < mass.unsqueeze(-1)) | (rank == 0))
-    least = torch.where(kept, best, torch.inf).amin(-1)
+    kept = kept & ((sums - best_weights < mass) | (rank == 0))
+    least = torch.where(kept, best, torch.inf).amin(-1, keepdim=True)
 
-    beyond = (sums[..., -1] < mass) & has_top_p & ~has_top_k
+    beyond = (whole < mass) & has_top_p & ~has_top_k
     end = nucleus_end(scaled, weights, mass)
     least = torch.where(beyond, end, least)
     least = torch.where(has_top_k | has_top_p, least, -torch.inf)
-    return torch.maximum(least, given.min_p.log().unsqueeze(1)), beyond, end
+    return torch.maximum(least, given.min_p.log()), beyond, end
 
 
 @torch.library.custom_op("medusa_export::nucleus_end", mutates_args=())
 def nucleus_end(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-    """The least logit [B, U] of which those above it weigh less than ``mass``, without sorting them.
+    """The least logit [B, U, 1] of which those above it weigh less than ``mass``, without sorting them.
 
     ``end`` is the lower bound of an interval that is halved: what lies above it weighs at least ``mass``. It is an
     operator, since a tracer takes longer for it than for a decoder layer.
@@ -215,14 +222,14 @@ def nucleus_end(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
     Args:
         scaled: [B, U, V], below the best one.
         weights: Their exponentials.
-        mass: [B, U].
+        mass: [B, U, 1].
     """
     end = torch.full_like(mass, LEAST_LOGIT)
     for width in HALVINGS:
         middle = end + width
-        above = torch.where(scaled > middle.unsqueeze(-1), weights, 0.0).sum(-1)
+        above = torch.where(scaled > middle, weights, 0.0).sum(-1, keepdim=True)
         end = torch.where(above >= mass, middle, end)
-    return torch.where(scaled > end.unsqueeze(-1), scaled, 0.0).amin(-1)
+    return torch.where(scaled > end, scaled, 0.0).amin(-1, keepdim=True)
 
 
 @nucleus_end.register_fake
@@ -231,21 +238,23 @@ def _(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
 
 
 def _typical_bar(scaled: Tensor, weights: Tensor, total: Tensor, given: SamplingInputs) -> Tensor:
-    """What a logit, below the best, has to exceed in typical acceptance [2.3.1]; -inf in exact acceptance.
+    """What a logit, below the best, has to exceed in typical acceptance [2.3.1].
 
     p > min(ε, alpha exp(-H(p))) of the processed distribution p, whose weights [B, U, V] have the sum ``total``.
     """
     log_total = total.log()
-    entropy = log_total - (weights * scaled.clamp(min=-100.0)).sum(-1) / total
-    alpha, epsilon = given.typical_alpha.unsqueeze(1), given.typical_epsilon.unsqueeze(1)
-    bar = torch.minimum(epsilon.log(), alpha.log() - entropy) + log_total
-    return torch.where(epsilon > 0, bar, -torch.inf)
+    entropy = log_total - (weights * scaled.clamp(min=-100.0)).sum(-1, keepdim=True) / total
+    return torch.minimum(given.typical_epsilon.log(), given.typical_alpha.log() - entropy) + log_total
 
 
 def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The tokens [B, U] at which the cumulative sum of weights [B, U, V] passes a part ``numbers`` [B, U] of the whole.
+    """The tokens [B, U, 1] at which the cumulative sum of weights [B, U, V] passes a part of the whole.
 
     It is summed in blocks, to lose nothing to rounding: first the block is found, then the token in it.
+
+    Args:
+        weights: [B, U, V].
+        numbers: [B, U, 1], which part.
     """
     batch, nodes, vocab_size = weights.shape
     blocks = -(-vocab_size // _BLOCK)
@@ -253,16 +262,20 @@ def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
     weights = weights.reshape(batch, nodes, blocks, _BLOCK)
     block_weights = weights.sum(-1)
     sums = block_weights.cumsum(-1)
-    goal = numbers.unsqueeze(-1) * sums[..., -1].unsqueeze(-1)
+    goal = numbers * _last(sums)
     block = _first_above(sums, block_weights, goal)
-    before = torch.where(torch.arange(blocks) == block.unsqueeze(-1) - 1, sums, 0.0).sum(-1, keepdim=True)
-    inside = take_rows(weights.flatten(0, 1), block.reshape(-1, 1)).reshape(batch, nodes, _BLOCK)
+    before = torch.where(torch.arange(blocks) == block - 1, sums, 0.0).sum(-1, keepdim=True)
+    inside = take_rows(weights.flatten(0, 1), block.view(-1, 1)).view(batch, nodes, _BLOCK)
     sums = inside.cumsum(-1)
     # Sums of a block and within it differ by rounding: stay below the end.
-    goal = torch.minimum(goal - before, sums[..., -1].unsqueeze(-1) * (1 - 2**-23))
+    goal = torch.minimum(goal - before, _last(sums) * (1 - 2**-23))
     return block * _BLOCK + _first_above(sums, inside, goal)
 
 
+def _last(sums: Tensor) -> Tensor:
+    return sums.index_select(-1, torch.tensor([sums.shape[-1] - 1]))
+
+
 def _first_above(sums: Tensor, weights: Tensor, goal: Tensor) -> Tensor:
-    """The first place [...] of a last axis whose sum exceeds the goal [..., 1]; only what has a weight counts."""
-    return ((sums > goal) & (weights > 0)).to(torch.int32).argmax(-1)
+    """The first place [..., 1] of a last axis whose sum exceeds the goal [..., 1]; only what has a weight counts."""
+    return ((sums > goal) & (weights > 0)).to(torch.int32).argmax(-1, keepdim=True)

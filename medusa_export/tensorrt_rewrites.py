@@ -7,6 +7,7 @@ ONNX Runtime never sees it. Each public function is one rewrite, says its rule a
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -207,23 +208,88 @@ def spell_out_rms_norms(model: ir.Model) -> int:
     return count
 
 
-def broadcast_weights(model: ir.Model) -> int:
-    """Weights get the rank of what they are multiplied with, so that the parser need not reshape them: [1, 1, H].
+def pick_parts(model: ir.Model) -> int:
+    """Parts of a tensor by a ``Gather`` each in place of a ``Split``.
 
-    One that is used with values of several ranks gets the lowest of them; more would change the shape of results.
+    The parser makes 4 to 7 layers of each part that it slices out, and one of a gather; kernels are the same (TensorRT
+    fuses either). Heads are picked by number, after ``split_heads_last``; equal parts of a last axis get an axis of
+    their own first.
+    """
+    graph = model.graph
+    count = 0
+    for split in [node for node in graph if node.op_type == "Split" and len(node.inputs) == 2]:
+        source, sizes = split.inputs[0], constant(split.inputs[1])
+        shape = split.outputs[0].shape
+        if source is None or sizes is None or shape is None:
+            continue
+        axis, rank = split.attributes["axis"].as_int(), len(shape)
+        nodes: list[ir.Node] = []
+        add = _chain(nodes, split.name or "split")
+        if rank == 4 and axis == 1:
+            bounds = pairwise(np.cumsum([0, *sizes]).tolist())
+            picks = [_constant(graph, f"heads_{begin}_{end}", np.arange(begin, end)) for begin, end in bounds]
+        elif rank == 3 and axis in (2, -1) and len(set(sizes.tolist())) == 1:
+            apart = _constant(graph, f"in_{len(sizes)}_parts", np.array([0, 0, len(sizes), -1], np.int64))
+            source, axis = add("Reshape", [source, apart], allowzero=0), 2
+            picks = [_constant(graph, f"part_{i}", np.array(i, np.int64)) for i in range(len(sizes))]
+        else:
+            continue
+        for old, pick in zip(split.outputs, picks, strict=True):
+            part = add("Gather", [source, pick], axis=axis)
+            part.type, part.shape = old.type, old.shape
+            ir.convenience.replace_all_uses_with(old, part)
+        graph.insert_before(split, nodes)
+        count += 1
+    return count
+
+
+def broadcast_constants(model: ir.Model) -> int:
+    """Weights and numbers get the rank of what they meet, so that the parser need not reshape them: [1, 1, H].
+
+    A weight that meets values of several ranks gets the lowest of them; more would change the shape of results. A
+    number is another constant for each rank.
     """
     count = 0
     for value in list(model.graph.initializers.values()):
-        uses = [use.node for use in value.uses()]
-        kinds = {node.op_type for node in uses}
+        uses = list(value.uses())
+        kinds = {use.node.op_type for use in uses}
         matrix = kinds == {"MatMul"} and len(value.shape or ()) >= 2
-        if not uses or not (matrix or kinds <= {"Mul", "Add"}):
-            continue
-        others = [other for node in uses for other in node.inputs if other is not value and other is not None]
-        ranks = [len(other.shape) for other in others if other.shape is not None]
-        if ranks and len(ranks) == len(others) and _raise_rank(value, min(ranks)):
-            count += 1
+        if value.const_value is not None and value.const_value.size == 1:
+            meets = [(use.node, use.idx) for use in uses if use.node.op_type in _ELEMENTWISE]
+            count += sum(_give_rank(model.graph, value, node, index) for node, index in meets)
+        elif uses and (matrix or kinds <= {"Mul", "Add"}):
+            ranks = [_rank_of_others(value, use.node) for use in uses]
+            known = [rank for rank in ranks if rank is not None]
+            if len(known) == len(ranks) and _raise_rank(value, min(known)):
+                count += 1
     return count
+
+
+_ELEMENTWISE = (
+    *("Add", "Sub", "Mul", "Div", "Min", "Max", "Where", "And", "Or"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+)
+
+
+def _rank_of_others(value: ir.Value, node: ir.Node) -> int | None:
+    """The lowest rank among a node's other inputs; None if one is not known."""
+    ranks = [
+        None if other.shape is None else len(other.shape)
+        for other in node.inputs
+        if other is not value and other is not None
+    ]
+    return min((rank for rank in ranks if rank is not None), default=None) if None not in ranks else None
+
+
+def _give_rank(graph: ir.Graph, number: ir.Value, node: ir.Node, index: int) -> bool:
+    """Puts a number of the rank of the widest other input of a node in the place of its input ``index``."""
+    shapes = [other.shape for other in node.inputs if other is not number and other is not None]
+    rank = max((len(shape) for shape in shapes if shape is not None), default=0)
+    if number.const_value is None or None in shapes or rank <= len(number.const_value.shape):
+        return False
+    array = number.const_value.numpy().reshape([1] * rank)
+    node.replace_input_with(index, _constant(graph, f"{number.name}/rank_{rank}", array))
+    return True
 
 
 def _raise_rank(value: ir.Value, rank: int) -> bool:
@@ -293,6 +359,7 @@ REWRITES = (
     fold_query_groups,
     spell_out_soft_caps,
     spell_out_rms_norms,
-    broadcast_weights,
+    pick_parts,
+    broadcast_constants,
     look_up_prefixes,
 )

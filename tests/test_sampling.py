@@ -113,7 +113,11 @@ def test_the_ends_of_the_unit_interval() -> None:
 
 
 def test_a_mutation_of_the_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_typical_bar", lambda scaled, *_: torch.full(scaled.shape[:2], -1.0))
+    def one_below_the_best(scaled: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        like = scaled[..., :1]
+        return torch.full_like(like, -1.0), torch.zeros_like(like, dtype=torch.bool), torch.zeros_like(like)
+
+    monkeypatch.setattr(sampling, "_least_logit", one_below_the_best)
     with pytest.raises(AssertionError):
         test_the_distribution_is_that_of_transformers(101, SamplingParams(), 3.0)
 
