@@ -95,7 +95,10 @@ def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target
     with MedusaEngine.load(folder, name, check_digests=False) as opened:
         facts |= {"name": opened.backend.name, "step_ms": step_times(opened.backend, bundle, prompts[0])}
         if isinstance(opened.backend, TensorRTBackend):
-            facts["uncaptured"] = opened.backend.uncaptured
+            facts["uncaptured"] = [
+                {"tree_size": size, "draws": draws, "words": words}
+                for (size, draws), words in opened.backend.uncaptured.items()
+            ]
             facts["host_gap_ms"] = host_gap(opened.backend, prompts[0])
             facts["enqueued_step_ms"] = enqueued_step_times(Bundle.load(folder, check_digests=False), prompts[0])
         plain = speed(opened, prompts, 1)
@@ -199,7 +202,10 @@ def as_markdown(report: dict[str, Any]) -> str:
             lines.append(f"Refused: {found['refused']}")
             continue
         lines += step_table(found["step_ms"], found.get("enqueued_step_ms"))
-        lines += [f"- steps of {size} are not captured: {words}" for size, words in found.get("uncaptured", {}).items()]
+        lines += [
+            f"- steps of {step['tree_size']} with {step['draws']} draws are not captured: {step['words']}"
+            for step in found.get("uncaptured", [])
+        ]
         lines += [f"- {note}" for note in found["notes"]]
     return "\n".join(lines) + "\n"
 

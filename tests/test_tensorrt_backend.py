@@ -71,7 +71,7 @@ def test_rows_side_by_side_give_the_tokens_of_transformers(
         if seed is not None:
             assert len(result.accepted) > 2
     assert (machine.cuda.calls["cudaGraphLaunch"] > 20) == capturable
-    assert set(backend.uncaptured) == (set() if capturable else {9, 4, 1})
+    assert set(backend.uncaptured) == (set() if capturable else {(9, 0), (4, 0), (1, 0)})
     assert {batch for batch, _ in machine.trt.executed} == {rows}
 
 
@@ -97,8 +97,25 @@ def test_a_refused_capture_falls_back(machine: Machine, expected: list[list[int]
     result = decode(backend, TREE, PROMPTS[:1], expected[:1], size=9, chunk=32, count=40, seed=3)
     assert result.tokens == expected[:1]
     assert machine.cuda.calls["cudaGraphLaunch"] == 0
-    assert where in backend.uncaptured[9]
-    assert "cudaErrorStreamCaptureUnsupported" in backend.uncaptured[9]
+    assert where in backend.uncaptured[9, 0]
+    assert "cudaErrorStreamCaptureUnsupported" in backend.uncaptured[9, 0]
+
+
+def test_a_refusal_with_sampling_is_none_without(machine: Machine) -> None:
+    backend = machine.backend()
+    backend.assign(0, Draws(SamplingParams(seed=1), 13))
+    backend.step(13, {0: PROMPTS[0]})
+    machine.trt.capturable = False
+    for _ in range(3):
+        backend.step(4)
+    ((size, draws),) = backend.uncaptured
+    assert size == 4 and draws > 0
+    machine.trt.capturable = True
+    backend.assign(0, None)
+    for _ in range(3):
+        backend.step(4)
+    assert machine.cuda.calls["cudaGraphLaunch"] == 2
+    assert set(backend.uncaptured) == {(4, draws)}
 
 
 def test_a_step_that_fails_while_captured_is_run_without(machine: Machine) -> None:
@@ -108,7 +125,7 @@ def test_a_step_that_fails_while_captured_is_run_without(machine: Machine) -> No
         each.step(9)
     machine.trt.fails = "no kernel of that kind can be captured"
     assert backend.step(9).tokens.tolist() == other.step(9).tokens.tolist()
-    assert "no kernel of that kind" in backend.uncaptured[9]
+    assert "no kernel of that kind" in backend.uncaptured[9, 0]
     assert not machine.cuda.captures
     backend.step(4)
     backend.step(4)

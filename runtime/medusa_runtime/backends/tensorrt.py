@@ -42,11 +42,13 @@ class _Decoder:
         context: The execution context, bound.
         warm: Whether it has run, which a capture needs.
         graph: The captured step, once there is one.
+        refused: TensorRT's or CUDA's words where it can't be captured.
     """
 
     context: Any
     warm: bool = False
     graph: Graph | None = None
+    refused: str = ""
 
 
 @dataclass
@@ -80,9 +82,6 @@ class TensorRTBackend:
 
     Raises:
         BackendError: The engine can't run here; the message says why, and how to rebuild it.
-
-    Attributes:
-        uncaptured: Tree sizes whose steps are launched one by one, with TensorRT's or CUDA's words for why.
     """
 
     def __init__(
@@ -119,7 +118,6 @@ class TensorRTBackend:
         self._lengths = np.zeros(rows, np.int64)  # exact once all steps are collected
         self._drafts_shown = False
         self._all_decode = False  # whether the flags on the device say so
-        self.uncaptured: dict[int, str] = {}
         self._decoders: dict[tuple[int, int], _Decoder] = {}  # by size, and numbers to draw with
         self._sampling = SamplingRows(rows) if bundle.sampling else None
         self._sampling_changed = True  # since it was stored on the device
@@ -346,8 +344,8 @@ class TensorRTBackend:
         decoder = self._decoders.get((size, width))
         if decoder is None:
             decoder = self._decoders[size, width] = _Decoder(self._context(0, size, width, eager=True))
-        if self._captures and decoder.graph is None and decoder.warm and size not in self.uncaptured:
-            decoder.graph = self._capture(decoder, size, doing)
+        if self._captures and decoder.graph is None and decoder.warm and not decoder.refused:
+            self._capture(decoder, size, doing)
         if decoder.graph is not None:
             decoder.graph.launch(doing)
             return
@@ -361,18 +359,22 @@ class TensorRTBackend:
         self._stream.copy_rows(ids, width, drafts, pitch, width, self._rows, doing)
         self._execute(decoder.context, doing)
 
-    def _capture(self, decoder: _Decoder, size: int, doing: str) -> Graph | None:
-        """The step as a graph, or None, with the reason noted, where it can't be captured."""
+    def _capture(self, decoder: _Decoder, size: int, doing: str) -> None:
+        """Makes the step a graph, or notes why it can't be captured."""
         assert self._loaded is not None
         able = getattr(decoder.context, "is_stream_capturable", lambda _: True)
         if not able(self._stream.handle):
-            self.uncaptured[size] = f"not capturable: {self._loaded.words()}"
-            return None
+            decoder.refused = f"not capturable: {self._loaded.words()}"
+            return
         try:
-            return self._stream.capture(lambda: self._decode_once(decoder, size, doing), f"capturing, {doing}")
+            decoder.graph = self._stream.capture(lambda: self._decode_once(decoder, size, doing), f"capturing, {doing}")
         except BackendError as error:
-            self.uncaptured[size] = str(error)
-            return None
+            decoder.refused = str(error)
+
+    @property
+    def uncaptured(self) -> dict[tuple[int, int], str]:
+        """Why some steps are launched one by one, by tree size and numbers to draw with."""
+        return {key: decoder.refused for key, decoder in self._decoders.items() if decoder.refused}
 
     def _prefill(self, size: int, width: int, prompts: Mapping[int, Sequence[int]], doing: str) -> None:
         """Rows in ``prompts`` take their chunk, all others their drafted tree."""
