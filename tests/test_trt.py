@@ -419,5 +419,5 @@ def test_smollm2_is_built_within_its_bounds(smollm2_gguf: str, tmp_path: Path) -
     for targets in (("sm80",), ("sm86", "sm89"), TARGETS):
         built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, targets)).build()
         assert sum(built.layers.values()) < 3000
-        # docs/gpu.md says what is in the 10.9 % that come on top of the weights
+        # docs/gpu.md says what is in the 10.7 % that come on top of the weights
         assert built.data.nbytes < 1.12 * bundle.files["model.onnx.data"].size
