@@ -9,14 +9,13 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
-from onnxscript import optimizer
 
 from medusa_export.errors import ExportError
 from medusa_export.layer_reuse import decoder_layers
 from medusa_export.onnx_layers import expand_layers
 from medusa_export.onnx_rewrites import fuse_rms_norm, fuse_rotary_embedding, index_rows, lay_out_linears
 from medusa_export.onnx_sampling import expand_sampling
-from medusa_export.onnx_trace import MARK_DOMAIN, quiet, trace
+from medusa_export.onnx_trace import MARK_DOMAIN, simplify, trace
 from medusa_export.step import MedusaStep
 from medusa_runtime import contract
 from medusa_runtime.contract import TensorSpec
@@ -54,20 +53,6 @@ def _layer_prefix(step: MedusaStep) -> str:
     return next(f"step.model.{name}." for name, module in step.model.named_modules() if module is layers)
 
 
-def _simplify(model: ir.Model) -> None:
-    """Folds constants, but none that comes from a weight: copies of a layer must find their own weights."""
-    weights = {name: value for name, value in model.graph.initializers.items() if name.startswith("step.model.")}
-    tensors = {name: value.const_value for name, value in weights.items()}
-    for value in weights.values():
-        value.const_value = None
-    try:
-        with quiet():  # it remarks on each weight that it can't see
-            optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
-    finally:
-        for name, value in weights.items():
-            value.const_value = tensors[name]
-
-
 def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Model:
     """Traces a step and brings the graph into the form of the contract.
 
@@ -87,7 +72,7 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
     for node in graph:
         if node.op_type == "Attention":
             node.resize_outputs(1)
-    _simplify(model)
+    simplify(model)
     expand_sampling(model, step.model.dtype)
 
     outputs = {value.name: value for value in graph.outputs}

@@ -10,11 +10,10 @@ import functools
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
 from torch import Tensor, nn
 
 from medusa_export.errors import ExportError
-from medusa_export.onnx_trace import MARK_DOMAIN, example_sampling, quiet, translate
+from medusa_export.onnx_trace import MARK_DOMAIN, example_sampling, quiet, simplify, translate
 from medusa_export.sampling import SamplingInputs, drawings
 
 
@@ -42,7 +41,7 @@ def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
     with torch.no_grad(), quiet():
         program = torch.export.export(_Drawings(), example, dynamic_shapes=free, strict=False)
         model = translate(program)
-        optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
+    simplify(model)
     for node in model.graph:
         node.name = f"sampling/{node.name}"
         for value in node.outputs:

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import values
+from onnxscript import optimizer, values
 from torch import Tensor, nn
 
 from medusa_export.errors import ExportError, ModelNotSupportedError
@@ -251,6 +251,20 @@ def translate(program: torch.export.ExportedProgram) -> ir.Model:
         raise ExportError("Translating the traced model to ONNX gave no graph.")
     model: ir.Model = exported.model
     return model
+
+
+def simplify(model: ir.Model) -> None:
+    """Folds constants, but none that comes from a weight: copies of a layer must find their own weights."""
+    weights = {name: value for name, value in model.graph.initializers.items() if name.startswith("step.model.")}
+    tensors = {name: value.const_value for name, value in weights.items()}
+    for value in weights.values():
+        value.const_value = None
+    try:
+        with quiet():  # it remarks on each weight that it can't see
+            optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
+    finally:
+        for name, value in weights.items():
+            value.const_value = tensors[name]
 
 
 def example_sampling(batch: int, draws: int) -> dict[str, Tensor]:

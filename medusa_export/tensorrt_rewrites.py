@@ -258,9 +258,8 @@ def broadcast_constants(model: ir.Model) -> int:
             meets = [(use.node, use.idx) for use in uses if use.node.op_type in _ELEMENTWISE]
             count += sum(_give_rank(model.graph, value, node, index) for node, index in meets)
         elif uses and (matrix or kinds <= {"Mul", "Add"}):
-            ranks = [_rank_of_others(value, use.node) for use in uses]
-            known = [rank for rank in ranks if rank is not None]
-            if len(known) == len(ranks) and _raise_rank(value, min(known)):
+            ranks = [_ranks_beside(value, use.node) for use in uses]
+            if all(ranks) and _raise_rank(value, min(map(min, ranks))):
                 count += 1
     return count
 
@@ -271,21 +270,17 @@ _ELEMENTWISE = (
 )
 
 
-def _rank_of_others(value: ir.Value, node: ir.Node) -> int | None:
-    """The lowest rank among a node's other inputs; None if one is not known."""
-    ranks = [
-        None if other.shape is None else len(other.shape)
-        for other in node.inputs
-        if other is not value and other is not None
-    ]
-    return min((rank for rank in ranks if rank is not None), default=None) if None not in ranks else None
+def _ranks_beside(value: ir.Value, node: ir.Node) -> list[int]:
+    """The ranks of a node's other inputs; none if one of them is not known."""
+    others = [other for other in node.inputs if other is not value and other is not None]
+    ranks = [len(other.shape) for other in others if other.shape is not None]
+    return ranks if len(ranks) == len(others) else []
 
 
 def _give_rank(graph: ir.Graph, number: ir.Value, node: ir.Node, index: int) -> bool:
     """Puts a number of the rank of the widest other input of a node in the place of its input ``index``."""
-    shapes = [other.shape for other in node.inputs if other is not number and other is not None]
-    rank = max((len(shape) for shape in shapes if shape is not None), default=0)
-    if number.const_value is None or None in shapes or rank <= len(number.const_value.shape):
+    rank = max(_ranks_beside(number, node), default=0)
+    if number.const_value is None or rank <= len(number.const_value.shape):
         return False
     array = number.const_value.numpy().reshape([1] * rank)
     node.replace_input_with(index, _constant(graph, f"{number.name}/rank_{rank}", array))

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 from click.testing import CliRunner
 
 from medusa_runtime import Bundle
+from script import load_script
 from stock import Stock
 
 
 def test_plain_decoding_is_compared(tiny_bundle: Bundle, stock: Stock, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).parents[1] / "scripts/benchmark.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     arguments = [
         "--heads", tiny_bundle.folder, "--no-heads", stock.export(heads=False).bundle.folder, "--threads", 1,
         "--rounds", 2, "--tokens", 12, "--tree-size", 9, "--json", tmp_path / "report.json",
     ]  # fmt: skip
-    result = CliRunner().invoke(script.main, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(load_script("benchmark").main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (result.output, result.exception)
     report = json.loads((tmp_path / "report.json").read_text())
     assert 0 < report["host_overhead"] < 1

@@ -192,7 +192,7 @@ def test_an_export_that_fails_leaves_what_was_there(
     out = tmp_path / "out"
     shutil.copytree(tiny_bundle.folder, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    arguments = ("onnx", tiny_model_folder, "--no-heads", "--greedy-only", "-o", out, "-q")
+    arguments = ("onnx", tiny_model_folder, "--no-heads", "-o", out, "-q")
     code, output = run(*arguments)
     assert code == 1
     assert "--overwrite" in output

@@ -18,11 +18,10 @@ from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from stock import Stock
-from tiny_models import SEEDS, SUPPORTED_FAMILIES, tiny_model
+from tiny_models import SEEDS, SUPPORTED_FAMILIES, families, tiny_model
 
 COUNT = 24
 PROMPTS = [[(7 * i * i + 3) % 101 for i in range(13)], [(5 * i * i + 11 * i + 1) % 101 for i in range(22)]]
-FIRST = ("llama", "gemma3_text")  # the others are slow for their number only
 WAYS = [(1, 64), (1, 5), (4, 3), (9, 64), (9, 7)]  # tree size, prefill chunk
 
 
@@ -33,10 +32,7 @@ class Family:
     bundle: Bundle
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTED_FAMILIES if name not in FIRST)],
-)
+@pytest.fixture(scope="module", params=families("llama", "gemma3_text", others=SUPPORTED_FAMILIES))
 def family(request: pytest.FixtureRequest, stock: Stock) -> Family:
     seed = SEEDS.get(request.param, 0)
     expected = [greedy(tiny_model(request.param, seed), prompt, COUNT) for prompt in PROMPTS]
@@ -132,9 +128,10 @@ def test_the_families_of_the_issue_are_here() -> None:
     assert set(named.split()) <= set(SUPPORTED_FAMILIES)
 
 
-def test_a_model_without_heads(stock: Stock) -> None:
-    expected = [greedy(tiny_model("llama"), prompt, COUNT) for prompt in PROMPTS]
-    bundle = stock.export(heads=False).bundle
+@pytest.mark.parametrize("name", families("llama", others=("gpt_neox",)))
+def test_a_model_without_heads(stock: Stock, name: str) -> None:
+    expected = [greedy(tiny_model(name), prompt, COUNT) for prompt in PROMPTS]
+    bundle = stock.export(name, heads=False).bundle
     for rows in (1, 2):
         backend = OnnxRuntimeBackend(bundle, rows=rows, threads=1)
         for chunk in (64, 5):

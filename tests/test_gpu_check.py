@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,14 @@ from medusa_runtime import Bundle
 from medusa_runtime.backends import tensorrt as backend_module
 from medusa_runtime.backends.cuda import Cuda
 from medusa_runtime.compiled import CompiledEngine
+from script import load_script
 from test_tensorrt_backend import PROMPTS, Machine
 from tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
 def gpu_check() -> Any:
-    path = Path(__file__).parents[1] / "scripts/gpu_check.py"
-    spec = importlib.util.spec_from_file_location("gpu_check", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_check")
 
 
 def test_a_report(gpu_check: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

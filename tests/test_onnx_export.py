@@ -28,9 +28,7 @@ def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
     tree = TREE.prefix(size)
     model = tiny_model("llama", num_hidden_layers=1)
     expected = [greedy(model, PROMPT, 16)]
-    step = make_step(model, guessing_heads(model, tree.max_depth), tree)
-    step.sampling = size != 7  # there is more to mix up, and more to trace
-    bundle = export(step, tmp_path / "bundle")
+    bundle = export(make_step(model, guessing_heads(model, tree.max_depth), tree), tmp_path / "bundle")
     for graph in (bundle.graph, None):
         backend = OnnxRuntimeBackend(bundle, threads=1, graph=graph)
         for chunk in (size - 1 or 1, size, size + 1, 13):
@@ -61,7 +59,6 @@ def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
     if reduced:
         heads.token_map = torch.randperm(101, generator=generator)[:40]
     step = make_step(model, heads.eval().requires_grad_(False))
-    step.sampling = False
     bundle = export(step, tmp_path / "bundle")
     for graph in (bundle.graph, None):
         compiled, eager = OnnxRuntimeBackend(bundle, threads=1, graph=graph), EagerBackend(step)
@@ -126,7 +123,7 @@ def test_heads_that_are_odd_for_the_derived_graph(stock: Stock, head_dim: int, d
     """ONNX Runtime's attention wants heads of a multiple of 8, and of 16 to rotate them: others do without."""
     options = {"num_hidden_layers": 1, "head_dim": head_dim}
     expected = [greedy(tiny_model("llama", **options), PROMPT, 12)]
-    bundle = stock.export(heads=False, sampling=False, **options).bundle
+    bundle = stock.export(heads=False, **options).bundle
     assert ("model.onnxruntime.onnx" in bundle.files) == derived
     backend = OnnxRuntimeBackend(bundle, threads=1)
     assert decode(backend, Tree(), [PROMPT], expected, size=1, chunk=5, count=12).tokens == expected

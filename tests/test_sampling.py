@@ -355,7 +355,7 @@ def test_log_probabilities_are_those_of_the_model(engine: MedusaEngine) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_compiled_graphs_sample_as_the_eager_step_does(stock: Stock, derived: bool, rows: int) -> None:
     """Rows of different policies side by side, sizes and widths changing from step to step."""
-    exported = stock.export("llama", num_hidden_layers=1, vocab_size=601)
+    exported = stock.export("qwen2", num_hidden_layers=2, vocab_size=601)
     step, bundle = exported.step, exported.bundle
     compiled = OnnxRuntimeBackend(bundle, rows=rows, threads=1, graph=None if derived else bundle.graph)
     eager = EagerBackend(step, rows=rows)

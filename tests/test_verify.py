@@ -23,7 +23,7 @@ from medusa_export.verify import Check, Verification, reference_tokens, verify_b
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.bundle import DESCRIPTION, FileFacts
 from stock import Stock
-from tiny_models import tiny_model
+from tiny_models import SEEDS, families, tiny_model
 
 PROMPTS = [[(7 * i * i + 3) % 101 for i in range(13)], [(5 * i * i + 11 * i + 1) % 101 for i in range(22)]]
 
@@ -207,8 +207,9 @@ def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:
     assert any(note.startswith("tie: ") for note in tokens.notes)
 
 
-def test_without_heads(stock: Stock) -> None:
-    exported = stock.export(heads=False)
+@pytest.mark.parametrize("family", families("llama", others=("qwen3",)))
+def test_without_heads(stock: Stock, family: str) -> None:
+    exported = stock.export(family, SEEDS.get(family, 0), heads=False)
     assert verify_bundle(exported.bundle, exported.step, PROMPTS, max_new_tokens=12).passed
 
 
@@ -232,7 +233,7 @@ def test_command_writes_reports(tiny_model_folder: Path, untrained_bundle: Bundl
         "--model",
         str(tiny_model_folder),
         "-n",
-        "16",
+        "40",
         "--json",
         str(report),
         "--junit",

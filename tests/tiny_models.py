@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
@@ -195,6 +196,13 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
 
 SUPPORTED_FAMILIES = tuple(_SUPPORTED)
 SEEDS = {"qwen3": 3, "olmo2": 3}  # with others they repeat a token
+
+
+def families(*first: str, others: tuple[str, ...]) -> list[Any]:
+    """Parameters of a test: the others are marked slow, for their number only."""
+    return [*first, *(pytest.param(name, marks=pytest.mark.slow) for name in others if name not in first)]
+
+
 REFUSED_FAMILIES = tuple(_REFUSED)
 
 
