@@ -6,6 +6,7 @@ with ONNX Runtime's own operators, in which a decoder layer has a third of the n
 * ``Attention`` with its two ``TensorScatter``, and the layout changes around them, become one
   ``GroupQueryAttention``. It appends the new entries to the cache by itself, and reads no more of it than is filled.
 * ``Add`` followed by ``RMSNormalization`` becomes one ``SkipSimplifiedLayerNormalization``.
+* The best token is looked for among the best of blocks of logits: ``ReduceMax`` is vectorised, ``ArgMax`` is not.
 * Acceptance, drafting and masks stand in branches of an ``If``: a plain step, which has nothing to accept or to draft
   and looks at all that there is, passes them by.
 
@@ -16,6 +17,7 @@ backend moves accepted entries to their places (see ``medusa_runtime.backends.on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
-from medusa_export.onnx_rewrites import only_user, producer, replace_value
+from medusa_export.onnx_rewrites import only_user, producer, replace, replace_value
 from medusa_export.onnxruntime_nodes import (
     CONTRIB,
     IR_VERSION,
@@ -35,6 +37,7 @@ from medusa_export.onnxruntime_nodes import (
     integers,
     rank_of,
     shape_of,
+    value_named,
 )
 from medusa_export.onnxruntime_plain_steps import (
     is_plain_mask,
@@ -47,6 +50,7 @@ from medusa_export.onnxruntime_plain_steps import (
 # Rows of rotary tables beyond the longest sequence: for padding, and for drafts at its end that come to nothing.
 SLACK = 1024
 LARGEST_TABLE = 2**28  # bytes
+SMALLEST_BLOCK = 8
 _SWAP = (0, 2, 1, 3)  # between [B, S, N, d] and [B, N, S, d]
 
 
@@ -95,6 +99,7 @@ def finish(model: ir.Model, margin: int, sees_all: Sequence[ir.Value] = (), slot
         skip_sampling_where_none_draws(graph)
     if margin:
         skip_tree_in_plain_steps(graph, is_plain)
+    split_argmax(graph)
     model.opset_imports[CONTRIB] = 1
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
@@ -319,6 +324,26 @@ def drop_pending(graph: ir.Graph) -> None:
     graph.outputs.remove(next(value for value in graph.outputs if value.name == "next_pending_kv"))
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "pending_kv"))
     graph.outputs.append(next(value for node in graph for value in node.outputs if value.name == PATH))
+
+
+def split_argmax(graph: ir.Graph) -> None:
+    """Has ``ArgMax`` of logits [B, S, V] look through the best block only; of equals it still gives the first."""
+    logits = value_named(graph, "logits")
+    vocab_size = shape_of(logits)[-1]
+    assert isinstance(vocab_size, int)
+    blocks = next(count for count in range(math.isqrt(vocab_size), 0, -1) if vocab_size % count == 0)
+    if logits.dtype != ir.DataType.FLOAT or blocks < SMALLEST_BLOCK:
+        return
+    for argmax in [use.node for use in logits.uses() if use.node.op_type == "ArgMax"]:
+        width = integers(graph, "block", vocab_size // blocks)
+        make = Builder(graph)
+        parted = make("Reshape", [logits, integers(graph, "blocks", [0, 0, blocks, vocab_size // blocks])])
+        best = make("ReduceMax", [parted, integers(graph, "last_of_four", [3])], keepdims=0)
+        block = make("ArgMax", [best], axis=-1, keepdims=1)
+        inside = make("ArgMax", [make("GatherND", [parted, block], batch_dims=2)], axis=-1, keepdims=0)
+        first = make("Mul", [make("Squeeze", [block, integers(graph, "last_of_three", [2])]), width])
+        make("Add", [first, inside])
+        replace(argmax.outputs[0], make.nodes)
 
 
 def fuse_skip_norms(graph: ir.Graph) -> None:

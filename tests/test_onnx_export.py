@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ from medusa_export import layer_reuse, onnx_trace
 from medusa_export.eager import EagerBackend
 from medusa_export.heads import HeadsConfig, MedusaHeads
 from medusa_export.onnx_export import build_graph
+from medusa_export.onnxruntime_fusions import split_argmax
+from medusa_export.onnxruntime_nodes import IR_VERSION
 from medusa_runtime import BackendError, Tree
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stock import Stock
@@ -142,3 +146,30 @@ def test_a_layer_that_computes_with_its_index_is_refused() -> None:
         layer.forward = scaled
     with pytest.raises(ModelNotSupportedError, match="their own index"):
         build_graph(make_step(model, None, Tree()))
+
+
+@pytest.mark.parametrize(("vocab_size", "split"), [(96, True), (1024, True), (101, False), (6 * 101, False)])
+def test_the_best_token_is_found_in_the_best_block(vocab_size: int, split: bool) -> None:
+    """Of equal logits the first wins, whichever blocks they are in."""
+    shape = ["batch", "sequence", vocab_size]
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape)
+    best = onnx.helper.make_tensor_value_info("best", onnx.TensorProto.INT64, shape[:2])
+    nodes = [
+        onnx.helper.make_node("Identity", ["given"], ["logits"]),
+        onnx.helper.make_node("ArgMax", ["logits"], ["best"], axis=-1, keepdims=0),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes, "best", [onnx.helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, shape)], [best]
+    )
+    graph.value_info.append(logits)
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)]))
+    split_argmax(model.graph)
+    proto = ir.to_proto(model)
+    proto.ir_version = IR_VERSION
+    assert any(node.op_type == "ReduceMax" for node in proto.graph.node) == split
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = np.random.default_rng(0).integers(-5, 5, (2, 40, vocab_size)).astype(np.float32)
+    values[0, 0] = -np.inf
+    values[0, 1] = np.arange(vocab_size)
+    (got,) = session.run(None, {"given": values})
+    np.testing.assert_array_equal(got, values.argmax(-1))

@@ -27,6 +27,8 @@ from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
+DYNAMIC_BLOCKS = "8"  # per thread
+
 
 def import_onnxruntime() -> Any:
     """The ``onnxruntime`` module.
@@ -329,6 +331,8 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
     )
+    # Threads fetch blocks of work where they would each have a fixed share: one that is held up holds up no other.
+    options.add_session_config_entry("session.dynamic_block_base", DYNAMIC_BLOCKS)
     try:
         session = ort.InferenceSession(
             graph if isinstance(graph, bytes) else str(graph),
