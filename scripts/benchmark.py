@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from medusa_export import bench
 from medusa_runtime import MedusaEngine
+from medusa_runtime.bundle import WEIGHTS
 
 PROMPT = "Write a long story about a lighthouse keeper who finds a message in a bottle."
 # Generates this many tokens; gives the seconds from the first to the last.
@@ -59,6 +61,20 @@ def seconds_of(peer: bench.Contestant, prompt: list[int]) -> Contestant:
     return run
 
 
+def reading(size: int, threads: int) -> Contestant:
+    """Nothing but reading as many bytes as a token's weights: no decoder that reads them all can be faster."""
+    torch.set_num_threads(threads)
+    weights = torch.ones(size // 4)
+
+    def run(tokens: int) -> float:
+        started = time.perf_counter()
+        for _ in range(tokens - 1):
+            weights.sum()
+        return time.perf_counter() - started
+
+    return run
+
+
 @click.command()
 @click.option("--heads", type=click.Path(path_type=Path), required=True, help="Bundle with heads.")
 @click.option("--no-heads", type=click.Path(path_type=Path), required=True, help="The same model without.")
@@ -96,6 +112,7 @@ def main(
         contestants["onnxruntime-genai, fp32"] = seconds_of(bench.genai_contestant(genai_model, threads), prompt)
     if model is not None:
         contestants["transformers generate"] = seconds_of(bench.transformers_contestant(model, threads), prompt)
+    contestants["reading the weights"] = reading((no_heads / WEIGHTS).stat().st_size, threads)
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for run in range(rounds + 1):

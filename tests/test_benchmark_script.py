@@ -21,7 +21,7 @@ def test_plain_decoding_is_compared(tiny_bundle: Bundle, stock: Stock, tmp_path:
     assert result.exit_code == 0, (result.output, result.exception)
     report = json.loads((tmp_path / "report.json").read_text())
     assert 0 < report["host_overhead"] < 1
-    assert len(report["contestants"]) == 3
+    assert len(report["contestants"]) == 4
     for name, found in report["contestants"].items():
         assert name in " ".join(result.output.split()) or "tree size" in name
         assert len(found["seconds_per_step"]) == 2 and min(found["seconds_per_step"]) > 0

@@ -12,7 +12,7 @@ the few entries below the root are moved to their places here. Plain decoding mo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ class OnnxRuntimeBackend:
         rows = range(self._rows)
         inputs = self._write_inputs(size, prompts or {}, rows)
         self._run(self._bindings(), size, inputs)
-        self._carry_over(rows)
+        self._carry_over(slice(None))
         if self._path is not None:
             for row in rows:
                 self._move_accepted(self._path, row, self._caches[:, row])
@@ -217,11 +217,10 @@ class OnnxRuntimeBackend:
             names = [*binding.outputs, *self._extra_outputs]
             self._extra = dict(zip(names, binding.values.get_outputs(), strict=True))
 
-    def _carry_over(self, rows: Iterable[int]) -> None:
+    def _carry_over(self, rows: slice | list[int]) -> None:
         """Makes what a step left of these rows what they are now; others keep what they are."""
         for array, following in self._carried:
-            for row in rows:
-                array[row] = following[row]
+            array[rows] = following[rows]
 
     def _move_accepted(self, path: NDArray[np.int64], row: int, cache: NDArray[Any]) -> None:
         """Moves the entries of a row's accepted nodes together, in its caches, [2L, N, C, d]; the root stays."""

@@ -6,7 +6,6 @@ tree among them, are some hundred bytes a step and go through the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +75,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             binding.values.bind_ortvalue_output(kept.output, kept.following)
         return binding
 
-    def _carry_over(self, rows: Iterable[int]) -> None:
+    def _carry_over(self, rows: slice | list[int]) -> None:
         super()._carry_over(rows)
         for kept in self._state.values():
             kept.now, kept.following = kept.following, kept.now
