@@ -14,50 +14,84 @@ from medusa_runtime.tree_choice import MARGIN, TreeChoice
 ACCEPTANCE = Acceptance("calibrated", (1.0, 0.6, 0.3, 0.1))
 
 
+DEPTHS = np.arange(4)  # a chain
+
+
 def choice(*seconds: float) -> TreeChoice:
-    return TreeChoice(ACCEPTANCE, {4: LatencyTable(dict(zip((1, 2, 4), seconds, strict=False)))})
+    return TreeChoice(ACCEPTANCE, DEPTHS, {4: LatencyTable(dict(zip((1, 2, 4), seconds, strict=False)))})
+
+
+def size(tree: TreeChoice, rows: int = 4) -> int:
+    return tree.size([tree.accuracy_of(row) for row in range(rows)])
 
 
 def test_a_tree_has_to_pay() -> None:
-    assert choice(1.0, 1.3, 1.9).size(4) == 2
-    assert choice(1.0, 1.3, 1.5).size(3) == 4
-    assert choice(1.0, 1.59, 2.5).size(4) == 1  # less than can be told from noise
-    assert choice(1.0, 1.3, 1.5).size(5) == 1  # nobody has measured so many rows
+    assert size(choice(1.0, 1.3, 1.9)) == 2
+    assert size(choice(1.0, 1.3, 1.5), rows=3) == 4
+    assert size(choice(1.0, 1.59, 2.5)) == 1  # less than can be told from noise
+    assert size(choice(1.0, 1.3, 1.5), rows=5) == 1  # nobody has measured so many rows
 
 
 def test_guesses_that_fail_end_the_tree_and_it_is_tried_again() -> None:
     tree = choice(1.0, 1.3, 2.5)
-    assert tree.size(4) == 2
+    assert size(tree) == 2
     steps = 0
-    while tree.size(4) == 2:
-        tree.observe(2, [1, 1, 1, 1])
+    while size(tree) == 2:
+        tree.observe(2, dict.fromkeys(range(4), 1))
         steps += 1
     assert steps < 60
-    assert tree.accuracy < 0.51
+    assert tree.accuracy_of(0) < tree.accuracy < 1
     idle = 0
-    while tree.size(4) == 1:
-        tree.observe(1, [1, 1, 1, 1])
+    while size(tree) == 1:
+        tree.observe(1, dict.fromkeys(range(4), 1))
         idle += 1
     assert idle > 10 * steps  # trying costs little
 
 
 def test_guesses_that_hold_make_it_larger() -> None:
     tree = choice(1.0, 1.5, 1.9)
-    assert tree.size(4) == 2
+    assert size(tree) == 2
     for _ in range(200):
-        tree.observe(2, [2, 2, 2, 2])
+        tree.observe(2, dict.fromkeys(range(4), 2))
     assert tree.accuracy == pytest.approx(1 / 0.6, rel=0.1)
-    assert tree.size(4) == 4
+    assert size(tree) == 4
+
+
+def test_a_request_that_is_hard_to_guess_is_known_by_its_row() -> None:
+    tree = choice(1.0, 1.3, 1.5)
+    for _ in range(40):
+        tree.observe(4, {0: 1, 1: 3, 2: 3, 3: 3})
+    assert tree.size([tree.accuracy_of(row) for row in (1, 2, 3)]) == 4
+    assert tree.size([tree.accuracy_of(0)]) == 1
+    tree.begin(0)
+    assert tree.accuracy_of(0) == tree.accuracy
+    assert tree.size([tree.accuracy_of(0)]) == 4
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.8, 1.1])
+def test_accuracy_is_found_from_trees_of_any_depth(accuracy: float) -> None:
+    """Right by one factor in all depths: the same factor is found with each tree, and so is what a tree brings."""
+    rng, tree = np.random.default_rng(0), choice(1.0, 1.1, 1.2)
+    counts = []
+    for step in range(20_000):
+        nodes = (2, 4)[step % 2]
+        conditional = np.array([0.6, 0.5, 1 / 3])[: nodes - 1]
+        right = np.cumprod(rng.random(nodes - 1) < accuracy * conditional)
+        tree.observe(nodes, {0: 1 + int(right.sum())})
+        if nodes == 4:
+            counts.append(1 + right.sum())
+    assert tree.accuracy == pytest.approx(accuracy, rel=0.05)
+    assert tree.expected_tokens(4, accuracy) == pytest.approx(np.mean(counts), rel=0.02)
 
 
 @given(st.lists(st.floats(0.5, 5), min_size=3, max_size=3), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_it_is_never_slower_by_its_own_account(seconds: list[float], chance: float, seed: int) -> None:
     tree, rng = choice(*seconds), np.random.default_rng(seed)
     for _ in range(50):
-        size = tree.size(4)
-        rate = (1 + tree.accuracy * (ACCEPTANCE.expected_tokens(size) - 1)) / dict(
-            zip((1, 2, 4), seconds, strict=True)
-        )[size]
-        assert rate * (1 + MARGIN) >= 1 / seconds[0]
-        assert size == 1 or rate >= 1 / seconds[0]
-        tree.observe(size, (1 + (rng.random(4) < chance) * (size > 1)).tolist())
+        accuracies = [tree.accuracy_of(row) for row in range(4)]
+        nodes = tree.size(accuracies)
+        taken = dict(zip((1, 2, 4), seconds, strict=True))
+        rate = sum(tree.expected_tokens(nodes, accuracy) for accuracy in accuracies) / taken[nodes]
+        assert rate * (1 + MARGIN) >= 4 / seconds[0]
+        assert nodes == 1 or rate >= 4 / seconds[0]
+        tree.observe(nodes, {row: 1 + (rng.random() < chance) * (nodes > 1) for row in range(4)})

@@ -31,24 +31,28 @@ class BatchRunner:
         self.backend = backend
         self._bundle = bundle
         self._tree_size = tree_size
-        self._choice = TreeChoice(bundle.acceptance, {})
+        self._choice = TreeChoice(bundle.acceptance, bundle.tree.depths, {})
         self._grouped: tuple[list[int], list[list[int]]] | None = None
         self._worth_a_step = _slots_worth_a_step(bundle)
 
     def measure(self) -> None:
-        """Finds out which tree is best for how many rows, so far as nobody has measured it on this machine before."""
+        """Finds out which tree is best for how many rows, so far as nobody has measured it on this machine before.
+
+        Raises:
+            BackendError: The graph failed, or there is no memory.
+        """
         acceptance, most = self._bundle.acceptance, self.backend.rows
         if self._tree_size != "auto" or acceptance.expected_tokens(self._bundle.tree.size) <= 1.0:
             return
         counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < most]
         tables = {n: LatencyTable.measured_batch(self._bundle, self.backend, n) for n in [*counts, most]}
-        self._choice = TreeChoice(acceptance, tables)
+        self._choice = TreeChoice(acceptance, self._bundle.tree.depths, tables)
 
-    def tree_size(self, active: int) -> int:
-        """Nodes per row in a step of so many rows."""
+    def tree_size(self, rows: Sequence[int]) -> int:
+        """Nodes per row in a step of these rows."""
         if self._tree_size != "auto":
             return self._tree_size
-        return self._choice.size(active)
+        return self._choice.size([self._choice.accuracy_of(row) for row in rows])
 
     @property
     def tree_sizes(self) -> Mapping[int, int]:
@@ -85,23 +89,23 @@ class BatchRunner:
         Raises:
             BackendError: There is no memory.
         """
-        return self._arrange(rows, self._entries(rows) + self.tree_size(len(rows)))
+        return self._arrange(rows, self._entries(rows) + self.tree_size(rows))
 
-    def prepare_prefill(self, row: int, chunk: Sequence[int], active: int) -> int:
+    def prepare_prefill(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> int:
         """As ``prepare``, for ``prefill``."""
-        return self._arrange([row], self._entries([row]) + self._chunk_size(chunk, active))
+        return self._arrange([row], self._entries([row]) + self._chunk_size(row, chunk, beside))
 
-    def prefill(self, row: int, chunk: Sequence[int], active: int) -> StepResult:
-        """Takes in a chunk of a row's prompt; ``active`` rows will decode once it is the last one.
+    def prefill(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> StepResult:
+        """Takes in a chunk of a row's prompt; it will decode with the rows ``beside`` it once that is the last one.
 
         Raises:
             BackendError: The graph failed, or there is no memory; the row is as it was.
         """
-        return self._step(self._chunk_size(chunk, active), {row: chunk}, [row])
+        return self._step(self._chunk_size(row, chunk, beside), {row: chunk}, [row])
 
-    def _chunk_size(self, chunk: Sequence[int], active: int) -> int:
+    def _chunk_size(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> int:
         """Padded to the size of the tree: a step of S tokens drafts at most S - 1 deep."""
-        return max(len(chunk), self.tree_size(active))
+        return max(len(chunk), self.tree_size([*beside, row]))
 
     def decode(self, rows: Sequence[int]) -> tuple[StepResult, int]:
         """Verifies the trees of some rows; gives also their size.
@@ -109,9 +113,9 @@ class BatchRunner:
         Raises:
             BackendError: As for ``prefill``.
         """
-        size = self.tree_size(len(rows))
+        size = self.tree_size(rows)
         result = self._step(size, {}, rows)
-        self._choice.observe(size, result.count[list(rows)].tolist())
+        self._choice.observe(size, {row: int(result.count[row]) for row in rows})
         return result, size
 
     def take_over(self, source: int, row: int, shared: int) -> None:
@@ -120,6 +124,7 @@ class BatchRunner:
         Raises:
             BackendError: There is no memory.
         """
+        self._choice.begin(row)
         if source != row:
             self.backend.reset(row)
             if shared:

@@ -65,7 +65,7 @@ class MedusaService(Closing):
         tokenizer: Its tokenizer, or None if it has none.
         max_queue: Requests that may wait for a row; beyond that ``submit`` raises ``QueueFullError``.
         tree_size: Nodes per row and step. ``auto`` fits them to the number of rows that decode, by steps measured once
-            on this machine. It never changes a result.
+            on this machine, which takes some seconds. It never changes a result.
         prefill_chunk: Tokens of a prompt that one step takes in while other requests decode: more of them bring the
             first token sooner, fewer the next token of the others.
         metrics: What to tell about it all.
@@ -73,6 +73,7 @@ class MedusaService(Closing):
 
     Raises:
         RequestError: An option makes no sense.
+        BackendError: The graph failed while its steps were measured.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class MedusaService(Closing):
         self._ends: dict[Job, MedusaError] = {}  # requests that somebody wants to end, and with what
         self._accepting = True
         self._closing = False
+        self._runner.measure()  # before anybody has work for these cores
         self._thread = threading.Thread(target=self._run, name="medusa-service", daemon=True)
         self._thread.start()
 
@@ -280,11 +282,10 @@ class MedusaService(Closing):
     def _run(self) -> None:
         failure: MedusaError = ServiceClosedError("The service was closed before the request was answered.")
         try:
-            self._runner.measure()
             while self._wait_for_work():
                 groups = self._groups()
                 if not self._make_room(groups):
-                    self._prefill(sum(map(len, groups)))
+                    self._prefill([job.row for jobs in groups for job in jobs if job.row is not None])
                 for jobs in groups:
                     self._decode(jobs)
         except Exception as error:  # noqa: BLE001  # whatever it is, nobody may wait forever
@@ -346,8 +347,8 @@ class MedusaService(Closing):
                 moved += self._runner.prepare(_rows(jobs))
         return moved > MOVED_BESIDES
 
-    def _prefill(self, decoding: int) -> None:
-        """Takes in one chunk of one prompt, beside so many requests that decode."""
+    def _prefill(self, decoding: Sequence[int]) -> None:
+        """Takes in one chunk of one prompt, beside rows that decode."""
         with self._changed:
             job = self._scheduler.prefilling()
         if job is None or job.row is None:
@@ -355,14 +356,14 @@ class MedusaService(Closing):
         chunk = job.sequence.next_chunk(self._prefill_chunk if decoding else LONE_CHUNK)
         with self._blamed_on(job):
             try:
-                moved = self._runner.prepare_prefill(job.row, chunk, decoding + 1)
+                moved = self._runner.prepare_prefill(job.row, chunk, decoding)
             except BackendError:
                 self._forget_free_rows()
-                moved = self._runner.prepare_prefill(job.row, chunk, decoding + 1)
+                moved = self._runner.prepare_prefill(job.row, chunk, decoding)
             if moved > MOVED_BESIDES and decoding:
                 return  # moving them took its time: the others first
             with self._timed("prefill", 1, len(chunk)) as tokens:
-                result = self._runner.prefill(job.row, chunk, decoding + 1)
+                result = self._runner.prefill(job.row, chunk, decoding)
                 job.sequence.prefilled += len(chunk)
                 tokens.append(len(chunk))
             if not job.sequence.is_prefilling:
@@ -383,7 +384,7 @@ class MedusaService(Closing):
 
     def _decode_together(self, jobs: Sequence[Job]) -> None:
         rows = _rows(jobs)
-        with self._timed("decode", len(rows), self._runner.tree_size(len(rows))) as tokens:
+        with self._timed("decode", len(rows), self._runner.tree_size(rows)) as tokens:
             result, size = self._runner.decode(rows)
             now = self._now()
             for job, row in zip(jobs, rows, strict=True):
