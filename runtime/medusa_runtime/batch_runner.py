@@ -32,6 +32,7 @@ class BatchRunner:
         self._bundle = bundle
         self._tree_size = tree_size
         self._choice = TreeChoice(bundle.acceptance, bundle.tree.depths, {})
+        self._chosen: dict[tuple[int, ...], int] = {}  # until more is known: it is asked for several times a step
         self._grouped: tuple[list[int], list[list[int]]] | None = None
         self._worth_a_step = _slots_worth_a_step(bundle)
 
@@ -47,12 +48,16 @@ class BatchRunner:
         counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < most]
         tables = {n: LatencyTable.measured_batch(self._bundle, self.backend, n) for n in [*counts, most]}
         self._choice = TreeChoice(acceptance, self._bundle.tree.depths, tables)
+        self._chosen.clear()
 
     def tree_size(self, rows: Sequence[int]) -> int:
         """Nodes per row in a step of these rows."""
         if self._tree_size != "auto":
             return self._tree_size
-        return self._choice.size([self._choice.accuracy_of(row) for row in rows])
+        key = tuple(rows)
+        if key not in self._chosen:
+            self._chosen[key] = self._choice.size([self._choice.accuracy_of(row) for row in rows])
+        return self._chosen[key]
 
     @property
     def tree_sizes(self) -> Mapping[int, int]:
@@ -116,6 +121,7 @@ class BatchRunner:
         size = self.tree_size(rows)
         result = self._step(size, {}, rows)
         self._choice.observe(size, {row: int(result.count[row]) for row in rows})
+        self._chosen.clear()
         return result, size
 
     def take_over(self, source: int, row: int, shared: int) -> None:
@@ -125,6 +131,7 @@ class BatchRunner:
             BackendError: There is no memory.
         """
         self._choice.begin(row)
+        self._chosen.clear()
         if source != row:
             self.backend.reset(row)
             if shared:
