@@ -40,7 +40,7 @@ def test_guesses_that_fail_end_the_tree_and_it_is_tried_again() -> None:
         tree.observe(2, dict.fromkeys(range(4), 1))
         steps += 1
     assert steps < 60
-    assert tree.accuracy_of(0) < tree.accuracy < 1
+    assert tree.accuracy_of(0) < 0.51
     idle = 0
     while size(tree) == 1:
         tree.observe(1, dict.fromkeys(range(4), 1))

@@ -32,7 +32,6 @@ class BatchRunner:
         self._bundle = bundle
         self._tree_size = tree_size
         self._choice = TreeChoice(bundle.acceptance, bundle.tree.depths, {})
-        self._chosen: dict[tuple[int, ...], int] = {}  # until more is known: it is asked for several times a step
         self._grouped: tuple[list[int], list[list[int]]] | None = None
         self._worth_a_step = _slots_worth_a_step(bundle)
 
@@ -48,16 +47,12 @@ class BatchRunner:
         counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < most]
         tables = {n: LatencyTable.measured_batch(self._bundle, self.backend, n) for n in [*counts, most]}
         self._choice = TreeChoice(acceptance, self._bundle.tree.depths, tables)
-        self._chosen.clear()
 
     def tree_size(self, rows: Sequence[int]) -> int:
         """Nodes per row in a step of these rows."""
         if self._tree_size != "auto":
             return self._tree_size
-        key = tuple(rows)
-        if key not in self._chosen:
-            self._chosen[key] = self._choice.size([self._choice.accuracy_of(row) for row in rows])
-        return self._chosen[key]
+        return self._choice.size([self._choice.accuracy_of(row) for row in rows])
 
     @property
     def tree_sizes(self) -> Mapping[int, int]:
@@ -112,17 +107,15 @@ class BatchRunner:
         """Padded to the size of the tree: a step of S tokens drafts at most S - 1 deep."""
         return max(len(chunk), self.tree_size([*beside, row]))
 
-    def decode(self, rows: Sequence[int]) -> tuple[StepResult, int]:
-        """Verifies the trees of some rows; gives also their size.
+    def decode(self, rows: Sequence[int], size: int) -> StepResult:
+        """Verifies the trees of some rows, of the size that ``tree_size`` gave for them.
 
         Raises:
             BackendError: As for ``prefill``.
         """
-        size = self.tree_size(rows)
         result = self._step(size, {}, rows)
         self._choice.observe(size, {row: int(result.count[row]) for row in rows})
-        self._chosen.clear()
-        return result, size
+        return result
 
     def take_over(self, source: int, row: int, shared: int) -> None:
         """Begins a request in a row with the first entries of another one, or with what it has of them itself.
@@ -131,7 +124,6 @@ class BatchRunner:
             BackendError: There is no memory.
         """
         self._choice.begin(row)
-        self._chosen.clear()
         if source != row:
             self.backend.reset(row)
             if shared:

@@ -384,8 +384,9 @@ class MedusaService(Closing):
 
     def _decode_together(self, jobs: Sequence[Job]) -> None:
         rows = _rows(jobs)
-        with self._timed("decode", len(rows), self._runner.tree_size(rows)) as tokens:
-            result, size = self._runner.decode(rows)
+        size = self._runner.tree_size(rows)
+        with self._timed("decode", len(rows), size) as tokens:
+            result = self._runner.decode(rows, size)
             now = self._now()
             for job, row in zip(jobs, rows, strict=True):
                 emitted, logprobs = result.emitted(row)

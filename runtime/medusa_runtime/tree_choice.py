@@ -115,9 +115,7 @@ class TreeChoice:
     def _chances(self, size: int) -> list[float]:
         """The chance that a tree of ``size`` nodes is right to each depth from 1 on, as calibrated."""
         if size not in self._reached:
-            nodes = list(zip(self._depths[:size], self._acceptance.node_values[:size], strict=True))
-            sums = [
-                sum(value for at, value in nodes if at == depth) for depth in range(1, max(self._depths[:size]) + 1)
-            ]
+            values = self._acceptance.node_values[:size]
+            sums = np.bincount(self._depths[:size], weights=values)[1:].tolist()
             self._reached[size] = [chance for chance in sums if chance > 0]
         return self._reached[size]
