@@ -2,23 +2,23 @@
 
 Every request must end exactly once; what came of it must equal its run alone; afterwards nothing may run or wait. Fails
 with exit code 1 otherwise. Where tokens are drawn it may equal the run at one of three tree sizes: in fp32 these differ
-in about one draw of 30,000. Of each request nothing is kept but its outcome and a digest, so that the slope of RSS over
-the second half of the day is the service's own.
+in about one draw of 30,000. Consumers are tasks of one event loop, but for callbacks, which have a thread each from the
+service; of a request nothing is kept but what came of it. So the slope of RSS over the second half of the day
+is the service's own.
 
 Without a BUNDLE it exports a tiny random model; prompts are pieces of the bench's prompts or, there, of noise.
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import json
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ import click
 import numpy as np
 import psutil
 
+from medusa_export.progress import progress_bar
 from medusa_runtime import (
     Bundle,
     Chunk,
@@ -72,13 +73,22 @@ class Outcome:
 
     Attributes:
         name: Its finish reason, or the class of its error.
-        received: How many tokens its consumer got.
-        digest: Of these.
+        tokens: What its consumer got, as 32-bit integers.
     """
 
     name: str
-    received: int
-    digest: bytes
+    tokens: bytes
+
+    @classmethod
+    def of(cls, name: str, tokens: Sequence[int]) -> Outcome:
+        """What is worth keeping."""
+        return cls(name, np.array(tokens, np.int32).tobytes())
+
+    @property
+    def received(self) -> list[int]:
+        """The tokens."""
+        received: list[int] = np.frombuffer(self.tokens, np.int32).tolist()
+        return received
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ class Consumer:
         self._request = request
         self._received: list[int] = []
 
-    def submit(self, service: MedusaService) -> RequestHandle:
+    async def submit(self, service: MedusaService) -> RequestHandle:
         """Submits it, and again while the queue is full."""
         request = self._request
         while True:
@@ -163,35 +173,31 @@ class Consumer:
                     **request.policy,
                 )
             except QueueFullError:
-                time.sleep(0.02)
+                await asyncio.sleep(0.02)
 
     def _callback(self, chunk: Chunk) -> None:
         self._received += chunk.token_ids
         if self._request.consumer == "raise":
             raise RuntimeError("a consumer's fault")
 
-    def follow(self, handle: RequestHandle) -> Outcome:
+    async def follow(self, handle: RequestHandle) -> Outcome:
         """Waits for its end."""
         try:
             if self._request.consumer == "read":
-                for count, chunk in enumerate(handle):
+                count = 0
+                async for chunk in handle:
                     self._received += chunk.token_ids
                     if count == self._request.cancel_after:
                         handle.cancel()
-            result = handle.result(300)
+                    count += 1
+            result = await handle.aresult()
         except MedusaError as error:
-            received = list(self._received)  # a callback's own thread may go on for a moment
-            return Outcome(type(error).__name__, len(received), digest(received))
+            return Outcome.of(type(error).__name__, self._received)
         for _ in range(1000):
             if len(self._received) == len(result.token_ids):
                 break
-            time.sleep(0.01)
-        return Outcome(result.finish_reason, len(self._received), digest(self._received))
-
-
-def digest(tokens: Iterable[int]) -> bytes:
-    """Of token ids."""
-    return hashlib.blake2b(np.array(list(tokens), np.int64).tobytes(), digest_size=8).digest()
+            await asyncio.sleep(0.01)
+        return Outcome.of(result.finish_reason, self._received)
 
 
 @click.command()
@@ -223,10 +229,14 @@ def main(
         service = MedusaService.load(
             bundle, rows=rows, threads=threads, max_queue=QUEUE, prefill_chunk=16, metrics=(ends := Ends())
         )
-        outcomes, report = day(service, weather, requests, rate)
+        outcomes, report = asyncio.run(day(service, weather, requests, rate))
         service.close()
         engine = MedusaEngine.load(bundle, threads=threads)
-        verdicts = Counter(verdict(weather.request(i), outcomes.get(i), engine) for i in range(requests))
+        verdicts: Counter[str] = Counter()
+        with progress_bar("each alone", requests) as bar:
+            for number in range(requests):
+                verdicts[verdict(number, weather.request(number), outcomes.get(number), engine)] += 1
+                bar.finish_piece()
         report |= {"wrong": verdicts["wrong"], "ties": verdicts["tie"]}
     report |= {"rows": rows, "ended": sum(ends.count.values())}
     click.echo(json.dumps(report, indent=1))
@@ -262,20 +272,29 @@ def corpus(folder: Path, seed: int) -> list[int]:
     return [token for prompt in bench_prompts() for token in tokenizer.encode(prompt.prompt)]
 
 
-def day(
+async def day(
     service: MedusaService, weather: Weather, requests: int, rate: float
 ) -> tuple[dict[int, Outcome], dict[str, Any]]:
     """Sends all requests through a service; gives what came of them, and figures."""
     pauses = np.random.default_rng(weather.seed).exponential(1 / rate, requests)
     process, memory = psutil.Process(), np.zeros(requests)
     outcomes: dict[int, Outcome] = {}
+    room = asyncio.Semaphore(4 * QUEUE)  # many more than the queue takes, so that requests are turned away
     started = time.monotonic()
-    # Whoever is in the service needs a thread to read; those that have just ended may need theirs for a moment longer.
-    with ThreadPoolExecutor(4 * QUEUE + 64) as readers:
-        for number, pause in enumerate(pauses):
-            time.sleep(pause)
-            readers.submit(answer, service, weather.request(number), number, outcomes)
-            memory[number] = process.memory_info().rss
+
+    async def answer(number: int) -> None:
+        consumer = Consumer(weather.request(number))
+        outcomes[number] = await consumer.follow(await consumer.submit(service))
+        room.release()
+        bar.finish_piece()
+
+    with progress_bar("requests", requests) as bar:
+        async with asyncio.TaskGroup() as consumers:
+            for number, pause in enumerate(pauses):
+                await asyncio.sleep(pause)
+                await room.acquire()
+                consumers.create_task(answer(number))
+                memory[number] = process.memory_info().rss
     drained = service.drain(120)
     seconds = time.monotonic() - started
     half = requests // 2
@@ -283,7 +302,7 @@ def day(
     return outcomes, {
         "requests": requests,
         "seconds": round(seconds, 1),
-        "tokens": sum(outcome.received for outcome in outcomes.values()),
+        "tokens": sum(len(outcome.received) for outcome in outcomes.values()),
         "outcomes": dict(Counter(outcome.name for outcome in outcomes.values())),
         "lost": requests - len(outcomes),
         "drained": drained and service.load_figures == (0, 0),
@@ -293,21 +312,17 @@ def day(
     }
 
 
-def answer(service: MedusaService, request: Request, number: int, outcomes: dict[int, Outcome]) -> None:
-    """Takes one request from its submission to its end."""
-    consumer = Consumer(request)
-    outcomes[number] = consumer.follow(consumer.submit(service))
-
-
-def verdict(request: Request, outcome: Outcome | None, engine: MedusaEngine) -> str:
+def verdict(number: int, request: Request, outcome: Outcome | None, engine: MedusaEngine) -> str:
     """``right``, ``wrong``, or ``tie``: a draw so near the border of two tokens that tree sizes disagree."""
     largest = engine.bundle.tree.size
+    received = [] if outcome is None else outcome.received
     for tree_size in (1, min(4, largest), largest) if "sampling" in request.policy else (1,):
-        alone = engine.generate(request.prompt, tree_size=tree_size, **request.policy).token_ids
-        if outcome is None or (outcome.name in FINISHED and outcome.received != len(alone)):
-            continue
-        if outcome.digest == digest(alone[: outcome.received]):
+        alone = list(engine.generate(request.prompt, tree_size=tree_size, **request.policy).token_ids)
+        whole = outcome is not None and outcome.name in FINISHED and request.consumer != "raise"
+        expected = alone if whole else alone[: len(received)]
+        if received == expected:
             return "right" if tree_size == 1 else "tie"
+    click.echo(f"Request {number} was wrong: {outcome}, {received} in place of {alone}; {request}", err=True)
     return "wrong"
 
 

@@ -14,9 +14,10 @@ from medusa_runtime.backends.row_store import CAPACITY_STEP, SPARE, RowStore
 MARGIN = 2
 
 
-def make_store(rows: int) -> tuple[RowStore, np.ndarray]:
+def make_store(rows: int, *, num_caches: int = 2) -> tuple[RowStore, np.ndarray]:
     lengths = np.zeros(rows, np.int64)
-    return RowStore(lengths, num_caches=2, heads=1, head_dim=1, margin=MARGIN, dtype=np.dtype(np.float32)), lengths
+    dtype = np.dtype(np.float32)
+    return RowStore(lengths, num_caches=num_caches, heads=1, head_dim=1, margin=MARGIN, dtype=dtype), lengths
 
 
 class Laws(RuleBasedStateMachine):
@@ -43,6 +44,13 @@ class Laws(RuleBasedStateMachine):
             window.caches[:, place, 0, begin : begin + count, 0] = new
             self.entries[row] += new
             self.lengths[row] += count
+
+    @rule(data=st.data(), count=st.integers(0, 150), at_most=st.integers(1, 100))
+    def grow(self, data: st.DataObject, count: int, at_most: int) -> None:
+        row = data.draw(st.sampled_from(range(len(self.lengths))))
+        before = self.store.moved
+        done = self.store.grow(row, MARGIN + int(self.lengths[row]) + count, at_most)
+        assert done or self.store.moved - before >= at_most
 
     @rule(data=st.data())
     def cut(self, data: st.DataObject) -> None:
@@ -93,6 +101,35 @@ def test_a_long_prompt_leaves_the_others_where_they_are() -> None:
         lengths[3] = length + 64
         assert store.arrange([0, 1, 2], 100).block is block
     assert store.row(3).shape[2] > 1900
+
+
+def test_a_row_grows_bit_by_bit() -> None:
+    store, lengths = make_store(2, num_caches=10)
+    store.arrange([0], 1000)
+    lengths[0] = 900
+    store.window([0]).caches[:] = np.arange(10)[:, None, None, None, None]
+    moved = []
+    while not store.grow(0, 2000, 200):
+        moved.append(store.moved - sum(moved))
+        assert store.blocks[0].holds(0)
+    assert moved == [270, 270, 270]  # three caches of ten at a time
+    assert store.arrange([0], 2000).block.capacity > 2000
+    assert store.moved == 900
+    assert (store.row(0)[:, 0, MARGIN : MARGIN + 900, 0] == np.arange(10)[:, None]).all()
+
+
+def test_what_is_written_meanwhile_is_not_lost() -> None:
+    """A row that was half copied begins anew, with as many entries as before: all are copied again."""
+    store, lengths = make_store(2, num_caches=10)
+    store.arrange([0], 1000)
+    lengths[0] = 900
+    store.row(0)[:] = 1
+    assert not store.grow(0, 2000, 200)
+    for write in (store.row(0), store.window([0]).caches):
+        write[:] = 2
+        store.grow(0, 2000, 200)
+    store.arrange([0], 2000)
+    assert (store.row(0)[:, 0, MARGIN : MARGIN + 900] == 2).all()
 
 
 def test_memory_comes_back() -> None:

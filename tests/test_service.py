@@ -73,9 +73,9 @@ class Gate:
         self.fail(size, prompts, rows)
         return self.inner.step(size, prompts, rows)
 
-    def arrange(self, rows: Sequence[int], capacity: int) -> int:
+    def arrange(self, rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
         self.fail_arrange(rows, capacity)
-        return self.inner.arrange(rows, capacity)
+        return self.inner.arrange(rows, capacity, at_most)
 
 
 @pytest.fixture
@@ -683,8 +683,8 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
     gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
     arrange = gate.inner.arrange
 
-    def watched(rows: Sequence[int], capacity: int) -> int:
-        moved = arrange(rows, capacity)
+    def watched(rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
+        moved = arrange(rows, capacity, at_most)
         if moved > MOVED_BESIDES:
             events.append("move")
         return moved
@@ -700,6 +700,32 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
     ]
     assert ["move"] in between[1:]
     assert all(len(group) == 1 for group in between[1:])
+
+
+def test_a_long_prompt_moves_bit_by_bit(service: MedusaService, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place for it that is too small is left in several turns, each with a step of the others."""
+    monkeypatch.setattr("medusa_runtime.batch_runner.MOVED_AT_ONCE", 60)
+    monkeypatch.setattr("medusa_runtime.service.MOVED_BESIDES", 50)
+    events: list[str | int] = []
+    gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
+    arrange = gate.inner.arrange
+
+    def watched(rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
+        moved = arrange(rows, capacity, at_most)
+        if moved:
+            events.append(moved)
+        return moved
+
+    gate.inner.arrange = watched
+    running = service.submit(PROMPT, max_new_tokens=400)
+    next(running)
+    events.clear()
+    assert service.submit([4] * 300, max_new_tokens=1).result(30)
+    running.cancel()
+    moves = [(i, moved) for i, moved in enumerate(events) if isinstance(moved, int) and moved > 50]
+    assert len(moves) > 5
+    assert all(moved <= 60 + 300 // 4 for _, moved in moves)  # a cache more at most, of four
+    assert all(events[i + 1] == "decode" for i, _ in moves)
 
 
 def test_metrics(tiny_bundle: Bundle) -> None:

@@ -16,6 +16,8 @@ from medusa_runtime.tree_choice import TreeChoice
 TreeSize = int | Literal["auto"]
 # On CPUs attention reads a byte of the caches in about twice the time in which matrix products read one of the weights.
 CACHE_TO_WEIGHTS = 2
+# Entries that are moved while others wait: in less time than a chunk of a prompt takes, even where memory is new.
+MOVED_AT_ONCE = 512
 
 
 class BatchRunner:
@@ -92,8 +94,12 @@ class BatchRunner:
         return self._arrange(rows, self._entries(rows) + self.tree_size(rows))
 
     def prepare_prefill(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> int:
-        """As ``prepare``, for ``prefill``."""
-        return self._arrange([row], self._entries([row]) + self._chunk_size(row, chunk, beside))
+        """As ``prepare``, for ``prefill``; beside others it moves no more than ``MOVED_AT_ONCE`` entries, if that many.
+
+        Whoever gets that many calls it again: ``prefill`` would move all that is left.
+        """
+        needed = self._entries([row]) + self._chunk_size(row, chunk, beside)
+        return self._arrange([row], needed, MOVED_AT_ONCE if beside else None)
 
     def prefill(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> StepResult:
         """Takes in a chunk of a row's prompt; it will decode with the rows ``beside`` it once that is the last one.
@@ -143,9 +149,9 @@ class BatchRunner:
         """Of the longest of these rows."""
         return int(self.backend.lengths[list(rows)].max())
 
-    def _arrange(self, rows: Sequence[int], entries: int) -> int:
+    def _arrange(self, rows: Sequence[int], entries: int, at_most: int | None = None) -> int:
         try:
-            return self.backend.arrange(rows, self._bundle.tree.max_depth + entries)
+            return self.backend.arrange(rows, self._bundle.tree.max_depth + entries, at_most)
         except MemoryError as error:
             raise BackendError(f"There is no room for {entries} tokens in {len(rows)} rows.") from error
 

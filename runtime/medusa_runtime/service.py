@@ -41,8 +41,9 @@ from medusa_runtime.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 64  # beside rows that decode
 LONE_CHUNK = 512  # while none does
-# Entries that may be moved in the same turn as a chunk is taken in: moving one takes a hundredth of computing one.
-MOVED_BESIDES = 256
+# Entries that may be moved in the same turn as a chunk is taken in, less than are moved at once: moving one takes a
+# hundredth of computing one, or a tenth where memory is new.
+MOVED_BESIDES = 64
 
 _log = logging.getLogger(__name__)
 
@@ -361,7 +362,7 @@ class MedusaService(Closing):
                 self._forget_free_rows()
                 moved = self._runner.prepare_prefill(job.row, chunk, decoding)
             if moved > MOVED_BESIDES and decoding:
-                return  # moving them took its time: the others first
+                return  # moving them takes its time: the others first
             with self._timed("prefill", 1, len(chunk)) as tokens:
                 result = self._runner.prefill(job.row, chunk, decoding)
                 job.sequence.prefilled += len(chunk)

@@ -145,10 +145,16 @@ class BatchBackend(Backend, Protocol):
         """Committed entries per row, [rows]."""
         ...
 
-    def arrange(self, rows: Sequence[int], capacity: int) -> int:
+    def arrange(self, rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
         """Prepares for steps of these rows together, with room for so many slots in each; no row loses anything.
 
         It may move rows, and give back what none needs any more.
+
+        Args:
+            rows: The rows.
+            capacity: Slots per row.
+            at_most: Entries to move now, about, where a single row needs a larger place. If so many were moved, more
+                such calls may be needed; a call without it moves the rest.
 
         Returns:
             How many entries were moved for it.

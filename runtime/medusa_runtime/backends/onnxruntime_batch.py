@@ -53,9 +53,10 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
     def reserve(self, capacity: int) -> None:
         self.arrange(range(self._rows), capacity)
 
-    def arrange(self, rows: Sequence[int], capacity: int) -> int:
+    def arrange(self, rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
         before = self._store.moved
-        self._store.arrange(rows, capacity)
+        if at_most is None or len(rows) > 1 or self._store.grow(rows[0], capacity, at_most):
+            self._store.arrange(rows, capacity)
         self._windows = {key: binding for key, binding in self._windows.items() if key[0] in self._store.blocks}
         return self._store.moved - before
 
