@@ -29,8 +29,8 @@ from medusa_runtime.bundle import (
     ModelFacts,
 )
 
-# Smaller tensors stay within the graph.
-EXTERNAL_THRESHOLD = 1024
+# Tensors of no more bytes stay within the graph, as constants of the step do.
+EXTERNAL_THRESHOLD = 2048
 
 
 def model_facts(model: PreTrainedModel, shape: CacheShape, name: str) -> ModelFacts:

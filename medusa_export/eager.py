@@ -12,6 +12,7 @@ from torch import Tensor
 from medusa_export.sampling import SamplingInputs
 from medusa_export.step import MedusaStep, StepOutput
 from medusa_runtime.backends.base import StepResult
+from medusa_runtime.contract import fixed_shape, sampling_inputs
 from medusa_runtime.sampling import Draws, SamplingRows
 
 
@@ -97,10 +98,11 @@ class EagerBackend:
 
     def _sampling_inputs(self, size: int, prompts: Mapping[int, Sequence[int]]) -> SamplingInputs:
         width = self._sampling.width(size, prompts, range(self._rows))
-        uniforms = np.zeros((self._rows, width), np.float32)
-        self._sampling.write(uniforms, self._lengths.numpy(), prompts)
+        shape = fixed_shape(sampling_inputs(self._step.vocab_size)[0], {"batch": self._rows, "draws": width})
+        exponentials = np.ones(shape, np.float32)
+        self._sampling.write(exponentials, self._lengths.numpy(), prompts)
         inputs = {name: torch.from_numpy(array.copy()) for name, array in self._sampling.inputs.items()}
-        return SamplingInputs(uniforms=torch.from_numpy(uniforms), **inputs)
+        return SamplingInputs(exponentials=torch.from_numpy(exponentials), **inputs)
 
     def close(self) -> None:
         self._caches = []

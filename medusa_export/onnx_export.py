@@ -31,7 +31,7 @@ def _rename(value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
 
 
 def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
-    return contract.step_inputs(**_facts(step))
+    return contract.step_inputs(**_facts(step), vocab_size=step.vocab_size)
 
 
 def _contract_outputs(step: MedusaStep) -> tuple[TensorSpec, ...]:

@@ -27,7 +27,7 @@ class _Drawings(nn.Module):
 @functools.cache
 def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
     batch, size = (next(n for n in sizes if n != vocab_size) for sizes in ((3, 5), (37, 41)))
-    given = example_sampling(batch, size)
+    given = example_sampling(batch, size, vocab_size)
     example = (  # each a tensor of its own: the tracer tells inputs apart by that
         torch.zeros(batch, size, vocab_size, dtype=dtype),
         torch.zeros(batch, size, dtype=torch.int64),
@@ -37,7 +37,7 @@ def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
     )
     dynamic = torch.export.Dim.DYNAMIC
     rows, grid = {0: dynamic}, {0: dynamic, 1: dynamic}
-    free = (grid, grid, grid, rows, tuple(grid if name == "uniforms" else rows for name in given))
+    free = (grid, grid, grid, rows, tuple(grid if name == "exponentials" else rows for name in given))
     with torch.no_grad(), quiet():
         program = torch.export.export(_Drawings(), example, dynamic_shapes=free, strict=False)
         model = translate(program)

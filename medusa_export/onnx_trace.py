@@ -22,7 +22,7 @@ from medusa_export.errors import ExportError, ModelNotSupportedError
 from medusa_export.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step import MedusaStep, StepOutput
-from medusa_runtime.contract import SAMPLING_INPUTS
+from medusa_runtime.contract import fixed_shape, sampling_inputs
 
 OPSET_VERSION = 24
 MARK_DOMAIN = "medusa_export"
@@ -191,7 +191,7 @@ def trace(step: MedusaStep) -> ir.Model:
         "num_tokens": torch.ones(batch, dtype=torch.int64),
         "is_prefill": torch.zeros(batch, dtype=torch.bool),
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
-        "sampling": example_sampling(batch, draws) if step.sampling else None,
+        "sampling": example_sampling(batch, draws, step.vocab_size) if step.sampling else None,
         "past": torch.zeros(batch, heads, capacity, head_dim, dtype=dtype),
     }
     if margin:
@@ -201,7 +201,7 @@ def trace(step: MedusaStep) -> ir.Model:
     free["input_ids"] = {0: dynamic, 1: dynamic}
     free["sampling"] = {name: {0: dynamic} for name in example["sampling"]} if step.sampling else None
     if step.sampling:
-        free["sampling"]["uniforms"] = {0: dynamic, 1: dynamic}
+        free["sampling"]["exponentials"] = {0: dynamic, 1: dynamic}
     free["past"] = {0: dynamic, 2: dynamic}
 
     names: list[str] = []
@@ -267,12 +267,12 @@ def simplify(model: ir.Model) -> None:
             value.const_value = tensors[name]
 
 
-def example_sampling(batch: int, draws: int) -> dict[str, Tensor]:
+def example_sampling(batch: int, draws: int, vocab_size: int) -> dict[str, Tensor]:
     """The graph's inputs for sampling, in its order."""
     sizes = {"batch": batch, "draws": draws}
     return {
-        spec.name: torch.ones([sizes[str(size)] for size in spec.shape], dtype=getattr(torch, spec.dtype))
-        for spec in SAMPLING_INPUTS
+        spec.name: torch.ones(fixed_shape(spec, sizes), dtype=getattr(torch, spec.dtype))
+        for spec in sampling_inputs(vocab_size)
     }
 
 

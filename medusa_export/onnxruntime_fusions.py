@@ -95,7 +95,7 @@ def finish(model: ir.Model, margin: int, sees_all: Sequence[ir.Value] = (), slot
     is_plain = is_plain_step(graph)
     for bias in sees_all:
         skip_mask_in_plain_steps(graph, is_plain, bias, margin, slots)
-    if any(value.name == "uniforms" for value in graph.inputs):
+    if any(value.name == "exponentials" for value in graph.inputs):
         skip_sampling_where_none_draws(graph)
     if margin:
         skip_tree_in_plain_steps(graph, is_plain)

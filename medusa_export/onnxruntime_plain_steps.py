@@ -87,13 +87,13 @@ def skip_tree_in_plain_steps(graph: ir.Graph, is_plain: ir.Value) -> None:
 
 
 def skip_sampling_where_none_draws(graph: ir.Graph) -> None:
-    """A step without uniform numbers takes the best tokens; one whose nuclei are small does without a search."""
+    """A step without numbers to draw with takes the best tokens; one whose nuclei are small does without a search."""
     best = next(
         node.outputs[0] for node in graph if node.op_type == "ArgMax" and given(node.inputs[0]).name == "logits"
     )
-    uniforms = next(value for value in graph.inputs if value.name == "uniforms")
+    numbers = next(value for value in graph.inputs if value.name == "exponentials")
     head = Builder(graph)
-    draws = head("Squeeze", [head("Shape", [uniforms], start=1, end=2)])
+    draws = head("Squeeze", [head("Shape", [numbers], start=1, end=2)])
     none_draws = head("Equal", [draws, integers(graph, "scalar_zero", 0)])
     graph.insert_before(graph[0], head.nodes)
 

@@ -1,9 +1,11 @@
 """Drawing tokens inside a step: the distribution that a row samples from, and a token for each verified node.
 
 The base model's logits are divided by the temperature and cut off by top-k, top-p and min-p, in this order, as
-transformers does it; what is left is the *processed* distribution. One token is drawn from it per node, by inverting
-its cumulative sum at a number from the host. Which number that is hangs on the place of the token in the text and not
-on the node or the step: exact sampling gives the same text with every tree, and without one.
+transformers does it; what is left is the *processed* distribution. One token is drawn from it per node, in a race: the
+best of p / E wins, E being exponentially distributed numbers from the host. Which numbers hangs on the place of the
+token in the text and not on the node or the step: exact sampling gives the same text with every tree, and without one.
+And what rounding does to p changes the winner only where two are as near to each other as that. To invert the
+cumulative sum is to have a border for each token of the vocabulary, all of which move with rounding.
 
 Nothing here runs over more nodes than the host gave numbers for, so a step without any costs next to nothing.
 """
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,11 @@ from torch import Tensor
 
 from medusa_export.heads import sym_min
 from medusa_export.indexing import take_entries, take_rows
-from medusa_runtime.contract import MAX_TOP_K
-from medusa_runtime.sampling import LARGEST_NUMBER, SamplingParams
+from medusa_runtime.contract import MAX_TOP_K, RACE_BLOCK, num_blocks
 
 LEAST_LOGIT = -40.0  # below the best: a vocabulary of such tokens weighs less than fp32 can tell
 # Widths of an interval of logits that is halved until no two in fp32 lie between its ends.
 HALVINGS = tuple(-LEAST_LOGIT * 0.5**halving for halving in range(1, 27))
-_BLOCK = 256  # tokens, of a sum
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class SamplingInputs:
     """The graph's inputs for sampling; see ``docs/contract.md``.
 
     Attributes:
-        uniforms: [B, W] in [0, 1); the token at place q of a text is drawn with number q mod W.
+        exponentials: [B, W, blocks + 256], above 0; the token at place q of a text is drawn with row q mod W: its block
+            of 256 with the first of the row's numbers, the token in it with the others.
         temperature: [B]; 0 is greedy.
         top_k: [B]; 0 is off.
         top_p: [B]; 1 is off.
@@ -44,7 +44,7 @@ class SamplingInputs:
         typical_alpha: [B].
     """
 
-    uniforms: Tensor
+    exponentials: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
@@ -83,12 +83,12 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
         given: What the host gave.
     """
     size, best = logits.shape[1], logits.argmax(-1)
-    width = given.uniforms.shape[1]
+    width = given.exponentials.shape[1]
     # A tracer takes the smaller of 1 and W for 1, so the root of a tree without others is drawn for W times.
     drawn = width if len(parents) == 1 else sym_min(size, width)
     first = torch.arange(drawn).clamp(max=len(parents) - 1)
     number = places.index_select(1, first) % torch.full((1,), width, dtype=torch.int64).clamp(min=1)
-    own = replace(given, uniforms=take_rows(given.uniforms, number))
+    own = replace(given, exponentials=take_rows(given.exponentials, number))
     tokens, support, log_total, beyond, end = draw_nodes(
         logits.index_select(1, first),
         best.index_select(1, first),
@@ -120,16 +120,14 @@ def drawings(
         best: [B, U], their best tokens.
         nodes: [B, U], the tokens of the nodes themselves.
         above: [U], the node above each.
-        given: What the host gave, with the number of each node, [B, U], as ``uniforms``.
+        given: What the host gave, with the numbers of each node, [B, U, blocks + 256], as ``exponentials``.
 
     Returns:
         The tokens, and what ``Sampled`` has of the nodes in ``support`` and ``log_total``, [B, U], and in ``beyond``
         and ``nucleus_end``.
     """
     # From here on what a row has is [B, 1, 1], and what a node has [B, U, 1].
-    given = SamplingInputs(
-        given.uniforms.unsqueeze(-1), *(row.view(-1, 1, 1) for row in list(vars(given).values())[1:])
-    )
+    given = SamplingInputs(given.exponentials, *(row.view(-1, 1, 1) for row in list(vars(given).values())[1:]))
     draws, typical = given.temperature > 0, given.typical_epsilon > 0
     below, log_total = _below_best(logits)
     scaled = below / torch.where(draws, given.temperature, 1.0)
@@ -139,7 +137,7 @@ def drawings(
     total = weights.sum(-1, keepdim=True)
     bar = torch.where(typical, _typical_bar(scaled, weights, total, given), -torch.inf)
     weights = torch.where((scaled > bar) | (scaled == 0), weights, 0.0)
-    tokens = torch.where(draws, _invert(weights, given.uniforms), best.unsqueeze(-1))
+    tokens = torch.where(draws, _race(weights, given.exponentials), best.unsqueeze(-1))
 
     own = take_entries(scaled, above, nodes).unsqueeze(-1)
     refused = (own < least.index_select(1, above)) | ~((own > bar.index_select(1, above)) | (own == 0)) | ~typical
@@ -164,14 +162,26 @@ def _(
     return torch.empty_like(best), support, log_total, beyond, end
 
 
-def draw(logits: Tensor, numbers: NDArray[np.floating[Any]], params: SamplingParams) -> NDArray[np.int64]:
-    """The tokens [N] that rows of logits [N, V] give at a number each."""
-    count = len(numbers)
-    rows = {name: torch.full((count,), value) for name, value in params.row_inputs().items()}
-    uniforms = torch.from_numpy(np.clip(numbers, 0, LARGEST_NUMBER).astype(np.float32))[:, None]
-    none = torch.zeros(count, 1, dtype=torch.int64)
-    tokens = sample(logits[:, None], none, none[0], none, SamplingInputs(uniforms=uniforms, **rows)).chosen
-    return tokens[:, 0].numpy()
+def lags(logits: Tensor, numbers: NDArray[np.float32], temperature: float, tokens: Sequence[int]) -> Tensor:
+    """How far tokens [N] are behind the winners of their races, [N]: by so much p would have to be larger, as log p.
+
+    Args:
+        logits: [N, V].
+        numbers: [N, blocks + 256], as ``Draws`` gives them.
+        temperature: Nothing else shapes the distribution.
+        tokens: [N].
+    """
+    count, vocab_size = logits.shape
+    blocks = num_blocks(vocab_size)
+    weights = torch.nn.functional.pad((logits / temperature).softmax(-1), (0, blocks * RACE_BLOCK - vocab_size))
+    weights = weights.view(count, blocks, RACE_BLOCK)
+    of_blocks, of_tokens = _by_race(torch.from_numpy(numbers), blocks)
+    row, drawn = torch.arange(count), torch.as_tensor(tokens)
+    block, place = drawn // RACE_BLOCK, drawn % RACE_BLOCK
+    among_blocks = (weights.sum(-1) / of_blocks).log()
+    inside = (weights[row, block] / of_tokens).log()
+    behind: Tensor = among_blocks.amax(-1) - among_blocks[row, block] + inside.amax(-1) - inside[row, place]
+    return behind
 
 
 def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,35 +257,28 @@ def _typical_bar(scaled: Tensor, weights: Tensor, total: Tensor, given: Sampling
     return torch.minimum(given.typical_epsilon.log(), given.typical_alpha.log() - entropy) + log_total
 
 
-def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The tokens [B, U, 1] at which the cumulative sum of weights [B, U, V] passes a part of the whole.
+def _race(weights: Tensor, exponentials: Tensor) -> Tensor:
+    """Tokens [B, U, 1], each drawn as often as its part of the weights [B, U, V].
 
-    It is summed in blocks, to lose nothing to rounding: first the block is found, then the token in it.
+    The largest of w / E is that of w with probability w / Σ w, where all E are exponentially distributed. The block of
+    the vocabulary is drawn first, by its sum, then the token in it, which takes fewer numbers than all at once.
 
     Args:
-        weights: [B, U, V].
-        numbers: [B, U, 1], which part.
+        weights: [B, U, V], at least 0, not all of them 0.
+        exponentials: [B, U, blocks + 256].
     """
     batch, nodes, vocab_size = weights.shape
-    blocks = -(-vocab_size // _BLOCK)
-    weights = torch.nn.functional.pad(weights, (0, blocks * _BLOCK - vocab_size))
-    weights = weights.reshape(batch, nodes, blocks, _BLOCK)
-    block_weights = weights.sum(-1)
-    sums = block_weights.cumsum(-1)
-    goal = numbers * _last(sums)
-    block = _first_above(sums, block_weights, goal)
-    before = torch.where(torch.arange(blocks) == block - 1, sums, 0.0).sum(-1, keepdim=True)
-    inside = take_rows(weights.flatten(0, 1), block.view(-1, 1)).view(batch, nodes, _BLOCK)
-    sums = inside.cumsum(-1)
-    # Sums of a block and within it differ by rounding: stay below the end.
-    goal = torch.minimum(goal - before, _last(sums) * (1 - 2**-23))
-    return block * _BLOCK + _first_above(sums, inside, goal)
+    blocks = num_blocks(vocab_size)
+    weights = torch.nn.functional.pad(weights, (0, blocks * RACE_BLOCK - vocab_size))
+    weights = weights.reshape(batch, nodes, blocks, RACE_BLOCK)
+    of_blocks, of_tokens = _by_race(exponentials, blocks)
+    block = (weights.sum(-1) / of_blocks).argmax(-1, keepdim=True)
+    inside = take_rows(weights.flatten(0, 1), block.view(-1, 1)).view(batch, nodes, RACE_BLOCK)
+    token: Tensor = block * RACE_BLOCK + (inside / of_tokens).argmax(-1, keepdim=True)
+    return token
 
 
-def _last(sums: Tensor) -> Tensor:
-    return sums.index_select(-1, torch.tensor([sums.shape[-1] - 1]))
-
-
-def _first_above(sums: Tensor, weights: Tensor, goal: Tensor) -> Tensor:
-    """The first place [..., 1] of a last axis whose sum exceeds the goal [..., 1]; only what has a weight counts."""
-    return ((sums > goal) & (weights > 0)).to(torch.int32).argmax(-1, keepdim=True)
+def _by_race(exponentials: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """The numbers of blocks, and of the tokens in one."""
+    place = torch.arange(blocks + RACE_BLOCK)  # a gather by constants: TensorRT computes the shape of a slice
+    return exponentials.index_select(-1, place[:blocks]), exponentials.index_select(-1, place[blocks:])

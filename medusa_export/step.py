@@ -86,6 +86,12 @@ class MedusaStep(nn.Module):
         self.cache_shape = CacheShape.of(model)
         self._add_tables(tree)
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the logits, V."""
+        size: int = self.model.get_output_embeddings().weight.shape[0]
+        return size
+
     def _add_tables(self, tree: Tree) -> None:
         """What a step looks up about its tree."""
         ancestors = torch.from_numpy(tree.ancestor_mask)

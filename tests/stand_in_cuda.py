@@ -453,7 +453,7 @@ class StandInContext:
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         batch, sequence = shapes["input_ids"]
-        _, draws = shapes.get("uniforms", (0, 0))
+        _, draws, _ = shapes.get("exponentials", (0, 0, 0))
         sizes = {"batch": batch, "sequence": sequence, "draws": draws, "capacity": self.trt.capacity}
         arrays = {}
         for name, spec in self.engine.specs.items():

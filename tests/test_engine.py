@@ -193,7 +193,7 @@ def test_unusable_bundles(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"lacks its file model\.onnx\.data"):
         Bundle.load(folder)
     folder = fresh("newer")
-    edit(folder, contract_version=3)
+    edit(folder, contract_version=4)
     with pytest.raises(BundleError, match="version"):
         Bundle.load(folder)
     folder = fresh("json")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
+import shutil
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +24,11 @@ from medusa_export import sampling
 from medusa_export.eager import EagerBackend
 from medusa_export.sampling import SamplingInputs, sample
 from medusa_export.step import MedusaStep
-from medusa_runtime import Bundle, MedusaEngine, RequestError, SamplingParams, Tree
+from medusa_runtime import Bundle, BundleError, MedusaEngine, RequestError, SamplingParams, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.contract import MAX_TOP_K
+from medusa_runtime.bundle import DESCRIPTION
+from medusa_runtime.contract import MAX_TOP_K, RACE_BLOCK, num_blocks
 from medusa_runtime.sampling import GREEDY, Draws, SamplingRows
 from stock import Stock
 from tiny_models import tiny_model
@@ -32,19 +37,48 @@ PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 FALSE_ALARM = 1e-6  # of each test of a distribution, whose seeds are fixed besides
 
 
-def inputs(uniforms: NDArray[np.float64], params: SamplingParams) -> SamplingInputs:
-    """A batch of rows that draw alike."""
-    rows = len(uniforms)
+def inputs(exponentials: NDArray[np.floating], params: SamplingParams) -> SamplingInputs:
+    """A batch of rows that draw alike, with numbers of their own."""
+    rows = len(exponentials)
     made = SamplingRows(rows)
     for row in range(rows):
-        made.assign(row, Draws(params, 0))
+        made.assign(row, Draws(params, 0, 1))
     given = {name: torch.from_numpy(array) for name, array in made.inputs.items()}
-    return SamplingInputs(uniforms=torch.from_numpy(uniforms.astype(np.float32)), **given)
+    return SamplingInputs(exponentials=torch.from_numpy(exponentials.astype(np.float32)), **given)
 
 
-def draw(logits: torch.Tensor, uniforms: NDArray[np.float64], params: SamplingParams) -> torch.Tensor:
-    """Draws from one distribution [V] at each number of ``uniforms`` [N]."""
-    return torch.from_numpy(sampling.draw(logits.expand(len(uniforms), -1), uniforms, params))
+def draw(logits: torch.Tensor, exponentials: NDArray[np.floating], params: SamplingParams) -> NDArray[np.int64]:
+    """Draws from one distribution [V] with the numbers of each row, [N, blocks + 256]."""
+    rows = len(exponentials)
+    none = torch.zeros(rows, 1, dtype=torch.int64)
+    given = inputs(exponentials[:, None], params)
+    return sample(logits.expand(rows, 1, -1), none, none[0], none, given).chosen[:, 0].numpy()
+
+
+def many(logits: torch.Tensor, params: SamplingParams, count: int) -> NDArray[np.int64]:
+    """So many draws from one distribution."""
+    seeded = replace(params, seed=len(logits))
+    return draw(logits, Draws(seeded, 0, len(logits)).numbers(0, count), params)
+
+
+def with_a_chance(logits: torch.Tensor, params: SamplingParams) -> NDArray[np.int64]:
+    """The tokens that can be drawn at all: each gets numbers that let it win wherever it has a weight."""
+    vocab_size = len(logits)
+    blocks = num_blocks(vocab_size)
+    exponentials = np.ones((vocab_size, blocks + RACE_BLOCK), np.float32)
+    token = np.arange(vocab_size)
+    exponentials[token, token // RACE_BLOCK] = exponentials[token, blocks + token % RACE_BLOCK] = 1e-30
+    return np.flatnonzero(draw(logits, exponentials, params) == token)
+
+
+def log_probabilities(logits: torch.Tensor, params: SamplingParams) -> NDArray[np.float32]:
+    """Of all tokens [V], as the step has them: what typical acceptance scores a node by, where it refuses none."""
+    vocab_size = len(logits)
+    allowing = replace(params, acceptance="typical", typical_epsilon=1e-30)
+    numbers = np.ones((1, vocab_size, num_blocks(vocab_size) + RACE_BLOCK))
+    nodes, zero = torch.arange(vocab_size)[None], torch.zeros(vocab_size, dtype=torch.int64)
+    made = sample(logits.expand(1, vocab_size, -1), nodes, zero, zero[None], inputs(numbers, allowing))
+    return made.support[0].numpy()
 
 
 def processed(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -78,13 +112,13 @@ def processed(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 )
 @pytest.mark.parametrize("sharpness", [0.1, 3.0])
 def test_the_distribution_is_that_of_transformers(vocab_size: int, params: SamplingParams, sharpness: float) -> None:
-    """Numbers on a fine grid are drawn as often as a token is likely: inverting the sum leaves no noise."""
     logits = sharpness * torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size))
-    grid = (np.arange(1_000) + 0.5) / 1_000
     expected = processed(logits, params).numpy()
-    got = np.bincount(draw(logits, grid, params).numpy(), minlength=vocab_size) / len(grid)
-    assert set(np.flatnonzero(got)) <= set(np.flatnonzero(expected > 1e-7))
-    assert np.abs(got - expected).max() <= 2 / len(grid)
+    np.testing.assert_array_equal(with_a_chance(logits, params), np.flatnonzero(expected))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(log_probabilities(logits, params), np.log(expected), atol=1e-4)
+    groups = Counter((token % 50,) for token in many(logits, params, 3_000).tolist())
+    assert p_value(groups, {(group,): expected[group::50].sum() for group in range(50)}) > FALSE_ALARM
 
 
 def test_a_nucleus_may_be_larger_than_what_is_sorted() -> None:
@@ -92,24 +126,32 @@ def test_a_nucleus_may_be_larger_than_what_is_sorted() -> None:
     params = SamplingParams(top_p=0.5)
     nucleus = np.flatnonzero(processed(logits, params).numpy())
     assert len(nucleus) > 2 * MAX_TOP_K
-    got = draw(logits, (np.arange(8_000) + 0.5) / 8_000, params)
-    np.testing.assert_array_equal(np.unique(got.numpy()), nucleus)
+    np.testing.assert_array_equal(with_a_chance(logits, params), nucleus)
 
 
 def test_equal_logits_stay_or_go_together() -> None:
     logits = torch.tensor([0.0, 1.0, 0.0, 1.0, -1.0])
-    grid = (np.arange(100) + 0.5) / 100
-    assert set(draw(logits, grid, SamplingParams(top_k=1)).tolist()) == {1, 3}
-    assert set(draw(logits, grid, SamplingParams(top_p=0.8)).tolist()) == {0, 1, 2, 3}
+    assert with_a_chance(logits, SamplingParams(top_k=1)).tolist() == [1, 3]
+    assert with_a_chance(logits, SamplingParams(top_p=0.8)).tolist() == [0, 1, 2, 3]
 
 
-def test_the_ends_of_the_unit_interval() -> None:
-    """The first number and the last give tokens that have a chance, in blocks that are all but empty, too."""
+def test_what_has_no_chance_is_never_drawn() -> None:
+    """Blocks that are all but empty, tokens that fill up the last one, and the ends of what numbers may be."""
     logits = torch.full((700,), -torch.inf)
     logits[[5, 300, 301]] = torch.tensor([0.0, -20.0, 3.0])
-    ends = np.array([0.0, 1 - 2**-23])
-    assert draw(logits, ends, SamplingParams()).tolist() == [5, 301]
-    assert draw(logits, ends, SamplingParams(top_p=0.5)).tolist() == [301, 301]
+    assert with_a_chance(logits, SamplingParams()).tolist() == [5, 300, 301]
+    assert with_a_chance(logits, SamplingParams(top_p=0.5)).tolist() == [301]
+    unlikely = np.full((1, 3 + RACE_BLOCK), 1e-30)
+    unlikely[:, [1, 3 + 301 - 256]] = 100.0  # against the only block and the only token that is left
+    assert draw(logits, unlikely, SamplingParams(top_p=0.5)).tolist() == [301]
+
+
+def test_rounding_changes_few_draws() -> None:
+    """Logits that are off by a thousandth, a flat distribution of many tokens: nearly all draws are the same."""
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    noise = 1e-3 * torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(temperature=1.5)
+    assert (many(logits, params, 400) == many(logits + noise, params, 400)).mean() > 0.99
 
 
 def test_a_mutation_of_the_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +162,26 @@ def test_a_mutation_of_the_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sampling, "_least_logit", one_below_the_best)
     with pytest.raises(AssertionError):
         test_the_distribution_is_that_of_transformers(101, SamplingParams(), 3.0)
+
+
+def test_a_biased_race_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token keeps its chance and its log probability: only how often each wins tells."""
+    monkeypatch.setattr(sampling, "_by_race", lambda e, blocks: (e[..., :blocks], e[..., blocks:] ** 1.2))
+    with pytest.raises(AssertionError):
+        test_the_distribution_is_that_of_transformers(101, SamplingParams(), 3.0)
+
+
+def test_numbers_hang_on_the_seed_and_the_place() -> None:
+    draws = Draws(SamplingParams(seed=7), 10, 1000)
+    whole = draws.numbers(10, 100)
+    assert whole.shape == (100, 4 + RACE_BLOCK) and (whole > 0).all()
+    assert len(np.unique(whole)) > 0.99 * whole.size
+    for place, count in ((10, 1), (25, 2), (26, 70), (109, 1), (40, 3)):  # also back, beyond what is kept
+        np.testing.assert_array_equal(draws.numbers(place, count), whole[place - 10 :][:count])
+    moved = Draws(SamplingParams(seed=7), 500, 1000)
+    np.testing.assert_array_equal(moved.numbers(500, 20), whole[:20])
+    assert not np.array_equal(Draws(SamplingParams(seed=8), 10, 1000).numbers(10, 1), whole[:1])
+    assert abs(whole.mean() - 1) < 0.02
 
 
 # Whole decoding: the joint distribution of what is emitted.
@@ -161,6 +223,8 @@ def p_value(counts: Counter[tuple], expected: dict[tuple, float]) -> float:
     pairs = [(counts[cell], expected[cell] * total) for cell in large]
     if rest * total >= 10:
         pairs.append((total - sum(counts[cell] for cell in large), rest * total))
+    if len(pairs) == 1:
+        return 1.0  # there was no choice
     statistic = sum((got - wanted) ** 2 / wanted for got, wanted in pairs)
     halves = torch.tensor([len(pairs) - 1, statistic], dtype=torch.float64) / 2
     return float(torch.special.gammaincc(*halves))
@@ -175,7 +239,7 @@ def sampled(backend: Backend, tree: Tree, size: int, length: int, params: Sampli
         for row in rows:
             backend.reset(row)
             seeded = SamplingParams(**{**vars(params), "seed": first + row})
-            backend.assign(row, Draws(seeded, len(PROMPT) % SMALL + 2))
+            backend.assign(row, Draws(seeded, len(PROMPT) % SMALL + 2, SMALL))
         prompt = [token % SMALL for token in PROMPT][: len(PROMPT) % SMALL + 2]
         result = backend.step(max(len(prompt), tree.size), dict.fromkeys(rows, prompt))
         emitted = [[int(result.tokens[row, 0])] for row in rows]
@@ -216,8 +280,11 @@ def test_a_bias_towards_drafts_is_seen(small_bundle: Bundle, monkeypatch: pytest
 # Acceptance, against brute force.
 
 
+Verified = tuple[Tree, NDArray[np.float32], NDArray[np.int64], SamplingParams, NDArray[np.float64]]
+
+
 @st.composite
-def verified_trees(draw: st.DrawFn) -> tuple[Tree, NDArray[np.float32], NDArray[np.int64], SamplingParams, float]:
+def verified_trees(draw: st.DrawFn) -> Verified:
     vocab_size = draw(st.integers(2, 12))
     paths: list[tuple[int, ...]] = [()]
     for _ in range(draw(st.integers(1, 10))):
@@ -241,7 +308,7 @@ def verified_trees(draw: st.DrawFn) -> tuple[Tree, NDArray[np.float32], NDArray[
         typical_epsilon=draw(st.sampled_from([0.02, 0.09, 0.3])),
         typical_alpha=draw(st.sampled_from([None, 0.1, 0.9])),
     )
-    return tree, logits, nodes, params, float(rng.random(dtype=np.float32))
+    return tree, logits, nodes, params, rng.standard_exponential(1 + RACE_BLOCK)
 
 
 @functools.cache
@@ -251,13 +318,11 @@ def any_step() -> MedusaStep:
 
 @given(verified_trees())
 @settings(max_examples=300, deadline=None)
-def test_typical_acceptance_against_brute_force(
-    example: tuple[Tree, NDArray[np.float32], NDArray[np.int64], SamplingParams, float],
-) -> None:
-    tree, logits, nodes, params, number = example
+def test_typical_acceptance_against_brute_force(example: Verified) -> None:
+    tree, logits, nodes, params, numbers = example
     step = any_step()
     step._add_tables(tree)
-    given = inputs(np.full((1, tree.size), number), params)
+    given = inputs(np.broadcast_to(numbers, (1, tree.size, len(numbers))), params)
     batch, tokens = torch.from_numpy(logits)[None], torch.from_numpy(nodes)[None]
     places = torch.from_numpy(tree.depths)[None]
     made = sample(batch, tokens, torch.from_numpy(tree.parents), places, given)
@@ -368,7 +433,7 @@ def test_compiled_graphs_sample_as_the_eager_step_does(stock: Stock, derived: bo
         backend.reserve(128)
         for row in range(rows):
             params = policies[row]
-            backend.assign(row, None if params is None else Draws(params, len(PROMPT)))
+            backend.assign(row, None if params is None else Draws(params, len(PROMPT), 601))
         backend.step(13, dict.fromkeys(range(rows), PROMPT))
     longest = 0
     for size in (9, 1, 4, 2, 9, 9, 6, 1, 9):
@@ -389,7 +454,7 @@ def test_greedy_only_leaves_sampling_out(stock: Stock) -> None:
     expected = tuple(greedy(tiny_model("llama"), PROMPT, 20))
     bundle = stock.export(sampling=False).bundle
     assert not bundle.sampling
-    assert {spec.name for spec in bundle.inputs}.isdisjoint({"uniforms", "temperature"})
+    assert {spec.name for spec in bundle.inputs}.isdisjoint({"exponentials", "temperature"})
     with MedusaEngine.load(bundle.folder, threads=1) as engine:
         assert engine.generate(PROMPT, max_new_tokens=20).token_ids == expected
         assert engine.generate(PROMPT, max_new_tokens=20, sampling=GREEDY).token_ids == expected
@@ -397,6 +462,21 @@ def test_greedy_only_leaves_sampling_out(stock: Stock) -> None:
             engine.generate(PROMPT, sampling=SamplingParams())
         with pytest.raises(RequestError, match="can't give log probabilities"):
             engine.generate(PROMPT, logprobs=True)
+
+
+def test_bundles_of_older_contracts(stock: Stock, tmp_path: Path) -> None:
+    """Greedy ones are what they were; others had another input to draw with."""
+    for samples, name in ((False, "greedy"), (True, "sampling")):
+        folder = Path(shutil.copytree(stock.export(sampling=samples).bundle.folder, tmp_path / name))
+        path = folder / DESCRIPTION
+        data = json.loads(path.read_text()) | {"contract_version": 2}
+        for spec in data["inputs"]:
+            if spec["name"] == "exponentials":
+                spec |= {"name": "uniforms", "shape": ["batch", "draws"]}
+        path.write_text(json.dumps(data))
+    assert not Bundle.load(tmp_path / "greedy").sampling
+    with pytest.raises(BundleError, match="Export the bundle again"):
+        Bundle.load(tmp_path / "sampling")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_refused_capture_falls_back(machine: Machine, expected: list[list[int]
 
 def test_a_refusal_with_sampling_is_none_without(machine: Machine) -> None:
     backend = machine.backend()
-    backend.assign(0, Draws(SamplingParams(seed=1), 13))
+    backend.assign(0, Draws(SamplingParams(seed=1), 13, 101))
     backend.step(13, {0: PROMPTS[0]})
     machine.trt.capturable = False
     for _ in range(3):
@@ -430,7 +430,7 @@ def test_rows_sample_as_they_do_in_onnx_runtime(machine: Machine, tiny_bundle: B
     for backend in (OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1), machine.backend(3)):
         backend.reserve(128)
         for row, params in enumerate(policies):
-            backend.assign(row, None if params is None else Draws(params, 13))
+            backend.assign(row, None if params is None else Draws(params, 13, 101))
         results = [backend.step(13, dict.fromkeys(range(3), PROMPTS[0])).emitted(row) for row in range(3)]
         under_way = 0
         for _ in range(11 if isinstance(backend, OnnxRuntimeBackend) or not ahead else 12):

@@ -125,7 +125,7 @@ class Bundle:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The graph's inputs by contract."""
-        return step_inputs(**self._shape(), dtype=self.dtype)
+        return step_inputs(**self._shape(), vocab_size=self.model.vocab_size, dtype=self.dtype)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:

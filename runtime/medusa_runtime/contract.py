@@ -1,9 +1,9 @@
-"""The graph contract: names, shapes and types of the step's inputs and outputs (version 2).
+"""The graph contract: names, shapes and types of the step's inputs and outputs (version 3).
 
 B is the batch, S the new tokens, C the cache capacity, T the nodes of the tree, M its depth, L the
 layers, N the key/value heads of a layer and d their size. ``docs/contract.md`` says what each means.
 
-Version 1 had no sampling; it is what version 2 is without.
+Version 1 had no sampling; it is what version 3 is without. Version 2 drew tokens with one number each.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 MAX_TOP_K = 256  # the most that top-k sampling may leave
+RACE_BLOCK = 256  # tokens that are drawn from together: first a block of the vocabulary is drawn, then one of it
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,13 @@ def cache_name(role: str, index: int) -> str:
     return f"{role}_{'value' if index % 2 else 'key'}_{index // 2}"
 
 
-SAMPLING_INPUTS = (
-    TensorSpec("uniforms", "float32", ("batch", "draws")),
+def num_blocks(vocab_size: int) -> int:
+    """Blocks of ``RACE_BLOCK`` tokens that a vocabulary has, the last of which may be filled up."""
+    return -(-vocab_size // RACE_BLOCK)
+
+
+# How a row samples.
+POLICY_INPUTS = (
     TensorSpec("temperature", "float32", ("batch",)),
     TensorSpec("top_k", "int64", ("batch",)),
     TensorSpec("top_p", "float32", ("batch",)),
@@ -45,8 +51,21 @@ SAMPLING_INPUTS = (
 )
 
 
+def sampling_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
+    """The inputs that a graph has for sampling."""
+    numbers = num_blocks(vocab_size) + RACE_BLOCK
+    return (TensorSpec("exponentials", "float32", ("batch", "draws", numbers)), *POLICY_INPUTS)
+
+
 def step_inputs(
-    *, num_layers: int, num_key_value_heads: int, head_dim: int, tree_depth: int, dtype: str, sampling: bool
+    *,
+    num_layers: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    tree_depth: int,
+    vocab_size: int,
+    dtype: str,
+    sampling: bool,
 ) -> tuple[TensorSpec, ...]:
     """The inputs of a step graph. ``dtype`` is that of weights and cache; without ``sampling`` it is greedy only."""
     caches = 2 * num_layers
@@ -55,7 +74,7 @@ def step_inputs(
         TensorSpec("num_tokens", "int64", ("batch",)),
         TensorSpec("is_prefill", "bool", ("batch",)),
         TensorSpec("cache_lengths", "int64", ("batch",)),
-        *(SAMPLING_INPUTS if sampling else ()),
+        *(sampling_inputs(vocab_size) if sampling else ()),
     ]
     if tree_depth:
         specs.append(TensorSpec("pending_kv", dtype, ("batch", caches * num_key_value_heads, tree_depth, head_dim)))

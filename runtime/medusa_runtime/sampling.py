@@ -10,14 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.contract import MAX_TOP_K, SAMPLING_INPUTS
+from medusa_runtime.contract import MAX_TOP_K, POLICY_INPUTS, RACE_BLOCK, num_blocks
 from medusa_runtime.errors import RequestError
 from medusa_runtime.tree import Tree
 
-# Numbers are multiples of this: a fp32 sum times the largest of them is less than the sum.
-_GRAIN = 23  # bits
-LARGEST_NUMBER = 1 - 2**-_GRAIN
-_BLOCK = 256
+_PART = 16  # tokens whose numbers are made together
+_PARTS_KEPT = 8  # behind the newest
+_LEAST_NUMBER = 1e-30  # a weight of 1 divided by it is a number in fp32 still
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class SamplingParams:
         return self.temperature == 0
 
     def row_inputs(self) -> dict[str, float]:
-        """A row's values for the inputs of the graph, but for ``uniforms``."""
+        """A row's values for the inputs of the graph, but for ``exponentials``."""
         typical = self.acceptance == "typical" and not self.greedy
         alpha = math.sqrt(self.typical_epsilon) if self.typical_alpha is None else self.typical_alpha
         return {
@@ -100,30 +99,43 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Draws:
-    """How one request draws: its parameters, and a number in [0, 1) for each token that it will have.
+    """How one request draws: its parameters, and the numbers of each token that it will have.
 
     Args:
         params: The parameters; ``GREEDY`` for a request that wants log probabilities only.
         first: The place of its first token in the text: the length of its prompt.
+        vocab_size: Of the model.
     """
 
-    def __init__(self, params: SamplingParams, first: int) -> None:
+    def __init__(self, params: SamplingParams, first: int, vocab_size: int) -> None:
         self.params = params
         self._first = first
-        self._generator = np.random.default_rng(params.seed)
-        self._numbers = np.zeros(0, np.float32)
+        self._size = num_blocks(vocab_size) + RACE_BLOCK
+        self._entropy = np.random.SeedSequence(params.seed).entropy
+        self._parts: dict[int, NDArray[np.float32]] = {}
 
     def numbers(self, place: int, count: int) -> NDArray[np.float32]:
-        """The numbers of so many tokens from a place in the text on; those of the prompt have none, and get any."""
+        """The numbers [count, blocks + 256] of so many tokens from a place in the text on; those of the prompt get any.
+
+        They are exponentially distributed. The same seed and the same place after the prompt give the same ones.
+        """
         start = max(place - self._first, 0)
-        while start + count > len(self._numbers):
-            more = self._generator.integers(0, 1 << _GRAIN, _BLOCK, dtype=np.int32)
-            self._numbers = np.concatenate([self._numbers, more.astype(np.float32) / (1 << _GRAIN)])
-        return self._numbers[start : start + count]
+        first = start // _PART
+        parts = [self._part(number) for number in range(first, (start + count - 1) // _PART + 1)]
+        return np.concatenate(parts)[start - first * _PART :][:count]
+
+    def _part(self, number: int) -> NDArray[np.float32]:
+        if number not in self._parts:
+            for old in [old for old in self._parts if old < number - _PARTS_KEPT]:
+                del self._parts[old]
+            rng = np.random.default_rng(np.random.SeedSequence(self._entropy, spawn_key=(number,)))
+            drawn = rng.standard_exponential((_PART, self._size))
+            self._parts[number] = np.maximum(drawn, _LEAST_NUMBER).astype(np.float32)
+        return self._parts[number]
 
 
 def draws_ahead(tree: Tree) -> int:
-    """Numbers per row, W, that do for any step of a tree, and for the one after it before its end is known."""
+    """Tokens per row, W, whose numbers do for any step of a tree, and for the one after it before its end is known."""
     return max(tree.size, 2 * (tree.max_depth + 1))
 
 
@@ -134,13 +146,11 @@ class SamplingRows:
         rows: How many.
 
     Attributes:
-        inputs: [rows] for each input but ``uniforms``, by name.
+        inputs: [rows] for each input but ``exponentials``, by name.
     """
 
     def __init__(self, rows: int) -> None:
-        self.inputs: dict[str, NDArray[Any]] = {
-            spec.name: np.zeros(rows, spec.dtype) for spec in SAMPLING_INPUTS if spec.name != "uniforms"
-        }
+        self.inputs: dict[str, NDArray[Any]] = {spec.name: np.zeros(rows, spec.dtype) for spec in POLICY_INPUTS}
         self._draws: list[Draws | None] = [None] * rows
         for row in range(rows):
             self.assign(row, None)
@@ -152,26 +162,28 @@ class SamplingRows:
             self.inputs[name][row] = value
 
     def width(self, size: int, prefilling: Collection[int], rows: Sequence[int]) -> int:
-        """How many numbers a step of ``size`` tokens needs for each of its rows: none if none of them draws."""
+        """For how many tokens a step of ``size`` needs numbers in each of its rows: none if none of them draws."""
         if all(self._draws[row] is None for row in rows):
             return 0
         return 1 if all(row in prefilling for row in rows) else size
 
     def write(
         self,
-        uniforms: NDArray[np.float32],
+        exponentials: NDArray[np.float32],
         lengths: Sequence[int] | NDArray[np.int64],
         prompts: Mapping[int, Sequence[int]],
     ) -> None:
         """Writes the numbers of a step.
 
         Args:
-            uniforms: [rows, W]; the one for the token at place q is written to q mod W.
+            exponentials: [rows, W, blocks + 256]; those of the token at place q are written to q mod W.
             lengths: Committed entries per row.
             prompts: Chunks of prompt by row.
         """
-        width = uniforms.shape[1]
+        width = exponentials.shape[1]
         for row, draws in enumerate(self._draws):
-            if draws is not None and width:
+            if draws is None or draws.params.greedy:
+                exponentials[row] = 1  # any number that can be divided by
+            elif width:
                 place = int(lengths[row]) + (len(prompts[row]) if row in prompts else 1)
-                uniforms[row, (place + np.arange(width)) % width] = draws.numbers(place, width)
+                exponentials[row, (place + np.arange(width)) % width] = draws.numbers(place, width)

@@ -23,14 +23,14 @@ class TokenSequence:
         max_new_tokens: Tokens to generate at most.
         stop_token_ids: Tokens that end it.
         text: Decodes the completion and finds stop strings; None without a tokenizer.
-        sampling: How to draw its tokens.
+        draws: What its row draws with; None if it is greedy and nobody asks for log probabilities.
         logprobs: Whether log probabilities are asked for.
 
     Attributes:
         prefilled: Tokens of the prompt that the cache holds.
         token_ids: The completion so far, a stop token included.
         finish_reason: ``stop`` or ``length`` once it has ended, else None.
-        draws: What its row draws with; None if it is greedy and nobody asks for log probabilities.
+        draws: As given.
         stats: How it goes.
     """
 
@@ -40,7 +40,7 @@ class TokenSequence:
         max_new_tokens: int,
         stop_token_ids: frozenset[int],
         text: TextStream | None,
-        sampling: SamplingParams = GREEDY,
+        draws: Draws | None = None,
         logprobs: bool = False,
     ) -> None:
         self.prompt_ids = prompt_ids
@@ -49,7 +49,7 @@ class TokenSequence:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stats = Stats(prompt_tokens=len(prompt_ids))
-        self.draws = None if sampling.greedy and not logprobs else Draws(sampling, len(prompt_ids))
+        self.draws = draws
         self._logprobs: list[float] | None = [] if logprobs else None
         self._stop_token_ids = stop_token_ids
         self._text = text
@@ -80,7 +80,9 @@ class TokenSequence:
         sampling = _check_sampling(bundle, sampling, logprobs)
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
         stop_ids = frozenset((*bundle.model.eos_token_ids, *stop_token_ids))
-        return cls(prompt_ids, max_new_tokens, stop_ids, text, sampling, logprobs)
+        drawn = not sampling.greedy or logprobs
+        draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
+        return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs)
 
     @property
     def is_prefilling(self) -> bool:

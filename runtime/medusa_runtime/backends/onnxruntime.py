@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.row_store import CAPACITY_STEP
 from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
-from medusa_runtime.contract import cache_name
+from medusa_runtime.contract import cache_name, fixed_shape
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -115,6 +115,7 @@ class OnnxRuntimeBackend:
         self._result = StepResult(self._tokens, self._count, self._logprobs)
         self._extra_outputs = tuple(extra_outputs)
         self._extra: dict[str, Any] = {}
+        self._varying = {spec.name: spec for spec in bundle.inputs if spec.name in ("input_ids", "exponentials")}
         self._by_width: dict[tuple[str, int], NDArray[Any]] = {}
         self._binding: Binding | None = None
 
@@ -234,7 +235,7 @@ class OnnxRuntimeBackend:
     def _write_inputs(
         self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
     ) -> dict[str, NDArray[Any]]:
-        """Gives the inputs whose width changes from step to step, [all rows, width]; the others are bound."""
+        """Gives the inputs whose width changes from step to step, [all rows, width, …]; the others are bound."""
         ids = self._of_width("input_ids", size, np.int64)
         for row in rows:
             prompt = prompts.get(row)
@@ -248,16 +249,18 @@ class OnnxRuntimeBackend:
             self._num_tokens[row] = size if prompt is None else len(prompt)
         if self._sampling is None:
             return {"input_ids": ids}
-        uniforms = self._of_width("uniforms", width := self._sampling.width(size, prompts, rows), np.float32)
+        width = self._sampling.width(size, prompts, rows)
+        exponentials = self._of_width("exponentials", width, np.float32)
         if width:
-            self._sampling.write(uniforms, self.lengths, prompts)
-        return {"input_ids": ids, "uniforms": uniforms}
+            self._sampling.write(exponentials, self.lengths, prompts)
+        return {"input_ids": ids, "exponentials": exponentials}
 
     def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:
         """The same array for each width that a tree has, and one for each chunk of a prompt."""
         array = self._by_width.get((name, width))
         if array is None:
-            array = np.zeros((self._rows, width), dtype)
+            free = {"batch": self._rows, "sequence": width, "draws": width}
+            array = np.zeros(fixed_shape(self._varying[name], free), dtype)
             if width <= self._bundle.tree.size:
                 self._by_width[name, width] = array
         return array

@@ -147,6 +147,9 @@ class TensorRTBackend:
         itemsize = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
         return int(np.prod(fixed_shape(spec, sizes))) * itemsize
 
+    def _exponentials_shape(self, draws: int) -> tuple[int, ...]:
+        return fixed_shape(self._specs["exponentials"], {"batch": self._rows, "draws": draws})
+
     def _allocate(self) -> None:
         """All memory of this backend: one block for each tensor, and the results side by side."""
         present = {cache_name("present", i) for i in range(2 * self._bundle.model.num_layers)}
@@ -170,7 +173,7 @@ class TensorRTBackend:
         self._is_prefill = self._pin((rows,), np.bool_)
         self._drafts = self._pin((rows, tree.size), _ID)
         if self._sampling is not None:
-            self._uniforms = self._pin((rows, self._draws), np.float32)
+            self._exponentials = self._pin(self._exponentials_shape(self._draws), np.float32)
             for name, array in self._sampling.inputs.items():
                 self._sampling.inputs[name] = self._pin(array.shape, array.dtype)
                 self._sampling.inputs[name][:] = array
@@ -329,8 +332,8 @@ class TensorRTBackend:
         for step in self._submitted:
             for row, added in step.added.items():
                 least[row] += added
-        self._sampling.write(self._uniforms, least, prompts)
-        self._stream.upload(self._address["uniforms"], self._uniforms, doing)
+        self._sampling.write(self._exponentials, least, prompts)
+        self._stream.upload(self._address["exponentials"], self._exponentials, doing)
         if self._sampling_changed:
             for name, array in self._sampling.inputs.items():
                 self._stream.upload(self._address[name], array, doing)
@@ -397,7 +400,7 @@ class TensorRTBackend:
             self._prefiller = self._context(1, size, width, eager=False)
         self._set_input_shape(self._prefiller, "input_ids", (self._rows, size), doing)
         if self._sampling is not None:
-            self._set_input_shape(self._prefiller, "uniforms", (self._rows, width), doing)
+            self._set_input_shape(self._prefiller, "exponentials", self._exponentials_shape(width), doing)
         self._execute(self._prefiller, doing)
 
     def _set_flags(self, num_tokens: NDArray[np.int64], is_prefill: NDArray[np.bool_], doing: str) -> None:
