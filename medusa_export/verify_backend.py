@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from medusa_export.step import MedusaStep
-from medusa_export.verify import (
-    Progress,
-    StepChecks,
-    Tolerances,
-    Verification,
-    answered_prompts,
-    check_same,
-    generation_checks,
-    tree_sizes_of,
-)
+from medusa_export.verify import check_same, tree_sizes_of
+from medusa_export.verify_checks import Progress, Tolerances, Verification
+from medusa_export.verify_generation import generation_checks
+from medusa_export.verify_reference import answered_prompts
+from medusa_export.verify_steps import StepChecks
 from medusa_runtime.backends import open_backend
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.compiled import CompiledEngine, is_engine

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from rich import box
 from rich.table import Table
 
-from medusa_export.verify import Check, Verification
+from medusa_export.verify_checks import Check, Verification
 
 
 def as_table(verification: Verification) -> Table:

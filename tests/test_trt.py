@@ -402,17 +402,27 @@ def test_verify_says_that_it_was_not_run(tiny_model_folder: Path, untrained_bund
 
 
 @pytest.mark.slow
-def test_smollm2_is_built_within_its_bounds(smollm2_gguf: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "target_sets", "most"),
+    [
+        ((), [("sm80",), ("sm86", "sm89"), TARGETS], 1.17),
+        (("--greedy-only",), [TARGETS], 1.11),
+    ],
+    ids=["default", "greedy only"],
+)
+def test_smollm2_is_built_within_its_bounds(
+    smollm2_gguf: str, tmp_path: Path, options: tuple[str, ...], target_sets: list[tuple[str, ...]], most: float
+) -> None:
+    """Layers, and bytes per byte of weights; docs/gpu.md says what comes on top of these."""
     heads = Path(__file__).parents[1] / "scripts/smollm2_heads"
     code, output = run(
         "onnx", smollm2_gguf, "--heads", heads, "--calibration", heads / "calibration.json", "--dtype", "fp16",
-        "--greedy-only", "-o", tmp_path / "bundle", "-q",
+        *options, "-o", tmp_path / "bundle", "-q",
     )  # fmt: skip
     assert code == 0, output
     bundle = Bundle.load(tmp_path / "bundle", check_digests=False)
     limits = choose_limits(bundle, max_batch=4, max_seq_len=2048)
-    for targets in (("sm80",), ("sm86", "sm89"), TARGETS):
+    for targets in target_sets:
         built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, targets)).build()
         assert sum(built.layers.values()) < 3000
-        # docs/gpu.md says what is in the 10.7 % that come on top of the weights
-        assert built.data.nbytes < 1.11 * bundle.files["model.onnx.data"].size
+        assert built.data.nbytes < most * bundle.files["model.onnx.data"].size

@@ -19,7 +19,9 @@ from medusa_export.cli import main
 from medusa_export.errors import VerificationError
 from medusa_export.heads import MedusaHeads
 from medusa_export.step import MedusaStep
-from medusa_export.verify import Check, Verification, reference_tokens, verify_bundle
+from medusa_export.verify import verify_bundle
+from medusa_export.verify_checks import Check, Verification
+from medusa_export.verify_reference import reference_tokens
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.bundle import DESCRIPTION, FileFacts
 from stock import Stock

@@ -69,8 +69,9 @@ def command(
 
         from medusa_export.files import write_text
         from medusa_export.reference import load_reference, prompt_ids
-        from medusa_export.verify import Tolerances, verify_bundle
+        from medusa_export.verify import verify_bundle
         from medusa_export.verify_backend import verify_backend
+        from medusa_export.verify_checks import Tolerances
         from medusa_export.verify_report import as_json, as_junit, as_table
         from medusa_runtime.bundle import Bundle
         from medusa_runtime.compiled import require_bundle
