@@ -7,44 +7,19 @@ adds from the post-processor in ``tokenizer.json``, never from ``add_bos_token``
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from functools import cache, cached_property, lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
-from medusa_runtime.errors import BackendError, BundleError, RequestError
-
-if TYPE_CHECKING:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+from medusa_runtime.chat_template import checked_messages, checked_variables, render
+from medusa_runtime.errors import BundleError, RequestError
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-# The keys under which clients send a model's reasoning; templates read the first, gpt-oss's the second.
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-
-# Options of transformers' apply_chat_template that a template would silently ignore.
-_NOT_TEMPLATE_VARIABLES = frozenset(
-    {
-        "continue_final_message",
-        "max_length",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "sanitize_control_tokens",
-        "tokenize",
-        "tokenizer_kwargs",
-        "truncation",
-    }
-)
 
 _CLEAN_UPS = (
     (" .", "."),
@@ -211,19 +186,11 @@ class Tokenizer:
             BackendError: Jinja, which renders chats, is not installed.
             RequestError: There is no chat template, a message is malformed, or the template refuses the chat.
         """
-        variables = _checked_variables(template_variables)
-        chat = _checked_messages(messages)
-        template = _compiled(self._choose_template(chat_template, has_tools=variables["tools"] is not None))
+        variables = checked_variables(template_variables)
+        chat = checked_messages(messages)
+        template = self._choose_template(chat_template, has_tools=variables["tools"] is not None)
         context = self.named_tokens | variables
-        try:
-            return template.render(messages=chat, add_generation_prompt=add_generation_prompt, **context)
-        except _ChatRefusedError as e:
-            raise RequestError(f"The chat template refused these messages: {e}") from e
-        except Exception as e:  # a template is a program: it may fail on odd messages with any error
-            raise RequestError(
-                f"The chat template could not render these messages ({type(e).__name__}: {e}): "
-                "check that each has the keys and types the model expects."
-            ) from e
+        return render(template, messages=chat, add_generation_prompt=add_generation_prompt, **context)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, *, clean_up: bool | None = None) -> str:
         """The text of token ids; ids outside the vocabulary add nothing.
@@ -375,158 +342,3 @@ def _malformed_templates(folder: Path) -> BundleError:
         f"chat_template in {folder / 'tokenizer_config.json'} is malformed: "
         "it must be a template, or a list of objects with a name and a template."
     )
-
-
-def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as plain data, without keys that hold None, the reasoning under the keys templates read."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(f"The messages must be a list of objects, but got {type(messages).__name__}.")
-    if not messages:
-        raise RequestError("The chat is empty: send at least one message.")
-    return [_checked_message(message, number) for number, message in enumerate(messages)]
-
-
-def _checked_message(message: object, number: int) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise RequestError(f"Message {number} must be an object with a role, but got {type(message).__name__}.")
-    plain = {key: _plain(value) for key, value in message.items() if value is not None}
-    if not isinstance(plain.get("role"), str):
-        raise RequestError(f"Message {number} has no role: name one, such as 'user' or 'assistant'.")
-    reasoning = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
-    if reasoning is None:
-        return plain
-    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-
-
-def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    for name in sorted(_NOT_TEMPLATE_VARIABLES & variables.keys()):
-        raise RequestError(f"{name} is an option of transformers and not a template variable: leave it out.")
-    for name in ("tools", "documents"):
-        value = variables.get(name)
-        if value is not None and not (
-            isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
-        ):
-            raise RequestError(f"{name} must be a list of objects, but got {value!r:.80}.")
-    tools = variables.get("tools")
-    plain = {name: _plain(value) for name, value in variables.items()}
-    return {"documents": None} | plain | {"tools": None if tools is None else [_plain(tool) for tool in tools]}
-
-
-def _plain(value: Any) -> Any:
-    """The value rebuilt from plain JSON types, so that a template gets no object with methods of its own."""
-    if value is None or isinstance(value, bool):
-        return value
-    for kind, rebuilt in _REBUILT.items():
-        if isinstance(value, kind):
-            return rebuilt(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return f"<{type(value).__name__}>"
-
-
-# The first kind that fits counts; a subclass, such as an enum, loses what it adds.
-_REBUILT: dict[type, Callable[[Any], Any]] = {
-    str: str.__str__,
-    int: int.__int__,
-    float: float.__float__,
-    list: lambda values: [_plain(value) for value in values],
-    tuple: lambda values: tuple(_plain(value) for value in values),
-    Mapping: lambda values: {_plain(key): _plain(value) for key, value in values.items()},
-    np.generic: lambda value: _plain(value.item()),
-}
-
-
-class _ChatRefusedError(Exception):
-    """What ``raise_exception`` in a template raises."""
-
-
-def _raise_exception(message: object) -> None:
-    raise _ChatRefusedError(str(message))
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is: Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=64)
-def _compiled(template: str) -> jinja2.Template:
-    environment = _environment()
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        return environment.from_string(template)
-    except TemplateSyntaxError as e:
-        raise BundleError(f"The chat template has a syntax error on line {e.lineno}: {e.message}.") from e
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as chat templates expect it, in a sandbox: a template is code that came with the model."""
-    try:
-        from jinja2 import nodes
-        from jinja2.exceptions import SecurityError
-        from jinja2.ext import Extension
-        from jinja2.parser import Parser
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from jinja2.utils import Namespace
-    except ImportError as e:
-        raise BackendError("Chats are rendered by Jinja, which is not installed: pip install 'jinja2>=3.1.6'.") from e
-
-    class GenerationTag(Extension):
-        """``{% generation %}`` marks the assistant's words for training; here its body just stands."""
-
-        tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    class Dict:
-        """``dict(…)`` without the attributes of the class."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-            return dict.fromkeys(keys, value)
-
-    class SafeNamespace(Namespace):
-        """``namespace(…)`` without attributes that start with an underscore."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:  # no named parameter: `namespace(self=…)` is allowed
-            attributes = dict(*args[1:], **kwargs)
-            for name in attributes:
-                _check(name)
-            Namespace.__init__(args[0], attributes)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check(name)
-            super().__setitem__(name, value)
-
-    def _check(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace may not hold {name!r}")
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "dict": Dict(),
-        "namespace": SafeNamespace,
-    }
-    return environment

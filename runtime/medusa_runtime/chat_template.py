@@ -1,0 +1,221 @@
+"""Chats as the text that a model was trained to continue: Jinja templates, in a sandbox, over plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medusa_runtime.errors import BackendError, BundleError, RequestError
+
+if TYPE_CHECKING:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# The keys under which clients send a model's reasoning; templates read the first, gpt-oss's the second.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+# Options of transformers' apply_chat_template that a template would silently ignore.
+_NOT_TEMPLATE_VARIABLES = frozenset(
+    {
+        "continue_final_message",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+
+
+def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as plain data, without keys that hold None, the reasoning under the keys templates read.
+
+    Raises:
+        RequestError: They are no list of messages.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError(f"The messages must be a list of objects, but got {type(messages).__name__}.")
+    if not messages:
+        raise RequestError("The chat is empty: send at least one message.")
+    return [_checked_message(message, number) for number, message in enumerate(messages)]
+
+
+def _checked_message(message: object, number: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"Message {number} must be an object with a role, but got {type(message).__name__}.")
+    plain = {key: _plain(value) for key, value in message.items() if value is not None}
+    if not isinstance(plain.get("role"), str):
+        raise RequestError(f"Message {number} has no role: name one, such as 'user' or 'assistant'.")
+    reasoning = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
+    if reasoning is None:
+        return plain
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template reads besides, as plain data; ``tools`` and ``documents`` are None where there are none.
+
+    Raises:
+        RequestError: One is an option of transformers and no variable, or of the wrong kind.
+    """
+    for name in sorted(_NOT_TEMPLATE_VARIABLES & variables.keys()):
+        raise RequestError(f"{name} is an option of transformers and not a template variable: leave it out.")
+    for name in ("tools", "documents"):
+        value = variables.get(name)
+        if value is not None and not (
+            isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+        ):
+            raise RequestError(f"{name} must be a list of objects, but got {value!r:.80}.")
+    tools = variables.get("tools")
+    plain = {name: _plain(value) for name, value in variables.items()}
+    return {"documents": None} | plain | {"tools": None if tools is None else [_plain(tool) for tool in tools]}
+
+
+def render(template: str, **context: Any) -> str:
+    """What a template makes of its variables.
+
+    Raises:
+        BundleError: The chat template has a syntax error.
+        BackendError: Jinja, which renders chats, is not installed.
+        RequestError: The template refuses the chat, or fails.
+    """
+    compiled = _compiled(template)
+    try:
+        return compiled.render(**context)
+    except _ChatRefusedError as e:
+        raise RequestError(f"The chat template refused these messages: {e}") from e
+    except Exception as e:  # a template is a program: it may fail on odd messages with any error
+        raise RequestError(
+            f"The chat template could not render these messages ({type(e).__name__}: {e}): "
+            "check that each has the keys and types the model expects."
+        ) from e
+
+
+def _plain(value: Any) -> Any:
+    """The value rebuilt from plain JSON types, so that a template gets no object with methods of its own."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, rebuilt in _REBUILT.items():
+        if isinstance(value, kind):
+            return rebuilt(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return f"<{type(value).__name__}>"
+
+
+# The first kind that fits counts; a subclass, such as an enum, loses what it adds.
+_REBUILT: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    list: lambda values: [_plain(value) for value in values],
+    tuple: lambda values: tuple(_plain(value) for value in values),
+    Mapping: lambda values: {_plain(key): _plain(value) for key, value in values.items()},
+    np.generic: lambda value: _plain(value.item()),
+}
+
+
+class _ChatRefusedError(Exception):
+    """What ``raise_exception`` in a template raises."""
+
+
+def _raise_exception(message: object) -> None:
+    raise _ChatRefusedError(str(message))
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is: Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=64)
+def _compiled(template: str) -> jinja2.Template:
+    environment = _environment()
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as e:
+        raise BundleError(f"The chat template has a syntax error on line {e.lineno}: {e.message}.") from e
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as chat templates expect it, in a sandbox: a template is code that came with the model."""
+    try:
+        from jinja2 import nodes
+        from jinja2.exceptions import SecurityError
+        from jinja2.ext import Extension
+        from jinja2.parser import Parser
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.utils import Namespace
+    except ImportError as e:
+        raise BackendError("Chats are rendered by Jinja, which is not installed: pip install 'jinja2>=3.1.6'.") from e
+
+    class GenerationTag(Extension):
+        """``{% generation %}`` marks the assistant's words for training; here its body just stands."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    class Dict:
+        """``dict(…)`` without the attributes of the class."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+            return dict.fromkeys(keys, value)
+
+    class SafeNamespace(Namespace):
+        """``namespace(…)`` without attributes that start with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:  # no named parameter: `namespace(self=…)` is allowed
+            attributes = dict(*args[1:], **kwargs)
+            for name in attributes:
+                _check(name)
+            Namespace.__init__(args[0], attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check(name)
+            super().__setitem__(name, value)
+
+    def _check(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace may not hold {name!r}")
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": Dict(),
+        "namespace": SafeNamespace,
+    }
+    return environment
