@@ -1,7 +1,7 @@
 """What a long prompt costs streams that are running, and what they cost it, by the size of its chunks.
 
-Three requests decode; then one with a long prompt arrives. The pauses of running streams are set against the time until
-the first token of the long one.
+Three requests decode; then one with a long prompt arrives, and answers with a few tokens. The pauses of running streams
+are set against the time until the first token of the long one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from medusa_runtime import Bundle, MedusaService, Metrics, RequestCancelledError
 from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 
 STREAMS = 3
+ANSWER = 12  # tokens
 
 
 def read(handle: RequestHandle, times: list[float]) -> None:
@@ -52,6 +53,7 @@ class Arrival:
         pause: Pause of a stream while the long prompt is taken in, median.
         longest: The longest of these.
         longest_chunk: The longest chunk.
+        joining: The longest pause of a stream after that, while the long one decodes, too.
         first_token: Until the first token of the long one.
     """
 
@@ -60,13 +62,14 @@ class Arrival:
     pause: float
     longest: float
     longest_chunk: float
+    joining: float
     first_token: float
 
 
 def arrival(service: MedusaService, chunks: Chunks, length: int, offset: int) -> Arrival:
     """Lets streams run, and then a long prompt come."""
     times: list[list[float]] = [[] for _ in range(STREAMS)]
-    handles = [service.submit(range(10 + offset + i, 40 + offset + i), max_new_tokens=400) for i in range(STREAMS)]
+    handles = [service.submit(range(10 + offset + i, 40 + offset + i), max_new_tokens=600) for i in range(STREAMS)]
     threads = [threading.Thread(target=read, args=pair) for pair in zip(handles, times, strict=True)]
     for thread in threads:
         thread.start()
@@ -74,20 +77,24 @@ def arrival(service: MedusaService, chunks: Chunks, length: int, offset: int) ->
         time.sleep(0.01)
     chunks.seconds.clear()
     started = time.perf_counter()
-    service.generate([(7 * i + offset) % 1000 + 50 for i in range(length)], max_new_tokens=1)
+    long = service.submit([(7 * i + offset) % 1000 + 50 for i in range(length)], max_new_tokens=ANSWER)
+    next(long)
+    first_token = time.perf_counter()
+    long.result()
     ended = time.perf_counter()
     for handle, thread in zip(handles, threads, strict=True):
         handle.cancel()
         thread.join()
     pauses = [(b, b - a) for stream in times for a, b in pairwise(stream)]
-    during = [pause for at, pause in pauses if started <= at <= ended]
+    during = [pause for at, pause in pauses if started <= at <= first_token]
     return Arrival(
         usual=statistics.median(pause for at, pause in pauses if at < started),
         chunk=statistics.median(chunks.seconds),
         pause=statistics.median(during),
         longest=max(during),
         longest_chunk=max(chunks.seconds),
-        first_token=ended - started,
+        joining=max(pause for at, pause in pauses if first_token < at <= ended),
+        first_token=first_token - started,
     )
 
 

@@ -31,7 +31,6 @@ from medusa_runtime import (
 )
 from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
 from medusa_runtime.sequence import TokenSequence
-from medusa_runtime.service import MOVED_BESIDES
 from medusa_runtime.text_stream import TextStream
 from medusa_runtime.tokenizer import Tokenizer
 from stock import Stock
@@ -73,9 +72,9 @@ class Gate:
         self.fail(size, prompts, rows)
         return self.inner.step(size, prompts, rows)
 
-    def arrange(self, rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
         self.fail_arrange(rows, capacity)
-        return self.inner.arrange(rows, capacity, at_most)
+        return self.inner.arrange(rows, capacity)
 
 
 @pytest.fixture
@@ -681,15 +680,14 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
     """Between two steps of a running stream there is one chunk, or rows are moved far, never both."""
     events: list[str] = []
     gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
-    arrange = gate.inner.arrange
 
-    def watched(rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
-        moved = arrange(rows, capacity, at_most)
-        if moved > MOVED_BESIDES:
+    def watched(rows: Sequence[int], capacity: int, at_most: int) -> bool:
+        done = approach(rows, capacity, at_most)
+        if not done:
             events.append("move")
-        return moved
+        return done
 
-    gate.inner.arrange = watched
+    approach, gate.inner.approach = gate.inner.approach, watched
     running = service.submit(PROMPT, max_new_tokens=400)
     next(running)
     assert service.submit([4] * 480, max_new_tokens=20).result(30)
@@ -703,29 +701,35 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
 
 
 def test_a_long_prompt_moves_bit_by_bit(service: MedusaService, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A place for it that is too small is left in several turns, each with a step of the others."""
+    """To a larger place, and to the others once it decodes: in turns with their steps, and the text is the same."""
     monkeypatch.setattr("medusa_runtime.batch_runner.MOVED_AT_ONCE", 60)
     monkeypatch.setattr("medusa_runtime.service.MOVED_BESIDES", 50)
-    events: list[str | int] = []
-    gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
-    arrange = gate.inner.arrange
+    expected = service.generate([4] * 300, max_new_tokens=30).token_ids
+    steps: list[tuple[int, ...]] = []
+    gate.fail = lambda size, prompts, rows: steps.append(("chunk", *rows) if prompts else tuple(sorted(rows)))
+    parts: list[tuple[int, ...]] = []
+    approach = gate.inner.approach
 
-    def watched(rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
-        moved = arrange(rows, capacity, at_most)
-        if moved:
-            events.append(moved)
-        return moved
+    def watched(rows: Sequence[int], capacity: int, at_most: int) -> bool:
+        done = approach(rows, capacity, at_most)
+        if not done:
+            steps.append("move")
+            parts.append(tuple(rows))
+        return done
 
-    gate.inner.arrange = watched
+    gate.inner.approach = watched
     running = service.submit(PROMPT, max_new_tokens=400)
     next(running)
-    events.clear()
-    assert service.submit([4] * 300, max_new_tokens=1).result(30)
+    steps.clear()
+    assert service.submit([5, *[4] * 299], max_new_tokens=1).result(30)
+    result = service.submit([4] * 300, max_new_tokens=30).result(30)
     running.cancel()
-    moves = [(i, moved) for i, moved in enumerate(events) if isinstance(moved, int) and moved > 50]
-    assert len(moves) > 5
-    assert all(moved <= 60 + 300 // 4 for _, moved in moves)  # a cache more at most, of four
-    assert all(events[i + 1] == "decode" for i, _ in moves)
+    assert result.token_ids == expected
+    assert {len(rows) for rows in parts} == {1, 2}
+    assert (0, 1) in steps
+    last = max(i for i, step in enumerate(steps) if step == "move")
+    for first, second in itertools.pairwise(steps[: last + 2]):
+        assert first != "move" or second not in ("move", "chunk"), steps
 
 
 def test_metrics(tiny_bundle: Bundle) -> None:

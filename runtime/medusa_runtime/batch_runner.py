@@ -16,7 +16,7 @@ from medusa_runtime.tree_choice import TreeChoice
 TreeSize = int | Literal["auto"]
 # On CPUs attention reads a byte of the caches in about twice the time in which matrix products read one of the weights.
 CACHE_TO_WEIGHTS = 2
-# Entries that are moved while others wait: in less time than a chunk of a prompt takes, even where memory is new.
+# Entries that are moved at a time while others wait: in less time than a chunk of a prompt takes, even where memory is new.
 MOVED_AT_ONCE = 512
 
 
@@ -34,7 +34,9 @@ class BatchRunner:
         self._bundle = bundle
         self._tree_size = tree_size
         self._choice = TreeChoice(bundle.acceptance, bundle.tree.depths, {})
-        self._grouped: tuple[list[int], list[list[int]]] | None = None
+        self._grouped: list[int] = []
+        self._wanted: list[list[int]] = []
+        self._groups: list[list[int]] = []
         self._worth_a_step = _slots_worth_a_step(bundle)
 
     def measure(self) -> None:
@@ -66,16 +68,41 @@ class BatchRunner:
         """How many guesses are right of late, against what the bundle expects."""
         return self._choice.accuracy
 
-    def groups(self, rows: Sequence[int]) -> list[list[int]]:
-        """Which rows step together: those of like length.
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """Which rows step together at present."""
+        return self._groups
+
+    def regroup(self, rows: Sequence[int]) -> None:
+        """Decides which of the rows that decode should step together: those of like length.
 
         In a step attention reads as many slots of each row as the longest one has. Where that comes to more than
-        reading the weights once more, long rows step by themselves.
+        reading the weights once more, long rows step by themselves. They do so, too, until ``gather`` has brought them
+        together with others.
         """
-        if self._grouped is None or self._grouped[0] != list(rows):  # else they would move to and fro
+        if self._grouped != list(rows):  # else they would move to and fro
             ascending = sorted(rows, key=lambda row: int(self.backend.lengths[row]))
-            self._grouped = (list(rows), self._split(ascending))
-        return self._grouped[1]
+            self._grouped, self._wanted = list(rows), self._split(ascending)
+            stay = [[row for row in group if row in rows] for group in self._groups]
+            new = [[row] for row in rows if not any(row in group for group in stay)]
+            self._groups = [*filter(None, stay), *new]
+
+    def gather(self) -> int:
+        """Brings rows together that are to step together, bit by bit; gives the number of entries that were moved.
+
+        Raises:
+            BackendError: There is no memory.
+        """
+        moved = 0
+        for group in self._wanted:
+            if group in self._groups:
+                continue
+            here = self._move_towards(group, self._entries(group) + self.tree_size(group))
+            moved += MOVED_AT_ONCE if here is None else here
+            if here is not None:
+                rest = [[row for row in other if row not in group] for other in self._groups]
+                self._groups = [*filter(None, rest), group]
+        return moved
 
     def _split(self, ascending: Sequence[int]) -> list[list[int]]:
         lengths = [int(self.backend.lengths[row]) for row in ascending]
@@ -94,12 +121,13 @@ class BatchRunner:
         return self._arrange(rows, self._entries(rows) + self.tree_size(rows))
 
     def prepare_prefill(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> int:
-        """As ``prepare``, for ``prefill``; beside others it moves no more than ``MOVED_AT_ONCE`` entries, if that many.
+        """As ``prepare``, for ``prefill``; where others wait, about ``MOVED_AT_ONCE`` entries are moved at a time.
 
         Whoever gets that many calls it again: ``prefill`` would move all that is left.
         """
         needed = self._entries([row]) + self._chunk_size(row, chunk, beside)
-        return self._arrange([row], needed, MOVED_AT_ONCE if beside else None)
+        moved = self._move_towards([row], needed) if beside else self._arrange([row], needed)
+        return MOVED_AT_ONCE if moved is None else moved
 
     def prefill(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> StepResult:
         """Takes in a chunk of a row's prompt; it will decode with the rows ``beside`` it once that is the last one.
@@ -149,9 +177,15 @@ class BatchRunner:
         """Of the longest of these rows."""
         return int(self.backend.lengths[list(rows)].max())
 
-    def _arrange(self, rows: Sequence[int], entries: int, at_most: int | None = None) -> int:
+    def _move_towards(self, rows: Sequence[int], entries: int) -> int | None:
+        """As ``_arrange``, in parts: None as long as it takes more calls."""
+        if not self.backend.approach(rows, self._bundle.tree.max_depth + entries, MOVED_AT_ONCE):
+            return None
+        return self._arrange(rows, entries)
+
+    def _arrange(self, rows: Sequence[int], entries: int) -> int:
         try:
-            return self.backend.arrange(rows, self._bundle.tree.max_depth + entries, at_most)
+            return self.backend.arrange(rows, self._bundle.tree.max_depth + entries)
         except MemoryError as error:
             raise BackendError(f"There is no room for {entries} tokens in {len(rows)} rows.") from error
 

@@ -284,8 +284,8 @@ class MedusaService(Closing):
         failure: MedusaError = ServiceClosedError("The service was closed before the request was answered.")
         try:
             while self._wait_for_work():
-                groups = self._groups()
-                if not self._make_room(groups):
+                groups, moved = self._arranged()
+                if moved <= MOVED_BESIDES:
                     self._prefill([job.row for jobs in groups for job in jobs if job.row is not None])
                 for jobs in groups:
                     self._decode(jobs)
@@ -334,19 +334,20 @@ class MedusaService(Closing):
                 self._runner.take_over(admission.source, row, admission.shared)
                 self._backend.assign(row, job.sequence.draws)
 
-    def _groups(self) -> list[list[Job]]:
-        """The requests that decode, as they step together."""
+    def _arranged(self) -> tuple[list[list[Job]], int]:
+        """The requests that decode, as they step together, with room for that; and how many entries were moved."""
         with self._changed:
             jobs = {job.row: job for job in self._scheduler.decoding() if job.row is not None}
-        return [[jobs[row] for row in rows] for rows in self._runner.groups(list(jobs))] if jobs else []
-
-    def _make_room(self, groups: Sequence[Sequence[Job]]) -> bool:
-        """Prepares steps of rows that decode; whether that took so long that no chunk should be taken in besides."""
+        if not jobs:
+            return [], 0
         moved = 0
-        for jobs in groups:
+        self._runner.regroup(list(jobs))
+        with contextlib.suppress(BackendError):  # they go on as they are
+            moved += self._runner.gather()
+        for rows in self._runner.groups:
             with contextlib.suppress(BackendError):  # the step itself will say so
-                moved += self._runner.prepare(_rows(jobs))
-        return moved > MOVED_BESIDES
+                moved += self._runner.prepare(rows)
+        return [[jobs[row] for row in rows] for rows in self._runner.groups], moved
 
     def _prefill(self, decoding: Sequence[int]) -> None:
         """Takes in one chunk of one prompt, beside rows that decode."""

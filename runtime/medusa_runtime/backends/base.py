@@ -145,19 +145,26 @@ class BatchBackend(Backend, Protocol):
         """Committed entries per row, [rows]."""
         ...
 
-    def arrange(self, rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
         """Prepares for steps of these rows together, with room for so many slots in each; no row loses anything.
 
         It may move rows, and give back what none needs any more.
 
-        Args:
-            rows: The rows.
-            capacity: Slots per row.
-            at_most: Entries to move now, about, where a single row needs a larger place. If so many were moved, more
-                such calls may be needed; a call without it moves the rest.
-
         Returns:
             How many entries were moved for it.
+
+        Raises:
+            BackendError: There is no memory for it; nothing has changed.
+        """
+        ...
+
+    def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
+        """Does some of what ``arrange`` would take long for, about as long as it takes to move so many entries.
+
+        Rows may go on meanwhile, each where it is.
+
+        Returns:
+            Whether ``arrange`` would be done soon; else it takes more such calls.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.

@@ -53,10 +53,12 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
     def reserve(self, capacity: int) -> None:
         self.arrange(range(self._rows), capacity)
 
-    def arrange(self, rows: Sequence[int], capacity: int, at_most: int | None = None) -> int:
+    def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
+        return self._store.approach(rows, capacity, at_most)
+
+    def arrange(self, rows: Sequence[int], capacity: int) -> int:
         before = self._store.moved
-        if at_most is None or len(rows) > 1 or self._store.grow(rows[0], capacity, at_most):
-            self._store.arrange(rows, capacity)
+        self._store.arrange(rows, capacity)
         self._windows = {key: binding for key, binding in self._windows.items() if key[0] in self._store.blocks}
         return self._store.moved - before
 

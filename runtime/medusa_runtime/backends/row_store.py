@@ -3,8 +3,10 @@
 A step reads the caches of its rows from one block, where they lie one behind the other with the same capacity, and
 attention reads all of that. But rows come and go, and one may be ten times as long as another. So rows that step
 together are brought together, in a block that fits the longest of them. A row that steps by itself, because it is
-taking in its prompt, gets a block of its own once it outgrows the others', which neither move nor read more for it. It
-can be copied there bit by bit, so that the others need not wait for all of it.
+taking in its prompt, gets a block of its own once it outgrows the others', which neither move nor read more for it.
+
+A new block for rows that are far from empty can be filled bit by bit, so that nobody has to wait for all of it: a row
+stays where it is and goes on until its copy is complete, but for what it has appended since.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from medusa_runtime.errors import BackendError
 
 # Blocks have a multiple of this many slots per row.
 CAPACITY_STEP = 64
+LITTLE = 8  # a part of what is copied at a time that may be copied besides
 # Slots per row that are not worth moving rows for, to give them back.
 SPARE = 128
 
@@ -47,17 +50,15 @@ class Block:
 
 @dataclass
 class Growth:
-    """A copy of a row in the making, in a larger block; the row stays where it is until that is complete.
+    """A block in the making, with copies of rows that lie elsewhere until it is complete.
 
     Attributes:
-        row: The row.
-        length: How many entries it has.
-        block: Where it goes.
-        copied: How many of its caches are there.
+        lengths: How many entries of each row are copied; it has at least these as long as the block is of use.
+        block: Where they go, in this order.
+        copied: How many caches of these rows are there, those of the first row first.
     """
 
-    row: int
-    length: int
+    lengths: dict[int, int]
     block: Block
     copied: int = 0
 
@@ -104,7 +105,7 @@ class RowStore:
     ) -> None:
         self.blocks: list[Block] = []
         self.moved = 0
-        self._growth: Growth | None = None  # only as long as nobody was given the row's caches to write to
+        self._growths: dict[frozenset[int], Growth] = {}
         self._lengths = lengths
         self._num_caches, self._heads, self._head_dim = num_caches, heads, head_dim
         self._margin = margin
@@ -117,17 +118,12 @@ class RowStore:
 
     def row(self, row: int) -> NDArray[np.generic]:
         """The caches of a row that has a place, [2L, N, C, d]."""
-        self._forget_growth([row])
         block = self._block_of(row)
         assert block is not None
         return block.caches[:, block.rows.index(row)]
 
     def window(self, rows: Sequence[int]) -> Window | None:
         """Where rows lie that were arranged together; None if they no longer do."""
-        self._forget_growth(rows)
-        return self._window(rows)
-
-    def _window(self, rows: Sequence[int]) -> Window | None:
         block = self._block_of(rows[0])
         if block is None or not all(block.holds(row) for row in rows):
             return None
@@ -146,37 +142,41 @@ class RowStore:
         Raises:
             BackendError: There is no memory for it; nothing has changed.
         """
-        window = self._window(rows)
+        self._drop_outdated_growths()
+        window = self.window(rows)
         if window is None or not _fits(window.block, capacity):
             block = self._fitting(rows, capacity)
             if block is not None:
                 self._gather(block, rows)
-            elif len(rows) == 1:
-                block = self._move_alone(rows[0], capacity)
             else:
-                block = self._move_together(rows, capacity)
+                block = self._moved_to_new(rows, capacity)
             self._drop_empty(block)
-        window = self.window(rows)
+            window = self.window(rows)
         assert window is not None
         return window
 
-    def grow(self, row: int, capacity: int, at_most: int) -> bool:
-        """Copies about so many entries of a row to where ``arrange`` is going to move it.
+    def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
+        """Fills about so many slots of the new block that ``arrange`` would make, if it would make one.
 
-        What is copied is lost once the row's caches are asked for: nothing may be written before ``arrange``.
+        Entries that a row has now may not change until then, but more may follow.
 
         Returns:
-            Whether ``arrange`` will find nothing left to copy.
+            Whether ``arrange`` may be called now: little is left to copy, and little was copied by this call.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.
         """
-        window = self._window([row])
-        if window is None or _fits(window.block, capacity) or self._fitting([row], capacity) is not None:
+        self._drop_outdated_growths()
+        window = self.window(rows)
+        if (window is not None and _fits(window.block, capacity)) or self._fitting(rows, capacity) is not None:
             return True
-        growth = self._growth_of(row, capacity)
-        self._copy_some(growth, at_most)
-        return growth.copied == self._num_caches
+        if not any(self._lengths[row] for row in rows):
+            return True
+        growth = self._growth_of(rows, capacity)
+        # All slots count: memory that is new is cleared in pages, whatever is written to them.
+        before = self.moved
+        self._copy_some(growth, -(-at_most * self._num_caches // growth.block.capacity))
+        return growth.copied == len(rows) * self._num_caches and self.moved - before <= at_most // LITTLE
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Gives a row, which has room for it, the first entries of another one."""
@@ -186,7 +186,7 @@ class RowStore:
     def clear(self) -> None:
         """Gives all memory back."""
         self.blocks.clear()
-        self._growth = None
+        self._growths.clear()
 
     def _block_of(self, row: int) -> Block | None:
         return next((block for block in self.blocks if block.holds(row)), None)
@@ -205,53 +205,65 @@ class RowStore:
         """Whether a place with this row in it can be given to one that is wanted."""
         return row is None or (self._lengths[row] == 0 and row not in wanted)
 
-    def _move_alone(self, row: int, capacity: int) -> Block:
-        """To a new block of one place, which has what was copied there before."""
-        growth = self._growth_of(row, capacity)
-        self._copy_some(growth, None)
-        old = self._block_of(row)
-        if old is not None:
-            old.rows[old.rows.index(row)] = None
-        growth.block.rows[0] = row
-        self.blocks.append(growth.block)
-        return growth.block
+    def _moved_to_new(self, rows: Sequence[int], capacity: int) -> Block:
+        """Moves rows to a new block: of one place, or of one for each row there is, if they are several.
 
-    def _move_together(self, rows: Sequence[int], capacity: int) -> Block:
-        """To a new block with places for all rows, and those with them that they would leave behind."""
-        self._drop_empty()
-        block = self._allocated(len(self._lengths), capacity)
+        Of these those that would be left behind in a block that others leave move, too.
+        """
+        growth = self._growth_of(rows, capacity)
+        self._copy_some(growth, len(rows) * self._num_caches)
+        del self._growths[frozenset(rows)]
+        block = growth.block
         left = [other for other in self.blocks if any(other.holds(row) for row in rows)]
         self.blocks.append(block)
-        self._gather(block, rows)
-        for other in left:
-            self._vacate(other, block)
+        for place, (row, copied) in enumerate(growth.lengths.items()):
+            old = self._block_of(row)
+            if old is not None:
+                before = old.rows.index(row)
+                # What came after the copy, and what was pending then: the last M entries may have been written anew.
+                begin, end = copied, self._margin + int(self._lengths[row])
+                block.caches[:, place, :, begin:end] = old.caches[:, before, :, begin:end]
+                old.rows[before] = None
+            block.rows[place] = row
+        if len(rows) > 1:
+            for other in left:
+                self._vacate(other, block)
         return block
 
-    def _growth_of(self, row: int, capacity: int) -> Growth:
-        """The row's growth, a new one if there is none that is of use."""
-        growth, length = self._growth, int(self._lengths[row])
-        if growth is None or (growth.row, growth.length) != (row, length) or not _fits(growth.block, capacity):
-            self._growth = None
+    def _growth_of(self, rows: Sequence[int], capacity: int) -> Growth:
+        """The growth towards a block for these rows, a new one if there is none that is of use."""
+        key = frozenset(rows)
+        if key not in self._growths or not _fits(self._growths[key].block, capacity):
+            # A row is going to one place only.
+            self._growths = {other: growth for other, growth in self._growths.items() if not other & key}
             self._drop_empty()
-            growth = self._growth = Growth(row, length, self._allocated(1, capacity))
-        return growth
+            block = self._allocated(1 if len(rows) == 1 else len(self._lengths), capacity)
+            self._growths[key] = Growth({row: int(self._lengths[row]) for row in rows}, block)
+        return self._growths[key]
 
-    def _copy_some(self, growth: Growth, at_most: int | None) -> None:
-        """Copies about so many entries, all if None; an entry counts in parts, one for each cache."""
-        count = self._num_caches - growth.copied
-        if at_most is not None and growth.length:
-            count = min(count, -(-at_most * self._num_caches // growth.length))
-        old = self._block_of(growth.row)
-        if old is not None and growth.length:
-            part, end = slice(growth.copied, growth.copied + count), self._margin + growth.length
-            growth.block.caches[part, 0, :, :end] = old.caches[part, old.rows.index(growth.row), :, :end]
-            self.moved += -(-growth.length * count // self._num_caches)
-        growth.copied += count
+    def _copy_some(self, growth: Growth, count: int) -> None:
+        """Copies so many caches more, one of one row each."""
+        for place, (row, length) in enumerate(growth.lengths.items()):
+            first = growth.copied - place * self._num_caches
+            last = min(first + count, self._num_caches)
+            if first >= self._num_caches or last <= first:
+                continue
+            old = self._block_of(row)
+            if old is not None and length:
+                part, end = slice(first, last), self._margin + length
+                growth.block.caches[part, place, :, :end] = old.caches[part, old.rows.index(row), :, :end]
+                self.moved += -(-length * (last - first) // self._num_caches)
+            growth.copied += last - first
+            count -= last - first
 
-    def _forget_growth(self, rows: Sequence[int]) -> None:
-        """Whoever is given the caches of rows may change what was copied."""
-        if self._growth is not None and self._growth.row in rows:
-            self._growth = None
+    def _drop_outdated_growths(self) -> None:
+        """Gives up those with a row that has begun anew, or was cut: what it will hold is another text."""
+        self._growths = {
+            rows: growth
+            for rows, growth in self._growths.items()
+            if all(self._lengths[row] >= length for row, length in growth.lengths.items())
+            and any(growth.lengths.values())
+        }
 
     def _vacate(self, old: Block, block: Block) -> None:
         """Moves the rows that others left behind, for a block with places for all: what it held is given back."""
@@ -269,8 +281,6 @@ class RowStore:
 
     def _drop_empty(self, kept: Block | None = None) -> None:
         """Gives back the blocks of rows that hold nothing."""
-        if self._growth is not None and not self._lengths[self._growth.row]:
-            self._growth = None
         holding = [
             block for block in self.blocks if any(row is not None and self._lengths[row] > 0 for row in block.rows)
         ]
