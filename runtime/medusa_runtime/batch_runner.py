@@ -16,7 +16,7 @@ from medusa_runtime.tree_choice import TreeChoice
 TreeSize = int | Literal["auto"]
 # On CPUs attention reads a byte of the caches in about twice the time in which matrix products read one of the weights.
 CACHE_TO_WEIGHTS = 2
-# Entries that are moved at a time while others wait: in less time than a chunk of a prompt takes, even where memory is new.
+# Entries that are moved at a time while others wait: faster than a chunk of a prompt, even where memory is new.
 MOVED_AT_ONCE = 512
 
 
