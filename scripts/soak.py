@@ -3,8 +3,9 @@
 Every request must end exactly once; what came of it must equal its run alone; afterwards nothing may run or wait. Fails
 with exit code 1 otherwise. Where tokens are drawn it may equal the run at one of three tree sizes: in fp32 these differ
 in about one draw of 30,000. Consumers are tasks of one event loop, but for callbacks, which have a thread each from the
-service; of a request nothing is kept but what came of it. So the slope of RSS over the second half of the day
-is the service's own.
+service; of a request nothing is kept but what came of it. So the slope of private memory over the second half of the
+day is the service's own. RSS has pages of the weights' file besides: a token that comes up for the first time brings in
+its row of the embeddings.
 
 Without a BUNDLE it exports a tiny random model; prompts are pieces of the bench's prompts or, there, of noise.
 """
@@ -277,7 +278,7 @@ async def day(
 ) -> tuple[dict[int, Outcome], dict[str, Any]]:
     """Sends all requests through a service; gives what came of them, and figures."""
     pauses = np.random.default_rng(weather.seed).exponential(1 / rate, requests)
-    process, memory = psutil.Process(), np.zeros(requests)
+    process, memory = psutil.Process(), np.zeros((requests, 2))
     outcomes: dict[int, Outcome] = {}
     room = asyncio.Semaphore(4 * QUEUE)  # many more than the queue takes, so that requests are turned away
     started = time.monotonic()
@@ -294,11 +295,13 @@ async def day(
                 await asyncio.sleep(pause)
                 await room.acquire()
                 consumers.create_task(answer(number))
-                memory[number] = process.memory_info().rss
+                info = process.memory_info()
+                memory[number] = info.rss, info.rss - info.shared
     drained = service.drain(120)
     seconds = time.monotonic() - started
     half = requests // 2
-    slope = np.polyfit(np.arange(half, requests), memory[half:], 1)[0]
+    slopes = np.polyfit(np.arange(half, requests), memory[half:], 1)[0]
+    resident, private = np.round(memory[:: max(requests // 8, 1)] / 2**20, 1).T.tolist()
     return outcomes, {
         "requests": requests,
         "seconds": round(seconds, 1),
@@ -307,8 +310,10 @@ async def day(
         "lost": requests - len(outcomes),
         "drained": drained and service.load_figures == (0, 0),
         "threads_left": sum(thread.name.startswith("medusa-callback") for thread in threading.enumerate()),
-        "rss_mib": [round(rss / 2**20, 1) for rss in memory[:: max(requests // 8, 1)]],
-        "rss_slope_bytes_per_request": round(float(slope)),
+        "rss_mib": resident,
+        "private_mib": private,
+        "rss_slope_bytes_per_request": round(float(slopes[0])),
+        "private_slope_bytes_per_request": round(float(slopes[1])),
     }
 
 
