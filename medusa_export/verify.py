@@ -72,9 +72,8 @@ def tree_sizes_of(bundle: Bundle, asked_for: Sequence[int] | None) -> list[int]:
 
 def check_same(bundle: Bundle, step: MedusaStep) -> None:
     """Raises ``VerificationError`` unless a bundle and a step are of the same model and tree."""
-    vocab_size = step.model.get_output_embeddings().weight.shape[0]
     for what, ours, theirs in (
-        ("vocabulary", bundle.model.vocab_size, vocab_size),
+        ("vocabulary", bundle.model.vocab_size, step.vocab_size),
         ("number of layers", bundle.model.num_layers, step.cache_shape.num_layers),
         ("tree", bundle.tree, step.tree),
     ):

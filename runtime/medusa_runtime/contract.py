@@ -40,6 +40,11 @@ def num_blocks(vocab_size: int) -> int:
     return -(-vocab_size // RACE_BLOCK)
 
 
+def numbers_per_draw(vocab_size: int) -> int:
+    """How many numbers a token is drawn with: one for each block, and one for each token of a block."""
+    return num_blocks(vocab_size) + RACE_BLOCK
+
+
 # How a row samples.
 POLICY_INPUTS = (
     TensorSpec("temperature", "float32", ("batch",)),
@@ -53,8 +58,8 @@ POLICY_INPUTS = (
 
 def sampling_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
     """The inputs that a graph has for sampling."""
-    numbers = num_blocks(vocab_size) + RACE_BLOCK
-    return (TensorSpec("exponentials", "float32", ("batch", "draws", numbers)), *POLICY_INPUTS)
+    exponentials = TensorSpec("exponentials", "float32", ("batch", "draws", numbers_per_draw(vocab_size)))
+    return (exponentials, *POLICY_INPUTS)
 
 
 def step_inputs(

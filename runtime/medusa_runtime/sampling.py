@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.contract import MAX_TOP_K, POLICY_INPUTS, RACE_BLOCK, num_blocks
+from medusa_runtime.contract import MAX_TOP_K, POLICY_INPUTS, numbers_per_draw
 from medusa_runtime.errors import RequestError
 from medusa_runtime.tree import Tree
 
@@ -110,7 +110,7 @@ class Draws:
     def __init__(self, params: SamplingParams, first: int, vocab_size: int) -> None:
         self.params = params
         self._first = first
-        self._size = num_blocks(vocab_size) + RACE_BLOCK
+        self._size = numbers_per_draw(vocab_size)
         self._entropy = np.random.SeedSequence(params.seed).entropy
         self._parts: dict[int, NDArray[np.float32]] = {}
 

@@ -246,7 +246,7 @@ class RowStore:
         for place, (row, length) in enumerate(growth.lengths.items()):
             first = growth.copied - place * self._num_caches
             last = min(first + count, self._num_caches)
-            if first >= self._num_caches or last <= first:
+            if last <= first:
                 continue
             old = self._block_of(row)
             if old is not None and length:
