@@ -98,11 +98,11 @@ def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
     return found
 
 
-def engine_contestant(engine: MedusaEngine, tree_size: int) -> Contestant:
-    """An engine at one tree size."""
+def engine_contestant(engine: MedusaEngine, tree_size: int, *, lookup: bool = True) -> Contestant:
+    """An engine at one tree size, with or without guesses from the text."""
 
     def answer(prompt: list[int], max_new_tokens: int) -> Generation:
-        result = engine.generate(prompt, max_new_tokens=max_new_tokens, tree_size=tree_size)
+        result = engine.generate(prompt, max_new_tokens=max_new_tokens, tree_size=tree_size, lookup=lookup)
         stats = result.stats
         return Generation(result.token_ids, stats.prefill_seconds, stats.decode_seconds, stats.steps)
 

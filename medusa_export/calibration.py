@@ -24,11 +24,13 @@ class Calibration:
 
     Attributes:
         accuracies: [K][R], the chance that head k's candidate of rank r is right; not cumulative.
-        paths: The chance that a whole path of ranks is right, where that was counted. Heads tend to be right
-            together, so it is more than the product of accuracies.
+        paths: The chance that a whole path of ranks is right in a step, where that was counted. Heads tend to be right
+            together, so it is more than the product of accuracies; and guesses from the text count as candidates of
+            rank 0, if ``lookup`` says so.
         positions: How many positions were looked at.
         model: The base model's name.
         heads: Where the heads came from.
+        lookup: Whether paths were counted with guesses from the text in front of the heads'.
     """
 
     accuracies: tuple[tuple[float, ...], ...]
@@ -36,6 +38,7 @@ class Calibration:
     positions: int = 0
     model: str = ""
     heads: str = ""
+    lookup: bool = False
 
     @property
     def top_k(self) -> int:
@@ -65,13 +68,24 @@ class Calibration:
         return Acceptance("calibrated", tuple(round(value, 6) for value in values))
 
     @classmethod
-    def count(cls, places: NDArray[np.int64], ranks: int, *, model: str = "", heads: str = "") -> Calibration:
+    def count(
+        cls,
+        places: NDArray[np.int64],
+        ranks: int,
+        *,
+        steps: NDArray[np.int64] | None = None,
+        lookup: bool = False,
+        model: str = "",
+        heads: str = "",
+    ) -> Calibration:
         """Counts hits.
 
         Args:
             places: [N, K], the rank of each target among its head's candidates, ``ranks`` or more if it is none
                 of them; -1 where there is no target. Such cells are not counted.
             ranks: R.
+            steps: The same at positions where steps begin, which paths are counted at; as ``places`` if None.
+            lookup: Whether guesses from the text stood in front of the heads' candidates there.
             model: The base model's name.
             heads: Where the heads came from.
 
@@ -86,15 +100,17 @@ class Calibration:
             for k in range(places.shape[1])
         )
         counted: Counter[RankPath] = Counter()
-        for row in places.tolist():
+        steps = places if steps is None else steps
+        for row in steps.tolist():
             path: RankPath = ()
             for place in row:
                 if not 0 <= place < ranks:
                     break
                 path = (*path, place)
                 counted[path] += 1
-        paths = {path: times / int(there[len(path) - 1]) for path, times in sorted(counted.items())}
-        return cls(accuracies, paths, len(places), model, heads)
+        ended = (steps >= 0).sum(0)
+        paths = {path: times / int(ended[len(path) - 1]) for path, times in sorted(counted.items())}
+        return cls(accuracies, paths, len(places), model, heads, lookup)
 
     def save(self, target: Path) -> None:
         """Writes it as JSON.
@@ -106,6 +122,7 @@ class Calibration:
             "model": self.model,
             "heads": self.heads,
             "positions": self.positions,
+            "lookup": self.lookup,
             "accuracies": [[round(value, 6) for value in head] for head in self.accuracies],
             "paths": [[list(path), round(value, 6)] for path, value in self.paths.items()],
         }
@@ -126,6 +143,7 @@ class Calibration:
                 int(data.get("positions", 0)),
                 str(data.get("model", "")),
                 str(data.get("heads", "")),
+                bool(data.get("lookup", False)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(

@@ -24,6 +24,7 @@ from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.backends.tensorrt import TensorRTBackend
 from medusa_runtime.compiled import CompiledEngine
 from medusa_runtime.errors import OutOfDeviceMemoryError
+from medusa_runtime.lookup import TokenLookup
 from medusa_runtime.sampling import Draws, SamplingParams
 from medusa_runtime.tensorrt_library import TensorRTLibrary
 from stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, StandInTensorRT, cudaError_t
@@ -231,13 +232,13 @@ def logged(backend: TensorRTBackend) -> list[str]:
 
 @pytest.mark.parametrize("size", [1, 4, 9])
 def test_the_engine_submits_steps_ahead(machine: Machine, expected: list[list[int]], size: int) -> None:
-    """And none that the number of tokens asked for makes useless."""
+    """And none that the number of tokens asked for makes useless; where they wait for no guess from the text."""
     backend = machine.backend()
     engine = MedusaEngine(machine.bundle, backend, None)
     log = logged(backend)
     for count in (1, 2, 5, 6, 40):
         log.clear()
-        result = engine.generate(PROMPTS[0], max_new_tokens=count, tree_size=size)
+        result = engine.generate(PROMPTS[0], max_new_tokens=count, tree_size=size, lookup=False)
         assert list(result.token_ids) == expected[0][:count]
         steps = log[log.index("reset") + 3 :]  # behind the prompt, a step that is waited for
         assert steps.count("submit") == steps.count("collect") == result.stats.steps
@@ -254,22 +255,43 @@ def test_a_step_ahead_of_a_stop_is_discarded(machine: Machine, expected: list[li
     until = expected[0][: expected[0].index(stop) + 1]
     for size in (1, 4, 9):
         log.clear()
-        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size, stop_token_ids=[stop])
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size, stop_token_ids=[stop], lookup=False)
         assert list(result.token_ids) == until
         assert result.finish_reason == "stop"
         assert log.count("submit") == log.count("collect") + 1
         # what comes next begins with an empty row
-        assert list(engine.generate(PROMPTS[1], max_new_tokens=20, tree_size=size).token_ids) == expected[1][:20]
-    stream = engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9)
+        assert (
+            list(engine.generate(PROMPTS[1], max_new_tokens=20, tree_size=size, lookup=False).token_ids)
+            == expected[1][:20]
+        )
+    stream = engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=False)
     next(stream), next(stream)  # left with a step under way
-    assert list(engine.generate(PROMPTS[2], max_new_tokens=20, tree_size=9).token_ids) == expected[2][:20]
+    assert list(engine.generate(PROMPTS[2], max_new_tokens=20, tree_size=9, lookup=False).token_ids) == expected[2][:20]
     ran = log.count("submit")
     with pytest.raises(RequestError, match="begun another request"):
         next(stream)
     assert log.count("submit") == ran
-    engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9).__next__()
+    engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=False).__next__()
     engine.close()
     assert not machine.cuda.blocks
+
+
+def test_guesses_from_the_text_go_to_the_device(
+    machine: Machine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right ones fill each step, whatever the heads drafted."""
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    told = [*PROMPTS[0], *expected[0]]
+    monkeypatch.setattr(TokenLookup, "guess", lambda self, count: told[len(self._tokens) :][:count])
+    for size in (4, 9):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size)
+        assert list(result.token_ids) == expected[0][:40]
+        deep = sum(group[0] < size for group in TREE.spine)
+        assert result.stats.steps == -(-39 // (1 + deep))
+        assert ["submit", "submit"] not in [log[i : i + 2] for i in range(len(log))]
 
 
 def test_kernels_compiled_at_run_time_are_kept(

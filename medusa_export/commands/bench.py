@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from medusa_export.cli import Failure, Progress, extra, sizes
+
+if TYPE_CHECKING:
+    from medusa_export.bench import Paddock
 
 
 @click.command("bench")
@@ -87,16 +91,10 @@ def command(
     paddock = b.Paddock(ids[0], max_new_tokens)
     for size, name in names.items():
         paddock.add(name, partial(b.engine_contestant, engine, size), since=empty)
-    if plain is not None:
-        paddock.add("without heads", lambda: b.engine_contestant(MedusaEngine.load(plain, threads=threads), 1))
-    with extra("bench"):
-        if genai is not None:
-            paddock.add("onnxruntime-genai", lambda: b.genai_contestant(genai, threads))
-        if llama_cpp is not None:
-            paddock.add(b.LLAMA_CPP, lambda: b.llama_cpp_contestant(llama_cpp, threads))
-    if model is not None:
-        paddock.add("transformers", lambda: b.transformers_contestant(model, threads))
-
+    if chosen > 1:
+        heads_alone = partial(b.engine_contestant, engine, chosen, lookup=False)
+        paddock.add(f"tree size {chosen}, no lookup", heads_alone, since=empty)
+    _add_peers(paddock, threads, plain=plain, genai=genai, llama_cpp=llama_cpp, model=model)
     with progress_bar("answering", len(ids) * repeats, quiet=quiet) as bar:
         answers = b.race(
             paddock.contestants, names[1], ids, max_new_tokens=max_new_tokens, repeats=repeats, told=bar.finish_piece
@@ -119,3 +117,27 @@ def command(
     )
     if compare is not None and (behind := regressions(figures, compare, tolerance)):
         raise Failure(f"This falls behind {compare}: {'; '.join(behind)}.")
+
+
+def _add_peers(
+    paddock: Paddock,
+    threads: int | None,
+    *,
+    plain: Path | None,
+    genai: Path | None,
+    llama_cpp: Path | None,
+    model: str | None,
+) -> None:
+    """Makes those ready that were asked for besides the bundle itself."""
+    from medusa_export import bench as b
+    from medusa_runtime.engine import MedusaEngine
+
+    if plain is not None:
+        paddock.add("without heads", lambda: b.engine_contestant(MedusaEngine.load(plain, threads=threads), 1))
+    with extra("bench"):
+        if genai is not None:
+            paddock.add("onnxruntime-genai", lambda: b.genai_contestant(genai, threads))
+        if llama_cpp is not None:
+            paddock.add(b.LLAMA_CPP, lambda: b.llama_cpp_contestant(llama_cpp, threads))
+    if model is not None:
+        paddock.add("transformers", lambda: b.transformers_contestant(model, threads))

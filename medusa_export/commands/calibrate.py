@@ -22,9 +22,19 @@ from medusa_export.cli import Progress, extra
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also write a plot, as PNG.")
 @click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
+@click.option(
+    "--lookup/--no-lookup", default=True, show_default=True, help="Count the runtime's guesses from the text, too."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
-    model: str, heads: str, data: tuple[Path, ...], output: Path, plot: Path | None, max_length: int, quiet: bool
+    model: str,
+    heads: str,
+    data: tuple[Path, ...],
+    output: Path,
+    plot: Path | None,
+    max_length: int,
+    lookup: bool,
+    quiet: bool,
 ) -> None:
     """Measure how often the heads of MODEL are right, by head and rank, on text that they were not trained on.
 
@@ -33,6 +43,7 @@ def command(
     progress = Progress(quiet=quiet)
     with extra("train"):
         import tempfile
+        from dataclasses import replace
 
         import torch
         from rich.console import Console
@@ -41,10 +52,10 @@ def command(
         from medusa_export.checkpoints import load_model
         from medusa_export.head_files import load_heads
         from medusa_export.plots import plot_calibration
-        from medusa_export.training.calibrate import target_places
+        from medusa_export.training.calibrate import step_starts, target_places, text_guesses, with_guesses
         from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_heldout
-        from medusa_export.training.features import FeatureKey, Features, compute_features
+        from medusa_export.training.features import FeatureKey, Features, batched, compute_features
         from medusa_export.training.medusa1 import TOP
         from medusa_export.training.report import calibration_table
 
@@ -53,17 +64,31 @@ def command(
     tokenizer = load_chat_tokenizer(model)
     base = load_model(model, dtype=torch.float32)
     attached = load_heads(heads, base)
-    parts = []
+    num_heads = attached.config.num_heads
+    parts, texts = [], []
     for split in splits:
-        key = FeatureKey.of(base, Path(model).name, split.sha256, attached.config.num_heads, max_length)
+        key = FeatureKey.of(base, Path(model).name, split.sha256, num_heads, max_length)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "features"
             samples = split.samples(tokenizer)
             parts.append(compute_features(base, samples, folder, key, name=split.name, quiet=quiet))
+        texts += [sample for batch in batched(samples, max_length) for sample in batch]
     features = Features.join(parts)
     progress(f"running the heads over {len(features):,} positions")
-    places = target_places(attached, base.get_input_embeddings(), base.get_output_embeddings(), features)
-    calibration = Calibration.count(places, TOP[-1], model=Path(model).name, heads=Path(heads).name)
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    places = tried = target_places(attached, *layers, features)
+    if lookup:
+        guesses = text_guesses(texts, num_heads)
+        guessed = target_places(attached, *layers, replace(features, targets=guesses))
+        tried = with_guesses(places, guessed, guesses.numpy(), features.targets.numpy())
+    calibration = Calibration.count(
+        places,
+        TOP[-1],
+        steps=tried[step_starts(tried, features.left.numpy())],
+        lookup=lookup,
+        model=Path(model).name,
+        heads=Path(heads).name,
+    )
     calibration.save(output)
     if plot is not None:
         plot_calibration(calibration, plot)

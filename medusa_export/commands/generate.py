@@ -36,6 +36,9 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
 @click.option("--seed", type=int, help="The same seed samples the same tokens.")
 @click.option("--typical", is_flag=True, help="Sample with typical acceptance: longer steps, another distribution.")
 @click.option("--logprobs", is_flag=True, help="Add the tokens' log probabilities to --json.")
+@click.option(
+    "--lookup/--no-lookup", default=True, show_default=True, help="Also guess what followed before in the text."
+)
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default all.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result and its statistics as JSON instead.")
@@ -54,6 +57,7 @@ def command(
     seed: int | None,
     typical: bool,
     logprobs: bool,
+    lookup: bool,
     backend: str,
     threads: int | None,
     as_json: bool,
@@ -72,7 +76,7 @@ def command(
         request = [{"role": "system", "content": system}] if system is not None else []
         request.append({"role": "user", "content": text})
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree_size": tree_size, "stop": stop}
-    options |= {"sampling": SamplingParams(**given) if given else None, "logprobs": logprobs}
+    options |= {"sampling": SamplingParams(**given) if given else None, "logprobs": logprobs, "lookup": lookup}
     with MedusaEngine.load(bundle, backend, threads=threads) as engine:
         stream = engine.stream(request, **options)
         for chunk in stream:

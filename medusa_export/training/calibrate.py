@@ -1,15 +1,23 @@
-"""Run heads over held-out positions, and note where their targets stand among their candidates."""
+"""Run heads over held-out positions, and note where their targets stand among their candidates.
+
+The runtime puts guesses from the text in front of the heads' candidates (``medusa_runtime.lookup``), so it is noted as
+well where targets stand then: that is what a tree may expect.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from medusa_export.heads import MedusaHeads
-from medusa_export.training.features import Features
+from medusa_export.training.conversations import Sample
+from medusa_export.training.features import Features, positions_of
 from medusa_export.training.medusa1 import HeadLoss
+from medusa_runtime.lookup import TokenLookup
 
 _BATCH = 1024
 
@@ -27,3 +35,51 @@ def target_places(
         found.append(output["places"].cpu().numpy())
     places: NDArray[np.int64] = np.concatenate(found)
     return places
+
+
+def text_guesses(samples: Iterable[Sample], num_heads: int) -> Tensor:
+    """What the runtime would guess from the text at each position of these samples, [N, K]; -1 where it would not."""
+    rows: list[list[int]] = []
+    for sample in samples:
+        lookup, known = TokenLookup(), 0
+        for position in positions_of(sample, num_heads)[0]:
+            # The base model has chosen the next token by then.
+            lookup.extend(sample.input_ids[known : position + 2])
+            known = position + 2
+            rows.append(lookup.guess(num_heads) or [-1] * num_heads)
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, num_heads)
+
+
+def with_guesses(
+    places: NDArray[np.int64], guessed: NDArray[np.int64], guesses: NDArray[np.int64], targets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The rank of each target among candidates with guesses from the text in front of the heads', [N, K].
+
+    Args:
+        places: [N, K], its rank among the heads' alone.
+        guessed: [N, K], the rank of each guess among these.
+        guesses: [N, K], as ``text_guesses`` gives them.
+        targets: [N, K].
+    """
+    there = (guesses >= 0) & (places >= 0)
+    # A guess that a head has ranked behind the target, or not at all, moves it up one place.
+    merged = np.where(there & (guesses == targets), 0, places + (there & (guessed > places)))
+    # Guesses stand one below the other: the second is in the tree below the first only.
+    on_spine = np.cumprod(np.column_stack([np.ones(len(places), np.int64), merged[:, :-1] == 0]), axis=1) > 0
+    return np.where(on_spine, merged, places)
+
+
+def step_starts(places: NDArray[np.int64], left: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where steps begin that verify the best candidates: where many tokens are right, there are few steps.
+
+    Args:
+        places: [N, K], the rank of each target.
+        left: [N], how many of the rows that follow are the next positions of the same turn.
+    """
+    right = np.cumprod(places == 0, axis=1).sum(1)
+    jumps = 1 + np.minimum(right, left)
+    starts, place = [], 0
+    while place < len(places):
+        starts.append(place)
+        place += int(jumps[place])
+    return np.array(starts, np.int64)

@@ -177,8 +177,7 @@ def compute_features(
         OutputError: They can't be written.
     """
     _begin(folder, key)
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
-    batches = list(_batches([samples[i] for i in order], key.max_length))
+    batches = list(batched(samples, key.max_length))
     missing = {number: batch for number, batch in enumerate(batches) if not (folder / _file(number)).is_file()}
     if (needed := size_of(model, missing.values())) > (free := shutil.disk_usage(folder).free):
         raise DatasetError(
@@ -212,10 +211,10 @@ def _begin(folder: Path, key: FeatureKey) -> None:
     write_text(path, text)
 
 
-def _batches(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample]]:
-    """Samples cut to size, in batches of a number of tokens; they come sorted by length."""
+def batched(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample]]:
+    """Samples by length, cut to size, in batches of a number of tokens: the order in which features come."""
     batch: list[Sample] = []
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: len(sample.input_ids)):
         short = sample.cut(max_length)
         if batch and (len(batch) + 1) * len(short.input_ids) > _BATCH_TOKENS:
             yield batch

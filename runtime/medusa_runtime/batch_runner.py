@@ -141,12 +141,19 @@ class BatchRunner:
         """Padded to the size of the tree: a step of S tokens drafts at most S - 1 deep."""
         return max(len(chunk), self.tree_size([*beside, row]))
 
-    def decode(self, rows: Sequence[int], size: int) -> StepResult:
+    def decode(self, rows: Sequence[int], size: int, guesses: Mapping[int, Sequence[int]]) -> StepResult:
         """Verifies the trees of some rows, of the size that ``tree_size`` gave for them.
+
+        Args:
+            rows: The rows.
+            size: Nodes per row.
+            guesses: For rows that know better than their heads, the next tokens.
 
         Raises:
             BackendError: As for ``prefill``.
         """
+        for row, tokens in guesses.items():
+            self._bundle.tree.insert(tokens, self.backend.drafts[row], size)
         result = self._step(size, {}, rows)
         self._choice.observe(size, {row: int(result.count[row]) for row in rows})
         return result

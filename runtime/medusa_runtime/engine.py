@@ -17,6 +17,7 @@ from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
 from medusa_runtime.sampling import SamplingParams
 from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
+from medusa_runtime.tree import Tree
 
 TreeSize = int | Literal["auto"]
 PREFILL_CHUNK = 512
@@ -76,6 +77,7 @@ class MedusaEngine(Closing):
         stop_token_ids: Sequence[int] = (),
         sampling: SamplingParams | None = None,
         logprobs: bool = False,
+        lookup: bool = True,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> GenerationResult:
         """Answers a prompt.
@@ -90,6 +92,8 @@ class MedusaEngine(Closing):
             stop_token_ids: Tokens that end it, besides the model's own.
             sampling: How to draw tokens; greedy if None.
             logprobs: Give log probabilities.
+            lookup: Also guess what followed the last tokens when the text had them before. It never changes the
+                result, and is not done under typical acceptance, where it would.
             prefill_chunk: Tokens of the prompt that one step takes in.
 
         Raises:
@@ -104,6 +108,7 @@ class MedusaEngine(Closing):
             stop_token_ids=stop_token_ids,
             sampling=sampling,
             logprobs=logprobs,
+            lookup=lookup,
             prefill_chunk=prefill_chunk,
         )
         return stream.result()
@@ -118,6 +123,7 @@ class MedusaEngine(Closing):
         stop_token_ids: Sequence[int] = (),
         sampling: SamplingParams | None = None,
         logprobs: bool = False,
+        lookup: bool = True,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> GenerationStream:
         """Answers a prompt piece by piece: iterate over the chunks; arguments and errors as for ``generate``.
@@ -134,6 +140,7 @@ class MedusaEngine(Closing):
             stop_token_ids=stop_token_ids,
             sampling=sampling,
             logprobs=logprobs,
+            lookup=lookup,
         )
         size = self._tree_size(tree_size)
         check_prefill_chunk(prefill_chunk)
@@ -164,7 +171,11 @@ class MedusaEngine(Closing):
         self._check_turn(turn)
         started = time.perf_counter()
         most = min(size, depth + 1)  # tokens that a step emits
-        for result in decoding_steps(backend, size, lambda: sequence.tokens_left > most):
+        if sequence.looks_up and size > 1:
+            steps = guided_steps(backend, size, lambda: sequence.guess(most - 1), self.bundle.tree)
+        else:
+            steps = decoding_steps(backend, size, lambda: sequence.tokens_left > most)
+        for result in steps:
             emitted = result.emitted(0)
             stats.count_step(len(emitted[0]))
             stats.decode_seconds = time.perf_counter() - started
@@ -223,6 +234,23 @@ def decoding_steps(backend: Backend, size: int, is_sure: Callable[[], bool]) -> 
         if ahead:
             backend.submit(size)
         yield backend.collect()
+
+
+def guided_steps(backend: Backend, size: int, guess: Callable[[], Sequence[int]], tree: Tree) -> Iterator[StepResult]:
+    """Decoding steps without end, each of which verifies a guess first if there is one.
+
+    It takes the tokens of the last step to guess, so none is submitted ahead.
+
+    Args:
+        backend: What runs them.
+        size: Nodes that each verifies.
+        guess: Guesses the next tokens.
+        tree: The bundle's.
+    """
+    while True:
+        if guesses := guess():
+            tree.insert(guesses, backend.drafts[0], size)
+        yield backend.step(size)
 
 
 class GenerationStream(Iterator[Chunk]):

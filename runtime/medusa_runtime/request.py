@@ -21,6 +21,7 @@ class RequestOptions(TypedDict, total=False):
         stop_token_ids: Tokens that end it, besides the model's own; none.
         sampling: How to draw tokens; greedy if None.
         logprobs: Whether to give log probabilities; False.
+        lookup: Whether to guess also what followed the last tokens when the text had them before; True.
         priority: Requests with a higher one get a row first; 0.
         timeout: Seconds from submission until it ends with ``DeadlineError``, wherever it is; None for no limit.
     """
@@ -30,6 +31,7 @@ class RequestOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     sampling: SamplingParams | None
     logprobs: bool
+    lookup: bool
     priority: int
     timeout: float | None
 

@@ -71,16 +71,20 @@ class SamplingParams:
         """Whether nothing is drawn."""
         return self.temperature == 0
 
+    @property
+    def typical(self) -> bool:
+        """Whether drafts are accepted that are merely likely."""
+        return self.acceptance == "typical" and not self.greedy
+
     def row_inputs(self) -> dict[str, float]:
         """A row's values for the inputs of the graph, but for ``exponentials``."""
-        typical = self.acceptance == "typical" and not self.greedy
         alpha = math.sqrt(self.typical_epsilon) if self.typical_alpha is None else self.typical_alpha
         return {
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
             "min_p": self.min_p,
-            "typical_epsilon": self.typical_epsilon if typical else 0.0,
+            "typical_epsilon": self.typical_epsilon if self.typical else 0.0,
             "typical_alpha": alpha,
         }
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.errors import RequestError
+from medusa_runtime.lookup import TokenLookup
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
 from medusa_runtime.sampling import GREEDY, Draws, SamplingParams
 from medusa_runtime.text_stream import TextStream, check_stop
@@ -25,6 +26,7 @@ class TokenSequence:
         text: Decodes the completion and finds stop strings; None without a tokenizer.
         draws: What its row draws with; None if it is greedy and nobody asks for log probabilities.
         logprobs: Whether log probabilities are asked for.
+        lookup: Finds what of the text may come again; None if nobody asks.
 
     Attributes:
         prefilled: Tokens of the prompt that the cache holds.
@@ -42,6 +44,7 @@ class TokenSequence:
         text: TextStream | None,
         draws: Draws | None = None,
         logprobs: bool = False,
+        lookup: TokenLookup | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.max_new_tokens = max_new_tokens
@@ -53,6 +56,7 @@ class TokenSequence:
         self._logprobs: list[float] | None = [] if logprobs else None
         self._stop_token_ids = stop_token_ids
         self._text = text
+        self._lookup = lookup
 
     @classmethod
     def of(
@@ -66,6 +70,7 @@ class TokenSequence:
         stop_token_ids: Sequence[int] = (),
         sampling: SamplingParams | None = None,
         logprobs: bool = False,
+        lookup: bool = True,
     ) -> Self:
         """Checks what a request asks of a bundle.
 
@@ -82,7 +87,11 @@ class TokenSequence:
         stop_ids = frozenset((*bundle.model.eos_token_ids, *stop_token_ids))
         drawn = not sampling.greedy or logprobs
         draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
-        return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs)
+        if not isinstance(lookup, bool):
+            raise RequestError(f"lookup is {lookup!r}: expected True or False.")
+        # Typical acceptance takes guesses that are merely likely: those from the text would make it repeat itself.
+        index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
+        return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index)
 
     @property
     def is_prefilling(self) -> bool:
@@ -98,6 +107,15 @@ class TokenSequence:
         """The next tokens of the prompt, ``limit`` at most."""
         return self.prompt_ids[self.prefilled : self.prefilled + limit]
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether ``guess`` may ever find anything."""
+        return self._lookup is not None
+
+    def guess(self, count: int) -> list[int]:
+        """The next ``count`` tokens, if the text so far lets guess them."""
+        return self._lookup.guess(count) if self._lookup is not None else []
+
     def accept(self, emitted: Sequence[int], logprobs: Sequence[float] | None = None) -> Chunk:
         """Takes the tokens of a step and gives what of them belongs to the completion; it may have ended with that."""
         tokens, reason = self._until_stop(list(emitted))
@@ -112,6 +130,8 @@ class TokenSequence:
                 text += self._text.finish()
         self.finish_reason = reason
         self.token_ids += tokens
+        if self._lookup is not None:
+            self._lookup.extend(tokens)
         self.stats.completion_tokens = len(self.token_ids)
         if self._logprobs is None or logprobs is None:
             return Chunk(text, tuple(tokens))

@@ -181,6 +181,7 @@ class MedusaService(Closing):
             stop_token_ids=options.get("stop_token_ids", ()),
             sampling=options.get("sampling"),
             logprobs=options.get("logprobs", False),
+            lookup=options.get("lookup", True),
         )
         now = self._now()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
@@ -388,7 +389,9 @@ class MedusaService(Closing):
         rows = _rows(jobs)
         size = self._runner.tree_size(rows)
         with self._timed("decode", len(rows), size) as tokens:
-            result = self._runner.decode(rows, size)
+            deep = min(size - 1, self.bundle.tree.max_depth)
+            guesses = {row: job.sequence.guess(deep) for job, row in zip(jobs, rows, strict=True)}
+            result = self._runner.decode(rows, size, guesses)
             now = self._now()
             for job, row in zip(jobs, rows, strict=True):
                 emitted, logprobs = result.emitted(row)

@@ -132,6 +132,34 @@ class Tree:
         return table
 
     @cached_property
+    def spine(self) -> tuple[tuple[int, ...], ...]:
+        """For each depth from 1 on the children, by rank, of the best node above: its own best one is their first."""
+        groups: list[tuple[int, ...]] = []
+        parent = 0
+        while found := [node for node in range(1, self.size) if self.parents[node] == parent]:
+            groups.append(tuple(sorted(found, key=lambda node: int(self.ranks[node]))))
+            parent = groups[-1][0]
+        return tuple(groups)
+
+    def insert(self, guesses: Sequence[int], drafted: NDArray[np.int64], size: int) -> None:
+        """Puts better guesses than the heads' into a drafted tree.
+
+        They become the best candidates, one below the other; those of the heads move up one place, but for a copy of a
+        guess, and the last of them falls out.
+
+        Args:
+            guesses: The next tokens.
+            drafted: Tokens by node, [T]; changed in place.
+            size: So many nodes are going to be verified; the others stay as they are.
+        """
+        for guess, group in zip(guesses, self.spine, strict=False):
+            nodes = [node for node in group if node < size]
+            if not nodes:
+                return
+            others = [token for token in drafted[nodes].tolist() if token != guess]
+            drafted[nodes] = [guess, *others][: len(nodes)]
+
+    @cached_property
     def ancestor_mask(self) -> NDArray[np.bool_]:
         """[T, T]; row n is True at n and at its ancestors: what node n attends to."""
         mask = np.eye(self.size, dtype=np.bool_)
