@@ -26,7 +26,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors would keep what it writes from everybody else
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(target)

@@ -219,6 +219,9 @@ def test_round_trip(tmp_path: Path, shared: bool, reduced: bool) -> None:
         tensors["token_map"] = torch.arange(0, VOCAB_SIZE, 3)
     heads = load_heads(written(tmp_path / "in", tensors), MODEL)
     save_heads(heads, tmp_path / "new" / "out", base_model_name_or_path="some/base")
+    modes = [path.stat().st_mode for path in (tmp_path / "new" / "out").iterdir()]
+    (tmp_path / "plain").touch()
+    assert set(modes) == {(tmp_path / "plain").stat().st_mode}, "whoever may read files may read these"
     again = load_heads(tmp_path / "new" / "out", MODEL)
     assert again.config == heads.config
     assert torch.equal(again(STATE), heads(STATE))
