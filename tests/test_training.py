@@ -498,7 +498,10 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     common = ("calibrate", tiny_model_folder, "--heads", tmp_path / "heads", "-q")
     run(*common, "--data", data, "-o", tmp_path / "once.json", "--plot", tmp_path / "c.png")
     run(*common, "--data", data, "--data", data, "-o", tmp_path / "twice.json")
-    once, twice = (Calibration.load(tmp_path / f"{name}.json") for name in ("once", "twice"))
+    run(*common, "--data", data, "--no-lookup", "-o", tmp_path / "alone.json")
+    once, twice, alone = (Calibration.load(tmp_path / f"{name}.json") for name in ("once", "twice", "alone"))
+    assert once.lookup and not alone.lookup
+    assert alone.accuracies == once.accuracies
     assert twice.positions == 2 * once.positions
     assert twice.accuracies == once.accuracies
     assert (tmp_path / "c.png").stat().st_size > 1000
