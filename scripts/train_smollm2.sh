@@ -37,12 +37,12 @@ distill --output "$work/magpie" --magpie "$prompts" --prompt-temperature 0.8 --h
 train --data "$work/templates" --data "$work/magpie" --output "$work/first" \
   --num-heads 4 --num-layers 2 --draft-vocab "$draft_vocab" --epochs "$epochs"
 distill --output "$work/more" --magpie "$more" --prompt-temperature 0.9 --seed 11 --heldout "$more_heldout"
-train --heads "$work/first" --data "$work/more" --output "$work/heads" \
+train --heads "$work/first" --data "$work/more" --output "$work/second" \
   --epochs 2 --learning-rate 1e-3 --soft 0.5 --max-length 512
-medusa-export calibrate "$model" --heads "$work/heads" --data "$work/more" --output "$work/calibration.json" \
+medusa-export calibrate "$model" --heads "$work/second" --data "$work/more" --output "$work/calibration.json" \
   --plot "$heads/calibration.png"
 for file in medusa_lm_head.safetensors config.json training.json training.png; do
-  cp "$work/heads/$file" "$heads/"
+  cp "$work/second/$file" "$heads/"
 done
 cp "$work/calibration.json" "$heads/"
 sed -i 's|"base_model_name_or_path": .*|"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"|' "$heads/config.json"
