@@ -22,8 +22,10 @@ import psutil
 
 from medusa_export.errors import DatasetError
 from medusa_runtime import MedusaEngine
+from medusa_runtime.engine import TreeSize
 
 LLAMA_CPP = "llama.cpp"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Generation:
         prefill_seconds: Until the first token.
         decode_seconds: From there to the last.
         steps: After the first token.
+        nodes_per_step: Tokens that each of them verified, on average.
     """
 
     token_ids: tuple[int, ...]
     prefill_seconds: float
     decode_seconds: float
     steps: int
+    nodes_per_step: float = 1.0
 
 
 # Answers token ids with at most so many tokens, greedily.
@@ -63,6 +67,7 @@ class Speed:
         tokens_per_second: After the first token.
         spread: The slowest and the fastest repeat.
         tokens_per_step: Tokens that a step emitted on average.
+        nodes_per_step: Nodes that it verified.
         speedup: Tokens per second against the baseline's, within a repeat.
         overhead: Seconds per step against the baseline's.
         first_token_seconds: Median over prompts, too.
@@ -74,6 +79,7 @@ class Speed:
     tokens_per_second: float
     spread: tuple[float, float]
     tokens_per_step: float
+    nodes_per_step: float
     speedup: float
     overhead: float
     first_token_seconds: float
@@ -98,13 +104,15 @@ def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
     return found
 
 
-def engine_contestant(engine: MedusaEngine, tree_size: int, *, lookup: bool = True) -> Contestant:
+def engine_contestant(engine: MedusaEngine, tree_size: TreeSize, *, lookup: bool = True) -> Contestant:
     """An engine at one tree size, with or without guesses from the text."""
 
     def answer(prompt: list[int], max_new_tokens: int) -> Generation:
         result = engine.generate(prompt, max_new_tokens=max_new_tokens, tree_size=tree_size, lookup=lookup)
         stats = result.stats
-        return Generation(result.token_ids, stats.prefill_seconds, stats.decode_seconds, stats.steps)
+        return Generation(
+            result.token_ids, stats.prefill_seconds, stats.decode_seconds, stats.steps, stats.nodes_per_step
+        )
 
     return answer
 
@@ -258,7 +266,8 @@ def speeds(
         name: Speed(
             tokens_per_second=statistics.median(rates[name]),
             spread=(min(rates[name]), max(rates[name])),
-            tokens_per_step=_tokens(repeats[0]) / max(sum(answer.steps for answer in repeats[0]), 1),
+            tokens_per_step=_tokens(repeats[0]) / max(_steps(repeats[0]), 1),
+            nodes_per_step=sum(a.steps * a.nodes_per_step for a in repeats[0]) / max(_steps(repeats[0]), 1),
             speedup=_ratio(rates[name], rates[baseline]),
             overhead=_ratio(step_seconds[name], step_seconds[baseline]),
             first_token_seconds=statistics.median(a.prefill_seconds for repeat in repeats for a in repeat),
@@ -296,7 +305,11 @@ def _rate(repeat: Sequence[Generation]) -> float:
 
 
 def _step_seconds(repeat: Sequence[Generation]) -> float:
-    return sum(answer.decode_seconds for answer in repeat) / max(sum(answer.steps for answer in repeat), 1)
+    return sum(answer.decode_seconds for answer in repeat) / max(_steps(repeat), 1)
+
+
+def _steps(repeat: Sequence[Generation]) -> int:
+    return sum(answer.steps for answer in repeat)
 
 
 def _ratio(values: Sequence[float], others: Sequence[float]) -> float:
@@ -318,15 +331,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def report(
-    measured: Mapping[str, Speed], chosen: str, tree_size: int, categories: Mapping[str, Mapping[str, float]]
-) -> dict[str, Any]:
-    """The figures of a bench as JSON: at the top those of the tree size that ``auto`` chooses."""
+def report(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The figures of a bench as JSON: at the top those of ``auto``, whose tree size is a mean over steps."""
     return {
-        "speedup": measured[chosen].speedup,
-        "tokens_per_step": measured[chosen].tokens_per_step,
-        "overhead": measured[chosen].overhead,
-        "tree_size": tree_size,
+        "speedup": measured[AUTO].speedup,
+        "tokens_per_step": measured[AUTO].tokens_per_step,
+        "overhead": measured[AUTO].overhead,
+        "tree_size": measured[AUTO].nodes_per_step,
         # llama.cpp calculates with quantized weights in another way, so that its tokens prove nothing.
         "identical": all(speed.identical for name, speed in measured.items() if name != LLAMA_CPP),
         "contestants": {name: asdict(speed) for name, speed in measured.items()},

@@ -13,7 +13,10 @@ from rich.table import Table
 from medusa_export.bench import Speed
 from medusa_export.errors import DatasetError
 
-COLUMNS = ("", "tokens/s", "range", "tokens per step", "over- head", "speedup", "first token", "memory", "same tokens")
+COLUMNS = (
+    "", "tokens/s", "range", "tokens per step", "nodes per step", "over- head", "speedup", "first token", "memory",
+    "same tokens",
+)  # fmt: skip
 # Left out at a terminal, which is narrow.
 _WIDE = 2
 
@@ -26,6 +29,7 @@ def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
             f"{speed.tokens_per_second:.1f}",
             f"{speed.spread[0]:.1f} to {speed.spread[1]:.1f}",
             f"{speed.tokens_per_step:.2f}",
+            f"{speed.nodes_per_step:.3g}",
             f"{speed.overhead:.2f}",
             f"{speed.speedup:.2f}x",
             f"{speed.first_token_seconds * 1e3:.0f} ms",

@@ -25,32 +25,47 @@ class Calibration:
     Attributes:
         accuracies: [K][R], the chance that head k's candidate of rank r is right; not cumulative.
         paths: The chance that a whole path of ranks is right in a step, where that was counted. Heads tend to be right
-            together, so it is more than the product of accuracies; and guesses from the text count as candidates of
-            rank 0, if ``lookup`` says so.
+            together, so it is more than the product of accuracies.
+        guessed: The same in steps that have a guess from the text, whose tokens count as candidates of rank 0, also
+            where there is no head; ``paths`` is of the other steps then.
+        guess_share: Of all steps so many have one.
         positions: How many positions were looked at.
         model: The base model's name.
         heads: Where the heads came from.
-        lookup: Whether paths were counted with guesses from the text in front of the heads'.
     """
 
     accuracies: tuple[tuple[float, ...], ...]
     paths: Mapping[RankPath, float] = field(default_factory=dict)
+    guessed: Mapping[RankPath, float] = field(default_factory=dict)
+    guess_share: float = 0.0
     positions: int = 0
     model: str = ""
     heads: str = ""
-    lookup: bool = False
 
     @property
     def top_k(self) -> int:
         """Ranks that were looked at."""
         return min(map(len, self.accuracies))
 
-    def value(self, path: RankPath) -> float:
-        """The chance that a node is accepted; for paths that were not counted the product of accuracies [2.3.3]."""
+    @property
+    def max_depth(self) -> int:
+        """How deep a tree may be: guesses from the text go on where there is no head."""
+        return max(len(self.accuracies), max(map(len, self.guessed), default=0))
+
+    def value(self, path: RankPath, *, guessed: bool | None = None) -> float:
+        """The chance that a node is accepted; for paths that were not counted the product of accuracies [2.3.3].
+
+        Args:
+            path: The node's.
+            guessed: In steps with a guess from the text, or without; over both kinds if None.
+        """
         if not path:
             return 1.0
+        if guessed is None and self.guessed:
+            share = self.guess_share
+            return share * self.value(path, guessed=True) + (1 - share) * self.value(path, guessed=False)
         if self.paths:
-            return self.paths.get(path, 0.0)
+            return (self.guessed if guessed and self.guessed else self.paths).get(path, 0.0)
         return self.value(path[:-1]) * self.accuracies[len(path) - 1][path[-1]]
 
     def acceptance(self, tree: Tree) -> Acceptance:
@@ -59,13 +74,17 @@ class Calibration:
         Raises:
             DatasetError: The tree is deeper or wider than what was measured.
         """
-        if tree.max_depth > len(self.accuracies) or tree.top_k > self.top_k:
+        if tree.max_depth > self.max_depth or tree.top_k > self.top_k:
             raise DatasetError(
                 f"This calibration is of {len(self.accuracies)} heads and ranks below {self.top_k}, but the tree is "
                 f"{tree.max_depth} deep and uses ranks below {tree.top_k}: calibrate these heads, or use another tree."
             )
-        values = [self.value(path) for path in ((), *tree.paths)]
-        return Acceptance("calibrated", tuple(round(value, 6) for value in values))
+
+        def values(*, guessed: bool) -> tuple[float, ...]:
+            return tuple(round(self.value(path, guessed=guessed), 6) for path in ((), *tree.paths))
+
+        with_guess = values(guessed=True) if self.guessed else ()
+        return Acceptance("calibrated", values(guessed=False), with_guess, self.guess_share)
 
     @classmethod
     def count(
@@ -74,7 +93,7 @@ class Calibration:
         ranks: int,
         *,
         steps: NDArray[np.int64] | None = None,
-        lookup: bool = False,
+        guessed: NDArray[np.bool_] | None = None,
         model: str = "",
         heads: str = "",
     ) -> Calibration:
@@ -84,8 +103,8 @@ class Calibration:
             places: [N, K], the rank of each target among its head's candidates, ``ranks`` or more if it is none
                 of them; -1 where there is no target. Such cells are not counted.
             ranks: R.
-            steps: The same at positions where steps begin, which paths are counted at; as ``places`` if None.
-            lookup: Whether guesses from the text stood in front of the heads' candidates there.
+            steps: [S, D], the same at positions where steps begin, which paths are counted at; as ``places`` if None.
+            guessed: [S], in which of these steps a guess from the text stood in front of the heads' candidates.
             model: The base model's name.
             heads: Where the heads came from.
 
@@ -99,18 +118,17 @@ class Calibration:
             tuple(float((places[:, k] == rank).sum() / there[k]) for rank in range(ranks))
             for k in range(places.shape[1])
         )
-        counted: Counter[RankPath] = Counter()
         steps = places if steps is None else steps
-        for row in steps.tolist():
-            path: RankPath = ()
-            for place in row:
-                if not 0 <= place < ranks:
-                    break
-                path = (*path, place)
-                counted[path] += 1
-        ended = (steps >= 0).sum(0)
-        paths = {path: times / int(ended[len(path) - 1]) for path, times in sorted(counted.items())}
-        return cls(accuracies, paths, len(places), model, heads, lookup)
+        guessed = np.zeros(len(steps), np.bool_) if guessed is None else guessed
+        return cls(
+            accuracies,
+            _paths(steps[~guessed], ranks),
+            _paths(steps[guessed], ranks),
+            round(float(guessed.mean()), 6),
+            len(places),
+            model,
+            heads,
+        )
 
     def save(self, target: Path) -> None:
         """Writes it as JSON.
@@ -122,9 +140,12 @@ class Calibration:
             "model": self.model,
             "heads": self.heads,
             "positions": self.positions,
-            "lookup": self.lookup,
             "accuracies": [[round(value, 6) for value in head] for head in self.accuracies],
-            "paths": [[list(path), round(value, 6)] for path, value in self.paths.items()],
+            "guess_share": self.guess_share,
+            **{
+                name: [[list(path), round(value, 6)] for path, value in paths.items()]
+                for name, paths in (("paths", self.paths), ("guessed", self.guessed))
+            },
         }
         write_text(target, json.dumps(data) + "\n")
 
@@ -139,13 +160,31 @@ class Calibration:
             data: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
             return cls(
                 tuple(tuple(map(float, head)) for head in data["accuracies"]),
-                {tuple(map(int, path)): float(value) for path, value in data.get("paths", [])},
+                _read_paths(data.get("paths", [])),
+                _read_paths(data.get("guessed", [])),
+                float(data.get("guess_share", 0.0)),
                 int(data.get("positions", 0)),
                 str(data.get("model", "")),
                 str(data.get("heads", "")),
-                bool(data.get("lookup", False)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(
                 f"{source} is no calibration ({error!r}): make one with 'medusa-export calibrate'."
             ) from error
+
+
+def _read_paths(pairs: Any) -> dict[RankPath, float]:
+    return {tuple(map(int, path)): float(value) for path, value in pairs}
+
+
+def _paths(places: NDArray[np.int64], ranks: int) -> dict[RankPath, float]:
+    counted: Counter[RankPath] = Counter()
+    for row in places.tolist():
+        path: RankPath = ()
+        for place in row:
+            if not 0 <= place < ranks:
+                break
+            path = (*path, place)
+            counted[path] += 1
+    ended = (places >= 0).sum(0)
+    return {path: times / int(ended[len(path) - 1]) for path, times in sorted(counted.items())}

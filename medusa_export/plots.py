@@ -14,8 +14,8 @@ from medusa_export.files import atomic_file
 from medusa_export.training.report import held_out
 
 
-def plot_sizes(sizes: Mapping[int, Speed], target: Path) -> None:
-    """Speed, tokens per step and overhead over the tree size, as a PNG.
+def plot_sizes(sizes: Mapping[int, Speed], auto: Speed, target: Path) -> None:
+    """Speed, tokens per step and overhead over the tree size, those of ``auto`` as stars, as a PNG.
 
     Raises:
         OutputError: It can't be written.
@@ -24,7 +24,9 @@ def plot_sizes(sizes: Mapping[int, Speed], target: Path) -> None:
     axes = figure.subplots()
     places = sorted(sizes)
     for label, name in (("speedup", "speedup"), ("tokens per step", "tokens_per_step"), ("overhead", "overhead")):
-        axes.plot(places, [getattr(sizes[size], name) for size in places], "o-", label=label)
+        (line,) = axes.plot(places, [getattr(sizes[size], name) for size in places], "o-", label=label)
+        axes.plot([auto.nodes_per_step], [getattr(auto, name)], "*", color=line.get_color(), markersize=14)
+    axes.plot([], [], "*", color="grey", markersize=12, label="auto")
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set(xlabel="tree size (nodes)", ylabel="against tree size 1", title="Decoding with a tree")
     axes.legend()

@@ -36,12 +36,13 @@ def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
     else:
         attached = MedusaHeads.fresh(bundle.heads.num_heads, base.get_output_embeddings())
     if attached is not None:
-        if attached.config.num_heads < bundle.tree.max_depth:
+        assert bundle.heads is not None
+        if attached.config.num_heads < bundle.heads.num_heads:
             raise VerificationError(
-                f"These are {attached.config.num_heads} heads, but the bundle's tree is {bundle.tree.max_depth} deep: "
-                "give the heads that it was exported with."
+                f"These are {attached.config.num_heads} heads, but the bundle was exported with "
+                f"{bundle.heads.num_heads}: give those."
             )
-        attached = attached.truncated(bundle.tree.max_depth).float()
+        attached = attached.truncated(bundle.heads.num_heads).float()
     return MedusaStep(base.float(), attached, bundle.tree).eval()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -62,7 +63,8 @@ class MedusaStep(nn.Module):
     Args:
         model: A Hugging Face causal LM whose attention implementation is ours.
         heads: The heads, or None for plain decoding with a tree of one node.
-        tree: The draft tree; no deeper than there are heads.
+        tree: The draft tree. Its nodes below the last head are for guesses that the runtime has; until it puts them
+            there, they hold that head's candidates.
         sampling: Whether rows may sample and ask for log probabilities; all are greedy otherwise.
 
     Raises:
@@ -92,6 +94,11 @@ class MedusaStep(nn.Module):
         size: int = self.model.get_output_embeddings().weight.shape[0]
         return size
 
+    @property
+    def num_heads(self) -> int:
+        """Heads that the tree has use for, K."""
+        return min(self.heads.config.num_heads, self.tree.max_depth) if self.heads is not None else 0
+
     def _add_tables(self, tree: Tree) -> None:
         """What a step looks up about its tree."""
         ancestors = torch.from_numpy(tree.ancestor_mask)
@@ -106,7 +113,8 @@ class MedusaStep(nn.Module):
         self.register_buffer("tree_parents", torch.from_numpy(tree.parents))
         self.register_buffer("tree_paths", torch.from_numpy(tree.node_paths))
         # Where each drafted node's token stands among the heads' candidates, laid out [K, top_k].
-        candidates = (tree.depths[1:] - 1) * tree.top_k + tree.ranks[1:]
+        heads = np.minimum(tree.depths[1:], max(self.num_heads, 1)) - 1
+        candidates = heads * tree.top_k + tree.ranks[1:]
         self.register_buffer("tree_candidates", torch.from_numpy(candidates))
 
     def forward(
@@ -279,8 +287,8 @@ class MedusaStep(nn.Module):
         """
         if self.heads is None:
             return None, next_root
-        num_heads, top_k = self.tree.max_depth, self.tree.top_k
-        active = sym_min(verified - 1, num_heads)
+        top_k = self.tree.top_k
+        active = sym_min(verified - 1, self.num_heads)
         embedded = self.model.get_input_embeddings()(next_root).squeeze(1) if self.heads.config.conditioned else None
         head_logits = self.heads(hidden, embedded, active)
         candidates = head_logits.topk(top_k, dim=-1).indices
@@ -288,7 +296,7 @@ class MedusaStep(nn.Module):
             candidates = self.heads.token_map[candidates]
         flat = candidates.flatten(1)
         # Heads that did not run propose token 0 for nodes that the host can't reach with this R.
-        flat = torch.cat([flat, flat.new_zeros(1).expand(flat.shape[0], num_heads * top_k)], dim=1)
+        flat = torch.cat([flat, flat.new_zeros(1).expand(flat.shape[0], self.num_heads * top_k)], dim=1)
         return head_logits, torch.cat([next_root, flat.index_select(1, self.tree_candidates)], dim=1)
 
     def _carry(self, cache: StepCache, path: Tensor, added: Tensor, is_prefill: Tensor) -> Tensor | None:

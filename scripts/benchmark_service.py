@@ -128,13 +128,15 @@ def main(
             cells.append("1" if name == baseline else f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})")
         table.add_row(name, f"{statistics.median(values):.1f}", *cells, "yes" if same[name] else "NO")
     Console(width=140).print(table)
-    sizes = dict(runner.tree_sizes)
+    sizes = runner.choice.sizes
+    accuracy = [runner.choice.accuracy(guessed=guessed) for guessed in (False, True)]
     Console().print(
-        f"Tree sizes that auto takes, by rows: {sizes}; right guesses: {runner.accuracy:.2f} of those expected."
+        f"Tree sizes that auto takes, by rows, without a guess from the text and with one: {sizes}; right tokens: "
+        f"{accuracy[0]:.2f} and {accuracy[1]:.2f} of those expected."
     )
     service.close()
     if json_path is not None:
-        figures = {"speeds": speeds, "same": same, "auto": sizes, "accuracy": runner.accuracy}
+        figures = {"speeds": speeds, "same": same, "auto": sizes, "accuracy": accuracy}
         json_path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

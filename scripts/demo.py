@@ -25,10 +25,10 @@ def main(bundle: str, model_path: str, prompt: str) -> None:
             console.out(chunk.text, end="", highlight=False)
         console.print("\n")
         results: dict[str, GenerationResult] = {}
-        chosen = engine.generate(messages, max_new_tokens=1).stats.tree_size  # what 'auto' comes to on this machine
-        for size in sorted({1, chosen}):
-            name = f"tree of {size} nodes" if size > 1 else "plain, tree size 1"
-            results[name] = engine.generate(messages, max_new_tokens=MAX_NEW_TOKENS, tree_size=size)
+        for size in (1, "auto"):
+            result = engine.generate(messages, max_new_tokens=MAX_NEW_TOKENS, tree_size=size)
+            name = f"auto, {result.stats.nodes_per_step:.1f} nodes/step" if size == "auto" else "plain, tree size 1"
+            results[name] = result
         reference = transformers_contestant(model_path, None)(engine.tokenizer.encode_chat(messages), MAX_NEW_TOKENS)
     expected = reference.token_ids
     speed = reference.steps / reference.decode_seconds

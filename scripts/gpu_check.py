@@ -108,7 +108,7 @@ def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target
             "auto": speed(opened, prompts, "auto"),
         }
         facts["tokens_per_second"] = {"tree size 1": plain, **rates}
-        facts["tree_size"] = opened.generate(prompts[0], max_new_tokens=2).stats.tree_size
+        facts["nodes_per_step"] = opened.generate(prompts[0], max_new_tokens=TOKENS).stats.nodes_per_step
     return facts
 
 
@@ -189,7 +189,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines = [f"# GPU check: {gpu}", "", f"{report['bundle']}, fp16, greedy. Versions:", ""]
     lines += [f"- {package} {number or 'not installed'}" for package, number in facts["versions"].items()]
     lines += [
-        "", "| backend | agrees with PyTorch | tokens/s, tree size 1 | auto (tree) | auto, no lookup | host gap, ms |",
+        "", "| backend | agrees with PyTorch | tree size 1, tokens/s | auto (nodes/step) | no lookup | host gap, ms |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     reference = report["transformers"]
@@ -201,7 +201,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             continue
         rates, gap = found["tokens_per_second"], found.get("host_gap_ms")
         cells = ["yes" if found["agrees"] else "NO", f"{rates['tree size 1']:.1f}"]
-        cells += [f"{rates['auto']:.1f} ({found['tree_size']})", f"{rates['auto, no lookup']:.1f}"]
+        cells += [f"{rates['auto']:.1f} ({found['nodes_per_step']:.1f})", f"{rates['auto, no lookup']:.1f}"]
         cells.append("" if gap is None else f"{gap:.3f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, found in report["backends"].items():

@@ -22,7 +22,8 @@ from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import Backend
 from tiny_models import randomize
 
-TREE = Tree.from_paths([[0], [0, 0], [1], [0, 0, 0], [0, 1], [1, 0], [2], [0, 0, 1]])
+# One node deeper than there are heads in most tests.
+TREE = Tree.from_paths([[0], [0, 0], [1], [0, 0, 0], [0, 1], [1, 0], [2], [0, 0, 0, 0]])
 
 
 def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:

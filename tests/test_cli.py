@@ -80,7 +80,7 @@ def test_a_missing_extra_is_named(package: str, arguments: tuple[str, ...], extr
 def test_inspect(tiny_bundle: Bundle) -> None:
     code, output = run("inspect", tiny_bundle.folder)
     assert code == 0
-    for words in ("llama", "9 nodes, 3 deep", "past_key_0 … 1", "TensorScatter 4", "GroupQueryAttention 2", "└─"):
+    for words in ("llama", "9 nodes, 4 deep", "past_key_0 … 1", "TensorScatter 4", "GroupQueryAttention 2", "└─"):
         assert words in output
     code, output = run("inspect", tiny_bundle.folder, "--json")
     assert json.loads(output)["operators"]["model.onnx"]["Attention"] == 2
@@ -140,7 +140,7 @@ def test_an_unusable_request(tiny_bundle: Bundle) -> None:
     ("paths", "words"),
     [
         ([[0], [1, 0]], "[1, 0] is there but its parent [1] is not"),
-        ([[0], [0, 0], [0, 0, 0]], "[0, 0, 0] is 3 deep, but there are 2 heads"),
+        ([[0], [0, 0], [0, 0, 1]], "[0, 0, 1] is 3 deep, but there are 2 heads"),
         ([[0], [12]], "[12] uses rank 12"),
         ([[0], [0]], "[0] stands twice"),
         ({"a": 1}, "must hold a list"),

@@ -17,8 +17,8 @@ import medusa_runtime
 from decoding import TREE, greedy
 from medusa_runtime import Bundle, BundleError, MedusaEngine, RequestError
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH, Acceptance
-from medusa_runtime.latency import CACHE_FILE, LatencyTable
+from medusa_runtime.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH
+from medusa_runtime.latency import CACHE_FILE
 from stock import Stock
 from tiny_models import tiny_model
 
@@ -36,7 +36,8 @@ def test_all_sizes_and_chunks_give_the_tokens_of_transformers(engine: MedusaEngi
         for chunk in (1, 5, 512):
             result = engine.generate(PROMPT, max_new_tokens=40, tree_size=size, prefill_chunk=chunk)
             assert result.token_ids == expected
-            assert result.stats.tree_size == size
+            assert result.stats.tree_sizes == {size: result.stats.steps}
+            assert result.stats.nodes_per_step == size
             assert sum(n * times for n, times in result.stats.accepted_lengths.items()) >= 39
             assert result.stats.steps == sum(result.stats.accepted_lengths.values())
 
@@ -146,22 +147,15 @@ def test_auto_measures_once_and_keeps_it(tiny_bundle: Bundle, tmp_path: Path) ->
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
     (folder / CACHE_FILE).unlink(missing_ok=True)
     with MedusaEngine.load(folder, threads=1) as engine:
-        size = engine.generate(PROMPT, max_new_tokens=3).stats.tree_size
+        assert engine.generate(PROMPT, max_new_tokens=3).stats.steps
     (known,) = json.loads((folder / CACHE_FILE).read_text()).values()
     assert {"1", "2"} <= set(known) <= {"1", "2", "4", "6", "8", "9"}  # those for which there is some hope
     (folder / CACHE_FILE).write_text(
         json.dumps({k: dict.fromkeys(known, 1.0) for k in json.loads((folder / CACHE_FILE).read_text())})
     )
     with MedusaEngine.load(folder, threads=1) as engine:  # now all sizes take equally long
-        assert engine.generate(PROMPT, max_new_tokens=3).stats.tree_size == max(map(int, known))
-    assert 1 <= size <= 9
-
-
-def test_best_size() -> None:
-    acceptance = Acceptance("calibrated", (1.0, 0.5, 0.2, 0.1))
-    assert LatencyTable({1: 1.0, 2: 1.1, 4: 2.0}).best_size(acceptance) == 2
-    assert LatencyTable({1: 1.0, 2: 1.6, 4: 2.0}).best_size(acceptance) == 1
-    assert LatencyTable({1: 1.0, 2: 1.5}).best_size(acceptance) == 1  # a tie goes to the smaller
+        stats = engine.generate(PROMPT, max_new_tokens=3).stats
+        assert set(stats.tree_sizes) == {max(map(int, known))}
 
 
 def edit(folder: Path, **changes: object) -> None:

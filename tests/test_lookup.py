@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from decoding import TREE, greedy
 from medusa_export.calibration import Calibration
-from medusa_export.training.calibrate import step_starts, text_guesses, with_guesses
+from medusa_export.training.calibrate import below_heads, step_starts, text_guesses, with_guesses
 from medusa_export.training.conversations import Sample
-from medusa_runtime import Bundle, MedusaEngine, MedusaService, RequestError, SamplingParams, Tree
+from medusa_export.tree_search import search_tree
+from medusa_runtime import Bundle, MedusaEngine, MedusaService, RequestError, SamplingParams, Tree, TreeError
 from medusa_runtime.handle import RequestHandle
 from medusa_runtime.lookup import LONGEST_MATCH, PLACES, SHORTEST_MATCH, TokenLookup
 from test_tree import rank_paths
@@ -199,7 +200,40 @@ def test_steps_begin_where_the_last_one_ended(rows: list[list[int]], data: st.Da
 
 def test_paths_are_counted_where_steps_begin() -> None:
     places = np.array([[0, 0], [0, 1], [2, 0], [1, 0]])
-    calibration = Calibration.count(places, 4, steps=places[[0, 3]], lookup=True)
+    calibration = Calibration.count(places, 4, steps=places[[0, 3]])
     assert calibration.accuracies[0] == (0.5, 0.25, 0.25, 0)
     assert calibration.paths == {(0,): 0.5, (0, 0): 0.5, (1,): 0.5, (1, 0): 0.5}
-    assert calibration.lookup
+    assert not calibration.guessed
+
+
+def test_steps_with_a_guess_are_counted_apart_and_go_deeper_than_heads() -> None:
+    heads = np.array([[1, 0], [0, 0], [0, 1], [10, -1]])
+    targets = np.array([[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, -1, -1]])
+    steps = below_heads(heads, targets)
+    assert steps.tolist() == [[1, 0, 10], [0, 0, 10], [0, 1, 10], [10, -1, -1]]
+    steps[1, 2] = 0  # the text knew
+    calibration = Calibration.count(heads, 10, steps=steps, guessed=np.array([False, True, True, False]))
+    assert calibration.guess_share == 0.5
+    assert calibration.paths == {(1,): 0.5, (1, 0): 1.0}
+    assert calibration.guessed == {(0,): 1.0, (0, 0): 0.5, (0, 0, 0): 0.5, (0, 1): 0.5}
+    assert calibration.max_depth == 3
+    assert calibration.value((0, 0, 0)) == 0.25
+    tree = search_tree(calibration, 9)
+    assert tree.paths == ((1,), (1, 0), (0,), (0, 0), (0, 1), (0, 0, 0))
+    acceptance = calibration.acceptance(tree)
+    assert acceptance.node_values == (1, 0.5, 1.0, 0, 0, 0, 0)
+    assert acceptance.guessed_values == (1, 0, 0, 1, 0.5, 0.5, 0.5)
+    assert acceptance.expected_tokens(7) == 1 + (1.5 + 2.5) / 2
+
+
+def test_the_search_begins_with_steps_that_have_no_guess() -> None:
+    """And goes on below the heads where guesses do, on the path of best candidates alone."""
+    chain = {(0,) * depth: 0.95**depth for depth in range(1, 7)}
+    heads = {(0,): 0.4, (1,): 0.2, (2,): 0.1, (0, 0): 0.15, (0, 1): 0.02}
+    calibration = Calibration(((0.4, 0.2, 0.1), (0.3, 0.1, 0.05)), heads, chain, 0.25)
+    tree = search_tree(calibration, 9)
+    assert tree.paths[:3] == ((0,), (1,), (0, 0))
+    assert tree.paths[3:] == ((0,) * 3, (0,) * 4, (0,) * 5, (0,) * 6, (2,))
+    assert Tree.from_paths(tree.paths, max_depth=2) == tree
+    with pytest.raises(TreeError, match="only the path of best candidates"):
+        Tree.from_paths([*tree.paths, (0, 0, 1)], max_depth=2)

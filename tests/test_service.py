@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from decoding import TREE
 from medusa_runtime import (
     BackendError,
     Bundle,
@@ -117,7 +118,7 @@ def test_auto_measures_for_each_number_of_rows(tiny_bundle: Bundle, engine: Medu
         handles = [service.submit(PROMPT, max_new_tokens=20) for _ in range(5)]
         expected = engine.generate(PROMPT, max_new_tokens=20).token_ids
         assert [handle.result(60).token_ids for handle in handles] == [expected] * 5
-        assert set(service._runner.tree_sizes) == {1, 2, 3}
+        assert set(service._runner.choice.sizes) == {1, 2, 3}
 
 
 def test_kinds_of_prompts_stops_and_streams(shared: MedusaService, engine: MedusaEngine) -> None:
@@ -507,7 +508,7 @@ def test_no_memory_for_what_is_taken_over(service: MedusaService, gate: Gate, en
     gate.fail_arrange = fail_arrange
     with pytest.raises(BackendError, match="no room"):
         service.generate([*[9] * 40, 2], max_new_tokens=5)
-    assert taken == [3 + 40 + 1]  # it was where its beginning was to be copied
+    assert taken == [TREE.max_depth + 40 + 1]  # it was where its beginning was to be copied
     again = service.generate([*[9] * 40, 2], max_new_tokens=5)
     assert again.token_ids == engine.generate([*[9] * 40, 2], max_new_tokens=5).token_ids
     assert first.result(30).token_ids == engine.generate([*[9] * 40, 1], max_new_tokens=300).token_ids

@@ -387,7 +387,7 @@ def test_steps_that_do_not_fit(machine: Machine) -> None:
         backend.step(32, {0: [1] * 32})
     with pytest.raises(BackendError, match=r"32 tokens after 96 .* 128 slots"):
         backend.step(32, {0: [1] * 32})
-    backend.step(29, {0: [1] * 29})
+    backend.step(28, {0: [1] * 28})
     backend.reset(0)
     backend.step(32, {0: [1] * 32})
     with pytest.raises(BackendError, match=r"1 to 3 sequences, not 4.*--max-batch 4"):

@@ -38,6 +38,7 @@ from medusa_export.training.generation import Writer, _choose
 from medusa_export.training.medusa1 import HeadLoss, _Positions, places
 from medusa_export.training.parts import Parts
 from medusa_runtime import Bundle, MedusaEngine
+from medusa_runtime.lookup import DEEPEST_GUESS
 from tiny_models import tiny_model
 from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
@@ -500,7 +501,12 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     run(*common, "--data", data, "--data", data, "-o", tmp_path / "twice.json")
     run(*common, "--data", data, "--no-lookup", "-o", tmp_path / "alone.json")
     once, twice, alone = (Calibration.load(tmp_path / f"{name}.json") for name in ("once", "twice", "alone"))
-    assert once.lookup and not alone.lookup
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "to and fro, " * 9}]
+    (tmp_path / "again.jsonl").write_text(json.dumps({"messages": turns}))
+    run(*common, "--data", tmp_path / "again.jsonl", "-o", tmp_path / "again.json")
+    again = Calibration.load(tmp_path / "again.json")
+    assert 0 < again.guess_share < 1 and not alone.guessed
+    assert again.guessed[(0,) * DEEPEST_GUESS] > 0.5 > again.guessed.get((1,), 0)
     assert alone.accuracies == once.accuracies
     assert twice.positions == 2 * once.positions
     assert twice.accuracies == once.accuracies

@@ -64,7 +64,7 @@ def test_acceptance_is_that_of_a_brute_force_search(paths: list[tuple[int, ...]]
     nodes, chosen = data.draw(tokens), data.draw(tokens)
     step = MedusaStep.__new__(MedusaStep)
     torch.nn.Module.__init__(step)
-    step.tree = tree
+    step.tree, step.heads = tree, None
     step._add_tables(tree)
     best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([False]), None)
     assert int(best) == brute_force(tree, nodes, chosen)

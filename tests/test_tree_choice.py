@@ -9,20 +9,21 @@ from hypothesis import strategies as st
 
 from medusa_runtime.bundle import Acceptance
 from medusa_runtime.latency import LatencyTable
+from medusa_runtime.tree import Tree
 from medusa_runtime.tree_choice import MARGIN, TreeChoice
 
 ACCEPTANCE = Acceptance("calibrated", (1.0, 0.6, 0.3, 0.1))
 
 
-DEPTHS = np.arange(4)  # a chain
+CHAIN = Tree(((0,), (0, 0), (0, 0, 0)))
 
 
-def choice(*seconds: float) -> TreeChoice:
-    return TreeChoice(ACCEPTANCE, DEPTHS, {4: LatencyTable(dict(zip((1, 2, 4), seconds, strict=False)))})
+def choice(*seconds: float, acceptance: Acceptance = ACCEPTANCE) -> TreeChoice:
+    return TreeChoice(acceptance, CHAIN, {4: LatencyTable(dict(zip((1, 2, 4), seconds, strict=False)))})
 
 
 def size(tree: TreeChoice, rows: int = 4) -> int:
-    return tree.size([tree.accuracy_of(row) for row in range(rows)])
+    return tree.size(range(rows))
 
 
 def test_a_tree_has_to_pay() -> None:
@@ -40,7 +41,7 @@ def test_guesses_that_fail_end_the_tree_and_it_is_tried_again() -> None:
         tree.observe(2, dict.fromkeys(range(4), 1))
         steps += 1
     assert steps < 60
-    assert tree.accuracy_of(0) < 0.51
+    assert tree.accuracy_of(0, guessed=False) < 0.51
     idle = 0
     while size(tree) == 1:
         tree.observe(1, dict.fromkeys(range(4), 1))
@@ -53,7 +54,7 @@ def test_guesses_that_hold_make_it_larger() -> None:
     assert size(tree) == 2
     for _ in range(200):
         tree.observe(2, dict.fromkeys(range(4), 2))
-    assert tree.accuracy == pytest.approx(1 / 0.6, rel=0.1)
+    assert tree.accuracy(guessed=False) == pytest.approx(1 / 0.6, rel=0.1)
     assert size(tree) == 4
 
 
@@ -61,11 +62,11 @@ def test_a_request_that_is_hard_to_guess_is_known_by_its_row() -> None:
     tree = choice(1.0, 1.3, 1.5)
     for _ in range(40):
         tree.observe(4, {0: 1, 1: 3, 2: 3, 3: 3})
-    assert tree.size([tree.accuracy_of(row) for row in (1, 2, 3)]) == 4
-    assert tree.size([tree.accuracy_of(0)]) == 1
+    assert tree.size([1, 2, 3]) == 4
+    assert tree.size([0]) == 1
     tree.begin(0)
-    assert tree.accuracy_of(0) == tree.accuracy
-    assert tree.size([tree.accuracy_of(0)]) == 4
+    assert tree.accuracy_of(0, guessed=False) == tree.accuracy(guessed=False)
+    assert tree.size([0]) == 4
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.8, 1.1])
@@ -80,7 +81,7 @@ def test_accuracy_is_found_from_trees_of_any_depth(accuracy: float) -> None:
         tree.observe(nodes, {0: 1 + int(right.sum())})
         if nodes == 4:
             counts.append(1 + right.sum())
-    assert tree.accuracy == pytest.approx(accuracy, rel=0.05)
+    assert tree.accuracy(guessed=False) == pytest.approx(accuracy, rel=0.05)
     assert tree.expected_tokens(4, accuracy) == pytest.approx(np.mean(counts), rel=0.02)
 
 
@@ -89,10 +90,34 @@ def test_accuracy_is_found_from_trees_of_any_depth(accuracy: float) -> None:
 def test_it_is_never_slower_by_its_own_account(seconds: list[float], chance: float, seed: int) -> None:
     tree, rng = choice(*seconds), np.random.default_rng(seed)
     for _ in range(50):
-        accuracies = [tree.accuracy_of(row) for row in range(4)]
-        nodes = tree.size(accuracies)
+        accuracies = [tree.accuracy_of(row, guessed=False) for row in range(4)]
+        nodes = tree.size(range(4))
         taken = dict(zip((1, 2, 4), seconds, strict=True))
         rate = sum(tree.expected_tokens(nodes, accuracy) for accuracy in accuracies) / taken[nodes]
         assert rate * (1 + MARGIN) >= 4 / seconds[0]
         assert nodes == 1 or rate >= 4 / seconds[0]
         tree.observe(nodes, {row: 1 + (rng.random() < chance) * (nodes > 1) for row in range(4)})
+
+
+def test_steps_with_a_guess_from_the_text_have_a_size_and_a_count_of_their_own() -> None:
+    told = Acceptance("calibrated", (1.0, 0.3, 0.1, 0.0), (1.0, 0.9, 0.85, 0.8), 0.25)
+    tree = choice(1.0, 1.35, 1.6, acceptance=told)
+    assert tree.size([0, 1]) == 1
+    assert tree.size([0, 1], guessed=[0, 1]) == 4
+    assert tree.size([0, 1], guessed=[0]) == 4  # one that has much to gain
+    assert tree.sizes == {4: (1, 4)}
+    assert tree.largest == 4
+    for _ in range(60):
+        tree.observe(4, {0: 1, 1: 4}, guessed=[0, 1])
+    assert tree.accuracy_of(0, guessed=True) < 0.5 < 1 < tree.accuracy_of(1, guessed=True)
+    assert tree.accuracy_of(0, guessed=False) == 1
+    assert tree.size([0], guessed=[0]) == 1
+    assert tree.size([1], guessed=[1]) == 4
+    tree.begin(0)
+    assert tree.accuracy_of(0, guessed=True) == tree.accuracy(guessed=True)
+
+
+def test_an_older_bundle_tells_nothing_of_guesses() -> None:
+    tree = choice(1.0, 1.3, 1.9)
+    assert tree.size([0], guessed=[0]) == tree.size([0]) == 2
+    assert ACCEPTANCE.expected_tokens(4) == 2.0

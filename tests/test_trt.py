@@ -170,10 +170,10 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
     arguments = ("trt", tiny_bundle.folder, "-o", out, "--target", "sm80,sm_89", "--max-seq-len", 64, "--opt-level", 0)
     code, output = run(*arguments)
     assert code == 0, output
-    assert "for sm80, sm89; up to 4 sequences of 54 tokens" in output
+    assert "for sm80, sm89; up to 4 sequences of 53 tokens" in output
     engine = CompiledEngine.load(out)
     assert engine.targets == ("sm80", "sm89")
-    assert (engine.flavor, engine.limits) == ("tensorrt-rtx", EngineLimits(4, 64, 61))
+    assert (engine.flavor, engine.limits) == ("tensorrt-rtx", EngineLimits(4, 64, 60))
     assert [profile.name for profile in engine.profiles] == ["decode", "prefill"]
     assert engine.profiles[0].sequence == (1, 9, 9)
     opened = Bundle.load(out)
@@ -186,7 +186,7 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
     assert data["bundle"]["files"]["model.onnx"] == tiny_bundle.files["model.onnx"].sha256
     code, output = run("inspect", out)
     assert code == 0
-    assert "tensorrt-rtx" in output and "up to 4 sequences of 54 tokens, 61 per step" in output
+    assert "tensorrt-rtx" in output and "up to 4 sequences of 53 tokens, 60 per step" in output
     assert json.loads(run("inspect", out, "--json")[1])["engine"] == data
     code, output = run(*arguments)
     assert code == 1
@@ -208,7 +208,7 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
         (("--target", ","), "names no architecture"),
         (("--target", "sm89", "--max-seq-len", "11"), "--max-seq-len 11 is smaller than a step: the tree has 9 nodes"),
         (("--target", "sm89", "--max-prefill", "8"), "--max-prefill 8 is smaller than the tree of 9"),
-        (("--target", "sm89", "--max-prefill", "62", "--max-seq-len", "64"), "Give at most 61"),
+        (("--target", "sm89", "--max-prefill", "62", "--max-seq-len", "64"), "Give at most 60"),
         (("--flavor", "tensorrt", "--target", "sm89"), "pip install 'medusa-export[tensorrt]'"),
         (("--target", "sm89", "--timing-cache", "cache"), "does nothing with a timing cache"),
         (("--target", "sm89", "--timing-cache", "cache"), "Drop --timing-cache."),

@@ -79,9 +79,8 @@ def command(
         raise DatasetError(f"{bundle} has no tokenizer to read prompts with.")
     tokenizer = engine.tokenizer
     ids = [tokenizer.encode_chat([{"role": "user", "content": p.prompt}]) for p in asked]
-    chosen = engine.generate(ids[0], max_new_tokens=1).stats.tree_size
     measured_sizes = sorted(
-        {1, chosen, *(tree_sizes or (s for s in (2, 4, 6, 8, 10, 12, 16, 32, 64) if s <= engine.bundle.tree.size))}
+        {1, *(tree_sizes or (s for s in (2, 4, 6, 8, 10, 12, 16, 32, 64) if s <= engine.bundle.tree.size))}
     )
     if measured_sizes[-1] > engine.bundle.tree.size:
         raise click.UsageError(
@@ -91,17 +90,18 @@ def command(
     paddock = b.Paddock(ids[0], max_new_tokens)
     for size, name in names.items():
         paddock.add(name, partial(b.engine_contestant, engine, size), since=empty)
-    if chosen > 1:
-        heads_alone = partial(b.engine_contestant, engine, chosen, lookup=False)
-        paddock.add(f"tree size {chosen}, no lookup", heads_alone, since=empty)
+    paddock.add(b.AUTO, partial(b.engine_contestant, engine, "auto"), since=empty)
+    if engine.bundle.tree.size > 1:
+        heads_alone = partial(b.engine_contestant, engine, "auto", lookup=False)
+        paddock.add(f"{b.AUTO}, no lookup", heads_alone, since=empty)
     _add_peers(paddock, threads, plain=plain, genai=genai, llama_cpp=llama_cpp, model=model)
     with progress_bar("answering", len(ids) * repeats, quiet=quiet) as bar:
         answers = b.race(
             paddock.contestants, names[1], ids, max_new_tokens=max_new_tokens, repeats=repeats, told=bar.finish_piece
         )
     measured = b.speeds(answers, names[1], paddock.memory)
-    categories = b.by_category(answers, [p.category for p in asked], names[chosen], names[1])
-    figures = b.report(measured, names[chosen], chosen, categories)
+    categories = b.by_category(answers, [p.category for p in asked], b.AUTO, names[1])
+    figures = b.report(measured, categories)
     for path, text in (
         (json_path, json.dumps(figures, indent=1) + "\n"),
         (markdown, as_markdown(measured, categories)),
@@ -109,11 +109,11 @@ def command(
         if path is not None:
             write_text(path, text)
     if plot is not None:
-        plot_sizes({size: measured[name] for size, name in names.items()}, plot)
+        plot_sizes({size: measured[name] for size, name in names.items()}, measured[b.AUTO], plot)
     Console().print(as_table(measured))
     click.echo(
-        f"'auto' chooses {chosen} nodes: {figures['tokens_per_step']:.2f} tokens/step, {figures['speedup']:.2f} times "
-        "the speed of plain decoding in the same engine."
+        f"'auto' verifies {figures['tree_size']:.2g} nodes/step: {figures['tokens_per_step']:.2f} tokens/step, "
+        f"{figures['speedup']:.2f} times the speed of plain decoding in the same engine."
     )
     if compare is not None and (behind := regressions(figures, compare, tolerance)):
         raise Failure(f"This falls behind {compare}: {'; '.join(behind)}.")

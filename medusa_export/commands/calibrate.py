@@ -45,6 +45,7 @@ def command(
         import tempfile
         from dataclasses import replace
 
+        import numpy as np
         import torch
         from rich.console import Console
 
@@ -52,12 +53,13 @@ def command(
         from medusa_export.checkpoints import load_model
         from medusa_export.head_files import load_heads
         from medusa_export.plots import plot_calibration
-        from medusa_export.training.calibrate import step_starts, target_places, text_guesses, with_guesses
+        from medusa_export.training.calibrate import below_heads, step_starts, target_places, text_guesses, with_guesses
         from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_heldout
         from medusa_export.training.features import FeatureKey, Features, batched, compute_features
         from medusa_export.training.medusa1 import TOP
         from medusa_export.training.report import calibration_table
+        from medusa_runtime.lookup import DEEPEST_GUESS
 
     splits = [load_heldout(source) for source in data]
     progress(f"loading {model}")
@@ -65,9 +67,10 @@ def command(
     base = load_model(model, dtype=torch.float32)
     attached = load_heads(heads, base)
     num_heads = attached.config.num_heads
+    depth = max(num_heads, DEEPEST_GUESS) if lookup else num_heads
     parts, texts = [], []
     for split in splits:
-        key = FeatureKey.of(base, Path(model).name, split.sha256, num_heads, max_length)
+        key = FeatureKey.of(base, Path(model).name, split.sha256, depth, max_length)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "features"
             samples = split.samples(tokenizer)
@@ -76,16 +79,19 @@ def command(
     features = Features.join(parts)
     progress(f"running the heads over {len(features):,} positions")
     layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    places = tried = target_places(attached, *layers, features)
+    places = tried = target_places(attached, *layers, replace(features, targets=features.targets[:, :num_heads]))
+    targets = features.targets.numpy()
+    guesses = np.full(targets.shape, -1)
     if lookup:
-        guesses = text_guesses(texts, num_heads)
-        guessed = target_places(attached, *layers, replace(features, targets=guesses))
-        tried = with_guesses(places, guessed, guesses.numpy(), features.targets.numpy())
+        guesses = text_guesses(texts, depth).numpy()
+        guessed = target_places(attached, *layers, replace(features, targets=torch.tensor(guesses[:, :num_heads])))
+        tried = with_guesses(below_heads(places, targets), below_heads(guessed, guesses), guesses, targets)
+    starts = step_starts(tried, features.left.numpy())
     calibration = Calibration.count(
         places,
         TOP[-1],
-        steps=tried[step_starts(tried, features.left.numpy())],
-        lookup=lookup,
+        steps=tried[starts],
+        guessed=guesses[starts, 0] >= 0,
         model=Path(model).name,
         heads=Path(heads).name,
     )

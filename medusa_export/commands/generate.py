@@ -99,7 +99,7 @@ def command(
                 "accepted_lengths": dict(sorted(stats.accepted_lengths.items())),
                 "prefill_seconds": stats.prefill_seconds,
                 "decode_seconds": stats.decode_seconds,
-                "tree_size": stats.tree_size,
+                "nodes_per_step": stats.nodes_per_step,
             },
         }
         click.echo(json.dumps(figures, indent=1, ensure_ascii=False))
@@ -107,7 +107,7 @@ def command(
     click.echo()
     click.echo(
         f"[{stats.completion_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
-        f"{stats.tokens_per_step:.2f} tokens/step with a tree of {stats.tree_size}]",
+        f"{stats.tokens_per_step:.2f} tokens/step with {stats.nodes_per_step:.2g} nodes]",
         err=True,
     )
 

@@ -105,7 +105,8 @@ def command(  # noqa: PLR0915  # what it does is a list
             calibration=measured,
             size=tree_size,
         )
-        attached = attached.truncated(chosen.tree.max_depth) if chosen.tree.max_depth else None
+        in_use = min(chosen.tree.max_depth, attached.config.num_heads)
+        attached = attached.truncated(in_use) if in_use else None
     if measured is not None:
         acceptance = measured.acceptance(chosen.tree)
     else:

@@ -25,7 +25,8 @@ from medusa_export.cli import Progress, extra
 def command(calibration: Path, output: Path | None, size: int, measure: Path | None, draw: bool, quiet: bool) -> None:
     """Search the tree that accepts most tokens per step, by what 'medusa-export calibrate' measured.
 
-    Its nodes come in the order of their gain, so that every prefix is the best tree of its size.
+    Its nodes come in the order of their gain, so that every prefix is the best tree of its size. Where guesses from the
+    text were counted, the first four are the best for steps that have none.
     """
     progress = Progress(quiet=quiet)
     with extra("export"):
@@ -38,6 +39,7 @@ def command(calibration: Path, output: Path | None, size: int, measure: Path | N
         from medusa_export.tree_search import search_tree
         from medusa_runtime.engine import MedusaEngine
         from medusa_runtime.latency import LatencyTable, candidate_sizes
+        from medusa_runtime.tree_choice import TreeChoice
 
     measured = Calibration.load(calibration)
     tree = search_tree(measured, size)
@@ -50,19 +52,27 @@ def command(calibration: Path, output: Path | None, size: int, measure: Path | N
             seconds = LatencyTable.measured(engine.bundle, engine.backend).seconds
             sizes = sorted({*sizes, *(s for s in seconds if s <= tree.size)})
     console = Console()
-    table = Table("nodes", "expected tokens/step", box=box.SIMPLE_HEAD)
+    kinds = {"": None} if not expected.guessed_values else {"": None, "\nwith a guess": True, "\nwithout": False}
+    table = Table("nodes", *(f"expected tokens/step{kind}" for kind in kinds), box=box.SIMPLE_HEAD)
     for header in ("ms/step", "expected tokens/s") if seconds else ():
         table.add_column(header)
     for nodes in sizes:
         tokens = expected.expected_tokens(nodes)
-        cells = [str(nodes), f"{tokens:.2f}"]
+        cells = [str(nodes)]
+        for guessed in kinds.values():
+            tokens_of = tokens if guessed is None else sum(expected.values(guessed=guessed)[:nodes])
+            cells.append(f"{tokens_of:.2f}")
         if nodes in seconds:
             cells += [f"{seconds[nodes] * 1e3:.1f}", f"{tokens / seconds[nodes]:.1f}"]
         table.add_row(*cells)
     console.print(table)
+    if expected.guessed_values:
+        console.print(f"{expected.guess_share:.0%} of steps have a guess from the text.")
     if seconds:
         usable = LatencyTable({nodes: taken for nodes, taken in seconds.items() if nodes <= tree.size})
-        console.print(f"Fastest on this machine: {usable.best_size(expected)} nodes.")
+        without, with_guess = TreeChoice(expected, tree, {1: usable}).sizes[1]
+        also = f", {with_guess} in steps that have a guess from the text" if expected.guessed_values else ""
+        console.print(f"Fastest on this machine: {without} nodes{also}.")
     if draw:
         console.print(tree.draw(), highlight=False)
     if output is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import Features, positions_of
-from medusa_export.training.medusa1 import HeadLoss
+from medusa_export.training.medusa1 import TOP, HeadLoss
 from medusa_runtime.lookup import TokenLookup
 
 _BATCH = 1024
@@ -48,6 +48,12 @@ def text_guesses(samples: Iterable[Sample], num_heads: int) -> Tensor:
             known = position + 2
             rows.append(lookup.guess(num_heads) or [-1] * num_heads)
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, num_heads)
+
+
+def below_heads(places: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places [N, K] of targets [N, D], D > K, where no head has a candidate for those further down: [N, D]."""
+    deeper = targets[:, places.shape[1] :]
+    return np.concatenate([places, np.where(deeper >= 0, TOP[-1], -1)], axis=1)
 
 
 def with_guesses(

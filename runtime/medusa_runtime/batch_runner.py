@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ class BatchRunner:
         self.backend = backend
         self._bundle = bundle
         self._tree_size = tree_size
-        self._choice = TreeChoice(bundle.acceptance, bundle.tree.depths, {})
+        self._choice = TreeChoice(bundle.acceptance, bundle.tree, {})
         self._grouped: list[int] = []
         self._wanted: list[list[int]] = []
         self._groups: list[list[int]] = []
@@ -45,28 +45,31 @@ class BatchRunner:
         Raises:
             BackendError: The graph failed, or there is no memory.
         """
-        acceptance, most = self._bundle.acceptance, self.backend.rows
-        if self._tree_size != "auto" or acceptance.expected_tokens(self._bundle.tree.size) <= 1.0:
+        most = self.backend.rows
+        if self._tree_size != "auto" or self._bundle.acceptance.hopeless:
             return
         counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < most]
         tables = {n: LatencyTable.measured_batch(self._bundle, self.backend, n) for n in [*counts, most]}
-        self._choice = TreeChoice(acceptance, self._bundle.tree.depths, tables)
+        self._choice = TreeChoice(self._bundle.acceptance, self._bundle.tree, tables)
 
-    def tree_size(self, rows: Sequence[int]) -> int:
-        """Nodes per row in a step of these rows."""
-        if self._tree_size != "auto":
-            return self._tree_size
-        return self._choice.size([self._choice.accuracy_of(row) for row in rows])
+    def tree_size(self, rows: Sequence[int], guessed: Collection[int] = ()) -> int:
+        """Nodes per row in a step of these rows, of which some have a guess from the text."""
+        return self._choice.size(rows, guessed) if self._tree_size == "auto" else self._tree_size
 
-    @property
-    def tree_sizes(self) -> Mapping[int, int]:
-        """What ``auto`` takes at present, by the number of rows in a step."""
-        return self._choice.current
+    def _most_nodes(self, rows: Sequence[int]) -> int:
+        """Before it is known which of them have a guess."""
+        return max(self.tree_size(rows), self.tree_size(rows, rows))
 
     @property
-    def accuracy(self) -> float:
-        """How many guesses are right of late, against what the bundle expects."""
-        return self._choice.accuracy
+    def deepest_guess(self) -> int:
+        """Tokens of a guess from the text that a tree may have room for."""
+        largest = self._choice.largest if self._tree_size == "auto" else self._tree_size
+        return min(largest - 1, self._bundle.tree.max_depth)
+
+    @property
+    def choice(self) -> TreeChoice:
+        """What ``auto`` chooses by."""
+        return self._choice
 
     @property
     def groups(self) -> Sequence[Sequence[int]]:
@@ -97,7 +100,7 @@ class BatchRunner:
         for group in self._wanted:
             if group in self._groups:
                 continue
-            here = self._move_towards(group, self._entries(group) + self.tree_size(group))
+            here = self._move_towards(group, self._entries(group) + self._most_nodes(group))
             moved += MOVED_AT_ONCE if here is None else here
             if here is not None:
                 rest = [[row for row in other if row not in group] for other in self._groups]
@@ -118,7 +121,7 @@ class BatchRunner:
         Raises:
             BackendError: There is no memory.
         """
-        return self._arrange(rows, self._entries(rows) + self.tree_size(rows))
+        return self._arrange(rows, self._entries(rows) + self._most_nodes(rows))
 
     def prepare_prefill(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> int:
         """As ``prepare``, for ``prefill``; where others wait, about ``MOVED_AT_ONCE`` entries are moved at a time.
@@ -138,8 +141,8 @@ class BatchRunner:
         return self._step(self._chunk_size(row, chunk, beside), {row: chunk}, [row])
 
     def _chunk_size(self, row: int, chunk: Sequence[int], beside: Sequence[int]) -> int:
-        """Padded to the size of the tree: a step of S tokens drafts at most S - 1 deep."""
-        return max(len(chunk), self.tree_size([*beside, row]))
+        """Padded, if need be, so that all heads draft that the tree has use for."""
+        return max(len(chunk), min(self._bundle.drafting_size, self._most_nodes([*beside, row])))
 
     def decode(self, rows: Sequence[int], size: int, guesses: Mapping[int, Sequence[int]]) -> StepResult:
         """Verifies the trees of some rows, of the size that ``tree_size`` gave for them.
@@ -147,7 +150,7 @@ class BatchRunner:
         Args:
             rows: The rows.
             size: Nodes per row.
-            guesses: For rows that know better than their heads, the next tokens.
+            guesses: For rows that have a guess from the text, the next tokens.
 
         Raises:
             BackendError: As for ``prefill``.
@@ -155,7 +158,7 @@ class BatchRunner:
         for row, tokens in guesses.items():
             self._bundle.tree.insert(tokens, self.backend.drafts[row], size)
         result = self._step(size, {}, rows)
-        self._choice.observe(size, {row: int(result.count[row]) for row in rows})
+        self._choice.observe(size, {row: int(result.count[row]) for row in rows}, guesses)
         return result
 
     def take_over(self, source: int, row: int, shared: int) -> None:

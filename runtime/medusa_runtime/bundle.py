@@ -65,14 +65,28 @@ class Acceptance:
     Attributes:
         source: ``calibrated`` (measured for these heads), ``prior`` (typical of MEDUSA heads) or ``untrained``.
         node_values: For each node its chance, [T]; 1 for the root.
+        guessed_values: The same for steps that have a guess from the text; empty if that is not known apart.
+        guess_share: Of all steps so many do.
     """
 
     source: str
     node_values: tuple[float, ...]
+    guessed_values: tuple[float, ...] = ()
+    guess_share: float = 0.0
+
+    def values(self, *, guessed: bool) -> tuple[float, ...]:
+        """The chance of each node, [T], in steps with or without a guess from the text."""
+        return self.guessed_values if guessed and self.guessed_values else self.node_values
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether there is nothing to gain: untrained heads, or a tree of one node."""
+        return self.expected_tokens(len(self.node_values)) <= 1.0
 
     def expected_tokens(self, size: int) -> float:
-        """Expected tokens per step with the first ``size`` nodes [2.3.3]."""
-        return sum(self.node_values[:size])
+        """Expected tokens per step with the first ``size`` nodes [2.3.3], over steps of both kinds."""
+        with_guess, without = (sum(self.values(guessed=guessed)[:size]) for guessed in (True, False))
+        return self.guess_share * with_guess + (1 - self.guess_share) * without
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,11 @@ class Bundle:
     def graph(self) -> Path:
         """The ONNX file."""
         return self.folder / GRAPH
+
+    @property
+    def drafting_size(self) -> int:
+        """Tokens of a step in which all heads draft: one of S tokens drafts at most S - 1 deep."""
+        return 1 + (self.heads.num_heads if self.heads is not None else 0)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -253,17 +272,12 @@ def _parse(reader: JsonReader, folder: Path) -> Bundle:
         parsed_tree = Tree.from_paths(tree.get("paths", list), max_depth=heads.num_heads if heads else 0)
     except TreeError as error:
         raise BundleError(f"The tree in {reader.where} can't be used: {error}") from error
-    node_values = tuple(acceptance.list_of("node_values", float))
-    if len(node_values) != parsed_tree.size:
-        raise BundleError(
-            f"In {reader.where}, 'node_values' holds {len(node_values)} values for a tree of {parsed_tree.size} nodes."
-        )
     bundle = Bundle(
         folder=folder,
         model=facts,
         dtype=dtype,
         tree=parsed_tree,
-        acceptance=Acceptance(acceptance.get("source", str), node_values),
+        acceptance=_acceptance(acceptance, parsed_tree),
         heads=heads,
         sampling=reader.get("sampling", bool) if "sampling" in reader.data else False,  # not in version 1
         tree_name=tree.get("name", str),
@@ -278,6 +292,17 @@ def _parse(reader: JsonReader, folder: Path) -> Bundle:
                 "Export the bundle again."
             )
     return bundle
+
+
+def _acceptance(reader: JsonReader, tree: Tree) -> Acceptance:
+    """Bundles made before guesses were told apart have one list of values."""
+    found = {key: tuple(reader.list_of(key, float)) if key in reader.data else ()
+             for key in ("node_values", "guessed_values")}  # fmt: skip
+    for key, values in found.items():
+        if len(values) != tree.size and (values or key == "node_values"):
+            raise BundleError(f"In {reader.where}, {key!r} holds {len(values)} values for a tree of {tree.size} nodes.")
+    share = reader.get("guess_share", float) if "guess_share" in reader.data else 0.0
+    return Acceptance(reader.get("source", str), found["node_values"], found["guessed_values"], share)
 
 
 def _check_files(bundle: Bundle, check_digests: bool) -> None:

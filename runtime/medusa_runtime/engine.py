@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend, StepResult, can_step_ahead
@@ -18,11 +19,20 @@ from medusa_runtime.sampling import SamplingParams
 from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
 from medusa_runtime.tree import Tree
+from medusa_runtime.tree_choice import TreeChoice
 
 TreeSize = int | Literal["auto"]
 PREFILL_CHUNK = 512
 # The tokens of a step, and their log probabilities.
 Emitted = tuple[list[int], list[float] | None]
+
+
+class Step(NamedTuple):
+    """A decoding step: the nodes that it verified, whether there was a guess from the text, and what came of it."""
+
+    size: int
+    guessed: bool
+    result: StepResult
 
 
 class MedusaEngine(Closing):
@@ -38,7 +48,7 @@ class MedusaEngine(Closing):
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = tokenizer
-        self._best_tree_size: int | None = None
+        self._choice: TreeChoice | None = None
         self._turn = 0  # counts who may use the backend: the newest stream
 
     @classmethod
@@ -86,8 +96,8 @@ class MedusaEngine(Closing):
             prompt: Text, a list of chat messages (``{"role": …, "content": …}``), or token ids.
             max_new_tokens: Tokens to generate at most.
             tree_size: Nodes to verify per step, from 1 (plain decoding) to the bundle's tree; ``auto``
-                takes the size with the best expected speed on this machine. It never changes the result, but for that
-                of typical acceptance.
+                takes in each step the size with the best expected speed on this machine. It never changes the result,
+                but for that of typical acceptance.
             stop: Strings that end the text; they are not part of it.
             stop_token_ids: Tokens that end it, besides the model's own.
             sampling: How to draw tokens; greedy if None.
@@ -142,42 +152,43 @@ class MedusaEngine(Closing):
             logprobs=logprobs,
             lookup=lookup,
         )
-        size = self._tree_size(tree_size)
+        choice = self._tree_choice(tree_size)
         check_prefill_chunk(prefill_chunk)
-        sequence.stats.tree_size = size
         self.backend.reset(0)
         self.backend.assign(0, sequence.draws)
         self._turn += 1
-        return GenerationStream(sequence, self._steps(sequence, size, prefill_chunk, self._turn))
+        return GenerationStream(sequence, self._steps(sequence, choice, prefill_chunk, self._turn))
 
-    def _steps(self, sequence: TokenSequence, size: int, prefill_chunk: int, turn: int) -> Iterator[Emitted]:
+    def _steps(self, sequence: TokenSequence, choice: TreeChoice, prefill_chunk: int, turn: int) -> Iterator[Emitted]:
         """What steps emit, without end: prefill gives one token, every step after it at least one."""
         backend, depth, stats = self.backend, self.bundle.tree.max_depth, sequence.stats
         length = len(sequence.prompt_ids)
-        # The last chunk is padded to the size of the tree: a step of S tokens drafts at most S - 1 deep.
+        drafting = min(choice.largest, self.bundle.drafting_size)  # what the last chunk is padded to
         limit = min(prefill_chunk, backend.max_tokens or prefill_chunk)
         last = (length - 1) % limit + 1
         # The last step of the prompt, and the last one of all, which begins with two tokens less than there will be.
-        prefilled = length - last + max(last, size)
-        backend.reserve(depth + max(prefilled, length + sequence.max_new_tokens - 2 + size))
+        prefilled = length - last + max(last, drafting)
+        backend.reserve(depth + max(prefilled, length + sequence.max_new_tokens - 2 + choice.largest))
         started = time.perf_counter()
         while sequence.is_prefilling:
             self._check_turn(turn)
             chunk = sequence.next_chunk(limit)
-            result = backend.step(max(len(chunk), size), {0: chunk})
+            result = backend.step(max(len(chunk), drafting), {0: chunk})
             sequence.prefilled += len(chunk)
         stats.prefill_seconds = time.perf_counter() - started
         yield result.emitted(0, 1)
         self._check_turn(turn)
         started = time.perf_counter()
-        most = min(size, depth + 1)  # tokens that a step emits
-        if sequence.looks_up and size > 1:
-            steps = guided_steps(backend, size, lambda: sequence.guess(most - 1), self.bundle.tree)
+        most = min(choice.largest, depth + 1)  # tokens that a step emits
+        choice.begin(0)
+        if sequence.looks_up and most > 1:
+            steps = guided_steps(backend, choice, lambda: sequence.guess(most - 1), self.bundle.tree)
         else:
-            steps = decoding_steps(backend, size, lambda: sequence.tokens_left > most)
-        for result in steps:
-            emitted = result.emitted(0)
-            stats.count_step(len(emitted[0]))
+            steps = decoding_steps(backend, choice, lambda: sequence.tokens_left > most)
+        for step in steps:
+            emitted = step.result.emitted(0)
+            choice.observe(step.size, {0: len(emitted[0])}, [0] if step.guessed else [])
+            stats.count_step(len(emitted[0]), step.size)
             stats.decode_seconds = time.perf_counter() - started
             yield emitted
             self._check_turn(turn)
@@ -189,21 +200,20 @@ class MedusaEngine(Closing):
                 "or load a second engine."
             )
 
-    def _tree_size(self, tree_size: TreeSize) -> int:
+    def _tree_choice(self, tree_size: TreeSize) -> TreeChoice:
         if tree_size == "auto":
-            if self._best_tree_size is None:
-                self._best_tree_size = self._measure()
-            return self._best_tree_size
+            if self._choice is None:
+                self._choice = self._measured()
+            return self._choice
         check_tree_size(self.bundle, tree_size)
-        return tree_size
+        return TreeChoice.fixed(self.bundle, tree_size)
 
-    def _measure(self) -> int:
-        """The size with the most expected tokens per second on this machine."""
-        acceptance, largest = self.bundle.acceptance, self.bundle.tree.size
-        if acceptance.expected_tokens(largest) <= 1.0:  # nothing to gain: untrained heads, or a tree of one node
-            return 1
-        latencies = LatencyTable.measured(self.bundle, self.backend)
-        return latencies.best_size(acceptance)
+    def _measured(self) -> TreeChoice:
+        """What has the most expected tokens per second on this machine."""
+        if self.bundle.acceptance.hopeless:
+            return TreeChoice.fixed(self.bundle, 1)
+        table = LatencyTable.measured(self.bundle, self.backend)
+        return TreeChoice(self.bundle.acceptance, self.bundle.tree, {1: table})
 
     def close(self) -> None:
         """Gives the backend's memory back."""
@@ -211,7 +221,7 @@ class MedusaEngine(Closing):
         self.backend.close()
 
 
-def decoding_steps(backend: Backend, size: int, is_sure: Callable[[], bool]) -> Iterator[StepResult]:
+def decoding_steps(backend: Backend, choice: TreeChoice, is_sure: Callable[[], bool]) -> Iterator[Step]:
     """Decoding steps without end; where the backend can, each is submitted before the one before it is looked at.
 
     So the device never waits for the host. A step that turns out to come after a stop is in vain, and discarded when
@@ -219,38 +229,41 @@ def decoding_steps(backend: Backend, size: int, is_sure: Callable[[], bool]) -> 
 
     Args:
         backend: What runs them.
-        size: Nodes that each verifies.
+        choice: How many nodes each verifies.
         is_sure: Whether one more step will be needed after the one under way, whatever that emits, unless the text
             stops: a step ahead never goes past the tokens asked for, nor past the caches' end.
     """
     if not can_step_ahead(backend):
         while True:
-            yield backend.step(size)
-    ahead = False
+            size = choice.size([0])
+            yield Step(size, guessed=False, result=backend.step(size))
+    submitted: deque[int] = deque()
     while True:
-        if not ahead:
-            backend.submit(size)
-        ahead = is_sure()
-        if ahead:
-            backend.submit(size)
-        yield backend.collect()
+        wanted = 1 + is_sure()
+        while len(submitted) < wanted:
+            submitted.append(choice.size([0]))
+            backend.submit(submitted[-1])
+        yield Step(submitted.popleft(), guessed=False, result=backend.collect())
 
 
-def guided_steps(backend: Backend, size: int, guess: Callable[[], Sequence[int]], tree: Tree) -> Iterator[StepResult]:
+def guided_steps(
+    backend: Backend, choice: TreeChoice, guess: Callable[[], Sequence[int]], tree: Tree
+) -> Iterator[Step]:
     """Decoding steps without end, each of which verifies a guess first if there is one.
 
     It takes the tokens of the last step to guess, so none is submitted ahead.
 
     Args:
         backend: What runs them.
-        size: Nodes that each verifies.
+        choice: How many nodes each verifies.
         guess: Guesses the next tokens.
         tree: The bundle's.
     """
     while True:
-        if guesses := guess():
-            tree.insert(guesses, backend.drafts[0], size)
-        yield backend.step(size)
+        guesses = guess()
+        size = choice.size([0], [0] if guesses else [])
+        tree.insert(guesses, backend.drafts[0], size)
+        yield Step(size, guessed=bool(guesses), result=backend.step(size))
 
 
 class GenerationStream(Iterator[Chunk]):

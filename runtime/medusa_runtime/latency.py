@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_runtime.backends.base import Backend, BatchBackend
-from medusa_runtime.bundle import DESCRIPTION, Acceptance, Bundle, FileFacts
+from medusa_runtime.bundle import DESCRIPTION, Bundle, FileFacts
 
 CACHE_FILE = ".medusa-latency.json"
 FILL = 64  # entries in the cache while measuring
@@ -29,10 +29,6 @@ class LatencyTable:
     """Seconds per step by tree size, ascending."""
 
     seconds: dict[int, float]
-
-    def best_size(self, acceptance: Acceptance) -> int:
-        """The measured size with the most expected tokens per second; the smaller one on a tie."""
-        return max(self.seconds, key=lambda size: (acceptance.expected_tokens(size) / self.seconds[size], -size))
 
     @classmethod
     def measured(cls, bundle: Bundle, backend: Backend) -> LatencyTable:
@@ -113,7 +109,7 @@ def _measure(
     sizes = [size for size in candidate_sizes(bundle.tree.size) if size == 1 or rows == 1 or size * rows <= MOST_TOKENS]
     depth = bundle.tree.max_depth
     fill = min(FILL, backend.max_tokens or FILL)
-    backend.reserve(depth + fill + len(sizes) * (depth + 1) + bundle.tree.size)
+    backend.reserve(depth + fill + (len(sizes) + 1) * (depth + 1) + bundle.tree.size)
     prompt = [token % bundle.model.vocab_size for token in range(fill)]
 
     def seconds(size: int) -> float:
@@ -127,13 +123,14 @@ def _measure(
         for row in range(rows):
             backend.reset(row)
         step(max(fill, bundle.tree.size), dict.fromkeys(range(rows), prompt))
+        step(1, {})  # the one after a large step takes longer
         taken: dict[int, float] = {}
-        best = 0.0
+        best = [0.0, 0.0]  # without and with a guess from the text
         for size in sizes:
             taken[size] = seconds(size)
-            rate = bundle.acceptance.expected_tokens(size) / taken[size]
-            best = max(best, rate)
-            if len(rounds) == 1 and rate < HOPELESS * best:
+            rates = [sum(bundle.acceptance.values(guessed=kind)[:size]) / taken[size] for kind in (False, True)]
+            best = [*map(max, best, rates)]
+            if len(rounds) == 1 and all(rate < HOPELESS * most for rate, most in zip(rates, best, strict=True)):
                 break
         sizes = list(taken)
         rounds.append(taken)

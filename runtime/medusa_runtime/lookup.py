@@ -13,6 +13,8 @@ from collections.abc import Iterable
 SHORTEST_MATCH = 2
 # Of two places the one that has more in common with the end of the text counts, up to so many tokens.
 LONGEST_MATCH = 8
+# How far trees go down for guesses where heads have ended. Further down little is left, and a step costs more.
+DEEPEST_GUESS = 8
 # So many places are looked at, the latest first.
 PLACES = 16
 

@@ -46,10 +46,10 @@ class Stats:
         completion_tokens: Tokens generated.
         steps: Decoding steps; the first token comes from prefill and takes none.
         accepted_lengths: How many steps emitted 1, 2, … tokens.
+        tree_sizes: How many steps verified trees of 1, 2, … nodes.
         queue_seconds: Until it was its turn; 0 in an engine, which has no queue.
         prefill_seconds: From then until the first token.
         decode_seconds: From then to the last.
-        tree_size: Nodes verified per step; in a service, which fits it to the load, those of the last step.
     """
 
     prompt_tokens: int = 0
@@ -57,26 +57,35 @@ class Stats:
     completion_tokens: int = 0
     steps: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
+    tree_sizes: Counter[int] = field(default_factory=Counter)
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    tree_size: int = 1
 
-    def count_step(self, emitted: int) -> None:
-        """Notes a decoding step and how many tokens it emitted."""
+    def count_step(self, emitted: int, tree_size: int) -> None:
+        """Notes a decoding step, how many tokens it emitted and how many nodes it verified."""
         self.steps += 1
         self.accepted_lengths[emitted] += 1
+        self.tree_sizes[tree_size] += 1
 
     @property
     def tokens_per_step(self) -> float:
         """Mean tokens emitted by a decoding step; 1 if there was none."""
-        emitted = sum(length * times for length, times in self.accepted_lengths.items())
-        return emitted / self.steps if self.steps else 1.0
+        return _mean(self.accepted_lengths)
+
+    @property
+    def nodes_per_step(self) -> float:
+        """Mean nodes verified by a decoding step; 1 if there was none."""
+        return _mean(self.tree_sizes)
 
     @property
     def tokens_per_second(self) -> float:
         """Decoding speed, prefill left out; 0 if no step was needed."""
         return (self.completion_tokens - 1) / self.decode_seconds if self.steps and self.decode_seconds else 0.0
+
+
+def _mean(counts: Counter[int]) -> float:
+    return sum(number * times for number, times in counts.items()) / counts.total() if counts else 1.0
 
 
 @dataclass(frozen=True)

@@ -387,17 +387,17 @@ class MedusaService(Closing):
 
     def _decode_together(self, jobs: Sequence[Job]) -> None:
         rows = _rows(jobs)
-        size = self._runner.tree_size(rows)
+        deepest = self._runner.deepest_guess
+        found = {row: job.sequence.guess(deepest) for job, row in zip(jobs, rows, strict=True)}
+        guesses = {row: guess for row, guess in found.items() if guess}
+        size = self._runner.tree_size(rows, guesses)
         with self._timed("decode", len(rows), size) as tokens:
-            deep = min(size - 1, self.bundle.tree.max_depth)
-            guesses = {row: job.sequence.guess(deep) for job, row in zip(jobs, rows, strict=True)}
             result = self._runner.decode(rows, size, guesses)
             now = self._now()
             for job, row in zip(jobs, rows, strict=True):
                 emitted, logprobs = result.emitted(row)
                 stats = job.sequence.stats
-                stats.count_step(len(emitted))
-                stats.tree_size = size
+                stats.count_step(len(emitted), size)
                 stats.decode_seconds = now - job.first_token
                 tokens.append(len(emitted))
                 self._deliver(job, emitted, logprobs)

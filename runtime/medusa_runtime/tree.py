@@ -61,7 +61,8 @@ class Tree:
 
         Args:
             paths: Rank paths in any order; in gain order every prefix is the best tree of its size.
-            max_depth: The number of heads: a node can't lie deeper.
+            max_depth: The number of heads: only the path of best candidates can go on below them, for guesses from
+                the text.
             top_k: The number of candidates kept per head: a rank can't reach it.
 
         Raises:
@@ -78,10 +79,10 @@ class Tree:
                     f"The tree is not prefix-closed: {list(path)} is there but its parent {list(path[:-1])} is not. "
                     "Add the parent, or drop the path."
                 )
-            if max_depth is not None and len(path) > max_depth:
+            if max_depth is not None and len(path) > max_depth and (any(path) or not max_depth):
                 raise TreeError(
-                    f"The tree path {list(path)} is {len(path)} deep, but there are {max_depth} heads. "
-                    "Use a shallower tree or more heads."
+                    f"The tree path {list(path)} is {len(path)} deep, but there are {max_depth} heads: only the path "
+                    "of best candidates may go on below them. Use a shallower tree or more heads."
                 )
             if top_k is not None and max(path) >= top_k:
                 raise TreeError(
@@ -97,7 +98,7 @@ class Tree:
 
     @property
     def max_depth(self) -> int:
-        """Depth of the deepest node; the root has depth 0. It is also the number of heads in use."""
+        """Depth of the deepest node (M); the root has depth 0."""
         return max((len(path) for path in self.paths), default=0)
 
     @property
