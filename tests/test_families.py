@@ -69,7 +69,7 @@ def test_compiled_step_decodes_as_transformers(family: Family, graph: str, rows:
     for first in range(0, 2, rows):
         prompts, expected = PROMPTS[first : first + rows], family.expected[first : first + rows]
         for size, chunk in WAYS:
-            result = decode(backend, TREE, prompts, expected, size=size, chunk=chunk, count=COUNT)
+            result = decode(backend, TREE, prompts, expected, size=size, chunk=chunk, count=COUNT, seed=chunk + first)
             assert result.tokens == expected, (size, chunk)
             accepted += result.accepted
     assert set(accepted) == {1, 2, 3, 4, 5}
