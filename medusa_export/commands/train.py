@@ -66,7 +66,9 @@ from medusa_export.cli import DTYPES, Progress, extra
     help="medusa2: with LoRA.",
 )
 @click.option("--joint-learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True,
-              help="medusa2: LoRA's; that of heads is 4 times as high.")  # fmt: skip
+              help="medusa2: LoRA's.")  # fmt: skip
+@click.option("--heads-rate", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True,
+              help="medusa2: the heads' learning rate over LoRA's.")  # fmt: skip
 @click.option("--lora-rank", type=click.IntRange(1), default=32, show_default=True, help="medusa2.")
 @click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,
               help="medusa2; without any, a step takes three quarters of the time on a CPU.")  # fmt: skip
@@ -100,6 +102,7 @@ def command(
     conversations: int,
     joint_epochs: float,
     joint_learning_rate: float,
+    heads_rate: float,
     lora_rank: int,
     lora_dropout: float,
     heads_weight: float,
@@ -158,7 +161,7 @@ def command(
     if recipe == "medusa2":
         progress("training heads and model")
         schedule = Schedule(joint_epochs, joint_learning_rate, conversations, seed=seed, bf16=bf16)
-        lora = Lora(rank=lora_rank, dropout=lora_dropout, heads_weight=heads_weight)
+        lora = Lora(rank=lora_rank, dropout=lora_dropout, heads_weight=heads_weight, heads_rate=heads_rate)
         histories["joint"] = job.medusa2(trained, schedule, lora)
     if not processes.is_main:
         return

@@ -68,6 +68,8 @@ def command(
     targets = parse_targets(library, target) if target is not None else ()
     require_bundle(bundle)
     opened = Bundle.load(bundle)
+    if opened.dtype == "float32":
+        progress("weights and caches will be fp32, as the bundle's: export it with --dtype fp16 for half of the memory")
     limits = choose_limits(opened, max_batch=max_batch, max_seq_len=max_seq_len, max_prefill=max_prefill)
     options = BuildOptions(limits, targets, opt_level, timing_cache)
     with progress_bar(f"{library.flavor} {library.version}", 100, quiet=quiet) as bar:
