@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ COLUMNS = (
     "same tokens",
 )  # fmt: skip
 # Left out at a terminal, which is narrow.
-_WIDE = 2
+_WIDE = {"range", "nodes per step"}
 
 
 def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
@@ -42,12 +43,12 @@ def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
 
 def as_table(measured: Mapping[str, Speed]) -> Table:
     """For people at a terminal."""
-    columns = (*COLUMNS[:_WIDE], *COLUMNS[_WIDE + 1 :])
+    shown = [column not in _WIDE for column in COLUMNS]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in columns:
+    for column in compress(COLUMNS, shown):
         table.add_column(column.replace(" ", "\n"), no_wrap=True)
     for row in rows(measured):
-        table.add_row(*row[:_WIDE], *row[_WIDE + 1 :])
+        table.add_row(*compress(row, shown))
     return table
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from medusa_export.bench import (
     Contestant,
@@ -21,7 +24,7 @@ from medusa_export.bench import (
     race,
     speeds,
 )
-from medusa_export.bench_report import as_markdown, regressions
+from medusa_export.bench_report import as_markdown, as_table, regressions
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
 from medusa_runtime import Bundle
@@ -57,6 +60,17 @@ def test_categories() -> None:
     assert figures["a"] == {"speedup": 2, "tokens_per_step": 2.5}
     assert figures["b"] == {"speedup": 0.5, "tokens_per_step": 1}
     assert "| a | 2.50 | 2.00x |" in as_markdown(speeds(answers, "plain"), figures)
+
+
+def test_a_terminal_of_80_columns_cuts_nothing_off() -> None:
+    answers = [[Generation((7, *range(10)), 0.9, 9.9, 10, nodes_per_step=5.95)]]
+    measured = speeds({"onnxruntime-genai": answers, "auto, no lookup": answers}, "auto, no lookup", {})
+    figures = {name: replace(speed, memory_mib=1699) for name, speed in measured.items()}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(as_table(figures))
+    text = console.export_text()
+    assert "…" not in text and "onnxruntime-genai" in text and "1699 MiB" in text
+    assert "5.95" not in text and "5.95" in as_markdown(figures, {})
 
 
 def test_everyone_answers_everything_and_the_order_turns() -> None:
