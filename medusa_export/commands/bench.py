@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,7 @@ def command(
         with extra("train"):
             from medusa_export.plots import plot_sizes
 
+    threads = threads or len(os.sched_getaffinity(0))  # for everyone: others take one per physical core by themselves
     asked = b.bench_prompts(prompts)
     progress(f"loading {bundle}")
     empty = b.resident()
@@ -121,7 +123,7 @@ def command(
 
 def _add_peers(
     paddock: Paddock,
-    threads: int | None,
+    threads: int,
     *,
     plain: Path | None,
     genai: Path | None,
