@@ -36,8 +36,11 @@ def _grown(
     reach: list[tuple[float, int, RankPath]] = []
 
     def open_children(path: RankPath) -> None:
-        ranks = calibration.top_k if len(path) < len(calibration.accuracies) else not any(path)
-        for rank in range(ranks if len(path) < calibration.max_depth else 0):
+        if len(path) < len(calibration.accuracies):
+            ranks = calibration.top_k
+        else:  # below the heads only the path of best candidates goes on, and no further than guesses were counted
+            ranks = int(not any(path) and len(path) < calibration.max_depth)
+        for rank in range(ranks):
             child = (*path, rank)
             value = calibration.value(child, guessed=guessed)
             if value > 0 and child not in paths:

@@ -190,6 +190,14 @@ def test_unusable_bundles(tiny_bundle: Bundle, tmp_path: Path) -> None:
     edit(folder, contract_version=4)
     with pytest.raises(BundleError, match="version"):
         Bundle.load(folder)
+    acceptance = {"source": "calibrated", "node_values": [1.0] * 9}
+    for values, words in (({"node_values": [1.0]}, "'node_values' holds 1 values for a tree of 9 nodes"),
+                          ({"guessed_values": [1.0] * 8}, "'guessed_values' holds 8"),
+                          ({"guess_share": "half"}, "'guess_share' is 'half'")):  # fmt: skip
+        folder = fresh(next(iter(values)))
+        edit(folder, acceptance=acceptance | values)
+        with pytest.raises(BundleError, match=words):
+            Bundle.load(folder)
     folder = fresh("json")
     (folder / DESCRIPTION).write_text((folder / DESCRIPTION).read_text()[:-40])
     with pytest.raises(BundleError, match="not valid JSON"):
