@@ -71,7 +71,7 @@ class StepChecks:
         self._logits = {value: _Logits(f"{name}: {value.replace('_', ' ')}", tolerances) for value in extra}
         self._integers = Check(f"{name}: integers of a step")
         self._accepted: Counter[int] = Counter()
-        self._drafts = 0
+        self._turns: Counter[int] = Counter()  # of depths
 
     def run(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> list[Check]:
         """All scenarios: groups of prompts by tree size and chunk."""
@@ -133,11 +133,11 @@ class StepChecks:
                     emitted[row] += output.tokens[row, :count].tolist()
 
     def _next_node(self, size: int, rng: np.random.Generator) -> int:
-        """The node that the next draft is right up to: of each depth in turn, any one."""
+        """The node that the next draft is right up to: any one of the depth that had the fewest turns, the deepest first."""
         depths = self._tree.depths[:size]
-        depth = self._tree.max_depth - self._drafts % (self._tree.max_depth + 1)
-        self._drafts += 1
-        return int(rng.choice(np.flatnonzero(depths == min(depth, depths.max()))))
+        depth = min(range(int(depths.max()) + 1), key=lambda depth: (self._turns[depth], -depth))
+        self._turns[depth] += 1
+        return int(rng.choice(np.flatnonzero(depths == depth)))
 
     def _compare_step(self, width: int, parts: dict[int, list[int]]) -> bool:
         """One step of both; whether they still go the same way."""

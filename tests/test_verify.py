@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,6 +23,7 @@ from medusa_export.step import MedusaStep
 from medusa_export.verify import verify_bundle
 from medusa_export.verify_checks import Check, Verification
 from medusa_export.verify_reference import reference_tokens
+from medusa_export.verify_steps import StepChecks
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.bundle import DESCRIPTION, FileFacts
 from stock import Stock
@@ -79,6 +81,15 @@ def test_a_right_bundle_passes(tiny_bundle: Bundle, step: MedusaStep) -> None:
     ]
     integers = outcome.checks[2]
     assert set(integers.figures) == {"accepted_1", "accepted_2", "accepted_3", "accepted_4", "accepted_5"}
+
+
+def test_depths_take_turns_whatever_small_trees_reach() -> None:
+    checks = StepChecks.__new__(StepChecks)
+    checks._tree, checks._turns = Tree(tuple((0,) * depth for depth in range(1, 9))), Counter()
+    rng = np.random.default_rng(0)
+    for size in (1, 4, 1, 4, 1, 4):
+        assert checks._next_node(size, rng) < size
+    assert [checks._next_node(9, rng) for _ in range(5)] == [8, 7, 6, 5, 4]
 
 
 def edit(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Bundle:
