@@ -133,7 +133,7 @@ class StepChecks:
                     emitted[row] += output.tokens[row, :count].tolist()
 
     def _next_node(self, size: int, rng: np.random.Generator) -> int:
-        """The node that the next draft is right up to: any one of the depth with the fewest turns, the deepest first."""
+        """The node that the next draft is right up to, of the depth with the fewest turns, the deepest first."""
         depths = self._tree.depths[:size]
         depth = min(range(int(depths.max()) + 1), key=lambda depth: (self._turns[depth], -depth))
         self._turns[depth] += 1
