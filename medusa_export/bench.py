@@ -22,7 +22,7 @@ import psutil
 
 from medusa_export.errors import DatasetError
 from medusa_runtime import MedusaEngine
-from medusa_runtime.engine import TreeSize
+from medusa_runtime.tree_choice import TreeSize
 
 LLAMA_CPP = "llama.cpp"
 AUTO = "auto"

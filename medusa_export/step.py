@@ -113,7 +113,7 @@ class MedusaStep(nn.Module):
         self.register_buffer("tree_parents", torch.from_numpy(tree.parents))
         self.register_buffer("tree_paths", torch.from_numpy(tree.node_paths))
         # Where each drafted node's token stands among the heads' candidates, laid out [K, top_k].
-        heads = np.minimum(tree.depths[1:], max(self.num_heads, 1)) - 1
+        heads = np.minimum(tree.depths[1:], self.num_heads) - 1
         candidates = heads * tree.top_k + tree.ranks[1:]
         self.register_buffer("tree_candidates", torch.from_numpy(candidates))
 

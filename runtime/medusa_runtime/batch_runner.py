@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -11,9 +10,8 @@ from medusa_runtime.backends.base import BatchBackend, StepResult
 from medusa_runtime.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.errors import BackendError
 from medusa_runtime.latency import LatencyTable
-from medusa_runtime.tree_choice import TreeChoice
+from medusa_runtime.tree_choice import TreeChoice, TreeSize
 
-TreeSize = int | Literal["auto"]
 # On CPUs attention reads a byte of the caches in about twice the time in which matrix products read one of the weights.
 CACHE_TO_WEIGHTS = 2
 # Entries that are moved at a time while others wait: faster than a chunk of a prompt, even where memory is new.

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend, StepResult, can_step_ahead
@@ -19,9 +19,8 @@ from medusa_runtime.sampling import SamplingParams
 from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
 from medusa_runtime.tree import Tree
-from medusa_runtime.tree_choice import TreeChoice
+from medusa_runtime.tree_choice import TreeChoice, TreeSize
 
-TreeSize = int | Literal["auto"]
 PREFILL_CHUNK = 512
 # The tokens of a step, and their log probabilities.
 Emitted = tuple[list[int], list[float] | None]

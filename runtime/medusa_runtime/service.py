@@ -18,7 +18,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 from medusa_runtime.backends import open_batch_backend
 from medusa_runtime.backends.base import BatchBackend
-from medusa_runtime.batch_runner import BatchRunner, TreeSize
+from medusa_runtime.batch_runner import BatchRunner
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.closing import Closing
 from medusa_runtime.errors import (
@@ -38,6 +38,7 @@ from medusa_runtime.scheduler import Job, Scheduler
 from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
 from medusa_runtime.session import ChatSession
 from medusa_runtime.tokenizer import Tokenizer
+from medusa_runtime.tree_choice import TreeSize
 
 PREFILL_CHUNK = 64  # beside rows that decode
 LONE_CHUNK = 512  # while none does
@@ -388,8 +389,7 @@ class MedusaService(Closing):
     def _decode_together(self, jobs: Sequence[Job]) -> None:
         rows = _rows(jobs)
         deepest = self._runner.deepest_guess
-        found = {row: job.sequence.guess(deepest) for job, row in zip(jobs, rows, strict=True)}
-        guesses = {row: guess for row, guess in found.items() if guess}
+        guesses = {row: guess for job, row in zip(jobs, rows, strict=True) if (guess := job.sequence.guess(deepest))}
         size = self._runner.tree_size(rows, guesses)
         with self._timed("decode", len(rows), size) as tokens:
             result = self._runner.decode(rows, size, guesses)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from medusa_runtime.bundle import Acceptance, Bundle
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.tree import Tree
 
+# Nodes per step: a number of them, or what a `TreeChoice` chooses.
+TreeSize = int | Literal["auto"]
 # A tree has to promise so much more speed than plain decoding: tables are measured, and no better than this.
 MARGIN = 0.03
 
