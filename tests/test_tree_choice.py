@@ -117,6 +117,15 @@ def test_steps_with_a_guess_from_the_text_have_a_size_and_a_count_of_their_own()
     assert tree.accuracy_of(0, guessed=True) == tree.accuracy(guessed=True)
 
 
+def test_an_outlook_is_no_decision() -> None:
+    """Where room is made for a step its size is asked for beforehand: a tree that isn't used is not begun with."""
+    told = Acceptance("calibrated", (1.0, 0.02, 0.01, 0.0), (1.0, 0.9, 0.85, 0.8), 0.25)
+    tree = choice(1.0, 1.01, 1.6, acceptance=told)
+    assert tree.outlook([0, 1]) == 4
+    assert tree.size([0, 1]) == 1  # gains 1 %, too little to begin
+    assert tree.outlook(range(5)) == 1
+
+
 def test_an_older_bundle_tells_nothing_of_guesses() -> None:
     tree = choice(1.0, 1.3, 1.9)
     assert tree.size([0], guessed=[0]) == tree.size([0]) == 2

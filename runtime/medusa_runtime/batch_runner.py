@@ -56,7 +56,7 @@ class BatchRunner:
 
     def _most_nodes(self, rows: Sequence[int]) -> int:
         """Before it is known which of them have a guess."""
-        return max(self.tree_size(rows), self.tree_size(rows, rows))
+        return self._choice.outlook(rows) if self._tree_size == "auto" else self._tree_size
 
     @property
     def deepest_guess(self) -> int:

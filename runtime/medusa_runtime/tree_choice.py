@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medusa_runtime.bundle import Acceptance, Bundle
 from medusa_runtime.latency import LatencyTable
@@ -62,9 +63,13 @@ class TreeChoice:
     """
 
     def __init__(self, acceptance: Acceptance, tree: Tree, tables: Mapping[int, LatencyTable]) -> None:
-        self._acceptance = acceptance
-        self._depths = tree.depths
-        self._reached: dict[tuple[int, bool], list[float]] = {}
+        at_depth = tree.depths[:, None] == np.arange(1, tree.max_depth + 1)
+        # The chance that the first so many nodes are right to each depth from 1 on, as calibrated: [T, max_depth].
+        self._chances = {
+            guessed: np.cumsum(np.where(at_depth, np.array(acceptance.values(guessed=guessed))[:, None], 0), 0)
+            for guessed in (False, True)
+        }
+        self._tried = {guessed: _right_of_tried(chances) for guessed, chances in self._chances.items()}
         self._tables = dict(tables)
         # Half after about 1,400 steps of a request.
         self._all = {guessed: Guesses(prior=30, fading=0.9995) for guessed in (False, True)}
@@ -84,8 +89,11 @@ class TreeChoice:
     @property
     def sizes(self) -> dict[int, tuple[int, int]]:
         """What is best at present for rows that are like all others, by their number: with a guess in none, in all."""
-        without, with_guess = ((kind, self.accuracy(guessed=kind)) for kind in (False, True))
-        return {n: (self._best(n, [without] * n)[0], self._best(n, [with_guess] * n)[0]) for n in self._tables}
+        without, with_guess = (
+            {n: self._best(n, [kind] * n, [self.accuracy(guessed=kind)] * n)[0] for n in self._tables}
+            for kind in (False, True)
+        )
+        return {n: (without[n], with_guess[n]) for n in self._tables}
 
     def accuracy(self, *, guessed: bool) -> float:
         """How many tokens are right, against what the bundle expects, in steps of one kind."""
@@ -102,19 +110,17 @@ class TreeChoice:
             self._rows.pop((row, guessed), None)
 
     def size(self, rows: Sequence[int], guessed: Collection[int] = ()) -> int:
-        """Nodes per row in a step of these rows; more of them than were measured have one each.
+        """Nodes per row in the next step of these rows; more of them than were measured have one each.
 
         Args:
             rows: The rows.
             guessed: Those that have a guess from the text.
         """
-        measured = next((count for count in self._tables if count >= len(rows)), None)
+        measured = self._measured(len(rows))
         if measured is None:
             return 1
         kinds = [row in guessed for row in rows]
-        best, gain = self._best(
-            measured, [(kind, self.accuracy_of(row, guessed=kind)) for row, kind in zip(rows, kinds, strict=True)]
-        )
+        best, gain = self._best(measured, kinds, self._accuracies(rows, kinds))
         place = (measured, any(kinds))
         if best == 1:
             self._grown.discard(place)
@@ -122,20 +128,38 @@ class TreeChoice:
             self._grown.add(place)
         return best if place in self._grown else 1
 
-    def _best(self, measured: int, rows: Sequence[tuple[bool, float]]) -> tuple[int, float]:
+    def outlook(self, rows: Sequence[int]) -> int:
+        """About the most nodes per row that a step of these rows will have, whichever of them have a guess."""
+        measured = self._measured(len(rows))
+        if measured is None:
+            return 1
+        kinds = ([kind] * len(rows) for kind in (False, True))
+        return max(self._best(measured, kind, self._accuracies(rows, kind))[0] for kind in kinds)
+
+    def _measured(self, rows: int) -> int | None:
+        """The table to go by for so many rows."""
+        return next((count for count in self._tables if count >= rows), None)
+
+    def _accuracies(self, rows: Sequence[int], kinds: Sequence[bool]) -> list[float]:
+        return [self.accuracy_of(row, guessed=kind) for row, kind in zip(rows, kinds, strict=True)]
+
+    def _best(self, measured: int, kinds: Sequence[bool], accuracies: Sequence[float]) -> tuple[int, float]:
         """The size with the best expected speed, and that speed against plain decoding's.
 
         Args:
             measured: The table to go by.
-            rows: For each row whether it has a guess, and its accuracy.
+            kinds: For each row whether it has a guess.
+            accuracies: Of each row's guesses.
         """
         seconds = self._tables[measured].seconds
-        rates = {
-            size: sum(self.expected_tokens(size, accuracy, guessed=guessed) for guessed, accuracy in rows) / taken
-            for size, taken in seconds.items()
-        }
-        best = max(rates, key=lambda size: (rates[size], -size))
-        return best, rates[best] / rates[1] if 1 in rates else math.inf
+        sizes = list(seconds)
+        tokens = np.zeros(len(sizes))
+        for kind in {*kinds}:
+            of_kind = [accuracy for accuracy, its in zip(accuracies, kinds, strict=True) if its == kind]
+            tokens += self._expected(sizes, of_kind, guessed=kind).sum(0)
+        rates = tokens / list(seconds.values())
+        best = int(rates.argmax())  # the first of several: sizes ascend
+        return sizes[best], float(rates[best] / rates[sizes.index(1)]) if 1 in seconds else math.inf
 
     def observe(self, size: int, emitted: Mapping[int, int], guessed: Collection[int] = ()) -> None:
         """Counts a step: what each row emitted, by row. A token is counted if those above it were right.
@@ -147,21 +171,25 @@ class TreeChoice:
         """
         for row, count in emitted.items():
             kind = row in guessed
-            reached = self._chances(size, guessed=kind)
-            conditional = [chance / above for chance, above in zip(reached, [1.0, *reached], strict=False)]
-            counts = (count - 1, sum(conditional[:count]))
+            expected = self._tried[kind][size - 1]
+            counts = (count - 1, float(expected[min(count, len(expected) - 1)]))
             self._all[kind].observe(*counts)
             self._rows.setdefault((row, kind), Guesses(prior=10, fading=0.99)).observe(*counts)
 
     def expected_tokens(self, size: int, accuracy: float, *, guessed: bool = False) -> float:
         """Expected tokens per step of a request."""
-        chances = enumerate(self._chances(size, guessed=guessed), 1)
-        return 1 + sum(min(1.0, accuracy**depth * chance) for depth, chance in chances)
+        return float(self._expected([size], [accuracy], guessed=guessed)[0, 0])
 
-    def _chances(self, size: int, *, guessed: bool) -> list[float]:
-        """The chance that a tree of ``size`` nodes is right to each depth from 1 on, as calibrated."""
-        if (size, guessed) not in self._reached:
-            values = self._acceptance.values(guessed=guessed)[:size]
-            sums = np.bincount(self._depths[:size], weights=values)[1:].tolist()
-            self._reached[size, guessed] = [chance for chance in sums if chance > 0]
-        return self._reached[size, guessed]
+    def _expected(self, sizes: Sequence[int], accuracies: Sequence[float], *, guessed: bool) -> NDArray[np.float64]:
+        """Expected tokens per step, [accuracies, sizes]."""
+        chances = self._chances[guessed][np.array(sizes) - 1]
+        depths = np.arange(1, chances.shape[1] + 1)
+        by_depth = np.array(accuracies)[:, None, None] ** depths * chances
+        return 1.0 + np.asarray(np.minimum(by_depth, 1.0).sum(-1))
+
+
+def _right_of_tried(chances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many of the first n guesses are right where those before each were, [T, max_depth + 1]."""
+    above = np.hstack([np.ones_like(chances[:, :1]), chances[:, :-1]])
+    conditional = np.divide(chances, above, out=np.zeros_like(chances), where=above > 0)
+    return np.pad(np.cumsum(conditional, 1), ((0, 0), (1, 0)))
