@@ -101,14 +101,11 @@ def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target
             ]
             facts["host_gap_ms"] = host_gap(opened.backend, prompts[0])
             facts["enqueued_step_ms"] = enqueued_step_times(Bundle.load(folder, check_digests=False), prompts[0])
-        plain = speed(opened, prompts, 1)
         # Without guesses from the text, for which the host reads each step first, steps are submitted ahead.
-        rates = {
-            "auto, no lookup": speed(opened, prompts, "auto", lookup=False),
-            "auto": speed(opened, prompts, "auto"),
-        }
-        facts["tokens_per_second"] = {"tree size 1": plain, **rates}
-        facts["nodes_per_step"] = opened.generate(prompts[0], max_new_tokens=TOKENS).stats.nodes_per_step
+        asked = {"tree size 1": (1, True), "auto, no lookup": ("auto", False), "auto": ("auto", True)}
+        found = {name: decoding(opened, prompts, size, lookup=lookup) for name, (size, lookup) in asked.items()}
+        facts["tokens_per_second"] = {name: rate for name, (rate, _) in found.items()}
+        facts["nodes_per_step"] = found["auto"][1]
     return facts
 
 
@@ -157,13 +154,15 @@ def host_gap(backend: TensorRTBackend, prompt: list[int]) -> float:
     return 1000 * (apart - ahead) / REPEATS
 
 
-def speed(engine: MedusaEngine, prompts: list[list[int]], tree_size: Any, *, lookup: bool = True) -> float:
-    """Tokens per second of decoding, over all prompts."""
+def decoding(engine: MedusaEngine, prompts: list[list[int]], tree_size: Any, *, lookup: bool) -> tuple[float, float]:
+    """Tokens per second and nodes per step of decoding, over all prompts."""
     engine.generate(prompts[0], max_new_tokens=8, tree_size=tree_size, lookup=lookup)
     stats = [
         engine.generate(prompt, max_new_tokens=TOKENS, tree_size=tree_size, lookup=lookup).stats for prompt in prompts
     ]
-    return sum(each.completion_tokens - 1 for each in stats) / sum(each.decode_seconds for each in stats)
+    steps = sum(each.steps for each in stats)
+    rate = sum(each.completion_tokens - 1 for each in stats) / sum(each.decode_seconds for each in stats)
+    return rate, sum(each.steps * each.nodes_per_step for each in stats) / steps
 
 
 def transformers_speed(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
