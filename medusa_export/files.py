@@ -52,6 +52,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for file in filter(Path.is_file, partial.rglob("*")):
+            file.chmod(partial.stat().st_mode & 0o666)  # what any file gets here; as above
         if target.exists():
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from medusa_export.checkpoints import load_model, load_tokenizer, save_tokenizer
+from medusa_export.checkpoints import load_model, load_tokenizer, save_model, save_tokenizer
 from medusa_export.errors import CheckpointError, ModelNotSupportedError
 from medusa_export.gguf_cache import gguf_cache
 from tiny_models import tiny_model
+from tiny_tokenizer import make_tokenizer
 
 PROMPT = torch.tensor([[5, 17, 80, 3, 44]])
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -53,6 +54,13 @@ def test_a_folder_loads_as_it_was_saved(folder: Path) -> None:
     assert torch.equal(model(PROMPT).logits, tiny_model("llama")(PROMPT).logits)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_whoever_may_read_files_may_read_a_model_that_was_saved(tmp_path: Path) -> None:
+    save_model(tiny_model("llama"), make_tokenizer(), tmp_path / "model")
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_dtype_and_attention_are_chosen(folder: Path) -> None:
