@@ -34,7 +34,7 @@ from medusa_export.training.conversations import (
 )
 from medusa_export.training.dataset import load_splits
 from medusa_export.training.features import Features, _left, positions_of
-from medusa_export.training.generation import Writer, _choose
+from medusa_export.training.generation import Writer, Written, _choose
 from medusa_export.training.medusa1 import HeadLoss, _Positions, places
 from medusa_export.training.parts import Parts
 from medusa_runtime import Bundle, MedusaEngine
@@ -293,6 +293,27 @@ def test_a_model_writes_its_own_prompts_over_several_turns(tiny_model_folder: Pa
         return
     for row in rows_of(tmp_path / "d"):
         assert row["messages"][0] == {"role": "system", "content": "Be kind"}
+
+
+class Parrot:
+    """Writes one prompt over and over."""
+
+    told: Callable[[int], None]
+
+    def user_turns(self, conversations: list[object], **_: object) -> list[Written]:
+        return [Written("Polly wants a cracker?", complete=True, tokens=5)] * len(conversations)
+
+    answer = user_turns
+
+
+def test_a_model_that_repeats_itself_is_told_of(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa_export.training.generation.Writer", lambda *_: Parrot())
+    code, output = distilled(tiny_model_folder, tmp_path / "d", "--magpie", 5)
+    assert code == 0
+    assert "of 5 prompts the model wrote 1" in output
+    assert len(rows_of(tmp_path / "d")) == 1
 
 
 def test_soft_targets_are_the_base_models_distribution_at_the_targets_place() -> None:

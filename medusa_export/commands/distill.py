@@ -93,6 +93,12 @@ def command(
         base = load_model(model, dtype=getattr(torch, kind)).to(place)
         return Writer(base, tokenizer)
 
-    splits = distill(output, settings, conversations, open_writer, quiet=quiet)
-    for name, split in splits.items():
+    made = distill(output, settings, conversations, open_writer, quiet=quiet)
+    if made.own_prompts < settings.magpie:
+        click.echo(
+            f"note: of {settings.magpie:,} prompts the model wrote {made.own_prompts:,}, since it repeats itself or "
+            "does not end its turns: raise --prompt-temperature, or give it a file with --prompts.",
+            err=True,
+        )
+    for name, split in made.splits.items():
         click.echo(f"{output / name}.jsonl: {split.rows:,} conversations, {split.tokens:,} tokens written")

@@ -74,6 +74,19 @@ class Split:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """What a job came to.
+
+    Attributes:
+        splits: The finished files, by name.
+        own_prompts: Prompts that the model wrote; less than wanted where it repeats itself.
+    """
+
+    splits: dict[str, Split]
+    own_prompts: int
+
+
 def distill(
     folder: Path,
     settings: DistillSettings,
@@ -81,7 +94,7 @@ def distill(
     open_writer: Callable[[], Writer],
     *,
     quiet: bool = False,
-) -> dict[str, Split]:
+) -> Distilled:
     """Runs a job, or what is left of it.
 
     Args:
@@ -110,7 +123,8 @@ def distill(
             while bar.done < bar.total and len(own) < _most_batches(settings):
                 own.write(len(own), _own_prompts(writer(bar), settings, number=len(own)))
                 bar.reach(len(_new(own, seeds, settings)))
-    seeds = [*seeds, *_new(own, seeds, settings)][: settings.limit]
+    written = _new(own, seeds, settings)
+    seeds = [*seeds, *written][: settings.limit]
     if not seeds:
         raise DatasetError("There are no prompts: give a file of them, or let the model write some with --magpie.")
 
@@ -124,7 +138,7 @@ def distill(
             if number not in answers:
                 answers.write(number, _answer(writer(bar), settings, batch, number))
                 bar.finish_piece()
-    return _finish(folder, settings, answers)
+    return Distilled(_finish(folder, settings, answers), len(written))
 
 
 def _begin(folder: Path, settings: DistillSettings) -> None:
