@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,17 @@ def test_a_killed_training_goes_on(tiny_model_folder: Path, talks: Path, tmp_pat
         expected = load_file(whole / name)
         for key, tensor in load_file(broken / name).items():
             torch.testing.assert_close(tensor, expected[key], msg=key)
+
+
+def test_a_training_killed_between_its_stages_goes_on(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
+    """What LoRA begins with is no matter of what this process has drawn before."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, broken):
+        if out is broken:
+            shutil.copytree(whole / "checkpoints", broken / "checkpoints")
+        assert CliRunner().invoke(main, train(tiny_model_folder, talks, out, "--recipe", "medusa2")).exit_code == 0
+    for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class TrainingJob:
         Raises:
             TrainingError: The loss is no longer a number.
         """
-        adapted: Any = adapt(self._model, heads, lora)
+        adapted: Any = adapt(self._model, heads, lora, seed=schedule.seed)
         history = self._joint(adapted, heads, schedule, "joint_checkpoints", lora)
         self._model = adapted.merge_and_unload().eval().requires_grad_(False)
         self._changed = True

@@ -52,7 +52,7 @@ class Lora:
     heads_rate: float = 4.0
 
 
-def adapt(model: PreTrainedModel, heads: MedusaHeads, lora: Lora) -> PeftModel:
+def adapt(model: PreTrainedModel, heads: MedusaHeads, lora: Lora, *, seed: int = 0) -> PeftModel:
     """Puts LoRA on all linear layers of a model, in place.
 
     The ``lm_head`` is left out where something else uses its weight: tied embeddings, or heads that project with it.
@@ -68,6 +68,7 @@ def adapt(model: PreTrainedModel, heads: MedusaHeads, lora: Lora) -> PeftModel:
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, task_type="CAUSAL_LM"
     )
+    torch.manual_seed(seed)  # a job that goes on has drawn other numbers before than one that was never killed
     with quiet_libraries():
         adapted: PeftModel = get_peft_model(model, config)
     return adapted
