@@ -52,8 +52,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        mode = partial.stat().st_mode & 0o666  # what any file gets here
         for file in filter(Path.is_file, partial.rglob("*")):
-            file.chmod(partial.stat().st_mode & 0o666)  # what any file gets here; as above
+            file.chmod(mode)  # as above
         if target.exists():
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)

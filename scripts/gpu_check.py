@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from medusa_export.bench import engine_contestant, race, speeds
 from medusa_export.files import write_text
 from medusa_export.reference import load_reference, prompt_ids
 from medusa_export.trt_build import BuildOptions, choose_limits, write_engine
@@ -29,6 +30,7 @@ from medusa_runtime.backends.tensorrt import TensorRTBackend
 from medusa_runtime.compiled import CompiledEngine
 from medusa_runtime.tensorrt_library import import_tensorrt
 
+PLAIN = "tree size 1"
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "torch", "transformers")
@@ -102,10 +104,16 @@ def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target
             facts["host_gap_ms"] = host_gap(opened.backend, prompts[0])
             facts["enqueued_step_ms"] = enqueued_step_times(Bundle.load(folder, check_digests=False), prompts[0])
         # Without guesses from the text, for which the host reads each step first, steps are submitted ahead.
-        asked = {"tree size 1": (1, True), "auto, no lookup": ("auto", False), "auto": ("auto", True)}
-        found = {name: decoding(opened, prompts, size, lookup=lookup) for name, (size, lookup) in asked.items()}
-        facts["tokens_per_second"] = {name: rate for name, (rate, _) in found.items()}
-        facts["nodes_per_step"] = found["auto"][1]
+        contestants = {
+            PLAIN: engine_contestant(opened, 1),
+            "auto, no lookup": engine_contestant(opened, "auto", lookup=False),
+            "auto": engine_contestant(opened, "auto"),
+        }
+        for contestant in contestants.values():
+            contestant(prompts[0], 8)  # to warm up
+        found = speeds(race(contestants, PLAIN, prompts, max_new_tokens=TOKENS, repeats=1), PLAIN)
+        facts["tokens_per_second"] = {name: speed.tokens_per_second for name, speed in found.items()}
+        facts["nodes_per_step"] = found["auto"].nodes_per_step
     return facts
 
 
@@ -154,17 +162,6 @@ def host_gap(backend: TensorRTBackend, prompt: list[int]) -> float:
     return 1000 * (apart - ahead) / REPEATS
 
 
-def decoding(engine: MedusaEngine, prompts: list[list[int]], tree_size: Any, *, lookup: bool) -> tuple[float, float]:
-    """Tokens per second and nodes per step of decoding, over all prompts."""
-    engine.generate(prompts[0], max_new_tokens=8, tree_size=tree_size, lookup=lookup)
-    stats = [
-        engine.generate(prompt, max_new_tokens=TOKENS, tree_size=tree_size, lookup=lookup).stats for prompt in prompts
-    ]
-    steps = sum(each.steps for each in stats)
-    rate = sum(each.completion_tokens - 1 for each in stats) / sum(each.decode_seconds for each in stats)
-    return rate, sum(each.steps * each.nodes_per_step for each in stats) / steps
-
-
 def transformers_speed(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """The same prompts by transformers' ``generate``: in fp16 on a GPU that torch can use, else in fp32 on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,7 +196,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             lines.append(f"| {name} | not run | | | | |")
             continue
         rates, gap = found["tokens_per_second"], found.get("host_gap_ms")
-        cells = ["yes" if found["agrees"] else "NO", f"{rates['tree size 1']:.1f}"]
+        cells = ["yes" if found["agrees"] else "NO", f"{rates[PLAIN]:.1f}"]
         cells += [f"{rates['auto']:.1f} ({found['nodes_per_step']:.1f})", f"{rates['auto, no lookup']:.1f}"]
         cells.append("" if gap is None else f"{gap:.3f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
