@@ -158,6 +158,18 @@ def test_auto_measures_once_and_keeps_it(tiny_bundle: Bundle, tmp_path: Path) ->
         assert set(stats.tree_sizes) == {max(map(int, known))}
 
 
+@pytest.mark.parametrize("kept", [None, "slow", {}, {"2": 1.0}, {"1": "slow"}, {"1": 0.0}, {"1": 1.0, "two": 1.0}])
+def test_a_damaged_measurement_is_made_anew(tiny_bundle: Bundle, tmp_path: Path, kept: object) -> None:
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+    with MedusaEngine.load(folder, threads=1) as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=3).token_ids
+    path = folder / CACHE_FILE
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), kept)))
+    with MedusaEngine.load(folder, threads=1) as engine:
+        assert engine.generate(PROMPT, max_new_tokens=3).token_ids == expected
+    assert all({"1", "2"} <= set(table) for table in json.loads(path.read_text()).values())
+
+
 def edit(folder: Path, **changes: object) -> None:
     path = folder / DESCRIPTION
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

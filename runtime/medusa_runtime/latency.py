@@ -72,11 +72,20 @@ def _key(bundle: Bundle, name: str) -> str:
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
+    """The tables that are kept; what isn't one is measured again."""
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(known, dict):
-            return known
+            return {key: table for key, table in known.items() if _is_table(table)}
     return {}
+
+
+def _is_table(found: object) -> bool:
+    return (
+        isinstance(found, dict)
+        and "1" in found
+        and all(size.isdecimal() and isinstance(taken, float) and taken > 0 for size, taken in found.items())
+    )
 
 
 def _write(path: Path, known: dict[str, dict[str, float]]) -> None:
