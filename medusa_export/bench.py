@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from medusa_export.errors import DatasetError
+from medusa_export.errors import CheckpointError, DatasetError
 from medusa_runtime import MedusaEngine
 from medusa_runtime.tree_choice import TreeSize
 
@@ -95,7 +95,7 @@ def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
     """
     source: Any = path if path is not None else files("medusa_export") / "data" / "bench_prompts.jsonl"
     try:
-        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
         found = [BenchPrompt(str(row.get("category", "")), str(row["prompt"])) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{source} can't be read as JSON lines of category and prompt ({error!r}).") from error
@@ -143,14 +143,21 @@ def transformers_contestant(model_path: str, threads: int | None) -> Contestant:
 
 
 def genai_contestant(folder: Path, threads: int | None) -> Contestant:
-    """onnxruntime-genai with a model of the same weights."""
+    """onnxruntime-genai with a model of the same weights.
+
+    Raises:
+        CheckpointError: It can't be loaded.
+    """
     import onnxruntime_genai as og  # noqa: PLC0415  # optional
 
-    config = og.Config(str(folder))
-    config.clear_providers()
-    if threads:
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model = og.Model(config)
+    try:
+        config = og.Config(str(folder))
+        config.clear_providers()
+        if threads:
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        model = og.Model(config)
+    except RuntimeError as error:
+        raise CheckpointError(f"onnxruntime-genai can't load a model from {folder}: {error}.") from error
 
     def answer(prompt: list[int], max_new_tokens: int) -> Generation:
         params = og.GeneratorParams(model)
@@ -173,10 +180,17 @@ def genai_contestant(folder: Path, threads: int | None) -> Contestant:
 
 
 def llama_cpp_contestant(gguf: Path, threads: int | None) -> Contestant:
-    """llama.cpp with a GGUF file, as it is: a quantized one stays so, and may well say other tokens."""
+    """llama.cpp with a GGUF file, as it is: a quantized one stays so, and may well say other tokens.
+
+    Raises:
+        CheckpointError: It can't be loaded.
+    """
     from llama_cpp import Llama  # noqa: PLC0415  # optional
 
-    llama = Llama(str(gguf), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+    try:
+        llama = Llama(str(gguf), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"llama.cpp can't load {gguf}: {error}.") from error
     stop = llama.token_eos()
 
     def answer(prompt: list[int], max_new_tokens: int) -> Generation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ class _Commands(click.Group):
             return super().invoke(context)
         except MedusaError as error:
             raise Failure(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click knows what that is
+                raise
+            raise Failure(f"{error}.") from error
 
 
 @contextmanager

@@ -23,16 +23,20 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: It can't be written.
     """
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    place = target.resolve()  # a link stays one
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        yield place  # such as /dev/stdout
+        return
+    partial = place.with_name(f".{place.stem}.{os.getpid()}.partial{place.suffix}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors would keep what it writes from everybody else
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(target)
+        partial.replace(place)
     except WRITE_ERRORS as error:
         raise OutputError(f"{target} can't be written: {error}.") from error
     finally:
@@ -46,6 +50,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         OSError: It can't be written; what fills it may raise others of ``WRITE_ERRORS``.
     """
+    target = target.resolve()  # a link stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)

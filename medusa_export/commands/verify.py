@@ -124,7 +124,7 @@ def command(
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"The prompts in {path} can't be read: {error}.") from error
     found = [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,53 @@
+"""What is written appears whole, where it was asked for, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from medusa_export.cli import main
+from medusa_export.errors import OutputError
+from medusa_export.files import atomic_folder, write_text
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("file", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    for text in ("one", "two"):
+        write_text(tmp_path / "file", text)
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / text).write_text(text)
+        assert (tmp_path / "disk" / "file").read_text() == text
+        assert [path.name for path in (tmp_path / "disk" / "folder").iterdir()] == [text]
+    assert all((tmp_path / name).is_symlink() for name in ("file", "folder"))
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"file", "folder"}
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "file", "folder"}
+
+
+def test_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="can't be written"):
+        write_text(Path(), "text")
+    with atomic_folder(Path()) as folder:
+        (folder / "file").write_text("text")
+    assert (tmp_path / "here" / "file").read_text() == "text"
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
+    write_text(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_the_systems_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "medusa.json")
+
+    monkeypatch.setattr("medusa_runtime.bundle.Bundle.load", load)
+    result = CliRunner().invoke(main, ["inspect", "bundle"])
+    assert result.exit_code == 1
+    assert result.output.splitlines() == ["error: [Errno 13] Permission denied: 'medusa.json'."]
