@@ -21,6 +21,10 @@ class DatasetError(MedusaError):
     """Prompts, conversations or cached features that can't be read, or are not what a job needs."""
 
 
+class SettingsError(MedusaError):
+    """A job that was begun under other settings than it is to go on with."""
+
+
 class TrainingError(MedusaError):
     """A training that can't be begun, or went wrong."""
 

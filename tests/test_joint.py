@@ -25,6 +25,7 @@ from medusa_export.head_files import load_heads
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import _compute
+from medusa_export.training.job import SETTINGS
 from medusa_export.training.joint import JointLoss, Lora, _Ramp, adapt, collate
 from medusa_export.training.medusa1 import HEAD_DECAY, HeadLoss
 from medusa_export.training.run import _last_complete
@@ -66,7 +67,7 @@ def test_online_and_cached_hidden_states_give_one_loss(conditioned: bool) -> Non
     online = JointLoss(model, heads).eval()(**batch())
     found = _compute(model, [Sample(s.input_ids[:7], s.is_label[:7]) for s in SAMPLES], num_heads=2)
     found = {name: tensor.clone() for name, tensor in found.items()}  # ordinary tensors, not those of inference mode
-    cached = HeadLoss(heads, model.get_input_embeddings(), model.lm_head).eval()
+    cached = HeadLoss(heads, model.get_input_embeddings(), model.lm_head.out_features).eval()
     expected = cached(found["hidden"], found["next_tokens"], found["targets"])
     torch.testing.assert_close(online["loss"], expected["loss"])
     drafts = batch()["targets"][..., 0] >= 0
@@ -297,6 +298,7 @@ def test_a_training_killed_between_its_stages_goes_on(tiny_model_folder: Path, t
     for out in (whole, broken):
         if out is broken:
             shutil.copytree(whole / "checkpoints", broken / "checkpoints")
+            shutil.copy(whole / SETTINGS, broken)
         assert CliRunner().invoke(main, train(tiny_model_folder, talks, out, "--recipe", "medusa2")).exit_code == 0
     for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()

@@ -14,11 +14,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from medusa_export.calibration import Calibration
 from medusa_export.cli import main
-from medusa_export.errors import DatasetError
+from medusa_export.errors import DatasetError, TrainingError
 from medusa_export.head_files import load_heads
 from medusa_export.head_writer import save_heads
 from medusa_export.heads import MedusaHeads
@@ -33,10 +34,13 @@ from medusa_export.training.conversations import (
     unique,
 )
 from medusa_export.training.dataset import load_splits
-from medusa_export.training.features import Features, _left, positions_of
+from medusa_export.training.distillation import DistillSettings
+from medusa_export.training.features import Features, _left, hidden_states, positions_of
 from medusa_export.training.generation import Writer, Written, _choose
+from medusa_export.training.job import SETTINGS
 from medusa_export.training.medusa1 import HeadLoss, _Positions, places
 from medusa_export.training.parts import Parts
+from medusa_export.training.teacher import Teacher
 from medusa_runtime import Bundle, MedusaEngine
 from medusa_runtime.lookup import DEEPEST_GUESS
 from tiny_models import tiny_model
@@ -104,6 +108,16 @@ def test_labels_are_what_the_assistant_says(template: str, end: str) -> None:
     assert cut.is_label[-1]
 
 
+def test_the_end_of_a_turn_is_a_label_whatever_its_role() -> None:
+    """As in Phi-3: what ends a turn is special, but not what the tokenizer calls the end of a text."""
+    tokenizer = make_tokenizer(260)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    assert "<|end|>" not in tokenizer.all_special_tokens
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    sample = tokenize(tokenizer, Conversation(TALK))
+    assert labelled(tokenizer, sample) == ["yes<|end|>", "I think so.<|end|>"]
+
+
 @pytest.mark.slow
 def test_labels_under_the_chat_template_of_a_real_model(smollm2_gguf: str) -> None:
     tokenizer = load_chat_tokenizer(smollm2_gguf)
@@ -161,6 +175,14 @@ def test_prompts_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> N
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(DatasetError, match=words):
         read_conversations(tmp_path / "p.jsonl")
+
+
+def test_texts_may_hold_other_line_breaks(tmp_path: Path) -> None:
+    said = "one\u2028two\x0cthree\x85four"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": said}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text(f"{said}\nfive\n", encoding="utf-8")
+    assert [talk.user_turns[0] for talk in read_conversations(tmp_path / "p.jsonl")] == [said]
+    assert [talk.user_turns[0] for talk in read_conversations(tmp_path / "p.txt")] == [said, "five"]
 
 
 def test_copies_of_a_prompt_are_one_and_go_to_one_split() -> None:
@@ -285,6 +307,52 @@ def test_damaged_data_is_found(data: Path, tiny_model_folder: Path, prompts: Pat
     assert rows_of(folder) == rows_of(data)
 
 
+def test_a_deleted_part_of_prompts_is_made_anew(tmp_path: Path) -> None:
+    """The others after it keep their numbers, and what was answered its prompts."""
+    settings = DistillSettings("model", {}, 6, None, 1, None, 12, 0.0, 1.0, 0.3, 4, 0, "float32")
+    folder = tmp_path / "data"
+    calls: list[int] = []
+
+    class Author(Parrot):
+        """Writes four prompts, another four with each seed."""
+
+        def user_turns(self, conversations: list[object], *, seed: int = 0, **_: object) -> list[Written]:
+            calls.append(seed)
+            return [Written(f"What about {seed} and {i}?", complete=True, tokens=5) for i in range(len(conversations))]
+
+    def run() -> None:
+        distillation.distill(folder, settings, [], Author, quiet=True)  # type: ignore[arg-type]
+
+    run()
+    expected, parts = rows_of(folder), sorted((folder / "prompts").iterdir())
+    assert len(expected) == 6
+    assert len(parts) == 2
+    parts[0].unlink()
+    run()
+    assert sorted((folder / "prompts").iterdir()) == parts
+    assert rows_of(folder) == expected
+
+
+def test_conversations_end_where_the_model_has_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = 7
+    model.config.max_position_embeddings = 40
+    writer = Writer(model, make_tokenizer())
+    talks = [[{"role": "user", "content": text}] for text in ("a", "b" * 50, "c")]
+    answers = writer.answer(talks, max_new_tokens=8, temperature=0, seed=0)
+    assert [answer is None for answer in answers] == [False, True, False]
+    assert answers[2] == writer.answer(talks[2:], max_new_tokens=8, temperature=0, seed=0)[0]
+    assert writer.answer(talks[1:2], max_new_tokens=8, temperature=0, seed=0) == [None]
+    settings = DistillSettings("model", {}, 0, None, 9, None, 8, 0.0, 1.0, 0.3, 4, 0, "float32")
+    prompts = [Conversation(({"role": "user", "content": text},) * 9) for text in ("a", "b" * 50)]
+    made = distillation.distill(tmp_path / "data", settings, prompts, lambda: writer, quiet=True)
+    assert made.left_out == 1
+    (row,) = rows_of(tmp_path / "data")
+    assert len(row["messages"]) % 2 == 0
+    with pytest.raises(DatasetError, match="None of 1 prompts leaves room"):
+        distillation.distill(tmp_path / "none", settings, prompts[1:], lambda: writer, quiet=True)
+
+
 def test_a_model_writes_its_own_prompts_over_several_turns(tiny_model_folder: Path, tmp_path: Path) -> None:
     code, output = distilled(tiny_model_folder, tmp_path / "d", "--magpie", 5, "--turns", 2, "--system", "Be kind")
     assert code in (0, 1), output
@@ -328,7 +396,7 @@ def test_soft_targets_are_the_base_models_distribution_at_the_targets_place() ->
     assert torch.equal(ahead[0], hidden[1:3])
     assert ahead[3].isnan().all()
     assert torch.equal(ahead[2, 0], hidden[3]) and ahead[2, 1].isnan().all()
-    loss = HeadLoss(MedusaHeads.fresh(2, lm_head), embedding, lm_head, soft=1.0).train()
+    loss = HeadLoss(MedusaHeads.fresh(2, lm_head), embedding, 30, teacher=lm_head, soft=1.0).train()
     teacher = torch.softmax(lm_head(hidden[1:3]), -1)
     own = torch.log_softmax(lm_head(hidden[0]), -1)  # a fresh head copies the base model
     got = loss(hidden[:1], features.next_tokens[:1], features.targets[:1], ahead[:1])["loss"]
@@ -404,10 +472,88 @@ def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Pat
     assert len(checkpoints) == 2
     # As after a kill in the second epoch.
     (tmp_path / "again" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / SETTINGS, tmp_path / "again")
     checkpoints[0].rename(tmp_path / "again" / "checkpoints" / checkpoints[0].name)
     again = train(tmp_path / "again", 2)
     for name, tensor in whole.items():
         torch.testing.assert_close(again[name], tensor, msg=name)
+
+
+def test_a_training_goes_on_as_the_same_one_only(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """It would take the checkpoints of the one before for its own, and pass its heads off as trained anew."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((data / "train.jsonl").read_text() + (data / "heldout.jsonl").read_text())
+    out = tmp_path / "out"
+
+    def train(*options: object) -> Result:
+        command = ["train", tiny_model_folder, "-o", out, "--num-heads", 2, "--batch-size", 16, *options]
+        return CliRunner().invoke(main, [*map(str, command), "--epochs", "2", "-q"])
+
+    first = ("--data", rows, "--heldout", 0.3)
+    assert train(*first).exit_code == 0
+    assert train(*first, "--save-dtype", "fp32").exit_code == 0
+    for options, words in [
+        ((*first, "--learning-rate", 0.5), "learning_rate = 0.002, not 0.5"),
+        ((*first, "--draft-vocab", 30), "draft_vocab = None, not 30"),
+        ((*first, "--heads", out), "heads = "),
+        (("--data", rows, "--heldout", 0.4), "heldout = 0.3, not 0.4"),
+        (("--data", data, "--heldout", 0.3), "data = "),
+    ]:
+        result = train(*options)
+        assert result.exit_code == 1
+        assert f"was begun with {words}" in result.output
+    (out / SETTINGS).unlink()
+    result = train(*first)
+    assert result.exit_code == 1
+    assert "holds checkpoints but no settings.json" in result.output
+
+
+def test_another_held_out_part_is_other_data(prompts: Path) -> None:
+    """Or else hidden states of prompts that are held out now would be taken for training."""
+    splits = [load_splits(prompts, heldout=heldout) for heldout in (0.3, 0.5)]
+    assert len({split.sha256 for pair in splits for split in pair}) == 4
+
+
+def test_a_loss_that_is_no_number_is_an_error(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["train", tiny_model_folder, "--data", data, "-o", out, "--num-heads", 2, "--learning-rate", 1e38, "-q"]
+    result = CliRunner().invoke(main, [*map(str, command), "--batch-size", "16", "--epochs", "4"])
+    assert result.exit_code == 1
+    assert "no longer a number" in result.output
+    assert not (out / "medusa_lm_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "granite", "gemma2"])
+def test_the_teacher_says_what_the_model_says(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.tensor([[5, 9, 33, 7]])
+    everywhere = torch.ones_like(ids)
+    with torch.no_grad():
+        hidden, logits = hidden_states(model, ids, everywhere, everywhere.bool())
+        torch.testing.assert_close(Teacher(model, None)(hidden[0]), logits[0].float(), rtol=1e-4, atol=1e-6)
+        few = torch.tensor([3, 20, 21])
+        torch.testing.assert_close(Teacher(model, few)(hidden[0]), logits[0][:, few].float(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_no_teacher_is_known_for_is_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda _, __, logits: 3 * logits)
+    with pytest.raises(TrainingError, match="without --soft"):
+        Teacher(model, None)
+
+
+def test_soft_targets_need_hidden_states_that_are_kept(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path / "out", "--soft", 0.5, "-q"]
+    result = CliRunner().invoke(main, [*map(str, command), "--hidden-states", "online"])
+    assert result.exit_code == 1
+    assert "--soft" in result.output
+
+
+def test_more_tokens_than_there_are_are_refused(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path / "out", "--draft-vocab", 10**6, "-q"]
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 1
+    assert "can't propose 1,000,000 tokens" in result.output
 
 
 @contextmanager

@@ -100,5 +100,11 @@ def command(
             "does not end its turns: raise --prompt-temperature, or give it a file with --prompts.",
             err=True,
         )
+    if made.left_out:
+        click.echo(
+            f"note: {made.left_out:,} prompts are left out, as the model has no room for an answer of {max_new_tokens} "
+            "tokens after them.",
+            err=True,
+        )
     for name, split in made.splits.items():
         click.echo(f"{output / name}.jsonl: {split.rows:,} conversations, {split.tokens:,} tokens written")

@@ -9,6 +9,9 @@ import click
 
 from medusa_export.cli import DTYPES, Progress, extra
 
+# Options that a training may go on without; or what stands for them is compared: of data and weights their digests.
+NOT_IN_THE_RESULT = {"output", "device", "hidden_states", "save_dtype", "quiet", "model", "data", "heads"}
+
 
 @click.command("train")
 @click.argument("model")
@@ -45,7 +48,8 @@ from medusa_export.cli import DTYPES, Progress, extra
     type=click.FloatRange(0, 1),
     default=0.0,
     show_default=True,
-    help="How much of the loss asks for the base model's distribution instead of its token alone.",
+    help="How much of the loss asks for the base model's distribution instead of its token alone; with hidden states "
+    "that are kept.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=2048, show_default=True, help="Positions per step.")
 @click.option(
@@ -81,9 +85,13 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the base model. [default: bf16 on a GPU, else fp32]")
 @click.option("--bf16/--no-bf16", default=None, help="Matrix products of the training in bf16. [default: on a GPU]")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", help="Such as cuda:1. [default: the GPU, if there is one]")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="CUDA_VISIBLE_DEVICES chooses which. [default: a GPU, if any]"
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
 def command(
+    context: click.Context,
     model: str,
     data: tuple[Path, ...],
     output: Path,
@@ -118,7 +126,7 @@ def command(
 ) -> None:
     """Train heads for MODEL.
 
-    Interrupted, the same command goes on from the last checkpoint in OUTPUT. The heads load with
+    Interrupted, the same command goes on from the last checkpoint in OUTPUT; any other is refused. The heads load with
     'medusa-export onnx MODEL --heads OUTPUT'; the model that medusa2 makes is OUTPUT/model.
     """
     progress = Progress(quiet=quiet)
@@ -144,13 +152,14 @@ def command(
     splits = load_sources(data, heldout=heldout, limit=limit)
     with processes.main_first():
         progress(f"loading {model}")
-        tokenizer = load_chat_tokenizer(model)
-        base = load_model(model, dtype=getattr(torch, kind))
+        tokenizer, base = load_chat_tokenizer(model), load_model(model, dtype=getattr(torch, kind))
     job = TrainingJob(base.to(place), model, tokenizer, splits, output, processes, max_length, quiet=quiet)
     if heads is None:
         trained = job.fresh_heads(HeadShape(num_heads, num_layers, conditioned, draft_vocab, own_projections))
     else:
         trained = job.loaded_heads(heads, projections=own_projections)
+    asked = {**context.params, "dtype": kind, "bf16": bf16}
+    job.begin(trained, {name: value for name, value in asked.items() if name not in NOT_IN_THE_RESULT})
     histories = {}
     if recipe == "medusa1" or heads is None:
         progress(f"training on {job.tokens('train'):,} tokens, {job.tokens('heldout'):,} held out")

@@ -27,7 +27,7 @@ def target_places(
     heads: MedusaHeads, embedding: nn.Module, lm_head: nn.Linear, features: Features
 ) -> NDArray[np.int64]:
     """The rank of each target among its head's candidates, [N, K]; see ``Calibration.count``."""
-    loss = HeadLoss(heads, embedding, lm_head).eval()
+    loss = HeadLoss(heads, embedding, lm_head.out_features).eval()
     found = []
     for first in range(0, len(features), _BATCH):
         rows = slice(first, first + _BATCH)

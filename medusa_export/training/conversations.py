@@ -82,7 +82,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} can't be read: {error}.") from error
     if path.suffix not in (".json", ".jsonl"):
-        found = [_from_prompt(line.strip()) for line in text.splitlines() if line.strip()]
+        found = [_from_prompt(line.strip()) for line in text.split("\n") if line.strip()]
     else:
         found = [_parse(row, f"{path}, {place}") for place, row in _rows(path, text)]
     if not found:
@@ -98,7 +98,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             raise DatasetError(f"{path} is not valid JSON: {error}.") from error
         yield from ((f"entry {number}", row) for number, row in enumerate(rows))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not at other breaks, which a text may hold
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -227,5 +227,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, rest: str) -> int:
     """The length of the special token that ``rest`` begins with, and of spaces before it; 0 without one."""
     spaces = len(rest) - len(rest.lstrip())
-    special = next((t for t in tokenizer.all_special_tokens if rest.startswith(t, spaces)), None)
-    return spaces + len(special) if special else 0
+    found = max((len(token) for token in special_tokens(tokenizer) if rest.startswith(token, spaces)), default=0)
+    return spaces + found if found else 0
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """All special tokens and their ids, with those that have no role, such as the end of a turn often."""
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from medusa_export.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize
-from medusa_export.training.distillation import SPLITS, read_description
+from medusa_export.training.distillation import DESCRIPTION, SPLITS
+from medusa_export.training.settings import read_settings
 from medusa_runtime.bundle import FileFacts
 
 
@@ -59,24 +60,23 @@ def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list
 
     Raises:
         DatasetError: The data can't be read, was altered, or is not finished; or a split is empty.
+        SettingsError: The folder is not one that ``distill`` wrote.
     """
     if data.is_dir():
-        recorded = read_description(data).get("splits")
-        if recorded is None:
-            raise DatasetError(f"The distillation in {data} is not finished: run 'medusa-export distill' again.")
-        splits = [_recorded(data / f"{name}.jsonl", name, recorded[name]["sha256"]) for name in SPLITS]
+        splits = [_recorded(data, name) for name in SPLITS]
     else:
         found = read_conversations(data)
         digest = FileFacts.of(data).sha256
         splits = [
-            DatasetSplit(name, [c for c in found if c.is_held_out(heldout) == (name == "heldout")], digest)
+            DatasetSplit(
+                name,
+                [c for c in found if c.is_held_out(heldout) == (name == "heldout")],
+                hashlib.sha256(f"{digest}, {name} of {heldout}".encode()).hexdigest(),
+            )
             for name in SPLITS
         ]
     for split in splits:
-        if not split.conversations:
-            raise DatasetError(
-                f"No conversation of {data} falls to the split {split.name!r}: give more, or another --heldout."
-            )
+        _check_some(split, data)
     if limit is not None:
         splits[0] = splits[0].sample(limit)
     return splits
@@ -106,16 +106,29 @@ def load_heldout(data: Path) -> DatasetSplit:
     """What to measure on: the held-out part of what ``distill`` wrote, or a file as a whole.
 
     Raises:
-        DatasetError: The data can't be read, was altered, or is not finished.
+        DatasetError: The data can't be read, was altered, is not finished, or empty.
+        SettingsError: As ``load_splits``.
     """
-    return load_splits(data, heldout=0)[1] if data.is_dir() else _whole(data)
+    if not data.is_dir():
+        return DatasetSplit(data.stem, read_conversations(data), FileFacts.of(data).sha256)
+    split = _recorded(data, "heldout")
+    _check_some(split, data)
+    return split
 
 
-def _whole(path: Path) -> DatasetSplit:
-    return DatasetSplit(path.stem, read_conversations(path), FileFacts.of(path).sha256)
-
-
-def _recorded(path: Path, name: str, sha256: str) -> DatasetSplit:
+def _recorded(folder: Path, name: str) -> DatasetSplit:
+    """A split of what ``distill`` wrote."""
+    recorded = read_settings(folder / DESCRIPTION).get("splits")
+    if recorded is None:
+        raise DatasetError(f"The distillation in {folder} is not finished: run 'medusa-export distill' again.")
+    path, sha256 = folder / f"{name}.jsonl", recorded[name]["sha256"]
     if not path.is_file() or FileFacts.of(path).sha256 != sha256:
         raise DatasetError(f"{path} is missing or altered: run 'medusa-export distill' again to restore it.")
-    return DatasetSplit(name, read_conversations(path), sha256)
+    return DatasetSplit(name, read_conversations(path) if recorded[name]["rows"] else [], sha256)
+
+
+def _check_some(split: DatasetSplit, data: Path) -> None:
+    if not split.conversations:
+        raise DatasetError(
+            f"No conversation of {data} falls to the split {split.name!r}: give more, or another --heldout."
+        )

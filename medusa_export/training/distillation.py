@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from medusa_export.progress import Bar, progress_bar
 from medusa_export.training.conversations import Conversation, Message, unique
 from medusa_export.training.generation import Writer
 from medusa_export.training.parts import Parts, to_jsonl
+from medusa_export.training.settings import begin, read_settings
 
 DESCRIPTION = "distill.json"
 SPLITS = ("train", "heldout")
@@ -81,10 +81,12 @@ class Distilled:
     Attributes:
         splits: The finished files, by name.
         own_prompts: Prompts that the model wrote; less than wanted where it repeats itself.
+        left_out: Prompts that leave no room for an answer.
     """
 
     splits: dict[str, Split]
     own_prompts: int
+    left_out: int
 
 
 def distill(
@@ -105,7 +107,8 @@ def distill(
         quiet: No progress.
 
     Raises:
-        DatasetError: The folder is another job's, or a part is damaged.
+        DatasetError: The folder holds other things, a part is damaged, or there is nothing to answer.
+        SettingsError: The folder was begun under other settings.
         OutputError: A file can't be written.
     """
     _begin(folder, settings)
@@ -117,11 +120,18 @@ def distill(
 
     seeds = unique([_as_prompt(prompt, settings) for prompt in prompts])
     own = Parts(folder / "prompts")
-    if (missing := settings.magpie - len(_new(own, seeds, settings))) > 0 and len(own) < _most_batches(settings):
-        done = settings.magpie - missing
+
+    def is_wanting() -> bool:
+        if own.first_missing < len(own):  # one was deleted, since it was damaged
+            return True
+        return len(_new(own, seeds, settings)) < settings.magpie and len(own) < _most_batches(settings)
+
+    if is_wanting():
+        done = len(_new(own, seeds, settings))
         with progress_bar("writing prompts", settings.magpie, done=done, unit="tokens", quiet=quiet) as bar:
-            while bar.done < bar.total and len(own) < _most_batches(settings):
-                own.write(len(own), _own_prompts(writer(bar), settings, number=len(own)))
+            while is_wanting():
+                number = own.first_missing
+                own.write(number, _own_prompts(writer(bar), settings, number=number))
                 bar.reach(len(_new(own, seeds, settings)))
     written = _new(own, seeds, settings)
     seeds = [*seeds, *written][: settings.limit]
@@ -138,44 +148,20 @@ def distill(
             if number not in answers:
                 answers.write(number, _answer(writer(bar), settings, batch, number))
                 bar.finish_piece()
-    return Distilled(_finish(folder, settings, answers), len(written))
+    rows = list(answers.rows())
+    if not rows:
+        raise DatasetError(
+            f"None of {len(seeds):,} prompts leaves room for an answer of {settings.max_new_tokens} tokens within what "
+            "the model can hold: into another folder, give shorter ones, or lower --max-new-tokens."
+        )
+    return Distilled(_finish(folder, settings, rows), len(written), len(seeds) - len(rows))
 
 
 def _begin(folder: Path, settings: DistillSettings) -> None:
     path = folder / DESCRIPTION
-    asked = asdict(settings)
-    if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise DatasetError(f"{folder} holds other files and no {DESCRIPTION}: give an empty or new folder.")
-        write_text(path, json.dumps({"settings": asked, "made_by": _made_by()}, indent=1) + "\n")
-        return
-    known = read_description(folder)["settings"]
-    changed = [name for name, value in asked.items() if known.get(name) != value]
-    if changed:
-        name = changed[0]
-        raise DatasetError(
-            f"{folder} was begun with {name} = {known.get(name)!r}, not {asked[name]!r}: go on with the same settings, "
-            "or give another folder."
-        )
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """What ``distill.json`` says.
-
-    Raises:
-        DatasetError: It is missing or damaged.
-    """
-    path = folder / DESCRIPTION
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        data["settings"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{path} can't be read ({error}): is {folder} the folder of a distillation?") from error
-    return data
-
-
-def _made_by() -> dict[str, str]:
-    return {package: version(package) for package in ("medusa-export", "torch", "transformers", "tokenizers")}
+    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise DatasetError(f"{folder} holds other files and no {DESCRIPTION}: give an empty or new folder.")
+    begin(path, asdict(settings))
 
 
 def _as_prompt(conversation: Conversation, settings: DistillSettings) -> Conversation:
@@ -205,7 +191,7 @@ def _own_prompts(writer: Writer, settings: DistillSettings, number: int) -> list
         seed=_seed(settings, "prompts", number),
     )
     # A prompt that was cut off is half a sentence.
-    return [turn.text.strip() for turn in written if turn.complete and turn.text.strip()]
+    return [turn.text.strip() for turn in written if turn and turn.complete and turn.text.strip()]
 
 
 def _new(own: Parts, seeds: Sequence[Conversation], settings: DistillSettings) -> list[Conversation]:
@@ -219,59 +205,61 @@ def _new(own: Parts, seeds: Sequence[Conversation], settings: DistillSettings) -
 def _answer(
     writer: Writer, settings: DistillSettings, batch: Sequence[Conversation], number: int
 ) -> list[dict[str, Any]]:
-    """The rows of a part: each conversation played turn by turn, until it is cut off or has its turns."""
+    """The rows of a part: each conversation played until it is cut off, has its turns, or has no room for one more.
+
+    A prompt that leaves no room for an answer has no row.
+    """
     users = [list(prompt.user_turns) for prompt in batch]
     talks: list[list[Message]] = [list(prompt.system) for prompt in batch]
     complete = [True] * len(batch)
     tokens = [0] * len(batch)
+    going = list(range(len(batch)))
     for turn in range(settings.turns):
-        going = [row for row in range(len(batch)) if complete[row]]
         lacking = [row for row in going if turn >= len(users[row])]
-        if lacking:
-            written = writer.user_turns(
-                [talks[row] for row in lacking],
-                max_new_tokens=_USER_TURN_TOKENS,
-                temperature=settings.prompt_temperature,
-                seed=_seed(settings, "user", number, turn),
-            )
-            for row, said in zip(lacking, written, strict=True):
-                if said.complete and said.text.strip():
-                    users[row].append(said.text.strip())
+        written = writer.user_turns(
+            [talks[row] for row in lacking],
+            max_new_tokens=_USER_TURN_TOKENS,
+            temperature=settings.prompt_temperature,
+            seed=_seed(settings, "user", number, turn),
+        )
+        for row, said in zip(lacking, written, strict=True):
+            if said and said.complete and said.text.strip():
+                users[row].append(said.text.strip())
         going = [row for row in going if turn < len(users[row])]
-        if not going:
-            break
-        for row in going:
-            talks[row].append({"role": "user", "content": users[row][turn]})
+        asked: list[list[Message]] = [[*talks[row], {"role": "user", "content": users[row][turn]}] for row in going]
         answers = writer.answer(
-            [talks[row] for row in going],
+            asked,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=_seed(settings, "answers", number, turn),
         )
-        for row, answer in zip(going, answers, strict=True):
-            talks[row].append({"role": "assistant", "content": answer.text})
-            complete[row] = answer.complete
-            tokens[row] += answer.tokens
+        for row, before, answer in zip(going, asked, answers, strict=True):
+            if answer:
+                talks[row] = [*before, {"role": "assistant", "content": answer.text}]
+                complete[row] = answer.complete
+                tokens[row] += answer.tokens
+        going = [row for row, answer in zip(going, answers, strict=True) if answer and answer.complete]
     first = number * settings.batch_size
     return [
         {"id": first + row, "messages": talks[row], "complete": complete[row], "tokens": tokens[row]}
         for row in range(len(batch))
+        if tokens[row]
     ]
 
 
-def _finish(folder: Path, settings: DistillSettings, answers: Parts) -> dict[str, Split]:
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-    for row in answers.rows():
+def _finish(folder: Path, settings: DistillSettings, rows: Sequence[dict[str, Any]]) -> dict[str, Split]:
+    divided: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+    for row in rows:
         held_out = Conversation(tuple(row["messages"])).is_held_out(settings.heldout)
-        rows["heldout" if held_out else "train"].append(row)
+        divided["heldout" if held_out else "train"].append(row)
     splits = {}
-    for name, own in rows.items():
+    for name, own in divided.items():
         data = to_jsonl(own)
         write_bytes(folder / f"{name}.jsonl", data)
         splits[name] = Split(len(own), sum(row["tokens"] for row in own), hashlib.sha256(data).hexdigest())
     description = {
         "settings": asdict(settings),
-        "made_by": read_description(folder)["made_by"],
+        "made_by": read_settings(folder / DESCRIPTION)["made_by"],
         "splits": {name: asdict(split) for name, split in splits.items()},
     }
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")

@@ -81,10 +81,10 @@ class FeatureKey:
     def of(cls, model: PreTrainedModel, name: str, data: str, num_heads: int, max_length: int) -> FeatureKey:
         """The key for a model in memory."""
         dtype = str(model.dtype).removeprefix("torch.")
-        return cls(name, _fingerprint(model), data, num_heads, dtype, max_length)
+        return cls(name, fingerprint(model), data, num_heads, dtype, max_length)
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Tells models of one name apart: a digest of the first values of each weight."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -189,7 +189,7 @@ def compute_features(
         for number, batch in missing.items():
             tensors = _compute(model, batch, key.num_heads)
             with atomic_file(folder / _file(number)) as path:
-                save_file(tensors, path, {_DIGEST: _digest(tensors)})
+                save_file(tensors, path, {_DIGEST: digest_of(tensors)})
             bar.add(sum(len(sample.input_ids) for sample in batch))
             bar.finish_piece()
     return _load(folder, len(batches))
@@ -265,7 +265,7 @@ def _load(folder: Path, count: int) -> Features:
         try:
             with safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in parts}
-                if _digest(found) != (file.metadata() or {}).get(_DIGEST):
+                if digest_of(found) != (file.metadata() or {}).get(_DIGEST):
                     raise OSError("its content is not what was written")
         except (SafetensorError, OSError) as error:
             raise DatasetError(f"{path} is damaged ({error}): delete it and run again to compute it anew.") from error
@@ -277,10 +277,11 @@ def _load(folder: Path, count: int) -> Features:
     return features
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Of the values of tensors by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+        digest.update(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

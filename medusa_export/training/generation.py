@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.errors import DatasetError
-from medusa_export.training.conversations import Message, render
+from medusa_export.training.conversations import Message, render, special_tokens
 
 # Stands for a user's words in a chat template; no template alters it.
 _MARK = "medusa0export1user2turn"
@@ -55,17 +56,20 @@ class Writer:
 
     def answer(
         self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int
-    ) -> list[Written]:
-        """The assistant's next message in each conversation; greedy at temperature 0."""
+    ) -> list[Written | None]:
+        """The assistant's next message in each conversation; greedy at temperature 0.
+
+        None where the conversation leaves no room for so many tokens.
+        """
         texts = [render(self._tokenizer, messages, answering=True) for messages in conversations]
         return self._write(texts, self._stop_ids, max_new_tokens, temperature, seed)
 
     def user_turns(
         self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int
-    ) -> list[Written]:
+    ) -> list[Written | None]:
         """What the user might say next in each: the template, cut off where a user's words begin (Magpie).
 
-        arXiv 2406.08464.
+        arXiv 2406.08464. None as in ``answer``.
         """
         texts, ends = [], set()
         for messages in conversations:
@@ -77,26 +81,34 @@ class Writer:
         stop_ids = {*self._stop_ids}
         for end in ends:
             first = self._tokenizer(end, add_special_tokens=False)["input_ids"][:1]
-            stop_ids |= set(first) & set(self._tokenizer.all_special_ids)
+            stop_ids |= set(first) & set(special_tokens(self._tokenizer).values())
         written = self._write(texts, sorted(stop_ids), max_new_tokens, temperature, seed)
         # A template without special tokens ends a turn with words.
-        cut = [next((w.text.partition(end)[0] for end in ends if end and end in w.text), None) for w in written]
-        return [w if text is None else Written(text, True, w.tokens) for w, text in zip(written, cut, strict=True)]
+        return [_cut_at(turn, ends) if turn else None for turn in written]
 
     def _write(
         self, texts: Sequence[str], stop_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int
-    ) -> list[Written]:
-        prompts = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        width = max(map(len, prompts))
+    ) -> list[Written | None]:
         limit = self._model.config.get_text_config().max_position_embeddings - max_new_tokens
-        if width > limit:
-            raise DatasetError(
-                f"A prompt of {width} tokens leaves no room for an answer of {max_new_tokens}: the limit is {limit}. "
-                "Shorten the prompts or lower --max-new-tokens."
-            )
-        batch = _Batch(self._model, prompts, pad=stop_ids[0])
+        encoded = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        prompts = {place: ids for place, ids in enumerate(encoded) if len(ids) <= limit}
+        if not prompts:
+            return [None] * len(texts)
         rng = np.random.default_rng(seed)
-        draws = rng.random((len(prompts), max_new_tokens), np.float32) if temperature else None
+        draws = rng.random((len(texts), max_new_tokens), np.float32)[list(prompts)] if temperature else None
+        written = self._write_all([*prompts.values()], stop_ids, max_new_tokens, temperature, draws)
+        found = dict(zip(prompts, written, strict=True))
+        return [found.get(place) for place in range(len(texts))]
+
+    def _write_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        draws: NDArray[np.float32] | None,
+    ) -> list[Written]:
+        batch = _Batch(self._model, prompts, pad=stop_ids[0])
         written: list[list[int]] = [[] for _ in prompts]
         stop = set(stop_ids)
         for place in range(max_new_tokens):
@@ -118,6 +130,12 @@ class Writer:
             tokens[:-1] if complete else tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return Written(text, complete, len(tokens))
+
+
+def _cut_at(turn: Written, ends: Iterable[str]) -> Written:
+    """What stands before one of these words, if one occurs."""
+    text = next((turn.text.partition(end)[0] for end in ends if end and end in turn.text), None)
+    return turn if text is None else Written(text, True, turn.tokens)
 
 
 def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:

@@ -14,12 +14,22 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.checkpoints import save_model
+from medusa_export.errors import SettingsError, TrainingError
 from medusa_export.head_files import load_heads
 from medusa_export.head_writer import save_heads
 from medusa_export.heads import MedusaHeads
+from medusa_export.training import settings
 from medusa_export.training.conversations import Sample
 from medusa_export.training.dataset import DatasetSplit
-from medusa_export.training.features import FeatureKey, Features, compute_features, frequent_tokens, size_of
+from medusa_export.training.features import (
+    FeatureKey,
+    Features,
+    compute_features,
+    digest_of,
+    fingerprint,
+    frequent_tokens,
+    size_of,
+)
 from medusa_export.training.joint import Lora, adapt, train_joint
 from medusa_export.training.medusa1 import train_medusa1
 from medusa_export.training.processes import Processes
@@ -30,6 +40,8 @@ History = list[dict[str, Any]]
 _FEATURES = "features"
 # Not those of a training on kept hidden states, which are of another shape.
 _ONLINE_CHECKPOINTS = "online_checkpoints"
+_CHECKPOINTS, _JOINT_CHECKPOINTS = "checkpoints", "joint_checkpoints"
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,36 @@ class TrainingJob:
         self._digests = {name: [split.sha256 for split in splits[name]] for name in splits}
         self._samples = {name: [split.samples(tokenizer) for split in splits[name]] for name in splits}
 
+    def begin(self, heads: MedusaHeads, asked: Mapping[str, Any]) -> None:
+        """Keeps in the folder what the training is of, or holds it against what is kept there.
+
+        Args:
+            heads: Those that it starts from.
+            asked: All else that shapes the result, as JSON knows it.
+
+        Raises:
+            SettingsError: The folder is another training's.
+            OutputError: It can't be written to.
+        """
+        path = self._folder / SETTINGS
+        with self._processes.main_first():
+            kept = [
+                name
+                for name in (_CHECKPOINTS, _ONLINE_CHECKPOINTS, _JOINT_CHECKPOINTS)
+                if (self._folder / name).is_dir()
+            ]
+            if kept and not path.is_file():
+                raise SettingsError(
+                    f"{self._folder} holds checkpoints but no {SETTINGS}, so nobody knows what of: delete them, or "
+                    "give another folder."
+                )
+            identity = {
+                "model": fingerprint(self._model),
+                "data": self._digests,
+                "heads": digest_of(heads.state_dict()),
+            }
+            settings.begin(path, {**asked, **identity})
+
     def samples(self, split: str) -> list[Sample]:
         """The conversations of all data sets."""
         return [sample for part in self._samples[split] for sample in part]
@@ -95,9 +137,17 @@ class TrainingJob:
         return sum(sum(sample.is_label) for sample in self.samples(split))
 
     def fresh_heads(self, shape: HeadShape) -> MedusaHeads:
-        """Untrained heads, in fp32."""
+        """Untrained heads, in fp32.
+
+        Raises:
+            TrainingError: They are to propose more tokens than there are.
+        """
         token_map = None
         if shape.draft_vocab is not None:
+            if shape.draft_vocab > self._lm_head.out_features:
+                raise TrainingError(
+                    f"Heads can't propose {shape.draft_vocab:,} tokens: this model has {self._lm_head.out_features:,}."
+                )
             token_map = frequent_tokens(self.samples("train"), shape.draft_vocab)
         heads = MedusaHeads.fresh(
             shape.num_heads,
@@ -132,25 +182,29 @@ class TrainingJob:
         Args:
             heads: Fresh ones or not.
             schedule: Its batch size is in positions.
-            soft: See ``HeadLoss``; of no effect where hidden states are computed anew.
+            soft: See ``HeadLoss``; needs hidden states that are kept.
             hidden_states: ``cached``, ``online``, or ``auto``: cached if there is room.
             conversations: The batch size where they are computed anew.
 
         Raises:
             DatasetError: There is nothing to learn from, or no room.
-            TrainingError: The loss is no longer a number.
+            TrainingError: The loss is no longer a number, or soft targets can't be had.
         """
         if hidden_states == "online" or (hidden_states == "auto" and not self._fits()):
+            if soft:
+                raise TrainingError(
+                    "Soft targets (--soft) need hidden states that are kept, and there is no room for them, or they "
+                    "are to be computed anew: leave --soft out, or make room, with --limit for instance."
+                )
             schedule = replace(schedule, batch_size=conversations)
             return self._joint(self._model, heads, schedule, _ONLINE_CHECKPOINTS, Lora())
         return train_medusa1(
             heads,
-            self._model.get_input_embeddings(),
-            self._lm_head,
+            self._model,
             self._features("train", heads.config.num_heads),
             self._features("heldout", heads.config.num_heads),
             schedule,
-            self._folder / "checkpoints",
+            self._folder / _CHECKPOINTS,
             soft=soft,
             device=self._processes.device,
             quiet=self._quiet,
@@ -163,7 +217,7 @@ class TrainingJob:
             TrainingError: The loss is no longer a number.
         """
         adapted: Any = adapt(self._model, heads, lora, seed=schedule.seed)
-        history = self._joint(adapted, heads, schedule, "joint_checkpoints", lora)
+        history = self._joint(adapted, heads, schedule, _JOINT_CHECKPOINTS, lora)
         self._model = adapted.merge_and_unload().eval().requires_grad_(False)
         self._changed = True
         return history

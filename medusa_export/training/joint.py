@@ -89,7 +89,8 @@ class JointLoss(nn.Module):
         super().__init__()
         self.model: Any = model
         self.adapted = isinstance(model, PeftModel)
-        self.head_loss = HeadLoss(heads, self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        vocab_size = self.model.get_output_embeddings().out_features
+        self.head_loss = HeadLoss(heads, self.model.get_input_embeddings(), vocab_size)
         self.heads_weight = 1.0
         self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]

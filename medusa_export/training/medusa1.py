@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.features import Features
 from medusa_export.training.run import Schedule, run_training
+from medusa_export.training.teacher import Teacher
 
 # A token in the first n candidates counts as found.
 TOP = (1, 3, 5, 10)
@@ -27,36 +29,33 @@ class HeadLoss(nn.Module):
     Args:
         heads: What is trained.
         embedding: The base model's, for conditioned heads; it is not trained.
-        lm_head: The base model's, for what it would say itself; it is not trained.
+        vocab_size: Tokens of the base model.
+        teacher: Gives the base model's logits over the tokens that heads propose; needed for soft targets.
         soft: How much of the loss asks for the base model's whole distribution at the target's place; the rest asks
             for the target alone.
     """
 
     draft_ids: Tensor | None
-    teacher_rows: Tensor | None
 
     def __init__(
         self,
         heads: MedusaHeads,
         embedding: nn.Module,
-        lm_head: nn.Linear,
+        vocab_size: int,
         *,
+        teacher: Callable[[Tensor], Tensor] | None = None,
         soft: float = 0.0,
     ) -> None:
         super().__init__()
         self.heads = heads
         self._embedding = (embedding,)  # in a tuple, so that it is neither trained nor saved
+        self._teacher = teacher
         self._soft = soft
         ids = None
         if heads.token_map is not None:
-            ids = torch.full((lm_head.out_features,), -1)
+            ids = torch.full((vocab_size,), -1)
             ids[heads.token_map] = torch.arange(len(heads.token_map))
         self.register_buffer("draft_ids", ids, persistent=False)
-        rows = None
-        if soft:
-            rows = lm_head.weight.detach()
-            rows = rows if heads.token_map is None else rows[heads.token_map]
-        self.register_buffer("teacher_rows", rows, persistent=False)
 
     def forward(
         self, hidden: Tensor, next_tokens: Tensor, targets: Tensor, ahead: Tensor | None = None
@@ -86,9 +85,9 @@ class HeadLoss(nn.Module):
         there = labels >= 0
         scores = torch.log_softmax(logits.float(), dim=-1)
         losses = -scores.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        if self._soft and ahead is not None and self.training:
+        if self._teacher is not None and self._soft and ahead is not None and self.training:
             known = there & ~ahead[..., 0].isnan()
-            soft = -(self._teacher(ahead) * scores).sum(-1)
+            soft = -(torch.softmax(self._teacher(ahead.nan_to_num()), dim=-1) * scores).sum(-1)
             losses = torch.where(known, self._soft * soft + (1 - self._soft) * losses, losses)
         weights = HEAD_DECAY ** torch.arange(1, labels.shape[1] + 1, device=losses.device)
         means = (losses * there).sum(0) / there.sum(0).clamp(min=1)
@@ -96,12 +95,6 @@ class HeadLoss(nn.Module):
         if not self.training:
             output["places"] = places(logits, labels, targets)
         return output
-
-    @torch.no_grad()
-    def _teacher(self, ahead: Tensor) -> Tensor:
-        """The base model's own distribution over the draft vocabulary, [N, K, V']."""
-        assert self.teacher_rows is not None
-        return torch.softmax((ahead.nan_to_num().to(self.teacher_rows.dtype) @ self.teacher_rows.T).float(), dim=-1)
 
 
 def places(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -150,8 +143,7 @@ def accuracies(found: np.ndarray[Any, Any]) -> dict[str, float]:
 
 def train_medusa1(
     heads: MedusaHeads,
-    embedding: nn.Module,
-    lm_head: nn.Linear,
+    model: PreTrainedModel,
     train: Features,
     heldout: Features,
     schedule: Schedule,
@@ -167,10 +159,12 @@ def train_medusa1(
         What was logged: losses by step, and by epoch the accuracies on held-out positions.
 
     Raises:
-        TrainingError: The loss is no longer a number.
+        TrainingError: The loss is no longer a number, or the model can't be asked for soft targets.
     """
+    teacher = Teacher(model, heads.token_map) if soft else None
+    vocab_size = model.get_output_embeddings().out_features
     return run_training(
-        HeadLoss(heads, embedding, lm_head, soft=soft),
+        HeadLoss(heads, model.get_input_embeddings(), vocab_size, teacher=teacher, soft=soft),
         _Positions(train, ahead=soft > 0),
         _Positions(heldout),
         schedule,

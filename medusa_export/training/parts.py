@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Parts:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def first_missing(self) -> int:
+        """The lowest number that no part has."""
+        return next(number for number in count() if number not in self._files)
 
     def write(self, number: int, rows: Iterable[Any]) -> None:
         """Adds a part.

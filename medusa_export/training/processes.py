@@ -17,7 +17,7 @@ class Processes:
     """The processes of a job.
 
     Args:
-        device: Where to run, for a job of one process; its own choice if None.
+        device: ``cpu`` or ``cuda``, for a job of one process; its own choice if None.
     """
 
     def __init__(self, device: str | None) -> None:

@@ -74,6 +74,8 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         **_: Any,
     ) -> None:
         found = logs or {}
+        if not np.isfinite([value for name, value in found.items() if name in ("loss", "eval_loss")]).all():
+            raise _not_a_number()
         if "eval_loss" in found and not self._quiet and state.is_world_process_zero:
             hits = " ".join(f"{value:.1%}" for name, value in found.items() if name.endswith("_top1"))
             click.echo(f"epoch {found['epoch']:.3g}: held-out loss {found['eval_loss']:.4g}, top-1 {hits}", err=True)
@@ -191,6 +193,7 @@ def run_training(
         logging_steps=10,
         label_names=["targets"],
         remove_unused_columns=False,
+        logging_nan_inf_filter=False,  # or else a loss that is no number is logged as one
         report_to=[],
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
@@ -206,11 +209,18 @@ def run_training(
         optimizers=(optimizer, None),
         callbacks=[*callbacks, _Shown(quiet=quiet)],
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs are for `accelerate launch`, not for threads of one process
     trainer.remove_callback(PrinterCallback)
     with quiet_libraries():
         trainer.train(resume_from_checkpoint=_last_complete(checkpoints))
+    if not all(bool(weight.isfinite().all()) for weight in module.parameters() if weight.requires_grad):
+        raise _not_a_number()  # by the last step
     history: list[dict[str, Any]] = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    if losses and not np.isfinite(losses[-1]):
-        raise TrainingError("The loss is no longer a number: lower the learning rate, or train without bf16.")
     return history
+
+
+def _not_a_number() -> TrainingError:
+    return TrainingError(
+        "The loss is no longer a number: lower the learning rate, or train without bf16, into another folder."
+    )
