@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import pytest
 
 import medusa_runtime
 from decoding import TREE, greedy
-from medusa_runtime import Bundle, BundleError, MedusaEngine, RequestError
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, RequestError
+from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend, usable_cpus
 from medusa_runtime.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH
-from medusa_runtime.latency import CACHE_FILE
+from medusa_runtime.latency import CACHE_FILE, LatencyTable
 from stock import Stock
 from tiny_models import tiny_model
 
@@ -81,8 +82,70 @@ def test_a_stream_that_was_overtaken_says_so(engine: MedusaEngine) -> None:
     assert second.result().token_ids == engine.generate("World", max_new_tokens=5).token_ids
     waiting = engine.stream("Hello", max_new_tokens=5)
     engine.generate("World", max_new_tokens=1)
+    for _ in range(2):  # what has failed is no answer, however often it is asked for
+        with pytest.raises(RequestError, match="begun another request"):
+            next(waiting)
+        with pytest.raises(RequestError, match="begun another request"):
+            waiting.result()
+
+
+def test_a_stream_that_failed_is_no_answer(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
+    for error in (BackendError("broken"), KeyboardInterrupt()):
+        stream = engine.stream(PROMPT, max_new_tokens=50, tree_size=4)
+        next(stream)
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.backend, "step", fail)
+            with pytest.raises(type(error)):
+                next(stream)
+        for _ in range(2):
+            with pytest.raises(BackendError if error.args else RequestError):
+                stream.result()
+
+
+def test_a_refused_request_leaves_a_stream_alone(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
+    expected = engine.generate(PROMPT, max_new_tokens=30, tree_size=4).token_ids
+    stream = engine.stream(PROMPT, max_new_tokens=30, tree_size=4)
+    next(stream)
+    for options in ({"prefill_chunk": 0}, {"tree_size": 99}, {"max_new_tokens": 0}):
+        with pytest.raises(RequestError):
+            engine.stream("Hi", **options)
+    assert stream.result().token_ids == expected
+
+    def fail(*_: object, **__: object) -> None:
+        engine.backend.reset(0)
+        raise BackendError("broken")
+
+    stream = engine.stream(PROMPT, max_new_tokens=30, tree_size=4)
+    next(stream)
+    monkeypatch.setattr(LatencyTable, "measured", fail)
+    with pytest.raises(BackendError, match="broken"):
+        engine.stream("Hi")
     with pytest.raises(RequestError, match="begun another request"):
-        next(waiting)
+        stream.result()
+
+
+def test_a_closed_engine_says_so(tiny_bundle: Bundle) -> None:
+    engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
+    engine.generate(PROMPT, max_new_tokens=3)
+    engine.close()
+    engine.close()
+    with pytest.raises(RequestError, match="closed"):
+        engine.generate(PROMPT, max_new_tokens=3)
+    with pytest.raises(BackendError, match="closed"):
+        engine.backend.step(1)
+
+
+def test_a_system_that_does_not_say_which_cpus_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As macOS and Windows."""
+    assert usable_cpus() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cpus() == os.cpu_count()
 
 
 @pytest.mark.parametrize(
@@ -95,10 +158,13 @@ def test_a_stream_that_was_overtaken_says_so(engine: MedusaEngine) -> None:
         ([True], {}, "from 0 to 100"),
         ("x" * 600, {}, "exceed the 512 tokens"),
         ("Hi", {"max_new_tokens": 511}, "exceed the 512 tokens"),
-        ("Hi", {"max_new_tokens": 0}, "at least one token"),
+        ("Hi", {"max_new_tokens": 0}, "max_new_tokens is 0: expected an integer of at least 1"),
+        ("Hi", {"max_new_tokens": "5"}, "max_new_tokens is '5'"),
+        ("Hi", {"max_new_tokens": True}, "max_new_tokens is True"),
+        ("Hi", {"stop_token_ids": [1.0]}, "stop_token_ids is 1.0"),
         ("Hi", {"tree_size": 0}, "1 to 9"),
         ("Hi", {"tree_size": 10}, "1 to 9"),
-        ("Hi", {"prefill_chunk": 0}, "at least one token"),
+        ("Hi", {"prefill_chunk": 0}, "prefill_chunk is 0: expected an integer of at least 1"),
     ],
 )
 def test_unusable_requests(engine: MedusaEngine, prompt: object, options: dict[str, object], words: str) -> None:

@@ -28,6 +28,7 @@ from medusa_runtime import (
     QueueFullError,
     RequestCancelledError,
     RequestError,
+    RequestHandle,
     ServiceClosedError,
 )
 from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
@@ -143,6 +144,13 @@ def test_kinds_of_prompts_stops_and_streams(shared: MedusaService, engine: Medus
         ("Hi", {"max_new_tokens": 511}, "exceed the 512 tokens"),
         ("Hi", {"timeout": 0}, "more than 0 seconds"),
         ("Hi", {"timeout": float("nan")}, "more than 0 seconds"),
+        ("Hi", {"timeout": "5"}, "more than 0 seconds"),
+        ("Hi", {"priority": None}, "priority is None: expected an integer"),
+        ("Hi", {"priority": float("nan")}, "priority is nan"),
+        ("Hi", {"max_new_tokens": 1.5}, "max_new_tokens is 1.5: expected an integer of at least 1"),
+        ("Hi", {"max_new_tokens": None}, "max_new_tokens is None"),
+        ("Hi", {"stop_token_ids": 2.5}, "stop_token_ids is 2.5"),
+        ("Hi", {"stop_token_ids": ["</s>"]}, "stop_token_ids is '</s>'"),
     ],
 )
 def test_unusable_requests(shared: MedusaService, prompt: object, options: dict[str, object], words: str) -> None:
@@ -160,7 +168,8 @@ def test_unusable_options(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
         return opened[0]
 
     monkeypatch.setattr("medusa_runtime.service.open_batch_backend", open_it)
-    for options in ({"rows": 0}, {"max_queue": -1}, {"tree_size": 10}, {"tree_size": True}, {"prefill_chunk": 0}):
+    for options in ({"rows": 0}, {"max_queue": -1}, {"tree_size": 10}, {"tree_size": True}, {"prefill_chunk": 0},
+                    {"rows": "4"}, {"max_queue": 1.5}, {"prefill_chunk": None}):  # fmt: skip
         with pytest.raises(RequestError):
             MedusaService.load(tiny_bundle.folder, threads=1, **options)
     assert not opened
@@ -413,6 +422,66 @@ def test_a_hook_may_close_the_service(tiny_bundle: Bundle, gate: Gate) -> None:
         second.result(30)
     service.close()
     assert gate.inner.capacity == 0
+
+
+def test_a_hook_may_cancel_other_requests(tiny_bundle: Bundle, gate: Gate, engine: MedusaEngine) -> None:
+    class Family(Metrics):
+        """All go where one goes."""
+
+        def ended(self, reason: str, *_: object) -> None:
+            if reason == "RequestCancelledError":
+                for handle in handles:
+                    handle.cancel()
+
+    with MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=Family()) as service:
+        gate.open.clear()
+        handles = [service.submit(PROMPT, max_new_tokens=400) for _ in range(4)]
+        assert gate.entered.acquire(timeout=30)
+        handles[0].cancel()
+        gate.open.set()
+        for handle in handles:
+            with pytest.raises(RequestCancelledError):
+                handle.result(30)
+        assert (
+            service.generate(PROMPT, max_new_tokens=5).token_ids == engine.generate(PROMPT, max_new_tokens=5).token_ids
+        )
+
+
+def test_a_hook_may_close_an_idle_service_or_give_it_work(tiny_bundle: Bundle, gate: Gate) -> None:
+    done: list[RequestHandle] = []
+
+    class Restless(Metrics):
+        def load(self, waiting: int, running: int) -> None:
+            if not hasattr(self, "service"):
+                return
+            if not done:
+                done.append(self.service.submit(PROMPT, max_new_tokens=3))
+            elif done[0].done and not running:
+                self.service.close()
+
+    metrics = Restless()
+    service = MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=metrics)
+    metrics.service = service
+    service.submit(PROMPT, max_new_tokens=3).result(30)
+    service._thread.join(30)
+    assert not service._thread.is_alive()
+    assert len(done[0].result(0).token_ids) == 3
+    assert gate.inner.capacity == 0
+
+
+def test_whoever_cancels_waits_for_nobody(service: MedusaService, gate: Gate) -> None:
+    """A garbage collector may do it in any thread, whatever locks that holds."""
+    gate.open.clear()
+    handle = service.submit(PROMPT, max_new_tokens=400)
+    assert gate.entered.acquire(timeout=30)
+    with service._changed:
+        thread = threading.Thread(target=handle.cancel)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    gate.open.set()
+    with pytest.raises(RequestCancelledError):
+        handle.result(30)
 
 
 def test_a_step_that_fails_ends_the_request_whose_fault_it_is(

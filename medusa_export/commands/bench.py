@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,13 +65,14 @@ def command(
         from medusa_export.errors import DatasetError
         from medusa_export.files import write_text
         from medusa_export.progress import progress_bar
+        from medusa_runtime.backends.onnxruntime import usable_cpus
         from medusa_runtime.engine import MedusaEngine
 
     if plot is not None:
         with extra("train"):
             from medusa_export.plots import plot_sizes
 
-    threads = threads or len(os.sched_getaffinity(0))  # for everyone: others take one per physical core by themselves
+    threads = threads or usable_cpus()  # for everyone: others take one per physical core by themselves
     asked = b.bench_prompts(prompts)
     progress(f"loading {bundle}")
     empty = b.resident()

@@ -16,7 +16,7 @@ from medusa_runtime.errors import RequestError
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
 from medusa_runtime.sampling import SamplingParams
-from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
+from medusa_runtime.sequence import TokenSequence, check_integer, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
 from medusa_runtime.tree import Tree
 from medusa_runtime.tree_choice import TreeChoice, TreeSize
@@ -48,6 +48,7 @@ class MedusaEngine(Closing):
         self.backend = backend
         self.tokenizer = tokenizer
         self._choice: TreeChoice | None = None
+        self._closed = False
         self._turn = 0  # counts who may use the backend: the newest stream
 
     @classmethod
@@ -151,11 +152,15 @@ class MedusaEngine(Closing):
             logprobs=logprobs,
             lookup=lookup,
         )
-        choice = self._tree_choice(tree_size)
-        check_prefill_chunk(prefill_chunk)
+        check_integer("prefill_chunk", prefill_chunk, at_least=1)
+        if tree_size != "auto":
+            check_tree_size(self.bundle, tree_size)
+        if self._closed:
+            raise RequestError("This engine is closed: load another.")
+        self._turn += 1  # from here on the backend is no more what a stream before this one left
+        choice = self._auto() if tree_size == "auto" else TreeChoice.fixed(self.bundle, tree_size)
         self.backend.reset(0)
         self.backend.assign(0, sequence.draws)
-        self._turn += 1
         return GenerationStream(sequence, self._steps(sequence, choice, prefill_chunk, self._turn))
 
     def _steps(self, sequence: TokenSequence, choice: TreeChoice, prefill_chunk: int, turn: int) -> Iterator[Emitted]:
@@ -199,13 +204,10 @@ class MedusaEngine(Closing):
                 "or load a second engine."
             )
 
-    def _tree_choice(self, tree_size: TreeSize) -> TreeChoice:
-        if tree_size == "auto":
-            if self._choice is None:
-                self._choice = self._measured()
-            return self._choice
-        check_tree_size(self.bundle, tree_size)
-        return TreeChoice.fixed(self.bundle, tree_size)
+    def _auto(self) -> TreeChoice:
+        if self._choice is None:
+            self._choice = self._measured()
+        return self._choice
 
     def _measured(self) -> TreeChoice:
         """What has the most expected tokens per second on this machine."""
@@ -217,6 +219,7 @@ class MedusaEngine(Closing):
     def close(self) -> None:
         """Gives the backend's memory back."""
         self._turn += 1
+        self._closed = True
         self.backend.close()
 
 
@@ -271,6 +274,7 @@ class GenerationStream(Iterator[Chunk]):
     def __init__(self, sequence: TokenSequence, steps: Iterator[Emitted]) -> None:
         self._sequence = sequence
         self._steps = steps
+        self._failure: Exception | None = None  # what ended it early
 
     @property
     def finish_reason(self) -> str | None:
@@ -285,7 +289,16 @@ class GenerationStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        return self._sequence.accept(*next(self._steps))
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._sequence.accept(*next(self._steps))
+        except Exception as error:
+            self._failure = error
+            raise
+        except BaseException:
+            self._failure = RequestError("This stream was interrupted: begin another.")
+            raise
 
     def result(self) -> GenerationResult:
         """Runs to the end and gives the whole."""

@@ -85,7 +85,8 @@ class Stats:
 
 
 def _mean(counts: Counter[int]) -> float:
-    return sum(number * times for number, times in counts.items()) / counts.total() if counts else 1.0
+    found = list(counts.items())  # all at once: another thread may count on
+    return sum(number * times for number, times in found) / sum(times for _, times in found) if found else 1.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -78,6 +78,9 @@ class TokenSequence:
             RequestError: The request can't be served as it stands.
         """
         prompt_ids = _encode(bundle, tokenizer, prompt)
+        check_integer("max_new_tokens", max_new_tokens, at_least=1)
+        for token in stop_token_ids if isinstance(stop_token_ids, Iterable) else (stop_token_ids,):
+            check_integer("One of stop_token_ids", token, at_least=0)
         stops = check_stop(stop)
         if stops and tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
@@ -123,11 +126,11 @@ class TokenSequence:
         if self._text is not None:
             before = self._text.consumed
             text = self._text.push(tokens)
+            if reason is not None and self._text.stopped_by is None:
+                text += self._text.finish()  # which may complete a stop string, too
             if self._text.stopped_by is not None:
                 tokens = tokens[: self._text.consumed - before]
                 reason = "stop"
-            elif reason is not None:
-                text += self._text.finish()
         self.finish_reason = reason
         self.token_ids += tokens
         if self._lookup is not None:
@@ -148,9 +151,10 @@ class TokenSequence:
 
     def result(self) -> GenerationResult:
         """The whole, once it has ended."""
+        assert self.finish_reason is not None
         text = self._text.text if self._text is not None else ""
         logprobs = None if self._logprobs is None else tuple(self._logprobs)
-        return GenerationResult(text, tuple(self.token_ids), self.finish_reason or "length", self.stats, logprobs)
+        return GenerationResult(text, tuple(self.token_ids), self.finish_reason, self.stats, logprobs)
 
 
 def _encode(bundle: Bundle, tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
@@ -170,8 +174,6 @@ def _encode(bundle: Bundle, tokenizer: Tokenizer | None, prompt: Prompt) -> list
 
 
 def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens is {max_new_tokens}: ask for at least one token.")
     limit = bundle.model.max_positions
     if prompt_tokens + max_new_tokens > limit:
         raise RequestError(
@@ -199,7 +201,9 @@ def check_tree_size(bundle: Bundle, tree_size: object) -> None:
         raise RequestError(f"tree_size is {tree_size!r}: this bundle's tree allows 1 to {largest}, or 'auto'.")
 
 
-def check_prefill_chunk(prefill_chunk: int) -> None:
-    """Raises ``RequestError`` unless a chunk holds at least one token."""
-    if prefill_chunk < 1:
-        raise RequestError(f"prefill_chunk is {prefill_chunk}: a chunk holds at least one token.")
+def check_integer(name: str, value: object, *, at_least: int | None = None) -> None:
+    """Raises ``RequestError`` unless a value is an integer, and not less than the least."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or (at_least is not None and value < at_least):  # type: ignore[operator]
+        least = "" if at_least is None else f" of at least {at_least}"
+        raise RequestError(f"{name} is {value!r}: expected an integer{least}.")

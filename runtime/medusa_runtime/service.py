@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Self, TypedDict, Unpack
 
 from medusa_runtime.backends import open_batch_backend
@@ -35,7 +36,7 @@ from medusa_runtime.handle import RequestHandle, follow
 from medusa_runtime.metrics import Metrics
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
 from medusa_runtime.scheduler import Job, Scheduler
-from medusa_runtime.sequence import TokenSequence, check_prefill_chunk, check_tree_size
+from medusa_runtime.sequence import TokenSequence, check_integer, check_tree_size
 from medusa_runtime.session import ChatSession
 from medusa_runtime.tokenizer import Tokenizer
 from medusa_runtime.tree_choice import TreeSize
@@ -99,9 +100,10 @@ class MedusaService(Closing):
         self._metrics = metrics or Metrics()
         self._clock = clock
         self._latest = clock()
+        # Requests that somebody wants to end, and with what. Takes no lock, since a garbage collector may put it there.
+        self._ends: SimpleQueue[tuple[Job, MedusaError]] = SimpleQueue()
         self._changed = threading.Condition()  # guards all below
         self._scheduler = Scheduler(backend.rows, max_queue)
-        self._ends: dict[Job, MedusaError] = {}  # requests that somebody wants to end, and with what
         self._accepting = True
         self._closing = False
         self._runner.measure()  # before anybody has work for these cores
@@ -134,8 +136,7 @@ class MedusaService(Closing):
             BackendError: The backend is unknown or not installed, or it can't load the graph.
             RequestError: An option makes no sense.
         """
-        if rows < 1:
-            raise RequestError(f"rows is {rows}: a service runs at least one request at a time.")
+        check_integer("rows", rows, at_least=1)
         checked = Bundle.load(bundle, check_digests=check_digests)
         _check_options(checked, options)
         tokenizer = Tokenizer.load(checked.folder)
@@ -170,9 +171,10 @@ class MedusaService(Closing):
         if unknown:
             known = ", ".join(RequestOptions.__annotations__)
             raise TypeError(f"There is no option {min(unknown)!r}: a request has {known}.")
-        timeout = options.get("timeout")
-        if timeout is not None and not timeout > 0:
-            raise RequestError(f"timeout is {timeout}: give a request more than 0 seconds, or None.")
+        timeout, priority = options.get("timeout"), options.get("priority", 0)
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+            raise RequestError(f"timeout is {timeout!r}: give a request more than 0 seconds, or None.")
+        check_integer("priority", priority)
         sequence = TokenSequence.of(
             self.bundle,
             self.tokenizer,
@@ -186,7 +188,7 @@ class MedusaService(Closing):
         )
         now = self._now()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
-        job = Job(sequence, handle, options.get("priority", 0), now, None if timeout is None else now + timeout)
+        job = Job(sequence, handle, priority, now, None if timeout is None else now + timeout)
         try:
             self._queue(job)
         except QueueFullError:
@@ -270,10 +272,8 @@ class MedusaService(Closing):
             self._changed.notify_all()
 
     def _request_end(self, job: Job, error: MedusaError | None) -> None:
-        with self._changed:
-            if not job.handle.done:
-                self._ends.setdefault(job, error or RequestCancelledError("The request was cancelled."))
-                self._changed.notify_all()
+        # Nobody is told: the service's thread sleeps only where there is nothing to end.
+        self._ends.put((job, error or RequestCancelledError("The request was cancelled.")))
 
     def _callback_failed(self, job: Job, error: Exception) -> None:
         failure = CallbackError(f"The request's callback raised {error!r}.")
@@ -312,15 +312,17 @@ class MedusaService(Closing):
                     self._tell(self._metrics.load, len(self._scheduler.waiting), len(self._scheduler.running))
                     return True
                 self._tell(self._metrics.load, 0, 0)
-                self._changed.wait()
+                if not (self._closing or self._scheduler.waiting):  # by that hook
+                    self._changed.wait()
             return False
 
     def _let_go(self) -> None:
         """Ends requests that were cancelled or have run out of time."""
-        for job, error in self._ends.items():
-            if not job.handle.done:
-                self._end(job, error)
-        self._ends.clear()
+        with contextlib.suppress(Empty):
+            while True:
+                job, error = self._ends.get_nowait()
+                if not job.handle.done:
+                    self._end(job, error)
         now = self._now()
         for job in [*self._scheduler.running.values(), *self._scheduler.waiting]:
             if job.deadline is not None and now >= job.deadline:
@@ -470,9 +472,8 @@ def _rows(jobs: Sequence[Job]) -> list[int]:
 
 
 def _check_options(bundle: Bundle, options: ServiceOptions) -> None:
-    check_prefill_chunk(options.get("prefill_chunk", PREFILL_CHUNK))
-    tree_size, max_queue = options.get("tree_size", "auto"), options.get("max_queue", 0)
+    check_integer("prefill_chunk", options.get("prefill_chunk", PREFILL_CHUNK), at_least=1)
+    check_integer("max_queue", options.get("max_queue", 0), at_least=0)
+    tree_size = options.get("tree_size", "auto")
     if tree_size != "auto":
         check_tree_size(bundle, tree_size)
-    if max_queue < 0:
-        raise RequestError(f"max_queue is {max_queue}: it is the number of requests that may wait, at least 0.")

@@ -45,6 +45,18 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use; where the system doesn't say, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Closed:
+    """In the place of a session that is gone."""
+
+    def __getattr__(self, _: str) -> Any:
+        raise BackendError("This backend is closed: open another.")
+
+
 class OnnxRuntimeBackend:
     """Runs a bundle with ONNX Runtime on the CPU, all rows in every step.
 
@@ -82,7 +94,7 @@ class OnnxRuntimeBackend:
         self._ort = ort
         self._bundle = bundle
         self._rows = rows
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or usable_cpus()
         self._session = _open_session(ort, bundle, graph, self._threads, self.provider)
         self._dtype = np.dtype(bundle.dtype)
         self._capacity = 0
@@ -280,6 +292,7 @@ class OnnxRuntimeBackend:
         self._capacity = 0
         self._by_width.clear()
         self._binding = None
+        self._session = _Closed()
 
 
 @dataclass(frozen=True)
