@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from medusa_runtime.errors import RequestError
+from medusa_runtime.sequence import TokenSequence
 from medusa_runtime.text_stream import TextStream, _CleanUp, _StopFinder, check_stop
 from medusa_runtime.tokenizer import Tokenizer, clean_up_spaces
 from test_tokenizer import KINDS, SENTENCES, byte_fallback, byte_level, plain_words, unigram, word_piece
@@ -368,3 +369,17 @@ def test_cost_per_token_does_not_grow(case: str) -> None:
 
     seconds(500)
     assert min(seconds(8000), seconds(8000)) < 10 * max(seconds(2000), 1e-3)
+
+
+def test_a_stop_string_that_the_last_token_completes_is_why_it_ended() -> None:
+    """A line break that is a byte token is held back until the next token, which here never comes."""
+    tokenizer = Tokenizer(byte_fallback())
+    prompt = tokenizer.encode("abc")
+    tokens = [tokenizer.encode("abc")[-1], next(i for i in bytes_of(tokenizer) if tokenizer.token(i) == "<0x0A>")]
+    for stop, length, reason in (("\n", 2, "stop"), ("\n", 3, None), ("x", 2, "length")):
+        text = TextStream(tokenizer, stop, prompt_ids=prompt)
+        sequence = TokenSequence(prompt, length, frozenset(), text)
+        sequence.accept(tokens)
+        assert sequence.finish_reason == reason
+        assert sequence.token_ids == tokens
+        assert ("\n" in text.text) == (stop == "x")
