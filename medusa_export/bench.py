@@ -122,15 +122,16 @@ def transformers_contestant(model_path: str, threads: int | None) -> Contestant:
     import torch  # noqa: PLC0415  # slow to import, and not always wanted
 
     from medusa_export.checkpoints import load_model  # noqa: PLC0415
+    from medusa_export.verify_reference import greedy_config  # noqa: PLC0415
 
     if threads:
         torch.set_num_threads(threads)
     model: Any = load_model(model_path, dtype=torch.float32)
-    model.generation_config.update(temperature=None, top_p=None, top_k=None)
+    model.generation_config = greedy_config(model)
 
     def timed(ids: Any, count: int) -> tuple[float, Any]:
         started = time.perf_counter()
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
         return time.perf_counter() - started, output[0, ids.shape[1] :].tolist()
 
     def answer(prompt: list[int], max_new_tokens: int) -> Generation:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from medusa_export.attention import StepCache, StepMasks, attending
-from medusa_export.errors import ModelNotSupportedError
+from medusa_export.errors import ExportError, ModelNotSupportedError, first_line
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class CacheShape:
             model: A model whose attention implementation is ours.
 
         Raises:
+            ExportError: It can't be run without values.
             ModelNotSupportedError: Its keys and values are not all of one size.
         """
         shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
@@ -44,10 +45,14 @@ class CacheShape:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             token = torch.zeros(1, 1, dtype=torch.int64)
             masks = StepMasks(torch.ones(1, 1, 1, 1, dtype=torch.bool), lambda: torch.zeros(1, 1, 1))
-            with attending(masks):
-                model(
-                    input_ids=token, position_ids=token, past_key_values=Probe([], [], token[0], masks), use_cache=True
-                )
+            probe = Probe([], [], token[0], masks)
+            try:
+                with attending(masks):
+                    model(input_ids=token, position_ids=token, past_key_values=probe, use_cache=True)
+            except ModelNotSupportedError:
+                raise
+            except Exception as error:
+                raise ExportError(f"{type(model).__name__} can't be run on shapes: {first_line(error)}") from error
         found = {shape for pair in shapes.values() for shape in pair}
         if len(found) != 1 or sorted(shapes) != list(range(len(shapes))):
             raise ModelNotSupportedError("keys and values of more than one size")

@@ -5,6 +5,14 @@ from __future__ import annotations
 from medusa_runtime.errors import MedusaError
 
 
+def first_line(error: BaseException) -> str:
+    """What first went wrong, in a line: libraries give pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 class CheckpointError(MedusaError):
     """A model or a heads file that can't be read, or that doesn't fit."""
 

@@ -18,7 +18,7 @@ import torch
 from onnxscript import optimizer, values
 from torch import Tensor, nn
 
-from medusa_export.errors import ExportError, ModelNotSupportedError
+from medusa_export.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step import MedusaStep, StepOutput
@@ -223,7 +223,7 @@ def trace(step: MedusaStep) -> ir.Model:
             except ModelNotSupportedError:
                 raise
             except Exception as error:
-                raise ExportError(f"Tracing the model failed: {_first_line(error)}") from error
+                raise ExportError(f"Tracing the model failed: {first_line(error)}") from error
         model = translate(program)
     for name, value in zip(names, model.graph.outputs, strict=False):
         value.name = name
@@ -246,7 +246,7 @@ def translate(program: torch.export.ExportedProgram) -> ir.Model:
             custom_translation_table=_translations(),
         )
     except Exception as error:
-        raise ExportError(f"Translating the traced model to ONNX failed: {_first_line(error)}") from error
+        raise ExportError(f"Translating the traced model to ONNX failed: {first_line(error)}") from error
     if exported is None:
         raise ExportError("Translating the traced model to ONNX gave no graph.")
     model: ir.Model = exported.model
@@ -274,10 +274,3 @@ def example_sampling(batch: int, draws: int, vocab_size: int) -> dict[str, Tenso
         spec.name: torch.ones(fixed_shape(spec, sizes), dtype=getattr(torch, spec.dtype))
         for spec in sampling_inputs(vocab_size)
     }
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

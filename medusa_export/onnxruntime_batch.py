@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from medusa_export.onnx_rewrites import only_user, producer, replace_value
-from medusa_export.onnxruntime_fusions import finish, flat
+from medusa_export.onnx_rewrites import producer
+from medusa_export.onnxruntime_fusions import finish, flat, take_place_of_merging
 from medusa_export.onnxruntime_nodes import CONTRIB, Builder, given, initializer, integers, shape_of
 
 # [B, S, N, g, d] to [B, g, S, N, d], and back.
@@ -85,10 +85,7 @@ class _BatchAttention:
             split = [0, groups, -1, kv_heads, head_dim]
             output = self._exchange(build, output, split, _OUT_OF_GROUPS, num_heads * head_dim)
         self._graph.insert_before(node, build.nodes)
-        transpose = only_user(node.outputs[0])
-        reshape = only_user(transpose.outputs[0]) if transpose is not None else None
-        assert reshape is not None and reshape.op_type == "Reshape"  # so our attention function has it
-        replace_value(reshape.outputs[0], output)
+        take_place_of_merging(node, output)
 
     def _write_new_only(self, cache: ir.Value) -> None:
         scatter = producer(cache, "TensorScatter")

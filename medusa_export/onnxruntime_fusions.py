@@ -185,10 +185,7 @@ class _AttentionFusion:
         self._graph.insert_before(node, [*build.nodes, fused])
         for cache, present in zip((key, value), fused.outputs[1:], strict=True):
             replace_value(cache, present)
-        transpose = only_user(node.outputs[0])
-        reshape = only_user(transpose.outputs[0]) if transpose is not None else None
-        assert reshape is not None and reshape.op_type == "Reshape"  # so our attention function has it
-        replace_value(reshape.outputs[0], fused.outputs[0])
+        take_place_of_merging(node, fused.outputs[0])
 
     def _scattered(self, cache: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The cache before a step, and the entries that the step adds."""
@@ -300,6 +297,20 @@ def _unswapped(tensor: ir.Value | None) -> ir.Value | None:
     if reshape is None or tuple(transpose.attributes["perm"].as_ints()) != _SWAP:  # type: ignore[union-attr]
         return None
     return reshape.inputs[0]
+
+
+def take_place_of_merging(attention: ir.Node, rows: ir.Value) -> None:
+    """Rows [B, S, N·d] take the place of what is made of an ``Attention``'s output [B, N, S, d].
+
+    That is a ``Transpose`` and a ``Reshape``; to [B·S, N·d] where what follows wanted that, as in GPT-2.
+    """
+    transpose = only_user(attention.outputs[0])
+    reshape = only_user(transpose.outputs[0]) if transpose is not None else None
+    assert reshape is not None and reshape.op_type == "Reshape"  # so our attention function has it
+    if rank_of(reshape.outputs[0]) == 3:
+        replace_value(reshape.outputs[0], rows)
+    else:
+        reshape.replace_input_with(0, rows)
 
 
 def flat(build: Builder, tensor: ir.Value) -> ir.Value:

@@ -86,6 +86,7 @@ class MedusaStep(nn.Module):
         self.tree = tree
         self.sampling = sampling
         self.cache_shape = CacheShape.of(model)
+        self._last_position = _end_of_table(model)
         self._add_tables(tree)
 
     @property
@@ -235,6 +236,8 @@ class MedusaStep(nn.Module):
             captured.append(take_rows(args[0], rows))
             return (captured[0], *args[1:])
 
+        if self._last_position is not None:  # those beyond belong to nodes and padding that are never kept
+            positions = positions.clamp(max=self._last_position)
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_verified)
         try:
             with attending(cache.masks):
@@ -312,3 +315,10 @@ class MedusaStep(nn.Module):
         rows = torch.arange(batch * heads).view(batch, heads, 1) * length + source.unsqueeze(1)
         carried: Tensor = blocks.reshape(-1, head_dim)[rows]
         return carried
+
+
+def _end_of_table(model: PreTrainedModel) -> int | None:
+    """The last position of a model that looks positions up in a table; None where they are computed."""
+    tokens = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
+    return int(model.config.get_text_config().max_position_embeddings) - 1 if tables else None

@@ -25,6 +25,8 @@ _LAYER_TYPES_IN_WORDS = {
 # Layers that keep a state, for models that say nothing in `config.layer_types`.
 _STATEFUL_LAYER = re.compile(r"mamba|rwkv|[ms]lstm|recurrent(block|layer)|rglru|shortconv|deltanet|lightning")
 
+_EXPERTS = re.compile(r"experts$|moe(block|layer|mlp)?$")
+
 # Parts of a configuration that are settings, not further models.
 _PLAIN_SUB_CONFIGS = frozenset({"attn_config", "ffn_config"})
 
@@ -111,6 +113,11 @@ def _caches(model: PreTrainedModel) -> str | None:
     return "keys and values of more than one size" if len(sizes) > 1 else None
 
 
+def _experts(model: PreTrainedModel) -> str | None:
+    found = any(_EXPERTS.search(type(module).__name__.lower()) for module in model.modules())
+    return "mixture-of-experts layers" if found else None
+
+
 def _attention(model: PreTrainedModel) -> str | None:
     if getattr(model.config, "use_bidirectional_attention", None) or getattr(model.config, "is_causal", True) is False:
         return "attention that is not causal"
@@ -133,5 +140,6 @@ _CHECKS: tuple[Callable[[PreTrainedModel], str | None], ...] = (
     _sinks,
     _positions,
     _caches,
+    _experts,
     _attention,
 )

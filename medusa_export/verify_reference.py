@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from medusa_export.step import MedusaStep
 from medusa_export.verify_checks import Progress
-
-_GREEDY: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": 0}
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,14 @@ class Prompt:
 
     ids: list[int]
     expected: list[int]
+
+
+def greedy_config(model: Any) -> GenerationConfig:
+    """Greedy decoding and nothing else: a model's own settings may hold penalties, beams or banned words."""
+    own = model.generation_config
+    return GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id, pad_token_id=0
+    )
 
 
 @contextmanager
@@ -44,11 +51,14 @@ def reference_tokens(step: MedusaStep, prompt: Sequence[int], count: int) -> lis
         count: How many to generate at most.
     """
     model: Any = step.model
-    with with_own_attention(step):
-        ids = torch.tensor([list(prompt)])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, **_GREEDY
-        )
+    own, ids = model.generation_config, torch.tensor([list(prompt)])
+    # In the model's place, as generate() takes from there what it is not told.
+    model.generation_config = greedy_config(model)
+    try:
+        with with_own_attention(step):
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
+    finally:
+        model.generation_config = own
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
 

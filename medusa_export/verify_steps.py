@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 
 from medusa_export.eager import EagerBackend
 from medusa_export.errors import VerificationError
 from medusa_export.oracle import oracle_tree
-from medusa_export.step import MedusaStep
+from medusa_export.step import MedusaStep, StepOutput
 from medusa_export.verify_checks import Check, Tolerances
 from medusa_export.verify_reference import Prompt
+from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.bundle import GRAPH, Bundle
+from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
 
 # A row that left its reference is compared no further, so each scenario is short and there are several.
 STEPS_PER_SCENARIO = 8
@@ -31,7 +31,7 @@ def graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Toler
     # The derived graph keeps head logits to itself, in a branch; what they lead to is compared all the same.
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
     data = _with_outputs(bundle.folder / graph, extra)
-    backend = OnnxRuntimeBackend(bundle, rows=2 if contract else 1, graph=data, extra_outputs=extra)
+    backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
     return StepChecks(bundle, step, graph, backend, extra, tolerances)
 
 
@@ -102,9 +102,9 @@ class StepChecks:
         left = [list(prompt.ids) for prompt in prompts]
         emitted: list[list[int]] = [[] for _ in prompts]
         for backend in (self._compiled, self._eager):
-            backend.reserve(
-                depth + max(map(len, left)) + STEPS_PER_SCENARIO * (depth + 1) + max(size, chunk) + self._tree.size
-            )
+            longest = max(map(len, left))
+            widest = max(size, min(chunk, longest))
+            backend.reserve(depth + longest + STEPS_PER_SCENARIO * (depth + 1) + widest + self._tree.size)
             for row in range(self._rows):
                 backend.reset(row)
         for _ in range(STEPS_PER_SCENARIO + -(-max(map(len, left)) // chunk)):
@@ -129,7 +129,8 @@ class StepChecks:
                     left[row] = left[row][chunk:]
                 if not left[row]:
                     count = int(output.count[row])
-                    self._accepted[count] += row not in parts
+                    if row not in parts:
+                        self._accepted[count] += 1
                     emitted[row] += output.tokens[row, :count].tolist()
 
     def _next_node(self, size: int, rng: np.random.Generator) -> int:
@@ -149,38 +150,46 @@ class StepChecks:
         for name, logits in self._logits.items():
             expected = getattr(output, name)
             logits.add(self._compiled.extra_output(name), expected.float().numpy())
-        pairs: list[tuple[str, Any, Any]] = [
-            ("count", got.count, output.count),
-            ("next_cache_lengths", lengths, output.next_cache_lengths),
-        ]
-        for row in range(self._rows):
-            count = int(output.count[row])
-            pairs.append((f"tokens of row {row}", got.tokens[row, :count], output.tokens[row, :count]))
-            reachable = min(width, self._tree.size)
-            drafted = self._compiled.drafts[row, :reachable]
-            pairs.append((f"next_input_ids of row {row}", drafted, output.next_input_ids[row, :reachable]))
-        wrong = [
-            (name, a, b) for name, a, b in ((n, np.asarray(a), np.asarray(b)) for n, a, b in pairs) if (a != b).any()
-        ]
-        self._integers.compared += sum(np.asarray(value).size for _, value, _ in pairs)
-        if not wrong:
-            return True
-        tie = self._tie(output, [name for name, _, _ in wrong])
-        if tie is not None:
-            self._integers.notes.append(f"tie: {wrong[0][0]} differs where the reference's margin is {tie:.2g}")
-            return False
-        self._integers.mismatches += len(wrong)
-        self._integers.notes += [f"{name}: got {a.tolist()}, expected {b.tolist()}" for name, a, b in wrong[:2]]
-        return False
+        parted = [self._compare_row(row, width, got, int(lengths[row]), output) for row in range(self._rows)]
+        return not any(parted)
 
-    def _tie(self, output: Any, names: Sequence[str]) -> float | None:
-        """The reference's smallest margin, if it is small enough to explain the difference."""
-        margins = [_margin(output.logits)]
-        if output.head_logits is not None and output.head_logits.numel() and all("next_input" in n for n in names):
+    def _compare_row(self, row: int, width: int, got: StepResult, length: int, output: StepOutput) -> bool:
+        """Compares the integers of a row, and notes what is wrong; whether the two go another way from here on."""
+        count, reachable = int(output.count[row]), min(width, self._tree.size)
+        found: list[tuple[str, Any, Any]] = [
+            # What a step emits, what becomes of it, and what the heads make of that: each follows from the one before.
+            ("tokens", got.tokens[row, : got.count[row]].tolist(), output.tokens[row, :count].tolist()),
+            ("next_cache_lengths", length, int(output.next_cache_lengths[row])),
+            (
+                "next_input_ids",
+                self._compiled.drafts[row, :reachable].tolist(),
+                output.next_input_ids[row, :reachable].tolist(),
+            ),
+        ]
+        self._integers.compared += count + 2 + reachable
+        wrong = next(((name, a, b) for name, a, b in found if a != b), None)
+        if wrong is None:
+            return False
+        name, a, b = wrong
+        margin = self._margin(name, row, output)
+        if margin <= self._tolerances.margin and (name != "next_input_ids" or a[0] == b[0]):
+            self._integers.notes.append(f"tie: {name} of row {row} differ where the reference's margin is {margin:.2g}")
+        else:
+            self._integers.mismatches += 1
+            self._integers.notes.append(f"{name} of row {row}: got {a}, expected {b}")
+        return True
+
+    def _margin(self, name: str, row: int, output: StepOutput) -> float:
+        """How close the reference's choices were that a difference may come from; infinite where none could."""
+        if name == "tokens":  # the base model's, at the nodes that it accepted: at the first other choice both part
+            path = output.accepted_path[row, : int(output.count[row])].clamp(max=output.logits.shape[1] - 1)
+            best = output.logits[row, path].float().topk(2, dim=-1).values
+            return float((best[:, 0] - best[:, 1]).min())
+        if name == "next_input_ids" and output.head_logits is not None and output.head_logits.numel():
             # Candidates change places where two of the best lie close together.
-            best = output.head_logits.float().topk(self._tree.top_k + 1, dim=-1).values
-            margins.append(float((best[..., :-1] - best[..., 1:]).min()))
-        return min(margins) if min(margins) <= self._tolerances.margin else None
+            best = output.head_logits[row].float().topk(self._tree.top_k + 1, dim=-1).values
+            return float((best[..., :-1] - best[..., 1:]).min())
+        return float("inf")
 
 
 class _Logits:
@@ -223,8 +232,3 @@ class _Logits:
             "norm_ratio_error": self._ratio,
             "argmax_agreement": self._agree / self.check.compared,
         }
-
-
-def _margin(logits: torch.Tensor) -> float:
-    best = logits.float().topk(2, dim=-1).values
-    return float((best[..., 0] - best[..., 1]).min())

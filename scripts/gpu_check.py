@@ -23,6 +23,7 @@ from medusa_export.files import write_text
 from medusa_export.reference import load_reference, prompt_ids
 from medusa_export.trt_build import BuildOptions, choose_limits, write_engine
 from medusa_export.verify_backend import verify_backend
+from medusa_export.verify_reference import greedy_config
 from medusa_runtime import Bundle, MedusaEngine, MedusaError
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.cuda import Cuda
@@ -166,12 +167,13 @@ def transformers_speed(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """The same prompts by transformers' ``generate``: in fp16 on a GPU that torch can use, else in fp32 on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.set_attn_implementation("sdpa")
+    model.generation_config = greedy_config(model)
     model.to(device, torch.float16 if device == "cuda" else torch.float32)
     tokens, seconds = 0, 0.0
     for number, prompt in enumerate([prompts[0][:4], *prompts]):  # the first is to warm up
         ids = torch.tensor([prompt], device=device)
         started = time.perf_counter()
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS)
         taken = time.perf_counter() - started
         if number:
             tokens, seconds = tokens + output.shape[1] - len(prompt), seconds + taken

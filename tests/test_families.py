@@ -14,7 +14,7 @@ import torch
 from decoding import TREE, decode, greedy
 from medusa_export.eager import EagerBackend
 from medusa_export.step import MedusaStep
-from medusa_runtime import Bundle, Tree
+from medusa_runtime import Bundle, MedusaEngine, Tree
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from stock import Stock
@@ -126,6 +126,19 @@ def test_graph_is_standard_and_in_place(family: Family) -> None:
 def test_the_families_of_the_issue_are_here() -> None:
     named = "llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 olmo2 granite smollm3 starcoder2 gpt_neox"
     assert set(named.split()) <= set(SUPPORTED_FAMILIES)
+
+
+@pytest.mark.parametrize("name", families("gpt2", others=("llama",)))
+def test_answers_to_the_end_of_the_context(stock: Stock, name: str) -> None:
+    """Nodes and padding may have positions beyond it, for which GPT-2's table has no row."""
+    bundle = stock.export(name, max_position_embeddings=64).bundle
+    expected = greedy(tiny_model(name, max_position_embeddings=64), PROMPTS[0], 64 - len(PROMPTS[0]))
+    engine = MedusaEngine.load(bundle.folder, threads=1)
+    for size, chunk in ((1, 64), (5, 64), (9, 7)):
+        result = engine.generate(PROMPTS[0], max_new_tokens=len(expected), tree_size=size, prefill_chunk=chunk)
+        assert list(result.token_ids) == expected
+    long = [*PROMPTS[0], *expected][:61]
+    assert list(engine.generate(long, max_new_tokens=3, tree_size=9).token_ids) == expected[-3:]
 
 
 @pytest.mark.parametrize("name", families("llama", others=("gpt_neox",)))

@@ -6,7 +6,9 @@ import pytest
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
-from medusa_export.errors import ModelNotSupportedError
+from medusa_export.attention import ATTENTION_NAME
+from medusa_export.cache_shape import CacheShape
+from medusa_export.errors import ExportError, ModelNotSupportedError
 from medusa_export.support import check_supported
 from tiny_models import REFUSED_FAMILIES, SUPPORTED_FAMILIES, tiny_model
 
@@ -25,6 +27,9 @@ FEATURES = {
     "gemma3n": "share",
     "llama4": "chunked",
     "deepseek_v3": "latent",
+    "mixtral": "mixture-of-experts",
+    "qwen3_moe": "mixture-of-experts",
+    "glm4_moe": "mixture-of-experts",
     "bloom": "ALiBi",
     "falcon_alibi": "ALiBi",
     "mpt": "ALiBi",
@@ -68,6 +73,19 @@ def test_layers_with_caches_of_different_sizes_are_refused() -> None:
     model.model.layers[1] = tiny_model("llama", num_key_value_heads=4).model.layers[1]
     with pytest.raises(ModelNotSupportedError, match="more than one size"):
         check_supported(model)
+
+
+def test_a_model_that_fails_on_shapes_is_an_export_error() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Expected inputs of BF16 type.\nAnd so on.")
+
+    model = tiny_model("llama")
+    model.set_attn_implementation(ATTENTION_NAME)
+    model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(
+        ExportError, match=r"Llama.* can't be run on shapes: RuntimeError: Expected .* type\.$"
+    ):
+        CacheShape.of(model)
 
 
 def test_no_output_embeddings() -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,6 +15,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
+from transformers import GenerationConfig
 
 from decoding import TREE, guessing_heads, make_step
 from medusa_export.cli import main
@@ -21,11 +23,13 @@ from medusa_export.errors import VerificationError
 from medusa_export.heads import MedusaHeads
 from medusa_export.step import MedusaStep
 from medusa_export.verify import verify_bundle
-from medusa_export.verify_checks import Check, Verification
-from medusa_export.verify_reference import reference_tokens
-from medusa_export.verify_steps import StepChecks
+from medusa_export.verify_checks import Check, Tolerances, Verification
+from medusa_export.verify_reference import Prompt, reference_tokens
+from medusa_export.verify_steps import StepChecks, graph_checks
 from medusa_runtime import Bundle, Tree
-from medusa_runtime.bundle import DESCRIPTION, FileFacts
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.bundle import DESCRIPTION, GRAPH, GRAPHS, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, FileFacts
 from stock import Stock
 from tiny_models import SEEDS, families, tiny_model
 
@@ -219,6 +223,82 @@ def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:
     tokens = outcome.checks[-2]
     assert tokens.passed
     assert any(note.startswith("tie: ") for note in tokens.notes)
+
+
+class OneBehind(OnnxRuntimeBackend):
+    """Forgets an entry where a step accepted two tokens or more, in one row."""
+
+    def step(self, size: int, prompts: Any = None) -> StepResult:
+        result = super().step(size, prompts)
+        if result.count[1] > 1 and 1 not in (prompts or {}):
+            self._lengths[1] -= 1
+        return result
+
+
+class Reordered(OnnxRuntimeBackend):
+    """Drafts another root than it emits."""
+
+    def step(self, size: int, prompts: Any = None) -> StepResult:
+        result = super().step(size, prompts)
+        self.drafts[:, 0] = (self.drafts[:, 0] + 1) % 101
+        return result
+
+
+@pytest.mark.parametrize(("kind", "words"), [(OneBehind, "next_cache_lengths of row 1"), (Reordered, "next_input_ids")])
+def test_a_wrong_integer_is_no_tie(tiny_bundle: Bundle, step: MedusaStep, kind: Any, words: str) -> None:
+    """However close some logits may be: the margins of half precision are found everywhere."""
+    backend = kind(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph)
+    prompts = [Prompt(ids, reference_tokens(step, ids, 40)) for ids in PROMPTS]
+    checks = StepChecks(tiny_bundle, step, "wrong", backend, [], Tolerances.of("float16"))
+    (integers,) = checks.run(prompts, [9], [5])
+    assert not integers.passed
+    assert any(note.startswith(words) for note in integers.notes)
+
+
+def test_the_graph_for_several_rows_is_held_against_several(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    tolerances = Tolerances.of("float32")
+    rows = {name: graph_checks(tiny_bundle, step, name, tolerances)._rows for name in GRAPHS}
+    assert rows == {GRAPH: 2, ONNXRUNTIME_GRAPH: 1, ONNXRUNTIME_BATCH_GRAPH: 2}
+
+
+def test_room_is_asked_for_as_much_as_prompts_need(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    """An engine may have no more, however long its chunks may be."""
+    asked: list[int] = []
+
+    class Small(OnnxRuntimeBackend):
+        def reserve(self, capacity: int) -> None:
+            asked.append(capacity)
+            super().reserve(capacity)
+
+    backend = Small(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph)
+    prompts = [Prompt(ids, reference_tokens(step, ids, 40)) for ids in PROMPTS]
+    checks = StepChecks(tiny_bundle, step, "small", backend, [], Tolerances.of("float32"))
+    assert checks.run(prompts, [9], [507])[0].passed
+    assert max(asked) < 150
+
+
+def test_prompts_alone_are_not_enough(stock: Stock) -> None:
+    """Where each answer ends with its first token, no decoding step is compared."""
+    exported = stock.export(heads=False)
+    backend = OnnxRuntimeBackend(exported.bundle, rows=2, threads=1, graph=exported.bundle.graph)
+    prompts = [Prompt(ids, reference_tokens(exported.step, ids, 1)) for ids in PROMPTS]
+    checks = StepChecks(exported.bundle, exported.step, "short", backend, [], Tolerances.of("float32"))
+    (integers,) = checks.run(prompts, [1], [64])
+    assert not integers.passed
+    assert "No step accepted 1 tokens" in integers.notes[-1]
+
+
+def test_the_reference_is_greedy_whatever_the_model_is_used_to(step: MedusaStep) -> None:
+    expected = reference_tokens(step, PROMPTS[0], 40)
+    own = step.model.generation_config
+    step.model.generation_config = GenerationConfig(
+        repetition_penalty=1.5, no_repeat_ngram_size=2, num_beams=3, temperature=0.2, do_sample=True, min_new_tokens=5
+    )
+    try:
+        assert reference_tokens(step, PROMPTS[0], 40) == expected
+        assert step.model.generation_config.repetition_penalty == 1.5
+    finally:
+        step.model.generation_config = own
 
 
 @pytest.mark.parametrize("family", families("llama", others=("qwen3",)))

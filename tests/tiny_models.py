@@ -76,6 +76,7 @@ _SUPPORTED: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "logit_scale": 0.25,
     },
+    "gpt2": {"tie_word_embeddings": True},
 }
 
 # A family that has to be refused: its model type, what is special, and the keys of `_COMMON` that it has no use for.
@@ -189,6 +190,19 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
             "first_k_dense_replace": 2,
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "falcon_alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
@@ -212,6 +226,10 @@ def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
     settings = {**_COMMON, **special}
     if model_type in ("mpt", "mamba", "bloom"):  # names of their own for these; some are read-only aliases
         for name in ("num_key_value_heads", "head_dim", "num_attention_heads", "intermediate_size"):
+            settings.pop(name)
+    if model_type == "gpt2":
+        settings["n_inner"] = settings.pop("intermediate_size")
+        for name in ("num_key_value_heads", "head_dim"):
             settings.pop(name)
     if model_type == "mpt":
         for name in ("hidden_size", "num_hidden_layers", "max_position_embeddings"):

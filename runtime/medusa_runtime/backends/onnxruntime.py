@@ -356,7 +356,8 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
             disabled_optimizers=["EliminateSlice"],  # there is none to eliminate, and it warns about the others
         )
     except Exception as error:  # its exceptions share no base of their own
-        raise BackendError(f"ONNX Runtime {ort.__version__} can't load {bundle.graph}: {error}") from error
+        named = bundle.graph if isinstance(graph, bytes) else graph
+        raise BackendError(f"ONNX Runtime {ort.__version__} can't load {named}: {error}") from error
     if provider not in session.get_providers():  # it goes on without one that it can't start
         raise BackendError(
             f"ONNX Runtime {ort.__version__} could not start {provider}: check that the NVIDIA driver, CUDA and cuDNN "
