@@ -14,6 +14,8 @@ from medusa_export.errors import ExportError, OutputError
 
 # What is raised where a file can't be written; safetensors wraps the system's errors in its own.
 WRITE_ERRORS = (OSError, SafetensorError)
+# Open already, by whoever started this process: written to, never replaced.
+_STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 
 
 @contextmanager
@@ -23,10 +25,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: It can't be written.
     """
-    place = target.resolve()  # a link stays one
-    if place.exists() and not (place.is_file() or place.is_dir()):
-        yield place  # such as /dev/stdout
+    if str(target).startswith(_STREAMS) or (target.exists() and not (target.is_file() or target.is_dir())):
+        yield target
         return
+    place = target.resolve()  # a link stays one
     partial = place.with_name(f".{place.stem}.{os.getpid()}.partial{place.suffix}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +83,11 @@ def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.
         noun: Its name.
 
     Raises:
-        ExportError: There is a file, a folder of other things, or one that may not be replaced.
+        ExportError: It is the working directory, or there is a file, a folder of other things, or one that may not be
+            replaced.
     """
+    if target.resolve() == Path.cwd():  # it is replaced whole, which would leave its user nowhere
+        raise ExportError(f"{target} is the folder that you are in: give another to write the {noun} to.")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():

@@ -171,7 +171,7 @@ class StepChecks:
         if wrong is None:
             return False
         name, a, b = wrong
-        margin = self._margin(name, row, output)
+        margin = self._margin(name, row, output, a, b)
         if margin <= self._tolerances.margin and (name != "next_input_ids" or a[0] == b[0]):
             self._integers.notes.append(f"tie: {name} of row {row} differ where the reference's margin is {margin:.2g}")
         else:
@@ -179,12 +179,14 @@ class StepChecks:
             self._integers.notes.append(f"{name} of row {row}: got {a}, expected {b}")
         return True
 
-    def _margin(self, name: str, row: int, output: StepOutput) -> float:
-        """How close the reference's choices were that a difference may come from; infinite where none could."""
-        if name == "tokens":  # the base model's, at the nodes that it accepted: at the first other choice both part
-            path = output.accepted_path[row, : int(output.count[row])].clamp(max=output.logits.shape[1] - 1)
-            best = output.logits[row, path].float().topk(2, dim=-1).values
-            return float((best[:, 0] - best[:, 1]).min())
+    def _margin(self, name: str, row: int, output: StepOutput, got: Any, expected: Any) -> float:
+        """How close the reference's choice was that a difference may come from; infinite where none could."""
+        if name == "tokens":  # the base model's, after the node that both accepted last
+            place = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
+            if place is None:
+                return float("inf")
+            best = output.logits[row, output.accepted_path[row, place]].float().topk(2).values
+            return float(best[0] - best[1])
         if name == "next_input_ids" and output.head_logits is not None and output.head_logits.numel():
             # Candidates change places where two of the best lie close together.
             best = output.head_logits[row].float().topk(self._tree.top_k + 1, dim=-1).values

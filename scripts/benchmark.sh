@@ -21,6 +21,7 @@ source, target = sys.argv[1:]
 load_model(source, dtype=torch.float32).save_pretrained(target)
 load_tokenizer(source).save_pretrained(target)
 PYTHON
-  python -m onnxruntime_genai.models.builder -m $work/hf -o $work/genai -p fp32 -e cpu -c $work/cache > $work/genai.log 2>&1
+  python -m onnxruntime_genai.models.builder -m $work/hf -o $work/genai -p fp32 -e cpu -c $work/cache \
+    > $work/genai.log 2>&1 || { cat $work/genai.log >&2; exit 1; }
 fi
 python scripts/benchmark.py --heads $work/heads --no-heads $work/no-heads --genai $work/genai --model "$model" "$@"

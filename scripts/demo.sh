@@ -12,6 +12,7 @@ python scripts/demo.py "$bundle" "$model" "${1:-Explain in a few sentences why t
 
 cat <<TEXT
 For an NVIDIA GPU, the same in two commands (docs/gpu.md; leave --target out on the machine that has the GPU):
-  medusa-export onnx $model --heads $heads --calibration $heads/calibration.json --dtype fp16 -o fp16
+  . .venv/bin/activate
+  medusa-export onnx "$model" --heads $heads --calibration $heads/calibration.json --dtype fp16 -o fp16
   medusa-export trt fp16 --target sm86,sm89 -o engine
 TEXT

@@ -8,8 +8,11 @@ _stamp=".venv/installed-$_extras"
 _wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
   echo "Installing medusa-export[$_extras] into .venv …" >&2
-  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  # Also where an earlier attempt left half of one, or one of an older Python.
+  .venv/bin/python -c 'import sys, pip; assert sys.version_info >= (3, 11)' 2>/dev/null ||
+    "${PYTHON:-python3}" -m venv --clear .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$_extras]"
   echo "$_wanted" > "$_stamp"
 fi
 . .venv/bin/activate
+export PYTHON=python

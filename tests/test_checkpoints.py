@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import gguf
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,6 +22,7 @@ from transformers.utils import logging
 from medusa_export.checkpoints import load_model, load_tokenizer, save_model, save_tokenizer
 from medusa_export.errors import CheckpointError, ModelNotSupportedError
 from medusa_export.gguf_cache import gguf_cache
+from medusa_runtime.tokenizer import Tokenizer as RuntimeTokenizer
 from tiny_models import tiny_model
 from tiny_tokenizer import make_tokenizer
 
@@ -207,6 +210,32 @@ def test_tokenizer_round_trip(folder: Path, tmp_path: Path, capfd: pytest.Captur
     assert Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode("b a c").ids == [2, 1, 0]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(tmp_path: Path) -> None:
+    """As checkpoints of the first Llama, and of those trained from it, have it."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Why is the sky blue?", "The quick brown fox jumps over the lazy dog."] * 20),
+        model_writer=written,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **named}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer is not None
+    save_tokenizer(tokenizer, tmp_path / "bundle")
+    ours = RuntimeTokenizer.load(tmp_path / "bundle")
+    assert ours is not None
+    text = "Why does the fox jump? 🦊"
+    assert ours.encode(text) == tokenizer(text)["input_ids"]
+    assert ours.decode(ours.encode(text)) == text
 
 
 def test_no_tokenizer(folder: Path) -> None:

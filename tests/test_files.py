@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from medusa_export.cli import main
-from medusa_export.errors import OutputError
-from medusa_export.files import atomic_folder, write_text
+from medusa_export.errors import ExportError, OutputError
+from medusa_export.files import atomic_folder, check_target, write_text
 
 
 def test_links_stay_links(tmp_path: Path) -> None:
@@ -28,19 +30,26 @@ def test_links_stay_links(tmp_path: Path) -> None:
 
 
 def test_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="can't be written"):
         write_text(Path(), "text")
-    with atomic_folder(Path()) as folder:
-        (folder / "file").write_text("text")
-    assert (tmp_path / "here" / "file").read_text() == "text"
-    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    for here in (Path(), tmp_path):
+        with pytest.raises(ExportError, match="the folder that you are in"):
+            check_target(here, replace_existing=True)
 
 
 def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
     write_text(Path("/dev/null"), "text")
     assert Path("/dev/null").is_char_device()
+    code = (
+        "from pathlib import Path; from medusa_export.files import write_text; write_text(Path('/dev/stdout'), 'text')"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == "text"
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run(command, stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "text"
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_the_systems_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

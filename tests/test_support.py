@@ -82,9 +82,7 @@ def test_a_model_that_fails_on_shapes_is_an_export_error() -> None:
     model = tiny_model("llama")
     model.set_attn_implementation(ATTENTION_NAME)
     model.model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(
-        ExportError, match=r"Llama.* can't be run on shapes: RuntimeError: Expected .* type\.$"
-    ):
+    with pytest.raises(ExportError, match=r"Llama.* can't be run on shapes: RuntimeError: Expected .* type\.$"):
         CacheShape.of(model)
 
 

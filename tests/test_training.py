@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from medusa_export.calibration import Calibration
 from medusa_export.cli import main
@@ -40,6 +40,7 @@ from medusa_export.training.generation import Writer, Written, _choose
 from medusa_export.training.job import SETTINGS
 from medusa_export.training.medusa1 import HeadLoss, _Positions, places
 from medusa_export.training.parts import Parts
+from medusa_export.training.run import Schedule, run_training
 from medusa_export.training.teacher import Teacher
 from medusa_runtime import Bundle, MedusaEngine
 from medusa_runtime.lookup import DEEPEST_GUESS
@@ -542,11 +543,49 @@ def test_a_model_that_no_teacher_is_known_for_is_refused() -> None:
         Teacher(model, None)
 
 
+class Scale(torch.nn.Module):
+    """As little as there is to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = (self.weight * targets - 1).square().mean()
+        return {"loss": loss} if self.training else {"loss": loss, "places": targets}
+
+
+def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many it sees: transformers would give each of them a batch."""
+
+    def with_two(**options: Any) -> TrainingArguments:
+        arguments = TrainingArguments(**options)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr("medusa_export.training.run.TrainingArguments", with_two)
+    history = run_training(
+        Scale(),
+        [torch.tensor([0.5])] * 16,
+        [torch.tensor([0.5])] * 4,
+        Schedule(epochs=1, learning_rate=0.1, batch_size=4),
+        tmp_path,
+        collate=lambda batch: {"targets": torch.stack(batch)},
+        metrics=lambda *_: {},
+        device=torch.device("cpu"),
+        quiet=True,
+    )
+    assert history[-1]["step"] == 4
+
+
 def test_soft_targets_need_hidden_states_that_are_kept(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path / "out", "--soft", 0.5, "-q"]
     result = CliRunner().invoke(main, [*map(str, command), "--hidden-states", "online"])
     assert result.exit_code == 1
     assert "--soft" in result.output
+    # As the sentence says, in the same folder: nothing there depends on other options yet.
+    result = CliRunner().invoke(main, [*map(str, command), "--epochs", "1", "--hidden-states", "cached"])
+    assert result.exit_code == 0, result.output
 
 
 def test_more_tokens_than_there_are_are_refused(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:

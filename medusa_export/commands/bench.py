@@ -136,10 +136,11 @@ def _add_peers(
 
     if plain is not None:
         paddock.add("without heads", lambda: b.engine_contestant(MedusaEngine.load(plain, threads=threads), 1))
-    with extra("bench"):
-        if genai is not None:
+    if genai is not None:
+        with extra("bench"):
             paddock.add("onnxruntime-genai", lambda: b.genai_contestant(genai, threads))
-        if llama_cpp is not None:
+    if llama_cpp is not None:
+        with extra("llama-cpp"):
             paddock.add(b.LLAMA_CPP, lambda: b.llama_cpp_contestant(llama_cpp, threads))
     if model is not None:
         paddock.add("transformers", lambda: b.transformers_contestant(model, threads))

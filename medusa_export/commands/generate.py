@@ -34,7 +34,7 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
 @click.option("--top-p", type=float, help="Sample from the best tokens that together have this probability.")
 @click.option("--min-p", type=float, help="Sample from tokens with this part of the best one's probability.")
 @click.option("--seed", type=int, help="The same seed samples the same tokens.")
-@click.option("--typical", is_flag=True, help="Sample with typical acceptance: longer steps, another distribution.")
+@click.option("--typical", is_flag=True, help="Sample with typical acceptance: fewer steps, another distribution.")
 @click.option("--logprobs", is_flag=True, help="Add the tokens' log probabilities to --json.")
 @click.option(
     "--lookup/--no-lookup", default=True, show_default=True, help="Also guess what followed before in the text."

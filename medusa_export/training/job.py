@@ -34,6 +34,7 @@ from medusa_export.training.joint import Lora, adapt, train_joint
 from medusa_export.training.medusa1 import train_medusa1
 from medusa_export.training.processes import Processes
 from medusa_export.training.run import Schedule
+from medusa_export.training.teacher import Teacher
 
 History = list[dict[str, Any]]
 
@@ -99,7 +100,7 @@ class TrainingJob:
         self._samples = {name: [split.samples(tokenizer) for split in splits[name]] for name in splits}
 
     def begin(self, heads: MedusaHeads, asked: Mapping[str, Any]) -> None:
-        """Keeps in the folder what the training is of, or holds it against what is kept there.
+        """Keeps in the folder what the training is of, or holds it against that of checkpoints that are there.
 
         Args:
             heads: Those that it starts from.
@@ -126,7 +127,7 @@ class TrainingJob:
                 "data": self._digests,
                 "heads": digest_of(heads.state_dict()),
             }
-            settings.begin(path, {**asked, **identity})
+            settings.begin(path, {**asked, **identity}, anew=not kept)
 
     def samples(self, split: str) -> list[Sample]:
         """The conversations of all data sets."""
@@ -198,6 +199,7 @@ class TrainingJob:
                 )
             schedule = replace(schedule, batch_size=conversations)
             return self._joint(self._model, heads, schedule, _ONLINE_CHECKPOINTS, Lora())
+        teacher = Teacher(self._model, heads.token_map) if soft else None  # refuses before hours are spent
         return train_medusa1(
             heads,
             self._model,
@@ -205,6 +207,7 @@ class TrainingJob:
             self._features("heldout", heads.config.num_heads),
             schedule,
             self._folder / _CHECKPOINTS,
+            teacher=teacher,
             soft=soft,
             device=self._processes.device,
             quiet=self._quiet,

@@ -149,6 +149,7 @@ def train_medusa1(
     schedule: Schedule,
     checkpoints: Path,
     *,
+    teacher: Teacher | None,
     soft: float,
     device: torch.device,
     quiet: bool = False,
@@ -159,9 +160,8 @@ def train_medusa1(
         What was logged: losses by step, and by epoch the accuracies on held-out positions.
 
     Raises:
-        TrainingError: The loss is no longer a number, or the model can't be asked for soft targets.
+        TrainingError: The loss is no longer a number.
     """
-    teacher = Teacher(model, heads.token_map) if soft else None
     vocab_size = model.get_output_embeddings().out_features
     return run_training(
         HeadLoss(heads, model.get_input_embeddings(), vocab_size, teacher=teacher, soft=soft),

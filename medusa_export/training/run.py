@@ -199,6 +199,8 @@ def run_training(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs are for `accelerate launch`, not for threads of one process
     trainer = _Trainer(
         model=module,
         args=arguments,
@@ -209,8 +211,6 @@ def run_training(
         optimizers=(optimizer, None),
         callbacks=[*callbacks, _Shown(quiet=quiet)],
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs are for `accelerate launch`, not for threads of one process
     trainer.remove_callback(PrinterCallback)
     with quiet_libraries():
         trainer.train(resume_from_checkpoint=_last_complete(checkpoints))

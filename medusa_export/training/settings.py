@@ -12,18 +12,19 @@ from medusa_export.errors import SettingsError
 from medusa_export.files import write_text
 
 
-def begin(path: Path, asked: Mapping[str, Any]) -> None:
+def begin(path: Path, asked: Mapping[str, Any], *, anew: bool = False) -> None:
     """Writes the settings of a job, or holds them against those that it began with.
 
     Args:
         path: Where they are kept, in the job's folder.
         asked: Settings by name, as JSON knows them.
+        anew: Nothing there depends on any others yet, so they are written whatever they were.
 
     Raises:
         SettingsError: They are others, or can't be read.
         OutputError: They can't be written.
     """
-    if not path.is_file():
+    if anew or not path.is_file():
         packages = ("medusa-export", "torch", "transformers", "tokenizers")
         made_by = {package: version(package) for package in packages}
         write_text(path, json.dumps({"settings": asked, "made_by": made_by}, indent=1) + "\n")

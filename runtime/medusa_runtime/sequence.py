@@ -79,7 +79,8 @@ class TokenSequence:
         """
         prompt_ids = _encode(bundle, tokenizer, prompt)
         check_integer("max_new_tokens", max_new_tokens, at_least=1)
-        for token in stop_token_ids if isinstance(stop_token_ids, Iterable) else (stop_token_ids,):
+        stop_tokens = tuple(stop_token_ids) if isinstance(stop_token_ids, Iterable) else (stop_token_ids,)
+        for token in stop_tokens:
             check_integer("One of stop_token_ids", token, at_least=0)
         stops = check_stop(stop)
         if stops and tokenizer is None:
@@ -87,7 +88,7 @@ class TokenSequence:
         _check_length(bundle, len(prompt_ids), max_new_tokens)
         sampling = _check_sampling(bundle, sampling, logprobs)
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
-        stop_ids = frozenset((*bundle.model.eos_token_ids, *stop_token_ids))
+        stop_ids = frozenset((*bundle.model.eos_token_ids, *stop_tokens))
         drawn = not sampling.greedy or logprobs
         draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
         if not isinstance(lookup, bool):
