@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ TOKENS, WARM_UP, REPEATS = 128, 5, 30
 
 
 def main() -> int:
-    """Reports on a bundle; the exit code is 3 if no backend ran, and 1 if one ran and was wrong."""
+    """Reports on a bundle; the exit code is 3 if no backend ran, and 1 if one failed or was wrong."""
     bundle, model, heads, target = Bundle.load(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
     report: dict[str, Any] = {"machine": machine(), "bundle": bundle.model.name, "backends": {}}
     step = load_reference(bundle, model, heads)
@@ -56,12 +57,18 @@ def main() -> int:
             report["backends"][name] = check(name, bundle, step, prompts, target)
         except MedusaError as error:
             report["backends"][name] = {"refused": str(error)}
+        except Exception as error:  # noqa: BLE001  # the others are of use all the same
+            traceback.print_exc()
+            report["backends"][name] = {"refused": f"it failed: {error!r}", "failed": True}
+    failed = any(facts.get("failed") for facts in report["backends"].values())
     ran = [facts for facts in report["backends"].values() if "refused" not in facts]
     report["transformers"] = transformers_speed(step.model, prompts) if ran else None
     write_text(target / "gpu_check.json", json.dumps(report, indent=1) + "\n")
     write_text(target / "gpu_check.md", as_markdown(report))
     print((target / "gpu_check.md").read_text(encoding="utf-8"))
-    return 3 if not ran else int(not all(facts["agrees"] for facts in ran))
+    if not ran and not failed:
+        return 3
+    return int(failed or not all(facts["agrees"] for facts in ran))
 
 
 def machine() -> dict[str, Any]:

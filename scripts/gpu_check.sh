@@ -4,6 +4,14 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
+if command -v nvidia-smi > /dev/null; then
+  # Where there is a GPU, also what can't be installed everywhere; a backend that is missing is reported as refused.
+  pip install --quiet --constraint constraints.txt --editable '.[tensorrt]' || echo "note: no tensorrt" >&2
+  onnxruntime=$(grep '^onnxruntime==' constraints.txt)
+  pip uninstall --quiet --yes onnxruntime
+  pip install --quiet "onnxruntime-gpu[cuda,cudnn]${onnxruntime#onnxruntime}" || pip install --quiet "$onnxruntime"
+fi
+
 model=$(scripts/smollm2.sh)
 heads=scripts/smollm2_heads
 bundle=.cache/gpu_check/bundle

@@ -9,7 +9,7 @@ import pytest
 from decoding import TREE, decode, greedy
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime import Binding, OnnxRuntimeBackend
 from medusa_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from tiny_models import tiny_model
 
@@ -23,6 +23,30 @@ class InHostMemory(OnnxRuntimeCudaBackend):
 
     def _copied(self, array: np.ndarray) -> object:  # on a CPU it would be the array itself
         return super()._copied(array.copy())
+
+
+@pytest.fixture(autouse=True)
+def inputs_are_copied_when_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a provider with memory of its own does."""
+    bind, bindings = Binding._bind_array, OnnxRuntimeCudaBackend._bindings
+
+    def bind_a_copy(self: Binding, name: str, array: np.ndarray) -> None:
+        bind(self, name, array.copy())
+        self._arrays[name] = array, self._arrays[name][1]
+
+    def of_copies(self: OnnxRuntimeCudaBackend) -> Binding:
+        with monkeypatch.context() as patch:
+            patch.setattr(Binding, "_bind_array", bind_a_copy)
+            return bindings(self)
+
+    def before_run(self: OnnxRuntimeCudaBackend, binding: Binding) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Binding, "_bind_array", bind_a_copy)
+            real(self, binding)
+
+    real = OnnxRuntimeCudaBackend._before_run
+    monkeypatch.setattr(OnnxRuntimeCudaBackend, "_bindings", of_copies)
+    monkeypatch.setattr(OnnxRuntimeCudaBackend, "_before_run", before_run)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -106,8 +106,8 @@ def _measure(
     """Seconds of a step, sizes interleaved so that a busy moment hits them all alike.
 
     What counts is how they compare: so it is the median ratio to a plain step of the same round, times the median of
-    those. A machine that slows down for a minute then changes little. From the second round on, trees much larger than
-    the best are left out.
+    those. A machine that slows down for a minute then changes little. Once it has warmed up (a GPU's steps are captured
+    in their second run, which takes longer), trees much larger than the best are left out.
 
     Args:
         bundle: What the backend runs.
@@ -139,7 +139,7 @@ def _measure(
             taken[size] = seconds(size)
             rates = [sum(bundle.acceptance.values(guessed=kind)[:size]) / taken[size] for kind in (False, True)]
             best = [*map(max, best, rates)]
-            if len(rounds) == 1 and all(rate < HOPELESS * most for rate, most in zip(rates, best, strict=True)):
+            if len(rounds) == WARM_UP and all(rate < HOPELESS * most for rate, most in zip(rates, best, strict=True)):
                 break
         sizes = list(taken)
         rounds.append(taken)

@@ -28,6 +28,7 @@ from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
 DYNAMIC_BLOCKS = "8"  # per thread
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # fp32 is fp32, as everywhere else
 
 
 def import_onnxruntime() -> Any:
@@ -218,6 +219,7 @@ class OnnxRuntimeBackend:
         """Runs the session; ``inputs`` are those that ``_write_inputs`` gives, for the rows that are bound."""
         for name, array in inputs.items():
             binding.bind(name, array)
+        self._before_run(binding)
         for name in self._extra_outputs:  # of another shape in each step
             binding.values.bind_output(name)
         try:
@@ -229,6 +231,9 @@ class OnnxRuntimeBackend:
         if self._extra_outputs:
             names = [*binding.outputs, *self._extra_outputs]
             self._extra = dict(zip(names, binding.values.get_outputs(), strict=True))
+
+    def _before_run(self, binding: Binding) -> None:
+        """Whatever the provider needs once all inputs have been written."""
 
     def _carry_over(self, rows: slice | list[int]) -> None:
         """Makes what a step left of these rows what they are now; others keep what they are."""
@@ -322,22 +327,36 @@ class Binding:
 
     def __init__(self, ort: Any, session: Any, bound: Sequence[Bound]) -> None:
         self._ort = ort
-        self._bound: dict[str, tuple[NDArray[Any], Any]] = {}
+        self._arrays: dict[str, tuple[NDArray[Any], Any]] = {}  # inputs in the host's memory
+        self._on_device: dict[str, Any] = {}
         self.values = session.io_binding()
         self.outputs: list[str] = []
         for item in bound:
-            value = ort.OrtValue.ortvalue_from_numpy(item.array) if item.on_device is None else item.on_device
-            if item.input is not None:
-                self.values.bind_ortvalue_input(item.input, value)
+            if item.input is not None and item.on_device is None:
+                self._bind_array(item.input, item.array)
+            elif item.input is not None:
+                self._on_device[item.input] = item.on_device
+                self.values.bind_ortvalue_input(item.input, item.on_device)
             if item.output is not None:
+                value = ort.OrtValue.ortvalue_from_numpy(item.array) if item.on_device is None else item.on_device
                 self.values.bind_ortvalue_output(item.output, value)
                 self.outputs.append(item.output)
 
     def bind(self, name: str, array: NDArray[Any]) -> None:
         """Binds an input anew, unless this array is the one that it has."""
-        if name not in self._bound or self._bound[name][0] is not array:
-            self._bound[name] = array, self._ort.OrtValue.ortvalue_from_numpy(array)
-            self.values.bind_ortvalue_input(name, self._bound[name][1])
+        if name not in self._arrays or self._arrays[name][0] is not array:
+            self._bind_array(name, array)
+
+    def refresh(self) -> None:
+        """Binds all inputs anew: a provider with memory of its own copies them then, and not when it runs."""
+        for name, (array, _) in list(self._arrays.items()):
+            self._bind_array(name, array)
+        for name, value in self._on_device.items():
+            self.values.bind_ortvalue_input(name, value)
+
+    def _bind_array(self, name: str, array: NDArray[Any]) -> None:
+        self._arrays[name] = array, self._ort.OrtValue.ortvalue_from_numpy(array)
+        self.values.bind_ortvalue_input(name, self._arrays[name][1])
 
 
 def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, provider: str) -> Any:
@@ -352,7 +371,7 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
         session = ort.InferenceSession(
             graph if isinstance(graph, bytes) else str(graph),
             options,
-            providers=[provider],
+            providers=[(provider, _PROVIDER_OPTIONS.get(provider, {}))],
             disabled_optimizers=["EliminateSlice"],  # there is none to eliminate, and it warns about the others
         )
     except Exception as error:  # its exceptions share no base of their own

@@ -58,6 +58,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                 f"ONNX Runtime {ort.__version__} has no {self.provider}: install it with "
                 "pip install 'medusa-export[gpu]', in the place of the package onnxruntime."
             )
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN where pip has put them; the system's are found anyway
         self._on_device: dict[str, Any] = {}
         self._state: dict[str, _Kept] = {}
         super().__init__(bundle, rows=rows, threads=threads, graph=bundle.graph)
@@ -68,12 +70,11 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         self._state[name] = _Kept(self._copied(array), self._copied(array), output)
         return array
 
-    def _bindings(self) -> Binding:
-        binding = super()._bindings()
+    def _before_run(self, binding: Binding) -> None:
+        binding.refresh()
         for name, kept in self._state.items():
             binding.values.bind_ortvalue_input(name, kept.now)
             binding.values.bind_ortvalue_output(kept.output, kept.following)
-        return binding
 
     def _carry_over(self, rows: slice | list[int]) -> None:
         super()._carry_over(rows)

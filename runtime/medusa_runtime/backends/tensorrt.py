@@ -424,7 +424,11 @@ class TensorRTBackend:
         assert self._loaded is not None
         doing = f"preparing steps of {size} tokens over {self._rows} rows"
         context = self._loaded.new_context(eager=eager)
-        if not context.set_optimization_profile_async(profile, self._stream.handle):
+        try:
+            chosen = context.set_optimization_profile_async(profile, self._stream.handle)
+        except RuntimeError:  # Python's bindings raise where the C++ interface says False
+            chosen = False
+        if not chosen:
             raise BackendError(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
         sizes = {"batch": self._rows, "sequence": size, "draws": width, "capacity": self._limits.capacity}
         for spec in self._bundle.inputs:

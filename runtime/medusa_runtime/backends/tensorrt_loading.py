@@ -41,8 +41,11 @@ class KernelCache:
         if self._cache is None:
             return
         partial = self._path.with_suffix(f".{os.getpid()}.partial")
+        data = self._cache.serialize()
+        if data is None:  # it can't be written down, and is made again
+            return
         with contextlib.suppress(OSError):
-            partial.write_bytes(memoryview(self._cache.serialize()))
+            partial.write_bytes(memoryview(data))
             partial.replace(self._path)
 
 
@@ -162,16 +165,22 @@ def _check_tensors(loaded: LoadedEngine, bundle: Bundle) -> None:
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
     for specs, mode in ((bundle.inputs, trt.TensorIOMode.INPUT), (bundle.outputs, trt.TensorIOMode.OUTPUT)):
         for spec in specs:
-            expected = (mode, getattr(trt, spec.dtype), fixed_shape(spec, {"capacity": capacity}))
-            if spec.name in names:
-                shape = tuple(engine.get_tensor_shape(spec.name))
-                found = (engine.get_tensor_mode(spec.name), engine.get_tensor_dtype(spec.name), shape)
-            if spec.name not in names or found != expected:
+            expected = fixed_shape(spec, {"capacity": capacity})
+            if spec.name not in names or not (
+                engine.get_tensor_mode(spec.name) == mode
+                and engine.get_tensor_dtype(spec.name) == getattr(trt, spec.dtype)
+                and _fits(tuple(engine.get_tensor_shape(spec.name)), expected)
+            ):
                 raise BackendError(
                     f"The engine in {loaded.description.folder} is not what its description says: {spec.name} should "
-                    f"be {spec.dtype} {list(expected[2])}. {REBUILD}"
+                    f"be {spec.dtype} {list(expected)}. {REBUILD}"
                 )
     for index in range(2 * bundle.model.num_layers):
         past, present = cache_name("past", index), cache_name("present", index)
         if engine.get_aliased_input_tensor(present) != past:
             raise BackendError(f"The engine in {loaded.description.folder} doesn't update {past} in place. {REBUILD}")
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a shape is as expected; where -1 is, any size will do, as one that all profiles share may be given."""
+    return len(shape) == len(expected) and all(ours in (-1, size) for size, ours in zip(shape, expected, strict=True))
