@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,6 +42,7 @@ DRAIN_SECONDS = 30.0
 class Message(BaseModel):
     """A chat message."""
 
+    model_config = ConfigDict(extra="forbid")
     role: str
     content: str
 
@@ -80,6 +82,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title="medusa-export", lifespan=lifespan)
+
+
+@app.exception_handler(RequestValidationError)
+async def refused(_: Request, error: RequestValidationError) -> Response:
+    """What is wrong with a body, without the body: it may hold what JSON can't, such as numbers beyond all bounds."""
+    found = [{key: part[key] for key in ("type", "loc", "msg")} for part in error.errors()]
+    return Response(json.dumps({"detail": found}), 422, media_type="application/json")
 
 
 @app.post("/chat")

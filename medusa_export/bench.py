@@ -196,6 +196,7 @@ def llama_cpp_contestant(gguf: Path, threads: int | None) -> Contestant:
 
     def answer(prompt: list[int], max_new_tokens: int) -> Generation:
         tokens: list[int] = []
+        llama.reset()  # or else it takes over what this prompt and the last one begin with
         started = first = time.perf_counter()
         for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
             if not tokens:

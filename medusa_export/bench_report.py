@@ -62,25 +62,31 @@ def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[
     return "\n".join(lines) + "\n"
 
 
-def regressions(new: Mapping[str, Any], old_file: Path, tolerance: float) -> list[str]:
-    """Where a bench falls behind an earlier one, in words.
+# What is compared with an earlier report: ratios, not tokens per second, as another machine has other speeds.
+_RATIOS = ("speedup", "tokens_per_step", "overhead")
 
-    Ratios are compared, not tokens per second: another machine has other speeds.
+
+def earlier_report(file: Path) -> dict[str, float]:
+    """What ``regressions`` needs of an earlier report.
 
     Raises:
-        DatasetError: The earlier report can't be read.
+        DatasetError: It can't be read.
     """
     try:
-        old = json.loads(old_file.read_text(encoding="utf-8"))
-        before = {name: float(old[name]) for name in ("speedup", "tokens_per_step", "overhead")}
-        was_identical = bool(old["identical"])
+        old = json.loads(file.read_text(encoding="utf-8"))
+        return {name: float(old[name]) for name in _RATIOS} | {"identical": bool(old["identical"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{old_file} is no report of 'medusa-export bench' ({error!r}).") from error
+        raise DatasetError(f"{file} is no report of 'medusa-export bench' ({error!r}).") from error
+
+
+def regressions(new: Mapping[str, Any], old: Mapping[str, float], tolerance: float) -> list[str]:
+    """Where a bench falls behind an earlier one, in words."""
     found = []
-    for name, value in before.items():
+    for name in _RATIOS:
+        value = old[name]
         worse = new[name] > value * (1 + tolerance) if name == "overhead" else new[name] < value * (1 - tolerance)
         if worse:
             found.append(f"{name.replace('_', ' ')} is {new[name]:.2f}, was {value:.2f}")
-    if was_identical and not new["identical"]:
+    if old["identical"] and not new["identical"]:
         found.append("the tokens are no longer the same")
     return found

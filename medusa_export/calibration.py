@@ -64,7 +64,7 @@ class Calibration:
         if guessed is None and self.guessed:
             share = self.guess_share
             return share * self.value(path, guessed=True) + (1 - share) * self.value(path, guessed=False)
-        if self.paths:
+        if self.paths or self.guessed:
             return (self.guessed if guessed and self.guessed else self.paths).get(path, 0.0)
         return self.value(path[:-1]) * self.accuracies[len(path) - 1][path[-1]]
 

@@ -74,7 +74,10 @@ def stored_dtype(path: str | Path) -> torch.dtype:
         CheckpointError: As for ``load_heads``.
     """
     tensors = _read(_heads_file(Path(path).expanduser()))
-    return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    kind = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+    if kind is None:
+        raise CheckpointError(f"The heads at {path} hold whole numbers only: give weights that are not quantized.")
+    return kind
 
 
 def _heads_file(path: Path) -> Path:
@@ -139,10 +142,10 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             "damaged: if you trust its author, convert it where that is safe, with torch.load(…, weights_only=False) "
             "and safetensors.torch.save_file."
         ) from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, AttributeError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise CheckpointError(f"{file} is not a whole PyTorch file ({reason}): get it once more.") from e
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{file} holds no table of named tensors: save the state_dict of the heads.")
     return {name: state[name] for name in _select(file, state)}
 

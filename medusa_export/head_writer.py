@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from medusa_export.errors import CheckpointError
+from medusa_export.errors import CheckpointError, OutputError
 from medusa_export.files import atomic_file, write_text
 from medusa_export.head_files import HEADS_FILE
 from medusa_export.heads import MedusaHeads
@@ -45,19 +46,28 @@ def save_heads(
 
     Raises:
         CheckpointError: The layout has no place for heads such as these.
-        OutputError: A file can't be written.
+        OutputError: A file can't be written, or would replace the configuration of a model.
     """
+    folder = Path(folder)
+    _check_config(folder / "config.json")
     tensors = {}
     for name, tensor in _named_tensors(heads, lm_head, layout):
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         # A copy, since a projection may be written for several heads and a file can't name one memory twice.
         tensors[name] = tensor.detach().to("cpu", kind, copy=True).contiguous()
-    folder = Path(folder)
     with atomic_file(folder / HEADS_FILE) as file:
         save_file(tensors, file, metadata={"format": "pt"})
     config = _vllm_config(heads, lm_head, tensors) if layout == "vllm" else _config(heads, tensors)
     config |= {"base_model_name_or_path": base_model_name_or_path}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _check_config(path: Path) -> None:
+    """Refuses to replace what a model can't be loaded without."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        if kind not in (None, "medusa"):
+            raise OutputError(f"{path} is the configuration of a {kind} model: give another folder for the heads.")
 
 
 def _config(heads: MedusaHeads, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -91,6 +101,11 @@ def _named_tensors(heads: MedusaHeads, lm_head: nn.Linear | None, layout: str) -
         raise CheckpointError(
             f"The layout {layout} has no place for heads that are conditioned on the next token: train with --plain "
             "for tools that read it."
+        )
+    if heads.token_map is not None and layout == "v0.1":
+        raise CheckpointError(
+            "The layout v0.1 has no place for heads that can propose some of the tokens only: train without "
+            "--draft-vocab for tools that read it."
         )
     block = "blocks.{k}.layers.{j}" if layout == "vllm" else "{k}.{j}.linear"
     for j, layer in enumerate(heads.residual_layers):

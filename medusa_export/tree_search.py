@@ -15,9 +15,9 @@ UNGUESSED = 4
 def search_tree(calibration: Calibration, size: int) -> Tree:
     """Adds the node that is most likely to be accepted, again and again: every prefix is the best of its size.
 
-    A node is never more likely than its parent, so no node that is still out of reach can be better than
-    those in reach. Where guesses from the text were counted, prefixes up to ``UNGUESSED`` nodes are the best for steps
-    without one, and what is added to them the best for steps of both kinds.
+    A node is no more likely than its parent, but by chance where paths were hardly ever counted, so no node that is
+    still out of reach can be better than those in reach. Where guesses from the text were counted, prefixes up to
+    ``UNGUESSED`` nodes are the best for steps without one, and what is added to them the best for steps of both kinds.
 
     Args:
         calibration: How likely nodes are.

@@ -24,7 +24,7 @@ from medusa_export.bench import (
     race,
     speeds,
 )
-from medusa_export.bench_report import as_markdown, as_table, regressions
+from medusa_export.bench_report import as_markdown, as_table, earlier_report, regressions
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
 from medusa_runtime import Bundle
@@ -165,9 +165,11 @@ def test_prompts(tmp_path: Path) -> None:
 def test_an_earlier_report(tmp_path: Path) -> None:
     old = {"speedup": 1.5, "tokens_per_step": 2.0, "overhead": 1.3, "identical": True}
     (tmp_path / "old.json").write_text(json.dumps(old))
-    assert regressions({**old, "speedup": 1.4}, tmp_path / "old.json", 0.1) == []
-    assert regressions({**old, "speedup": 1.3}, tmp_path / "old.json", 0.1) == ["speedup is 1.30, was 1.50"]
-    assert regressions({**old, "overhead": 1.5, "identical": False}, tmp_path / "old.json", 0.1) == [
+    assert regressions({**old, "speedup": 1.4}, earlier_report(tmp_path / "old.json"), 0.1) == []
+    assert regressions({**old, "speedup": 1.3}, earlier_report(tmp_path / "old.json"), 0.1) == [
+        "speedup is 1.30, was 1.50"
+    ]
+    assert regressions({**old, "overhead": 1.5, "identical": False}, earlier_report(tmp_path / "old.json"), 0.1) == [
         "overhead is 1.50, was 1.30",
         "the tokens are no longer the same",
     ]
@@ -190,3 +192,11 @@ def test_the_command(tiny_bundle: Bundle, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--compare", tmp_path / "old.json")])
     assert result.exit_code == 1
     assert "tokens per step is" in result.output
+    # The report that is compared with may be the one that is written: it is read before.
+    (tmp_path / "r.json").write_text(json.dumps({**report, "tokens_per_step": 99}))
+    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--compare", tmp_path / "r.json")])
+    assert result.exit_code == 1
+    assert json.loads((tmp_path / "r.json").read_text())["tokens_per_step"] < 9
+    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--compare", tmp_path / "none.json")])
+    assert "is no report of" in result.output
+    assert len(result.output.splitlines()) == 1  # before anything is measured

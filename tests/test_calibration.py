@@ -35,6 +35,14 @@ def test_only_targets_that_exist_are_counted() -> None:
         Calibration.count(np.array([[0, -1]]), 10)
 
 
+def test_where_only_guesses_from_the_text_are_right() -> None:
+    places = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [9, 9, 9, -1], [9, 9, 9, -1]])
+    calibration = Calibration.count(places[:, :3], 4, steps=places, guessed=np.array([True, True, False, False]))
+    assert not calibration.paths and calibration.guessed[(0,) * 4] == 1
+    assert calibration.value((0,), guessed=False) == 0
+    assert search_tree(calibration, 10).max_depth == 4
+
+
 def test_round_trip_and_bad_files(tmp_path: Path) -> None:
     calibration = Calibration.count(PLACES, 10, model="m", heads="h")
     calibration.save(tmp_path / "c.json")

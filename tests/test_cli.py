@@ -77,6 +77,15 @@ def test_a_missing_extra_is_named(package: str, arguments: tuple[str, ...], extr
     assert "Traceback" not in result.stderr
 
 
+def test_inspect_a_damaged_graph(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+    path = folder / "model.onnxruntime.onnx"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    code, output = run("inspect", folder)
+    assert code == 1
+    assert f"{path} is damaged" in output
+
+
 def test_inspect(tiny_bundle: Bundle) -> None:
     code, output = run("inspect", tiny_bundle.folder)
     assert code == 0

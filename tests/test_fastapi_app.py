@@ -99,6 +99,17 @@ def test_refusals(server: str) -> None:
     assert httpx.post(f"{server}/chat", json={**hello, "repetition_penalty": 1.2}).status_code == 422
     response = httpx.post(f"{server}/chat", json={**hello, "temperature": -1})
     assert response.status_code == 422 and "temperature is -1.0" in response.text
+    more = {"messages": [{"role": "assistant", "content": "Hi", "tool_calls": []}]}
+    assert httpx.post(f"{server}/chat", json=more).status_code == 422
+    message = '{"messages": [{"role": "user", "content": "Hi"}]'
+    for rest in (
+        ', "max_new_tokens": 1e999}',
+        ', "timeout": NaN}',
+        ', "\\ud800": 1}',
+    ):  # what no JSON can hold in an answer
+        response = httpx.post(f"{server}/chat", content=message + rest, headers={"Content-Type": "application/json"})
+        assert response.status_code == 422
+        assert response.json()["detail"]
     too_long = {"messages": [{"role": "user", "content": "x" * 600}]}
     response = httpx.post(f"{server}/chat", json=too_long)
     assert response.status_code == 422 and "exceed the 512 tokens" in response.text

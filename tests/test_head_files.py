@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medusa_export.checkpoints import load_model
 from medusa_export.cli import main
 from medusa_export.errors import CheckpointError, OutputError
-from medusa_export.head_files import load_heads
+from medusa_export.head_files import load_heads, stored_dtype
 from medusa_export.head_writer import LAYOUTS, save_heads
 from medusa_export.heads import HeadsConfig, MedusaHeads
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -466,6 +466,39 @@ def test_conversion_keeps_a_reduced_vocabulary_and_the_dtype(tmp_path: Path) -> 
     assert torch.equal(stored["token_map"], tokens.int())
     assert json.loads((folder / "config.json").read_text())["truncated_vocab_size"] == len(tokens)
     torch.testing.assert_close(load_heads(folder, MODEL)(STATE), load_heads(source, MODEL)(STATE), atol=2e-3, rtol=0)
+
+
+def test_a_reduced_vocabulary_fits_no_v01(tmp_path: Path) -> None:
+    """What reads that layout projects to the whole vocabulary."""
+    tensors = reference(shared=True) | {"token_map": torch.arange(5, 50, 3).int()}
+    folder, output = converted(tmp_path, written(tmp_path / "heads", tensors), "v0.1")
+    assert "error: The layout v0.1 has no place for heads that can propose some of the tokens only" in output
+    assert not folder.exists()
+
+
+def test_heads_do_not_replace_the_configuration_of_a_model(tmp_path: Path) -> None:
+    MODEL.save_pretrained(tmp_path / "model")
+    before = (tmp_path / "model" / "config.json").read_bytes()
+    with pytest.raises(OutputError, match="is the configuration of a llama model: give another folder"):
+        save_heads(MedusaHeads.fresh(2, MODEL.lm_head), tmp_path / "model", base_model_name_or_path="base")
+    assert (tmp_path / "model" / "config.json").read_bytes() == before
+    assert not (tmp_path / "model" / "medusa_lm_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", [b"Repository not found", b"error code: 404", b"\x80\x02", b""])
+def test_a_page_in_the_place_of_a_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "heads.pt").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_heads(tmp_path / "heads.pt", MODEL)
+
+
+def test_weights_that_are_whole_numbers(tmp_path: Path) -> None:
+    torch.save({name: tensor.to(torch.int8) for name, tensor in reference().items()}, tmp_path / "heads.pt")
+    with pytest.raises(CheckpointError, match="whole numbers only"):
+        stored_dtype(tmp_path / "heads.pt")
+    torch.save({3: torch.ones(1)}, tmp_path / "heads.pt")
+    with pytest.raises(CheckpointError, match="no table of named tensors"):
+        load_heads(tmp_path / "heads.pt", MODEL)
 
 
 def test_conditioned_heads_fit_no_other_layout(tmp_path: Path) -> None:

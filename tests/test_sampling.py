@@ -135,6 +135,14 @@ def test_equal_logits_stay_or_go_together() -> None:
     assert with_a_chance(logits, SamplingParams(top_p=0.8)).tolist() == [0, 1, 2, 3]
 
 
+def test_a_nucleus_counts_all_that_top_k_keeps() -> None:
+    """Of equal logits at its border, too: each filter begins with what the one before has left."""
+    logits = torch.tensor([2.0, *[1.0] * 10, *[0.0] * 5])
+    params = SamplingParams(top_k=2, top_p=0.7)
+    assert processed(logits, params).count_nonzero() > 1
+    assert with_a_chance(logits, params).tolist() == list(range(11))
+
+
 def test_what_has_no_chance_is_never_drawn() -> None:
     """Blocks that are all but empty, tokens that fill up the last one, and the ends of what numbers may be."""
     logits = torch.full((700,), -torch.inf)
@@ -482,7 +490,7 @@ def test_bundles_of_older_contracts(stock: Stock, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf), ("temperature", 10**400), ("temperature", 1e-50), ("typical_alpha", 10**400), ("temperature", "hot"),
         ("top_k", -1), ("top_k", 1.5), ("top_k", MAX_TOP_K + 1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
         ("seed", -1), ("seed", 1.0), ("typical_epsilon", 0.0), ("typical_alpha", 0.0), ("acceptance", "greedy"),
     ],

@@ -812,6 +812,8 @@ def test_metrics(tiny_bundle: Bundle) -> None:
     ) as service:
         service.generate(PROMPT, max_new_tokens=10)
         assert f'medusa_tokens_total{{kind="prompt"}} {len(PROMPT)}.0' in generate_latest(registry).decode()
+        # As many as the answer has: its first comes from prefill, and steps emit more than are wanted in the end.
+        assert 'medusa_tokens_total{kind="completion"} 10.0' in generate_latest(registry).decode()
         with pytest.raises(DeadlineError):
             service.generate(PROMPT, max_new_tokens=400, timeout=0.001)
     page = generate_latest(registry).decode()

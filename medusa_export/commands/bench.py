@@ -61,7 +61,7 @@ def command(
         from rich.console import Console
 
         from medusa_export import bench as b
-        from medusa_export.bench_report import as_markdown, as_table, regressions
+        from medusa_export.bench_report import as_markdown, as_table, earlier_report, regressions
         from medusa_export.errors import DatasetError
         from medusa_export.files import write_text
         from medusa_export.progress import progress_bar
@@ -74,6 +74,7 @@ def command(
 
     threads = threads or usable_cpus()  # for everyone: others take one per physical core by themselves
     asked = b.bench_prompts(prompts)
+    earlier = None if compare is None else earlier_report(compare)  # which may be what is written in the end
     progress(f"loading {bundle}")
     empty = b.resident()
     engine = MedusaEngine.load(bundle, threads=threads)
@@ -117,7 +118,7 @@ def command(
         f"'auto' verifies {figures['tree_size']:.2g} nodes/step: {figures['tokens_per_step']:.2f} tokens/step, "
         f"{figures['speedup']:.2f} times the speed of plain decoding in the same engine."
     )
-    if compare is not None and (behind := regressions(figures, compare, tolerance)):
+    if earlier is not None and (behind := regressions(figures, earlier, tolerance)):
         raise Failure(f"This falls behind {compare}: {'; '.join(behind)}.")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from medusa_export.cli import extra
+from medusa_runtime.errors import BundleError
 
 
 @click.command("inspect")
@@ -28,11 +30,7 @@ def command(bundle: Path, as_json: bool) -> None:
 
     opened = Bundle.load(bundle, check_digests=False)
     engine = CompiledEngine.load(bundle, check_digests=False) if is_engine(bundle) else None
-    ops = {
-        name: Counter(node.op_type for node in onnx.load(bundle / name, load_external_data=False).graph.node)
-        for name in GRAPHS
-        if name in opened.files and engine is None
-    }
+    ops = {name: _operators(bundle / name, onnx.load) for name in GRAPHS if name in opened.files and engine is None}
     if as_json:
         description = json.loads(opened.to_json())
         description["operators"] = {name: dict(counts.most_common()) for name, counts in ops.items()}
@@ -93,3 +91,12 @@ def _grouped(specs: Any) -> list[tuple[str, str, str]]:
         )
         for name, group in rows.items()
     ]
+
+
+def _operators(graph: Path, load: Callable[..., Any]) -> Counter[str]:
+    """How many nodes of a graph are of each kind."""
+    try:
+        nodes = load(graph, load_external_data=False).graph.node
+    except Exception as error:  # protobuf's, which is no dependency of ours
+        raise BundleError(f"{graph} is damaged ({error}): export the bundle again.") from error
+    return Counter(node.op_type for node in nodes)

@@ -89,7 +89,8 @@ class PrometheusMetrics(Metrics):
 
     def step(self, kind: str, rows: int, size: int, tokens: int, seconds: float) -> None:
         self._steps.labels(kind).observe(seconds)
-        self._tokens.labels("prompt" if kind == "prefill" else "completion").inc(tokens)
+        if kind == "prefill":
+            self._tokens.labels("prompt").inc(tokens)
 
     def ended(self, outcome: str, stats: Stats) -> None:
         self._requests.labels(outcome).inc()
@@ -97,6 +98,7 @@ class PrometheusMetrics(Metrics):
             self._tokens.labels("cached").inc(stats.cached_tokens)
         for length, times in stats.accepted_lengths.items():
             self._accepted.labels(str(length)).inc(times)
+        self._tokens.labels("completion").inc(stats.completion_tokens)  # not all that steps emitted are kept
         if stats.completion_tokens:
             self._queue.observe(stats.queue_seconds)
             self._first.observe(stats.queue_seconds + stats.prefill_seconds)

@@ -26,7 +26,7 @@ class SamplingParams:
     Its distribution is divided by the temperature and cut off by top-k, top-p and min-p, in this order.
 
     Attributes:
-        temperature: Above 0; 0 is greedy decoding, whatever else is said.
+        temperature: Up to 1000; 0 is greedy decoding, whatever else is said.
         top_k: Keep so many of the best tokens, 256 at most; 0 keeps all.
         top_p: Keep the best tokens that together have this probability; 1 keeps all.
         min_p: Keep tokens that have at least this part of the best one's probability; 0 keeps all.
@@ -51,14 +51,17 @@ class SamplingParams:
     typical_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        self._check("temperature", 0 <= _number(self.temperature) < math.inf, "a number, 0 or above")
+        heat = _number(self.temperature)  # beyond these bounds fp32 knows it as 0, or tokens as equally likely
+        self._check("temperature", heat == 0 or 1e-30 <= heat <= 1e3, "0, or a number from 1e-30 to 1000")
         self._check("top_k", 0 <= _integer(self.top_k) <= MAX_TOP_K, f"an integer from 0, which is off, to {MAX_TOP_K}")
         self._check("top_p", 0 < _number(self.top_p) <= 1, "a number above 0, up to 1")
         self._check("min_p", 0 <= _number(self.min_p) <= 1, "a number from 0 to 1")
         self._check("seed", self.seed is None or _integer(self.seed) >= 0, "an integer, 0 or above, or None")
         self._check("typical_epsilon", 0 < _number(self.typical_epsilon) <= 1, "a number above 0, up to 1")
         alpha = self.typical_alpha
-        self._check("typical_alpha", alpha is None or 0 < _number(alpha) < math.inf, "a number above 0, or None")
+        self._check(
+            "typical_alpha", alpha is None or 1e-30 <= _number(alpha) <= 1e30, "a number from 1e-30 to 1e30, or None"
+        )
         if self.acceptance not in ("exact", "typical"):
             raise RequestError(f"acceptance is {self.acceptance!r}: expected 'exact' or 'typical'.")
 
@@ -96,7 +99,10 @@ def _integer(value: object) -> float:
 
 def _number(value: object) -> float:
     """A number; NaN, which no comparison holds for, if it is none."""
-    return float(value) if isinstance(value, float | np.floating) else _integer(value)
+    try:
+        return float(value if isinstance(value, float | np.floating) else _integer(value))
+    except OverflowError:
+        return math.inf
 
 
 GREEDY = SamplingParams(temperature=0.0)
