@@ -490,8 +490,8 @@ def test_bundles_of_older_contracts(stock: Stock, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf), ("temperature", 10**400), ("temperature", 1e-50), 
-        ("typical_alpha", 10**400), ("temperature", "hot"),
+        ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("temperature", 10**400), ("temperature", 1e-50), ("typical_alpha", 10**400),
         ("top_k", -1), ("top_k", 1.5), ("top_k", MAX_TOP_K + 1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
         ("seed", -1), ("seed", 1.0), ("typical_epsilon", 0.0), ("typical_alpha", 0.0), ("acceptance", "greedy"),
     ],
