@@ -1,13 +1,15 @@
 """Decoding speed told honestly: everything in turns, on the same prompts, against plain decoding in the same engine.
 
-Each repeat every contestant answers every prompt; the order rotates, so that nobody always follows the same
-neighbour. Speeds are totals over prompts, ratios are taken within a repeat, and medians over repeats.
+Each repeat every contestant answers every prompt, in an order drawn anew each time (from a fixed seed): whoever always
+came after the same neighbour would always have that one's threads and caches to deal with. Speeds are totals over
+prompts, ratios are taken within a repeat, and medians over repeats.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import random
 import resource
 import statistics
 import time
@@ -259,12 +261,10 @@ def race(
     """Everyone's answers, [repeat][prompt]."""
     names = [baseline, *(name for name in contestants if name != baseline)]
     answers: dict[str, list[list[Generation]]] = {name: [[] for _ in range(repeats)] for name in names}
-    turn = 0
+    orders = random.Random(0)  # noqa: S311  # no secret
     for repeat in range(repeats):
         for prompt in prompts:
-            order = names[turn % len(names) :] + names[: turn % len(names)]
-            turn += 1
-            for name in order:
+            for name in orders.sample(names, len(names)):
                 answers[name][repeat].append(contestants[name](prompt, max_new_tokens))
             told()
     return answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import sys
@@ -73,20 +74,23 @@ def test_a_terminal_of_80_columns_cuts_nothing_off() -> None:
     assert "5.95" not in text and "5.95" in as_markdown(figures, {})
 
 
-def test_everyone_answers_everything_and_the_order_turns() -> None:
-    asked: list[tuple[str, int]] = []
+def test_everyone_answers_everything_after_everyone_else() -> None:
+    order: list[str] = []
 
-    def contestant(name: str):
-        def run(prompt: list[int], count: int) -> Generation:
-            asked.append((name, prompt[0]))
-            return answer(count, 1.0, count)
+    def contestant(name: str) -> Contestant:
+        def respond(prompt: list[int], count: int) -> Generation:
+            order.append(name)
+            return Generation(tuple(prompt * count), 0.1, 0.2, 2)
 
-        return run
+        return respond
 
-    answers = race({n: contestant(n) for n in "ab"}, "a", [[1], [2]], max_new_tokens=3, repeats=2)
-    assert [name for name, _ in asked] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    lengths = {name: [len(repeat) for repeat in repeats] for name, repeats in answers.items()}
-    assert lengths == {"a": [2, 2], "b": [2, 2]}
+    prompts = [[number] for number in range(12)]
+    answers = race({n: contestant(n) for n in "abcd"}, "a", prompts, max_new_tokens=3, repeats=2)
+    assert list(answers) == ["a", "b", "c", "d"]
+    assert [[a.token_ids for a in repeat] for repeat in answers["b"]] == [[tuple(p * 3) for p in prompts]] * 2
+    turns = [order[i : i + 4] for i in range(0, len(order), 4)]
+    assert all(sorted(turn) == ["a", "b", "c", "d"] for turn in turns)
+    assert {(x, y) for x, y in itertools.pairwise(order) if x != y} == set(itertools.permutations("abcd", 2))
 
 
 class StandInGenai(ModuleType):
