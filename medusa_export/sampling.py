@@ -207,7 +207,6 @@ def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tupl
     rank = torch.arange(most)
     has_top_k, has_top_p = given.top_k > 0, given.top_p < 1
     kept = rank < torch.where(has_top_k, given.top_k, most)
-    kept = best >= torch.where(kept, best, torch.inf).amin(-1, keepdim=True)  # and what equals the last of them
     best_weights = torch.where(kept, best.exp(), 0.0)
     sums = best_weights.cumsum(-1)
     whole = best_weights.sum(-1, keepdim=True)

@@ -135,14 +135,6 @@ def test_equal_logits_stay_or_go_together() -> None:
     assert with_a_chance(logits, SamplingParams(top_p=0.8)).tolist() == [0, 1, 2, 3]
 
 
-def test_a_nucleus_counts_all_that_top_k_keeps() -> None:
-    """Of equal logits at its border, too: each filter begins with what the one before has left."""
-    logits = torch.tensor([2.0, *[1.0] * 10, *[0.0] * 5])
-    params = SamplingParams(top_k=2, top_p=0.7)
-    assert processed(logits, params).count_nonzero() > 1
-    assert with_a_chance(logits, params).tolist() == list(range(11))
-
-
 def test_what_has_no_chance_is_never_drawn() -> None:
     """Blocks that are all but empty, tokens that fill up the last one, and the ends of what numbers may be."""
     logits = torch.full((700,), -torch.inf)
