@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
         DatasetError: The chat template hides or alters an assistant's message.
     """
     text = render(tokenizer, conversation.messages, answering=False)
+    special = special_tokens(tokenizer)
     spans: list[tuple[int, int]] = []
     place = 0
     for message in conversation.messages:
@@ -214,7 +215,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
             continue
         place = start + len(content)
         if message["role"] == "assistant":
-            spans.append((start, place + _end_of_turn(tokenizer, text[place:])))
+            spans.append((start, place + _end_of_turn(special, text[place:])))
     if not conversation.complete and spans:
         spans[-1] = (spans[-1][0], place)
         text = text[:place]
@@ -224,10 +225,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
     return Sample(list(encoded["input_ids"]), is_label)
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, rest: str) -> int:
+def _end_of_turn(special: Iterable[str], rest: str) -> int:
     """The length of the special token that ``rest`` begins with, and of spaces before it; 0 without one."""
     spaces = len(rest) - len(rest.lstrip())
-    found = max((len(token) for token in special_tokens(tokenizer) if rest.startswith(token, spaces)), default=0)
+    found = max((len(token) for token in special if rest.startswith(token, spaces)), default=0)
     return spaces + found if found else 0
 
 

@@ -31,8 +31,8 @@ class HeadLoss(nn.Module):
         embedding: The base model's, for conditioned heads; it is not trained.
         vocab_size: Tokens of the base model.
         teacher: Gives the base model's logits over the tokens that heads propose; needed for soft targets.
-        soft: How much of the loss asks for the base model's whole distribution at the target's place; the rest asks
-            for the target alone.
+        soft: Where there is a teacher, how much of the loss asks for the base model's whole distribution at the
+            target's place; the rest asks for the target alone.
     """
 
     draft_ids: Tensor | None
@@ -85,7 +85,7 @@ class HeadLoss(nn.Module):
         there = labels >= 0
         scores = torch.log_softmax(logits.float(), dim=-1)
         losses = -scores.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        if self._teacher is not None and self._soft and ahead is not None and self.training:
+        if self._teacher is not None and ahead is not None and self.training:
             known = there & ~ahead[..., 0].isnan()
             soft = -(torch.softmax(self._teacher(ahead.nan_to_num()), dim=-1) * scores).sum(-1)
             losses = torch.where(known, self._soft * soft + (1 - self._soft) * losses, losses)
@@ -165,7 +165,7 @@ def train_medusa1(
     vocab_size = model.get_output_embeddings().out_features
     return run_training(
         HeadLoss(heads, model.get_input_embeddings(), vocab_size, teacher=teacher, soft=soft),
-        _Positions(train, ahead=soft > 0),
+        _Positions(train, ahead=teacher is not None),
         _Positions(heldout),
         schedule,
         checkpoints,

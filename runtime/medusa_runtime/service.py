@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, Self, TypedDict, Unpack
 
 from medusa_runtime.backends import open_batch_backend
@@ -318,11 +318,10 @@ class MedusaService(Closing):
 
     def _let_go(self) -> None:
         """Ends requests that were cancelled or have run out of time."""
-        with contextlib.suppress(Empty):
-            while True:
-                job, error = self._ends.get_nowait()
-                if not job.handle.done:
-                    self._end(job, error)
+        while not self._ends.empty():  # nobody else takes from it
+            job, error = self._ends.get()
+            if not job.handle.done:
+                self._end(job, error)
         now = self._now()
         for job in [*self._scheduler.running.values(), *self._scheduler.waiting]:
             if job.deadline is not None and now >= job.deadline:
