@@ -108,9 +108,11 @@ def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
 
 def engine_contestant(engine: MedusaEngine, tree_size: TreeSize, *, lookup: bool = True) -> Contestant:
     """An engine at one tree size, with or without guesses from the text."""
+    # What it learns of the heads' guesses is its own: others meet other steps.
+    own = MedusaEngine(engine.bundle, engine.backend, engine.tokenizer)
 
     def answer(prompt: list[int], max_new_tokens: int) -> Generation:
-        result = engine.generate(prompt, max_new_tokens=max_new_tokens, tree_size=tree_size, lookup=lookup)
+        result = own.generate(prompt, max_new_tokens=max_new_tokens, tree_size=tree_size, lookup=lookup)
         stats = result.stats
         return Generation(
             result.token_ids, stats.prefill_seconds, stats.decode_seconds, stats.steps, stats.nodes_per_step
@@ -282,8 +284,8 @@ def speeds(
         name: Speed(
             tokens_per_second=statistics.median(rates[name]),
             spread=(min(rates[name]), max(rates[name])),
-            tokens_per_step=_tokens(repeats[0]) / max(_steps(repeats[0]), 1),
-            nodes_per_step=sum(a.steps * a.nodes_per_step for a in repeats[0]) / max(_steps(repeats[0]), 1),
+            tokens_per_step=statistics.median(_per_step(repeat, _tokens(repeat)) for repeat in repeats),
+            nodes_per_step=statistics.median(_per_step(repeat, _nodes(repeat)) for repeat in repeats),
             speedup=_ratio(rates[name], rates[baseline]),
             overhead=_ratio(step_seconds[name], step_seconds[baseline]),
             first_token_seconds=statistics.median(a.prefill_seconds for repeat in repeats for a in repeat),
@@ -321,11 +323,15 @@ def _rate(repeat: Sequence[Generation]) -> float:
 
 
 def _step_seconds(repeat: Sequence[Generation]) -> float:
-    return sum(answer.decode_seconds for answer in repeat) / max(_steps(repeat), 1)
+    return _per_step(repeat, sum(answer.decode_seconds for answer in repeat))
 
 
-def _steps(repeat: Sequence[Generation]) -> int:
-    return sum(answer.steps for answer in repeat)
+def _nodes(repeat: Sequence[Generation]) -> float:
+    return sum(answer.steps * answer.nodes_per_step for answer in repeat)
+
+
+def _per_step(repeat: Sequence[Generation], amount: float) -> float:
+    return amount / max(sum(answer.steps for answer in repeat), 1)
 
 
 def _ratio(values: Sequence[float], others: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from distilling import distilled
 from medusa_export.cli import main
 from medusa_export.trt_build import BuildOptions, write_engine
 from medusa_runtime import Bundle
@@ -65,6 +66,25 @@ def smollm2_gguf() -> str:
     if not path.is_file():
         pytest.skip("SmolLM2 is not here: scripts/smollm2.sh fetches it")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 prompts, a line each."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(f"Prompt number {i}, {'very ' * (i % 5)}good" for i in range(22)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(stock: Stock, tiny_model_folder: Path, prompts: Path) -> Path:
+    """What that model answers to those prompts, as ``distill`` writes it."""
+
+    def fill(folder: Path) -> None:
+        code, output = distilled(tiny_model_folder, folder, "--prompts", prompts, "--temperature", 1)
+        assert code == 0, output
+
+    return stock.folder("distilled", fill)
 
 
 @pytest.fixture(scope="session")

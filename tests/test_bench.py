@@ -21,6 +21,7 @@ from medusa_export.bench import (
     Paddock,
     bench_prompts,
     by_category,
+    engine_contestant,
     genai_contestant,
     race,
     speeds,
@@ -28,7 +29,7 @@ from medusa_export.bench import (
 from medusa_export.bench_report import as_markdown, as_table, earlier_report, regressions
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
-from medusa_runtime import Bundle
+from medusa_runtime import Bundle, MedusaEngine
 
 
 def answer(tokens: int, seconds: float, steps: int, first: int = 7) -> Generation:
@@ -38,7 +39,7 @@ def answer(tokens: int, seconds: float, steps: int, first: int = 7) -> Generatio
 def test_speeds() -> None:
     answers = {
         "plain": [[answer(10, 1.0, 10)], [answer(10, 2.0, 10)], [answer(10, 4.0, 10)]],
-        "tree": [[answer(10, 0.5, 5)], [answer(10, 1.0, 5)], [answer(10, 4.0, 5)]],
+        "tree": [[answer(10, 0.5, 2)], [answer(10, 1.0, 5)], [answer(10, 4.0, 5)]],
         "other": [[answer(10, 1.0, 10, first=8)]] * 3,
     }
     found = speeds(answers, "plain")
@@ -46,8 +47,8 @@ def test_speeds() -> None:
     assert found["plain"].spread == (2.5, 10)
     assert found["plain"].speedup == found["plain"].overhead == 1
     assert found["tree"].speedup == 2  # the median of 2, 2 and 1
-    assert found["tree"].tokens_per_step == 2
-    assert found["tree"].overhead == 1
+    assert found["tree"].tokens_per_step == 2  # the median of 5, 2 and 2
+    assert found["tree"].overhead == 2  # the median of 2.5, 1 and 2
     assert found["tree"].identical
     assert not found["other"].identical
 
@@ -139,6 +140,14 @@ def test_the_end_of_an_answer_is_one_of_its_tokens(monkeypatch: pytest.MonkeyPat
     assert contestant([1, 1], 10).token_ids == (7, 8, 9, 2)
     assert contestant([1, 1], 3).token_ids == (7, 8, 9)
     assert contestant([1, 1], 10).steps == 3
+
+
+def test_engines_learn_apart(tiny_bundle: Bundle) -> None:
+    """Steps of one contestant are not those of another: without lookup easy ones are the heads' alone."""
+    with MedusaEngine.load(tiny_bundle.folder) as engine:
+        alone, both = (engine_contestant(engine, "auto", lookup=lookup) for lookup in (False, True))
+        assert alone([5, 6, 7, 5, 6, 7], 24).token_ids == both([5, 6, 7, 5, 6, 7], 24).token_ids
+        assert engine._choice is None
 
 
 def test_contestants_are_weighed() -> None:

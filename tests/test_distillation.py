@@ -1,0 +1,193 @@
+"""Distillation: a model answers, and what it said stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distilling import distilled
+from full_disk import no_file_larger_than
+from medusa_export.errors import DatasetError
+from medusa_export.training import distillation
+from medusa_export.training.conversations import Conversation
+from medusa_export.training.dataset import load_splits
+from medusa_export.training.distillation import DistillSettings
+from medusa_export.training.generation import Writer, Written, _choose
+from medusa_export.training.parts import Parts
+from tiny_models import tiny_model
+from tiny_tokenizer import make_tokenizer
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1e9, 2.0]])
+    expected = torch.softmax(logits[0] / 0.5, -1)
+    draws = _choose(logits.expand(20_000, 4), 0.5, torch.rand(20_000, generator=torch.Generator().manual_seed(1)))
+    seen = torch.bincount(draws, minlength=4) / 20_000
+    torch.testing.assert_close(seen, expected, atol=0.015, rtol=0)
+    assert seen[2] == 0
+
+
+def test_a_batch_writes_what_each_row_would_alone() -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = 7
+    writer = Writer(model, make_tokenizer())
+    prompts = ["a", "some longer prompt", "and", "the fourth of them"]
+    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    together = writer.answer(talks, max_new_tokens=24, temperature=0, seed=0)
+    alone = [writer.answer([talk], max_new_tokens=24, temperature=0, seed=0)[0] for talk in talks]
+    assert together == alone
+    drawn = [writer.answer(talks, max_new_tokens=24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({answer.tokens for answer in drawn[0]}) > 1  # rows ended at different times
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for name in ("train", "heldout") for line in (folder / f"{name}.jsonl").open()]
+    return sorted(found, key=lambda row: row["id"])
+
+
+def test_distilled_data(data: Path) -> None:
+    rows = rows_of(data)
+    assert [row["id"] for row in rows] == list(range(22))
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
+    splits = load_splits(data, heldout=0)
+    assert {split.name: len(split.conversations) > 0 for split in splits} == {"train": True, "heldout": True}
+
+
+def test_an_interrupted_distillation_goes_on(
+    data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    real = Parts.write
+
+    def fail(self: Parts, number: int, rows: Any) -> None:
+        if number == 3:
+            raise OSError(28, "No space left on device")
+        real(self, number, rows)
+
+    options = ("--prompts", prompts, "--temperature", 1)
+    monkeypatch.setattr(distillation.Parts, "write", fail)
+    code, output = distilled(tiny_model_folder, folder, *options)
+    assert code == 1
+    assert "No space left on device" in output
+    monkeypatch.undo()
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "answers").iterdir()}
+    assert len(kept) == 3
+    code, output = distilled(tiny_model_folder, folder, *options, "--turns", 2)
+    assert code == 1
+    assert "begun with turns = 1" in output
+    code, output = distilled(tiny_model_folder, folder, *options)
+    assert code == 0, output
+    assert rows_of(folder) == rows_of(data)  # nothing lost, nothing twice, nothing else
+    assert all((folder / "answers" / name).stat().st_mtime_ns == time for name, time in kept.items())
+
+
+def test_damaged_data_is_found(data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    options = ("--prompts", prompts, "--temperature", 1)
+    assert distilled(tiny_model_folder, folder, *options)[0] == 0
+    (folder / "train.jsonl").write_text((folder / "train.jsonl").read_text()[:-60])
+    with pytest.raises(DatasetError, match="missing or altered"):
+        load_splits(folder, heldout=0)
+    part = sorted((folder / "answers").iterdir())[1]
+    part.write_bytes(part.read_bytes().replace(b"Prompt", b"prompt"))
+    code, output = distilled(tiny_model_folder, folder, *options)
+    assert code == 1
+    assert "is damaged: delete it" in output
+    part.unlink()
+    assert distilled(tiny_model_folder, folder, *options)[0] == 0
+    assert rows_of(folder) == rows_of(data)
+
+
+def test_a_deleted_part_of_prompts_is_made_anew(tmp_path: Path) -> None:
+    """The others after it keep their numbers, and what was answered its prompts."""
+    settings = DistillSettings("model", {}, 6, None, 1, None, 12, 0.0, 1.0, 0.3, 4, 0, "float32")
+    folder = tmp_path / "data"
+    calls: list[int] = []
+
+    class Author(Parrot):
+        """Writes four prompts, another four with each seed."""
+
+        def user_turns(self, conversations: list[object], *, seed: int = 0, **_: object) -> list[Written]:
+            calls.append(seed)
+            return [Written(f"What about {seed} and {i}?", complete=True, tokens=5) for i in range(len(conversations))]
+
+    def run() -> None:
+        distillation.distill(folder, settings, [], Author, quiet=True)  # type: ignore[arg-type]
+
+    run()
+    expected, parts = rows_of(folder), sorted((folder / "prompts").iterdir())
+    assert len(expected) == 6
+    assert len(parts) == 2
+    parts[0].unlink()
+    run()
+    assert sorted((folder / "prompts").iterdir()) == parts
+    assert rows_of(folder) == expected
+
+
+def test_conversations_end_where_the_model_has_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = 7
+    model.config.max_position_embeddings = 40
+    writer = Writer(model, make_tokenizer())
+    talks = [[{"role": "user", "content": text}] for text in ("a", "b" * 50, "c")]
+    answers = writer.answer(talks, max_new_tokens=8, temperature=0, seed=0)
+    assert [answer is None for answer in answers] == [False, True, False]
+    assert answers[2] == writer.answer(talks[2:], max_new_tokens=8, temperature=0, seed=0)[0]
+    assert writer.answer(talks[1:2], max_new_tokens=8, temperature=0, seed=0) == [None]
+    settings = DistillSettings("model", {}, 0, None, 9, None, 8, 0.0, 1.0, 0.3, 4, 0, "float32")
+    prompts = [Conversation(({"role": "user", "content": text},) * 9) for text in ("a", "b" * 50)]
+    made = distillation.distill(tmp_path / "data", settings, prompts, lambda: writer, quiet=True)
+    assert made.left_out == 1
+    (row,) = rows_of(tmp_path / "data")
+    assert len(row["messages"]) % 2 == 0
+    with pytest.raises(DatasetError, match="None of 1 prompts leaves room"):
+        distillation.distill(tmp_path / "none", settings, prompts[1:], lambda: writer, quiet=True)
+
+
+def test_a_model_writes_its_own_prompts_over_several_turns(tiny_model_folder: Path, tmp_path: Path) -> None:
+    code, output = distilled(tiny_model_folder, tmp_path / "d", "--magpie", 5, "--turns", 2, "--system", "Be kind")
+    assert code in (0, 1), output
+    if code == 1:  # a random model may never end a turn
+        assert "There are no prompts" in output
+        return
+    for row in rows_of(tmp_path / "d"):
+        assert row["messages"][0] == {"role": "system", "content": "Be kind"}
+
+
+class Parrot:
+    """Writes one prompt over and over."""
+
+    told: Callable[[int], None]
+
+    def user_turns(self, conversations: list[object], **_: object) -> list[Written]:
+        return [Written("Polly wants a cracker?", complete=True, tokens=5)] * len(conversations)
+
+    answer = user_turns
+
+
+def test_a_model_that_repeats_itself_is_told_of(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa_export.training.generation.Writer", lambda *_: Parrot())
+    code, output = distilled(tiny_model_folder, tmp_path / "d", "--magpie", 5)
+    assert code == 0
+    assert "of 5 prompts the model wrote 1" in output
+    assert len(rows_of(tmp_path / "d")) == 1
+
+
+def test_a_distillation_with_no_room_goes_on(
+    data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    options = ("--prompts", prompts, "--temperature", 1)
+    with no_file_larger_than(1024):  # enough for the parts, but not for what they make together
+        code, output = distilled(tiny_model_folder, tmp_path / "data", *options)
+    assert code == 1
+    assert "train.jsonl can't be written" in output
+    assert distilled(tiny_model_folder, tmp_path / "data", *options)[0] == 0
+    assert rows_of(tmp_path / "data") == rows_of(data)
