@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from medusa_export.errors import ExportError, OutputError
 WRITE_ERRORS = (OSError, SafetensorError)
 # Open already, by whoever started this process: written to, never replaced.
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
+_PARTIAL = ".partial"  # in the name of what isn't whole yet
 
 
 @contextmanager
@@ -25,12 +28,13 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: It can't be written.
     """
-    if str(target).startswith(_STREAMS) or (target.exists() and not (target.is_file() or target.is_dir())):
-        yield target
-        return
-    place = target.resolve()  # a link stays one
-    partial = place.with_name(f".{place.stem}.{os.getpid()}.partial{place.suffix}")
+    partial: Path | None = None
     try:
+        if is_stream(target):
+            yield target
+            return
+        place = _linked(target)
+        partial = place.with_name(f".{place.stem}.{os.getpid()}{_PARTIAL}{place.suffix}")
         place.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         mode = partial.stat().st_mode
@@ -42,7 +46,29 @@ def atomic_file(target: Path) -> Iterator[Path]:
     except WRITE_ERRORS as error:
         raise OutputError(f"{target} can't be written: {error}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def is_stream(target: Path) -> bool:
+    """Whether it takes what is written and keeps no file: a pipe, a terminal, a stream that is open already."""
+    return str(target).startswith(_STREAMS) or (target.exists() and not (target.is_file() or target.is_dir()))
+
+
+def is_partial(path: Path) -> bool:
+    """Whether it is what a process that was killed had not written to its end."""
+    return path.name.startswith(".") and _PARTIAL in path.name
+
+
+def _linked(target: Path) -> Path:
+    """What a link leads to, so that it stays one."""
+    try:
+        place = target.resolve()
+    except RuntimeError as error:  # up to Python 3.12
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+    if place.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return place
 
 
 @contextmanager
@@ -52,9 +78,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         OSError: It can't be written; what fills it may raise others of ``WRITE_ERRORS``.
     """
-    target = target.resolve()  # a link stays one
+    target = _linked(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}{_PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -86,8 +112,8 @@ def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.
         ExportError: It is the working directory, or there is a file, a folder of other things, or one that may not be
             replaced.
     """
-    if target.resolve() == Path.cwd():  # it is replaced whole, which would leave its user nowhere
-        raise ExportError(f"{target} is the folder that you are in: give another to write the {noun} to.")
+    if Path.cwd().is_relative_to(target.resolve()):  # it is replaced whole, which would leave its user nowhere
+        raise ExportError(f"{target} holds the folder that you are in: give another to write the {noun} to.")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -119,4 +145,16 @@ def write_bytes(target: Path, data: bytes) -> None:
         OutputError: It can't be written.
     """
     with atomic_file(target) as partial:
-        partial.write_bytes(data)
+        if is_stream(partial):
+            _write_behind(partial, data)
+        else:
+            partial.write_bytes(data)
+
+
+def _write_behind(stream: Path, data: bytes) -> None:
+    """Adds to what a stream has; a file that it was redirected to is not begun anew, nor what is printed later lost."""
+    sys.stdout.flush()
+    own = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(stream))
+    descriptor = os.open(stream, os.O_WRONLY | os.O_APPEND) if own is None else own
+    with open(descriptor, "wb", closefd=own is None) as file:
+        file.write(data)

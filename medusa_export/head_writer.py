@@ -49,7 +49,7 @@ def save_heads(
         OutputError: A file can't be written, or would replace the configuration of a model.
     """
     folder = Path(folder)
-    _check_config(folder / "config.json")
+    check_config(folder)
     tensors = {}
     for name, tensor in _named_tensors(heads, lm_head, layout):
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -62,8 +62,13 @@ def save_heads(
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _check_config(path: Path) -> None:
-    """Refuses to replace what a model can't be loaded without."""
+def check_config(folder: Path) -> None:
+    """Refuses a folder where heads would replace what a model can't be loaded without.
+
+    Raises:
+        OutputError: It holds a model.
+    """
+    path = folder / "config.json"
     with contextlib.suppress(OSError, ValueError, AttributeError):
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         if kind not in (None, "medusa"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the heads in scripts/smollm2_heads anew: distil, train, calibrate. Each step goes on where it was stopped.
-# On two CPU cores with instructions for bf16 it takes two and a half hours; a run to try it out takes a few minutes:
+# On two CPU cores with instructions for bf16 it takes about three hours; a run to try it out takes a few minutes:
 #   WORK=/tmp/try HEADS=/tmp/try/heads DTYPE=fp32 PROMPTS=12 MORE=12 BATCH_SIZE=12 HELDOUT=0.3 MORE_HELDOUT=0.3 \
 #     MAX_NEW_TOKENS=24 EPOCHS=1 DRAFT_VOCAB=512 scripts/train_smollm2.sh
 set -euo pipefail

@@ -30,6 +30,7 @@ from medusa_export.bench_report import as_markdown, as_table, earlier_report, re
 from medusa_export.cli import main
 from medusa_export.errors import DatasetError
 from medusa_runtime import Bundle, MedusaEngine
+from script import load_script
 
 
 def answer(tokens: int, seconds: float, steps: int, first: int = 7) -> Generation:
@@ -164,6 +165,17 @@ def test_contestants_are_weighed() -> None:
     assert paddock.memory["light"] >> 20 < 20
     found = speeds({name: [[answer(10, 1.0, 10)]] for name in paddock.contestants}, "light", paddock.memory)
     assert found["heavy"].memory_mib == paddock.memory["heavy"] >> 20
+
+
+def test_no_prompt_is_among_those_that_heads_are_trained_on() -> None:
+    from medusa_export.training.conversations import Conversation
+
+    def key(prompt: str) -> str:
+        return Conversation(({"role": "user", "content": prompt},)).prompt_key
+
+    trained_on = {key(prompt) for prompt in load_script("seed_prompts").prompts(2600)}
+    assert len(trained_on) > 2000
+    assert not trained_on & {key(prompt.prompt) for prompt in bench_prompts()}
 
 
 def test_prompts(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Split
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medusa_export.errors import DatasetError
 from medusa_export.training.conversations import (
@@ -92,6 +94,33 @@ def test_the_end_of_a_turn_is_a_label_whatever_its_role() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     sample = tokenize(tokenizer, Conversation(TALK))
     assert labelled(tokenizer, sample) == ["yes<|end|>", "I think so.<|end|>"]
+
+
+def test_short_answers_are_not_found_in_what_opens_them() -> None:
+    tokenizer = tokenizer_with("chatml")
+    talk = ({"role": "user", "content": "an a or a t?"}, {"role": "assistant", "content": "a"})
+    assert labelled(tokenizer, tokenize(tokenizer, Conversation(talk))) == ["a<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["normalizer", "pre-tokenizer"])
+def test_words_that_begin_with_a_space(kind: str) -> None:
+    """As in Llama 2 and Mistral, where the space after ``[/INST]`` is part of the answer's first token."""
+    words = ["<unk>", "▁[INST]", "▁[/INST]", "▁yes", "▁Really?", "▁I", "▁think", "▁so."]
+    bare = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, "<unk>"))
+    if kind == "normalizer":
+        bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bare.pre_tokenizer = Split("▁", "merged_with_next")
+    else:
+        bare.pre_tokenizer = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }} {% endif %}{% endfor %}"
+    )
+    sample = tokenize(tokenizer, Conversation(TALK))
+    assert sum(sample.is_label) == 1 + 1 + 3 + 1
+    says = tokenizer.convert_ids_to_tokens([t for t, is_label in zip(*vars(sample).values(), strict=True) if is_label])
+    assert says == ["▁yes", "</s>", "▁I", "▁think", "▁so.", "</s>"]
 
 
 @pytest.mark.slow

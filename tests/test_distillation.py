@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 
 from distilling import distilled
 from full_disk import no_file_larger_than
@@ -104,9 +106,64 @@ def test_damaged_data_is_found(data: Path, tiny_model_folder: Path, prompts: Pat
     assert rows_of(folder) == rows_of(data)
 
 
+def test_a_kill_before_the_first_byte_is_no_others_folder(
+    data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".distill.123.partial.json").write_text("{")
+    code, output = distilled(tiny_model_folder, tmp_path / "data", "--prompts", prompts, "--temperature", 1)
+    assert code == 0, output
+    assert rows_of(tmp_path / "data") == rows_of(data)
+
+
+def test_answers_belong_to_their_prompts(tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """A part is known by its number alone: prompts in another order would get the answers of others."""
+    folder = tmp_path / "data"
+    options = ("--prompts", prompts, "--temperature", 1)
+    assert distilled(tiny_model_folder, folder, *options)[0] == 0
+    one, other = sorted((folder / "answers").iterdir())[1:3]
+    shutil.copy(other, folder / "answers" / f"{one.name[:6]}-{other.name[7:]}")
+    one.unlink()
+    code, output = distilled(tiny_model_folder, folder, *options)
+    assert code == 1
+    assert "answers other prompts than those that there are now" in output
+
+
+def test_files_of_prompts_are_known_by_their_order_and_each_by_itself(
+    tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "more").mkdir()
+    other = tmp_path / "more" / prompts.name
+    other.write_text("Something else")
+    code, output = distilled(tiny_model_folder, tmp_path / "d", "--prompts", prompts, "--prompts", other)
+    assert code == 0, output
+    for files in ((other, prompts), (other,), (prompts,)):
+        code, output = distilled(tiny_model_folder, tmp_path / "d", *(x for file in files for x in ("--prompts", file)))
+        assert code == 1
+        assert "was begun with prompts = " in output
+
+
+def test_other_weights_under_one_name_are_another_model(tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    model = tmp_path / "other" / tiny_model_folder.name
+    shutil.copytree(tiny_model_folder, model)
+    tiny_model("llama", seed=1).save_pretrained(model)
+    assert distilled(tiny_model_folder, tmp_path / "d", "--prompts", prompts)[0] == 0
+    next((tmp_path / "d" / "answers").iterdir()).unlink()
+    code, output = distilled(model, tmp_path / "d", "--prompts", prompts)
+    assert code == 1
+    assert "of the same name with other weights" in output
+
+
+def test_the_datasets_library_reads_it(data: Path, tmp_path: Path) -> None:
+    files = {split: str(data / f"{split}.jsonl") for split in ("train", "heldout")}
+    found = load_dataset("json", data_files=files, cache_dir=str(tmp_path))
+    rows = sorted((row for split in found.values() for row in split), key=lambda row: row["id"])
+    assert rows == rows_of(data)
+
+
 def test_a_deleted_part_of_prompts_is_made_anew(tmp_path: Path) -> None:
     """The others after it keep their numbers, and what was answered its prompts."""
-    settings = DistillSettings("model", {}, 6, None, 1, None, 12, 0.0, 1.0, 0.3, 4, 0, "float32")
+    settings = DistillSettings("model", [], 6, None, 1, None, 12, 0.0, 1.0, 0.3, 4, 0, "float32")
     folder = tmp_path / "data"
     calls: list[int] = []
 
@@ -140,7 +197,7 @@ def test_conversations_end_where_the_model_has_no_room(tmp_path: Path, capsys: p
     assert [answer is None for answer in answers] == [False, True, False]
     assert answers[2] == writer.answer(talks[2:], max_new_tokens=8, temperature=0, seed=0)[0]
     assert writer.answer(talks[1:2], max_new_tokens=8, temperature=0, seed=0) == [None]
-    settings = DistillSettings("model", {}, 0, None, 9, None, 8, 0.0, 1.0, 0.3, 4, 0, "float32")
+    settings = DistillSettings("model", [], 0, None, 9, None, 8, 0.0, 1.0, 0.3, 4, 0, "float32")
     prompts = [Conversation(({"role": "user", "content": text},) * 9) for text in ("a", "b" * 50)]
     made = distillation.distill(tmp_path / "data", settings, prompts, lambda: writer, quiet=True)
     assert made.left_out == 1
@@ -164,6 +221,7 @@ class Parrot:
     """Writes one prompt over and over."""
 
     told: Callable[[int], None]
+    fingerprint = "feathers"
 
     def user_turns(self, conversations: list[object], **_: object) -> list[Written]:
         return [Written("Polly wants a cracker?", complete=True, tokens=5)] * len(conversations)

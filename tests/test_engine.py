@@ -141,6 +141,15 @@ def test_a_closed_engine_says_so(tiny_bundle: Bundle) -> None:
         engine.backend.step(1)
 
 
+def test_a_stream_that_is_too_late_takes_no_memory(tiny_bundle: Bundle) -> None:
+    engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
+    stream = engine.stream(PROMPT, max_new_tokens=3)
+    engine.close()
+    with pytest.raises(RequestError, match="closed"):
+        next(stream)
+    assert engine.backend.capacity == 0
+
+
 def test_a_system_that_does_not_say_which_cpus_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """As macOS and Windows."""
     assert usable_cpus() == len(os.sched_getaffinity(0))

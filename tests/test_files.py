@@ -33,7 +33,7 @@ def test_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="can't be written"):
         write_text(Path(), "text")
-    for here in (Path(), tmp_path):
+    for here in (Path(), tmp_path, Path(".."), tmp_path.parent):
         with pytest.raises(ExportError, match="the folder that you are in"):
             check_target(here, replace_existing=True)
 
@@ -50,6 +50,25 @@ def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
         subprocess.run(command, stdout=log, check=True)
     assert (tmp_path / "log").read_text() == "text"
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("a", "a line of before\n"), ("w", "")])
+def test_what_a_stream_was_redirected_to_loses_nothing(tmp_path: Path, mode: str, kept: str) -> None:
+    (tmp_path / "log").write_text("a line of before\n")
+    code = (
+        "from pathlib import Path; from medusa_export.files import write_text\n"
+        "print('first'); write_text(Path('/dev/stdout'), 'text\\n'); print('last')"
+    )
+    with (tmp_path / "log").open(mode) as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == f"{kept}first\ntext\nlast\n"
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for target in (tmp_path / ("n" * 300), tmp_path / "loop", Path("/dev/full")):
+        with pytest.raises(OutputError, match=f"{target} can't be written"):
+            write_text(target, "text")
 
 
 def test_the_systems_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import _compute
 from medusa_export.training.job import SETTINGS
-from medusa_export.training.joint import JointLoss, Lora, _Ramp, adapt, collate
+from medusa_export.training.joint import JointLoss, Lora, _Ramp, adapt, collate, perplexity
 from medusa_export.training.medusa1 import HEAD_DECAY, HeadLoss
 from medusa_export.training.run import _last_complete
 from tiny_models import tiny_model
@@ -141,12 +141,31 @@ def test_a_checkpoint_holds_what_is_trained() -> None:
 def test_the_ramp() -> None:
     model = tiny_model("llama")
     module = JointLoss(model, fresh(model))
-    ramp = _Ramp(module, 0.01)
-    weights = []
-    for step in (0, 4, 9):
+    whole = module.train()(**batch())["loss"]
+    ramp = _Ramp(module)
+    for step, share in ((0, math.sin(math.pi / 20)), (4, math.sin(math.pi / 4)), (9, 1)):
         ramp.on_step_begin(None, type("State", (), {"global_step": step, "max_steps": 10})(), None)
-        weights.append(module.heads_weight)
-    assert weights == pytest.approx([0.01 * math.sin(math.pi / 20), 0.01 * math.sin(math.pi / 4), 0.01])
+        torch.testing.assert_close(module(**batch())["loss"], share * whole)
+        torch.testing.assert_close(module.eval()(**batch())["loss"], whole)  # held-out losses are all of one kind
+        module.train()
+
+
+def test_heads_see_the_base_model_without_its_dropout() -> None:
+    model = tiny_model("gpt2", resid_pdrop=0.5)
+    module = JointLoss(model, fresh(model)).train()
+    assert module.head_loss.training
+    assert module(**batch())["loss"] == module(**batch())["loss"]
+
+
+def test_perplexity() -> None:
+    """As that of every sample by itself, over all of what the assistant says."""
+    model = tiny_model("llama")
+    expected = []
+    for sample in SAMPLES:
+        logits = torch.log_softmax(model(torch.tensor([sample.input_ids])).logits[0], -1)
+        places = [i for i in range(1, len(sample.input_ids)) if sample.is_label[i]]
+        expected += [-float(logits[i - 1, sample.input_ids[i]]) for i in places]
+    assert perplexity(model, [SAMPLES[:2], SAMPLES[2:]]) == pytest.approx(math.exp(sum(expected) / len(expected)))
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +179,12 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-OPTIONS = ("--num-heads", 2, "--epochs", 2, "--batch-size", 32, "--conversations", 4, "--heldout", 0.2, "-q")
+OPTIONS = ("--epochs", 2, "--batch-size", 32, "--conversations", 4, "--heldout", 0.2, "-q")
 
 
 def train(model: Path, talks: Path, out: Path, *options: object) -> list[str]:
-    return [str(a) for a in ("train", model, "--data", talks, "-o", out, *OPTIONS, *options)]
+    shape = () if "--heads" in options else ("--num-heads", 2)
+    return [str(a) for a in ("train", model, "--data", talks, "-o", out, *OPTIONS, *shape, *options)]
 
 
 def history(out: Path, name: str) -> list[dict[str, float]]:
@@ -190,9 +210,9 @@ def test_medusa2(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     assert torch.equal(changed.get_parameter("lm_head.weight"), was.get_parameter("lm_head.weight"))
     assert json.loads((out / "config.json").read_text())["base_model_name_or_path"] == str(out / "model")
     # What was merged is what was trained.
-    heads = load_heads(out, changed)
-    accuracy = JointLoss(changed, heads).eval()(**batch())["loss"]
-    assert accuracy.isfinite()
+    log = json.loads((out / "training.json").read_text())
+    assert log["joint"][-1]["merged_perplexity"] == pytest.approx(joint[-1]["eval_perplexity"], rel=1e-4)
+    assert load_heads(out, changed).config.num_heads == 2
     # Started from heads there is no first stage; the same command goes on where it was, which is at its end.
     again = train(tiny_model_folder, talks, tmp_path / "again", "--recipe", "medusa2", "--heads", out)
     result = CliRunner().invoke(main, again)
@@ -201,6 +221,7 @@ def test_medusa2(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     before = (out / "model" / "model.safetensors").read_bytes()
     assert CliRunner().invoke(main, arguments).exit_code == 0
     assert (out / "model" / "model.safetensors").read_bytes() == before
+    assert history(out, "joint") == joint
 
 
 def test_hidden_states_computed_anew(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
@@ -290,6 +311,9 @@ def test_a_killed_training_goes_on(tiny_model_folder: Path, talks: Path, tmp_pat
         expected = load_file(whole / name)
         for key, tensor in load_file(broken / name).items():
             torch.testing.assert_close(tensor, expected[key], msg=key)
+    for stage in ("training", "joint"):
+        for found, expected in zip(history(broken, stage), history(whole, stage), strict=True):
+            assert (found["epoch"], found["eval_loss"]) == pytest.approx((expected["epoch"], expected["eval_loss"]))
 
 
 def test_a_training_killed_between_its_stages_goes_on(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
@@ -310,6 +334,10 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         folder.mkdir()
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
+        for part in ("optimizer.pt", "scheduler.pt"):
+            (folder / part).touch()
+    (tmp_path / "checkpoint-13").mkdir()
+    (tmp_path / "checkpoint-13" / "trainer_state.json").write_text("{}")  # nothing of the optimizer
     assert _last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
     assert _last_complete(tmp_path / "none") is None
 

@@ -145,6 +145,8 @@ def test_kinds_of_prompts_stops_and_streams(shared: MedusaService, engine: Medus
         ("Hi", {"timeout": 0}, "more than 0 seconds"),
         ("Hi", {"timeout": float("nan")}, "more than 0 seconds"),
         ("Hi", {"timeout": "5"}, "more than 0 seconds"),
+        ("Hi", {"timeout": True}, "more than 0 seconds"),
+        ([5] * 400, {"max_new_tokens": np.uint8(200)}, "exceed the"),
         ("Hi", {"priority": None}, "priority is None: expected an integer"),
         ("Hi", {"priority": float("nan")}, "priority is nan"),
         ("Hi", {"max_new_tokens": 1.5}, "max_new_tokens is 1.5: expected an integer of at least 1"),

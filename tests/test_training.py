@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -139,21 +140,24 @@ def test_a_training_goes_on_as_the_same_one_only(data: Path, tiny_model_folder: 
     """It would take the checkpoints of the one before for its own, and pass its heads off as trained anew."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text((data / "train.jsonl").read_text() + (data / "heldout.jsonl").read_text())
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(rows.read_text().split("\n", 3)[3])
     out = tmp_path / "out"
 
     def train(*options: object) -> Result:
-        command = ["train", tiny_model_folder, "-o", out, "--num-heads", 2, "--batch-size", 16, *options]
+        command = ["train", tiny_model_folder, "-o", out, "--batch-size", 16, *options]
         return CliRunner().invoke(main, [*map(str, command), "--epochs", "2", "-q"])
 
-    first = ("--data", rows, "--heldout", 0.3)
+    sources = ("--data", rows, "--heldout", 0.3)
+    first = (*sources, "--num-heads", 2)
     assert train(*first).exit_code == 0
     assert train(*first, "--save-dtype", "fp32").exit_code == 0
     for options, words in [
         ((*first, "--learning-rate", 0.5), "learning_rate = 0.002, not 0.5"),
         ((*first, "--draft-vocab", 30), "draft_vocab = None, not 30"),
-        ((*first, "--heads", out), "heads = "),
-        (("--data", rows, "--heldout", 0.4), "heldout = 0.3, not 0.4"),
-        (("--data", data, "--heldout", 0.3), "data = "),
+        ((*sources, "--heads", out), "heads = "),
+        ((*first, "--heldout", 0.4), "heldout = 0.3, not 0.4"),
+        (("--data", fewer, *first[2:]), "data = "),
     ]:
         result = train(*options)
         assert result.exit_code == 1
@@ -162,6 +166,38 @@ def test_a_training_goes_on_as_the_same_one_only(data: Path, tiny_model_folder: 
     result = train(*first)
     assert result.exit_code == 1
     assert "holds checkpoints but no settings.json" in result.output
+    for checkpoint in (out / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)  # as where a training failed before it wrote any: nothing depends on its options
+    assert train(*first, "--learning-rate", 0.5).exit_code == 0
+
+
+def test_another_chat_template_is_other_data(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model_folder, model)
+    command = ["train", model, "--data", data, "-o", out, "--num-heads", 2, "--epochs", 1, "-q"]
+    assert CliRunner().invoke(main, [*map(str, command)]).exit_code == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{%", "!{%", 1))
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 1
+    assert "was begun with data = " in result.output
+
+
+def test_what_comes_with_heads_is_not_asked_for(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path, "--heads", tmp_path, "--plain"]
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 2
+    assert "leave --conditioned and --plain out" in result.output
+
+
+def test_heads_do_not_go_where_a_model_is(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Said before hours are spent."""
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    command = ["train", tmp_path / "model", "--data", data, "-o", tmp_path / "model", "-q"]
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 1
+    assert "is the configuration of a llama model" in result.output
+    assert not (tmp_path / "model" / "features").exists()
 
 
 def test_a_loss_that_is_no_number_is_an_error(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -213,18 +249,32 @@ def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.Monke
         return arguments
 
     monkeypatch.setattr("medusa_export.training.run.TrainingArguments", with_two)
-    history = run_training(
-        Scale(),
+    assert scaled(Scale(), tmp_path, epochs=1)[-1]["step"] == 4
+
+
+def scaled(module: Scale, checkpoints: Path, *, epochs: float) -> list[dict[str, Any]]:
+    """Four steps per epoch."""
+    return run_training(
+        module,
         [torch.tensor([0.5])] * 16,
         [torch.tensor([0.5])] * 4,
-        Schedule(epochs=1, learning_rate=0.1, batch_size=4),
-        tmp_path,
+        Schedule(epochs=epochs, learning_rate=0.1, batch_size=4),
+        checkpoints,
         collate=lambda batch: {"targets": torch.stack(batch)},
         metrics=lambda *_: {},
         device=torch.device("cpu"),
         quiet=True,
     )
-    assert history[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 2])
+def test_a_finished_training_is_as_it_was(tmp_path: Path, epochs: float) -> None:
+    first, again = Scale(), Scale()
+    history = scaled(first, tmp_path, epochs=epochs)
+    assert [entry["epoch"] for entry in history if "eval_loss" in entry] == [0, *range(1, int(epochs)), epochs]
+    assert first.weight != 1
+    assert scaled(again, tmp_path, epochs=epochs) == [entry for entry in history if "train_runtime" not in entry]
+    assert again.weight == first.weight
 
 
 def test_soft_targets_need_hidden_states_that_are_kept(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -310,12 +360,19 @@ def test_damage_to_what_a_training_keeps_is_found(
     shard.unlink()
     assert train().exit_code == 0
     last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
-    for name in ("model.safetensors", "optimizer.pt"):
-        cut(last / name)
+    cut(last / "model.safetensors")
+    result = train()
+    assert result.exit_code == 1
+    assert f"{last} is damaged" in result.output
+    shutil.rmtree(last)
+    (before,) = (out / "checkpoints").iterdir()
+    for name, content in (("optimizer.pt", None), ("optimizer.pt", b""), ("rng_state.pth", b"")):
+        whole = (before / name).read_bytes()
+        (before / name).write_bytes(whole[:-100] if content is None else content)
         result = train()
         assert result.exit_code == 1
-        assert f"{last} is damaged" in result.output
-    shutil.rmtree(last)
+        assert f"{before} is damaged" in result.output
+        (before / name).write_bytes(whole)
     assert train().exit_code == 0
 
 
@@ -332,6 +389,8 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     run(*common, "--data", data, "-o", tmp_path / "once.json", "--plot", tmp_path / "c.png")
     run(*common, "--data", data, "--data", data, "-o", tmp_path / "twice.json")
     run(*common, "--data", data, "--no-lookup", "-o", tmp_path / "alone.json")
+    run(*common, "--data", data, "--no-lookup", "--dtype", "bf16", "--device", "cpu", "-o", tmp_path / "bf16.json")
+    rounded = Calibration.load(tmp_path / "bf16.json").accuracies
     once, twice, alone = (Calibration.load(tmp_path / f"{name}.json") for name in ("once", "twice", "alone"))
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "to and fro, " * 9}]
     (tmp_path / "again.jsonl").write_text(json.dumps({"messages": turns}))
@@ -340,6 +399,7 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     assert 0 < again.guess_share < 1 and not alone.guessed
     assert again.guessed[(0,) * DEEPEST_GUESS] > 0.5 > again.guessed.get((1,), 0)
     assert alone.accuracies == once.accuracies
+    assert np.abs(np.array(rounded) - np.array(once.accuracies)).max() < 0.05
     assert twice.positions == 2 * once.positions
     assert twice.accuracies == once.accuracies
     assert (tmp_path / "c.png").stat().st_size > 1000
@@ -349,3 +409,11 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     acceptance = Bundle.load(tmp_path / "bundle").acceptance
     assert acceptance.source == "calibrated"
     assert acceptance.node_values[0] == 1 and len(acceptance.node_values) == 6
+    save_heads(MedusaHeads.fresh(3, tiny_model("llama").lm_head), tmp_path / "three", base_model_name_or_path="base")
+    arguments = ["onnx", tiny_model_folder, "--heads", tmp_path / "three", "--calibration", tmp_path / "once.json"]
+    result = CliRunner().invoke(main, [*map(str, arguments), "-o", str(tmp_path / "other"), "-q"])
+    assert result.exit_code == 2
+    assert "is of 2 heads, but these are 3" in result.output
+    # No other path was ever right, and a tree says so where it is smaller than was asked for.
+    result = CliRunner().invoke(main, ["tree", str(tmp_path / "once.json"), "--size", "100000", "-q"])
+    assert "nodes, not 100000" in result.output

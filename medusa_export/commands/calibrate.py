@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import Progress, extra
+from medusa_export.cli import DTYPES, Progress, extra
 
 
 @click.command("calibrate")
@@ -25,6 +25,8 @@ from medusa_export.cli import Progress, extra
 @click.option(
     "--lookup/--no-lookup", default=True, show_default=True, help="Count the runtime's guesses from the text, too."
 )
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the model. [default: bf16 on a GPU, else fp32]")
+@click.option("--device", help="Such as cuda:1. [default: the GPU, if there is one]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
     model: str,
@@ -34,6 +36,8 @@ def command(
     plot: Path | None,
     max_length: int,
     lookup: bool,
+    dtype: str | None,
+    device: str | None,
     quiet: bool,
 ) -> None:
     """Measure how often the heads of MODEL are right, by head and rank, on text that they were not trained on.
@@ -43,58 +47,41 @@ def command(
     progress = Progress(quiet=quiet)
     with extra("train"):
         import tempfile
-        from dataclasses import replace
 
-        import numpy as np
         import torch
         from rich.console import Console
 
-        from medusa_export.calibration import Calibration
         from medusa_export.checkpoints import load_model
         from medusa_export.head_files import load_heads
         from medusa_export.plots import plot_calibration
-        from medusa_export.training.calibrate import below_heads, step_starts, target_places, text_guesses, with_guesses
+        from medusa_export.training.calibrate import counted, depth_of
         from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_heldout
+        from medusa_export.training.device import device_of, dtype_of
         from medusa_export.training.features import FeatureKey, Features, batched, compute_features
-        from medusa_export.training.medusa1 import TOP
         from medusa_export.training.report import calibration_table
-        from medusa_runtime.lookup import DEEPEST_GUESS
 
     splits = [load_heldout(source) for source in data]
     progress(f"loading {model}")
     tokenizer = load_chat_tokenizer(model)
-    base = load_model(model, dtype=torch.float32)
-    attached = load_heads(heads, base)
-    num_heads = attached.config.num_heads
-    depth = max(num_heads, DEEPEST_GUESS) if lookup else num_heads
+    place = device_of(device)
+    base = load_model(model, dtype=getattr(torch, dtype_of(dtype and DTYPES[dtype], place))).to(place)
+    attached = load_heads(heads, base).float().to(place)
+    depth = depth_of(attached, lookup=lookup)
     parts, texts = [], []
     for split in splits:
         key = FeatureKey.of(base, Path(model).name, split.sha256, depth, max_length)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "features"
             samples = split.samples(tokenizer)
-            parts.append(compute_features(base, samples, folder, key, name=split.name, quiet=quiet))
+            otherwise = "set TMPDIR to a folder that has more, or give less data"
+            found = compute_features(base, samples, folder, key, name=split.name, otherwise=otherwise, quiet=quiet)
+            parts.append(found)
         texts += [sample for batch in batched(samples, max_length) for sample in batch]
     features = Features.join(parts)
     progress(f"running the heads over {len(features):,} positions")
-    layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    places = tried = target_places(attached, *layers, replace(features, targets=features.targets[:, :num_heads]))
-    targets = features.targets.numpy()
-    guesses = np.full(targets.shape, -1)
-    if lookup:
-        guesses = text_guesses(texts, depth).numpy()
-        guessed = target_places(attached, *layers, replace(features, targets=torch.tensor(guesses[:, :num_heads])))
-        tried = with_guesses(below_heads(places, targets), below_heads(guessed, guesses), guesses, targets)
-    starts = step_starts(tried, features.left.numpy())
-    calibration = Calibration.count(
-        places,
-        TOP[-1],
-        steps=tried[starts],
-        guessed=guesses[starts, 0] >= 0,
-        model=Path(model).name,
-        heads=Path(heads).name,
-    )
+    names = {"model": Path(model).name, "heads": Path(heads).name}
+    calibration = counted(attached, base, features, texts, lookup=lookup, names=names)
     calibration.save(output)
     if plot is not None:
         plot_calibration(calibration, plot)

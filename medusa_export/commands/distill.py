@@ -64,16 +64,17 @@ def command(
 
         from medusa_export.checkpoints import load_model
         from medusa_export.training.conversations import load_chat_tokenizer, read_conversations
+        from medusa_export.training.device import device_of, dtype_of
         from medusa_export.training.distillation import DistillSettings, distill
         from medusa_export.training.generation import Writer
         from medusa_runtime.bundle import FileFacts
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
+    place = device_of(device)
+    kind = dtype_of(dtype and DTYPES[dtype], place)
     conversations = [conversation for path in prompts for conversation in read_conversations(path)]
     settings = DistillSettings(
         model=Path(model).name,
-        prompts={path.name: FileFacts.of(path).sha256 for path in prompts},
+        prompts=[[path.name, FileFacts.of(path).sha256] for path in prompts],
         magpie=magpie if magpie is not None else 0 if prompts else 1000,
         limit=limit,
         turns=turns,

@@ -93,6 +93,11 @@ def command(  # noqa: PLR0915  # what it does is a list
     if heads is not None:
         progress(f"loading heads from {heads}")
         attached = load_heads(heads, base)
+        if measured is not None and len(measured.accuracies) != attached.config.num_heads:
+            raise click.UsageError(
+                f"{calibration} is of {len(measured.accuracies)} heads, but these are {attached.config.num_heads}: "
+                "calibrate these."
+            )
     elif init_heads is not None:
         attached = MedusaHeads.fresh(init_heads, base.get_output_embeddings())
     if attached is None:

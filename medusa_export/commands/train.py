@@ -12,6 +12,9 @@ from medusa_export.cli import DTYPES, Progress, extra
 # Options that a training may go on without; or what stands for them is compared: of data and weights their digests.
 NOT_IN_THE_RESULT = {"output", "device", "hidden_states", "save_dtype", "quiet", "model", "data", "heads"}
 
+# Of fresh heads alone.
+_SHAPE = ("num_heads", "num_layers", "conditioned", "draft_vocab")
+
 
 @click.command("train")
 @click.argument("model")
@@ -51,7 +54,8 @@ NOT_IN_THE_RESULT = {"output", "device", "hidden_states", "save_dtype", "quiet",
     help="How much of the loss asks for the base model's distribution instead of its token alone; with hidden states "
     "that are kept.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=2048, show_default=True, help="Positions per step.")
+@click.option("--batch-size", type=click.IntRange(1), default=2048, show_default=True,
+              help="Positions per step and process.")  # fmt: skip
 @click.option(
     "--hidden-states",
     type=click.Choice(["auto", "cached", "online"]),
@@ -60,7 +64,11 @@ NOT_IN_THE_RESULT = {"output", "device", "hidden_states", "save_dtype", "quiet",
     help="Keep the model's hidden states on disk, or compute them in every epoch. auto: keep them if they fit.",
 )
 @click.option(
-    "--conversations", type=click.IntRange(1), default=8, show_default=True, help="Per step, where the model runs too."
+    "--conversations",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Per step and process, where the model runs too.",
 )
 @click.option(
     "--joint-epochs",
@@ -139,27 +147,30 @@ def command(
         from medusa_export.plots import plot_training
         from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_sources
+        from medusa_export.training.device import dtype_of
         from medusa_export.training.job import HeadShape, TrainingJob
         from medusa_export.training.joint import Lora
         from medusa_export.training.processes import Processes
         from medusa_export.training.report import accuracy_table, held_out, quality_line
         from medusa_export.training.run import Schedule
 
+    _check_shape(context, heads)
     processes = Processes(device)
-    place = processes.device
-    kind = DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]
-    bf16 = place.type == "cuda" if bf16 is None else bf16
+    kind = dtype_of(dtype and DTYPES[dtype], processes.device)
+    bf16 = processes.device.type == "cuda" if bf16 is None else bf16
     splits = load_sources(data, heldout=heldout, limit=limit)
     with processes.main_first():
         progress(f"loading {model}")
         tokenizer, base = load_chat_tokenizer(model), load_model(model, dtype=getattr(torch, kind))
-    job = TrainingJob(base.to(place), model, tokenizer, splits, output, processes, max_length, quiet=quiet)
-    if heads is None:
-        trained = job.fresh_heads(HeadShape(num_heads, num_layers, conditioned, draft_vocab, own_projections))
-    else:
-        trained = job.loaded_heads(heads, projections=own_projections)
+    job = TrainingJob(base.to(processes.device), model, tokenizer, splits, output, processes, max_length, quiet=quiet)
+    trained = (
+        job.fresh_heads(HeadShape(num_heads, num_layers, conditioned, draft_vocab, own_projections))
+        if heads is None
+        else job.loaded_heads(heads, projections=own_projections)
+    )
     asked = {**context.params, "dtype": kind, "bf16": bf16}
-    job.begin(trained, {name: value for name, value in asked.items() if name not in NOT_IN_THE_RESULT})
+    without = NOT_IN_THE_RESULT if heads is None else NOT_IN_THE_RESULT | {*_SHAPE}
+    job.begin(trained, {name: value for name, value in asked.items() if name not in without})
     histories = {}
     if recipe == "medusa1" or heads is None:
         progress(f"training on {job.tokens('train'):,} tokens, {job.tokens('heldout'):,} held out")
@@ -183,4 +194,15 @@ def command(
     last = held_out([*histories.values()][-1])[-1]
     Console().print(accuracy_table(last, trained.config.num_heads))
     if recipe == "medusa2":
-        click.echo(quality_line(last))
+        click.echo(quality_line(last, histories["joint"][-1]["merged_perplexity"]))
+
+
+def _check_shape(context: click.Context, heads: str | None) -> None:
+    """Refuses options that shape fresh heads where there are others, and they would be passed over without a word."""
+    if heads is None:
+        return
+    default = click.core.ParameterSource.DEFAULT
+    given = next((name for name in _SHAPE if context.get_parameter_source(name) is not default), None)
+    if given is not None:
+        option = "--conditioned and --plain" if given == "conditioned" else f"--{given.replace('_', '-')}"
+        raise click.UsageError(f"Heads given with --heads have their shape: leave {option} out, or train fresh ones.")

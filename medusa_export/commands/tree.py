@@ -43,6 +43,11 @@ def command(calibration: Path, output: Path | None, size: int, measure: Path | N
 
     measured = Calibration.load(calibration)
     tree = search_tree(measured, size)
+    if tree.size < size:
+        click.echo(
+            f"note: {tree.size} nodes, not {size}: no other candidate was ever right when the heads were calibrated.",
+            err=True,
+        )
     expected = measured.acceptance(tree)
     sizes = candidate_sizes(tree.size)
     seconds: dict[int, float] = {}

@@ -6,20 +6,62 @@ well where targets stand then: that is what a tree may expect.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from medusa_export.calibration import Calibration
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import Features, positions_of
 from medusa_export.training.medusa1 import TOP, HeadLoss
-from medusa_runtime.lookup import TokenLookup
+from medusa_runtime.lookup import DEEPEST_GUESS, TokenLookup
 
 _BATCH = 1024
+
+
+def depth_of(heads: MedusaHeads, *, lookup: bool) -> int:
+    """How many tokens ahead are looked at: guesses from the text go deeper than heads."""
+    return max(heads.config.num_heads, DEEPEST_GUESS) if lookup else heads.config.num_heads
+
+
+def counted(
+    heads: MedusaHeads,
+    model: PreTrainedModel,
+    features: Features,
+    texts: Iterable[Sample],
+    *,
+    lookup: bool,
+    names: Mapping[str, str],
+) -> Calibration:
+    """What the heads of a model come to.
+
+    Args:
+        heads: The heads.
+        model: Their base model.
+        features: Positions on held-out text, with targets to the depth of ``depth_of``.
+        texts: The conversations that they are of, in the same order.
+        lookup: Count guesses from the text, too.
+        names: Of ``model`` and ``heads``, to keep.
+
+    Raises:
+        DatasetError: A head has no target at all.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    num_heads, targets = heads.config.num_heads, features.targets.numpy()
+    places = tried = target_places(heads, *layers, replace(features, targets=features.targets[:, :num_heads]))
+    guesses = np.full(targets.shape, -1)
+    if lookup:
+        guesses = text_guesses(texts, targets.shape[1]).numpy()
+        guessed = target_places(heads, *layers, replace(features, targets=torch.tensor(guesses[:, :num_heads])))
+        tried = with_guesses(below_heads(places, targets), below_heads(guessed, guesses), guesses, targets)
+    starts = step_starts(tried, features.left.numpy())
+    return Calibration.count(places, TOP[-1], steps=tried[starts], guessed=guesses[starts, 0] >= 0, **names)
 
 
 @torch.inference_mode()
@@ -28,10 +70,13 @@ def target_places(
 ) -> NDArray[np.int64]:
     """The rank of each target among its head's candidates, [N, K]; see ``Calibration.count``."""
     loss = HeadLoss(heads, embedding, lm_head.out_features).eval()
+    device, dtype = lm_head.weight.device, lm_head.weight.dtype
     found = []
     for first in range(0, len(features), _BATCH):
         rows = slice(first, first + _BATCH)
-        output = loss(features.hidden[rows].float(), features.next_tokens[rows], features.targets[rows])
+        given = (features.hidden[rows].float(), features.next_tokens[rows], features.targets[rows])
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # as in training
+            output = loss(*(tensor.to(device) for tensor in given))
         found.append(output["places"].cpu().numpy())
     places: NDArray[np.int64] = np.concatenate(found)
     return places

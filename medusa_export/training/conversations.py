@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
     """Tokens of a conversation, and which of them the assistant wrote.
 
     Works on the rendered text, so no support by the chat template is needed: an assistant's turn is what
-    the template puts where its content stands, and the special token that ends it.
+    the template puts where its content stands, and the special token that ends it. A space before it counts for
+    nothing, as tokens of words have it within them.
 
     Raises:
         DatasetError: The chat template hides or alters an assistant's message.
@@ -206,8 +208,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
     special = special_tokens(tokenizer)
     spans: list[tuple[int, int]] = []
     place = 0
-    for message in conversation.messages:
+    for number, message in enumerate(conversation.messages):
         content = message["content"].strip()
+        if message["role"] == "assistant":
+            place = max(place, _opening(tokenizer, conversation.messages[:number], text))
         start = text.find(content, place)
         if start < 0:
             if message["role"] == "assistant":
@@ -220,9 +224,26 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
         spans[-1] = (spans[-1][0], place)
         text = text[:place]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    is_label = [any(start <= first and last <= end for start, end in spans) for first, last in offsets]
+    places = [(_begins(text, first, last), last) for first, last in encoded["offset_mapping"]]
+    is_label = [any(start <= first and last <= end for start, end in spans) for first, last in places]
     return Sample(list(encoded["input_ids"]), is_label)
+
+
+def _begins(text: str, first: int, last: int) -> int:
+    """Where a token's word begins, behind spaces; a token of nothing else is one itself."""
+    return last - len(text[first:last].lstrip()) if text[first:last].strip() else first
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, before: Sequence[Message], text: str) -> int:
+    """Where the assistant's turn after some messages begins in a text: a short answer may occur in its header, too.
+
+    0 where the template alone doesn't say: it may refuse what has no user's turn, or render a last turn in another way.
+    """
+    with suppress(DatasetError):
+        opening = render(tokenizer, before, answering=True)
+        if text.startswith(opening):
+            return len(opening)
+    return 0
 
 
 def _end_of_turn(special: Iterable[str], rest: str) -> int:

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medusa_export.errors import DatasetError
-from medusa_export.files import write_bytes, write_text
+from medusa_export.errors import DatasetError, SettingsError
+from medusa_export.files import is_partial, write_bytes, write_text
 from medusa_export.progress import Bar, progress_bar
 from medusa_export.training.conversations import Conversation, Message, unique
 from medusa_export.training.generation import Writer
@@ -36,7 +36,7 @@ class DistillSettings:
 
     Attributes:
         model: The model's name.
-        prompts: Digest of each file of prompts.
+        prompts: Name and digest of each file of prompts, in turn.
         magpie: Prompts that the model writes itself.
         limit: Conversations at most, None for all.
         turns: User turns per conversation, at most; the model writes those that a prompt lacks.
@@ -51,7 +51,7 @@ class DistillSettings:
     """
 
     model: str
-    prompts: dict[str, str]
+    prompts: list[list[str]]
     magpie: int
     limit: int | None
     turns: int
@@ -107,12 +107,18 @@ def distill(
         quiet: No progress.
 
     Raises:
-        DatasetError: The folder holds other things, a part is damaged, or there is nothing to answer.
-        SettingsError: The folder was begun under other settings.
+        DatasetError: The folder holds other things, a part is damaged or answers other prompts, or there is nothing to
+            answer.
+        SettingsError: The folder was begun under other settings, or by another model of the same name.
         OutputError: A file can't be written.
     """
     _begin(folder, settings)
-    open_once = cache(open_writer)
+
+    @cache
+    def open_once() -> Writer:
+        opened = open_writer()
+        _check_weights(folder / DESCRIPTION, opened.fingerprint)
+        return opened
 
     def writer(bar: Bar) -> Writer:
         open_once().told = bar.add
@@ -142,6 +148,7 @@ def distill(
     seeds.sort(key=lambda seed: len("".join(seed.user_turns)))
     answers = Parts(folder / "answers")
     batches = [seeds[i : i + settings.batch_size] for i in range(0, len(seeds), settings.batch_size)]
+    _check_answers(answers, batches, settings)
     done = sum(number in answers for number in range(len(batches)))
     with progress_bar("answering", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
         for number, batch in enumerate(batches):
@@ -159,9 +166,35 @@ def distill(
 
 def _begin(folder: Path, settings: DistillSettings) -> None:
     path = folder / DESCRIPTION
-    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+    if not path.is_file() and folder.is_dir() and not all(map(is_partial, folder.iterdir())):
         raise DatasetError(f"{folder} holds other files and no {DESCRIPTION}: give an empty or new folder.")
     begin(path, asdict(settings))
+
+
+def _check_weights(path: Path, fingerprint: str) -> None:
+    """Keeps which model writes, or holds it against the one that began."""
+    described = read_settings(path)
+    if described.setdefault("writer", fingerprint) != fingerprint:
+        raise SettingsError(
+            f"{path.parent} was begun by a model of the same name with other weights or another chat template: go on "
+            "with that, or give another folder."
+        )
+    write_text(path, json.dumps(described, indent=1) + "\n")
+
+
+def _check_answers(answers: Parts, batches: Sequence[Sequence[Conversation]], settings: DistillSettings) -> None:
+    """Parts are known by their number: they must answer the prompts that have it now."""
+    for number in answers:
+        batch = batches[number] if number < len(batches) else ()
+        for row in answers.read(number):
+            place = row["id"] - number * settings.batch_size
+            said = Conversation(tuple(row["messages"])).user_turns
+            asked = batch[place].user_turns if 0 <= place < len(batch) else ()
+            if not asked or said[: len(asked)] != asked[: len(said)]:
+                raise DatasetError(
+                    f"{answers.path(number)} answers other prompts than those that there are now, as where a part of "
+                    "prompts was made anew on another machine: delete the folder that it is in, and run again."
+                )
 
 
 def _as_prompt(conversation: Conversation, settings: DistillSettings) -> Conversation:
@@ -257,10 +290,8 @@ def _finish(folder: Path, settings: DistillSettings, rows: Sequence[dict[str, An
         data = to_jsonl(own)
         write_bytes(folder / f"{name}.jsonl", data)
         splits[name] = Split(len(own), sum(row["tokens"] for row in own), hashlib.sha256(data).hexdigest())
-    description = {
-        "settings": asdict(settings),
-        "made_by": read_settings(folder / DESCRIPTION)["made_by"],
-        "splits": {name: asdict(split) for name, split in splits.items()},
+    description = read_settings(folder / DESCRIPTION) | {
+        "splits": {name: asdict(split) for name, split in splits.items()}
     }
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
     return splits

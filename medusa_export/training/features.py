@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.errors import DatasetError
-from medusa_export.files import atomic_file, write_text
+from medusa_export.files import atomic_file, is_partial, write_text
 from medusa_export.progress import progress_bar
 from medusa_export.training.conversations import Sample
 
@@ -64,7 +64,7 @@ class FeatureKey:
     Attributes:
         model: Its name.
         weights: A fingerprint of its weights.
-        data: A digest of the conversations.
+        data: A digest of the conversations as tokens.
         num_heads: K.
         dtype: Of the base model.
         max_length: Tokens of a conversation, at most; the rest is cut off.
@@ -82,6 +82,14 @@ class FeatureKey:
         """The key for a model in memory."""
         dtype = str(model.dtype).removeprefix("torch.")
         return cls(name, fingerprint(model), data, num_heads, dtype, max_length)
+
+
+def digest_of_samples(samples: Iterable[Sample]) -> str:
+    """Of conversations as tokens, and of which of these are labels."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.input_ids, sample.is_label]).encode())
+    return digest.hexdigest()
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -160,6 +168,7 @@ def compute_features(
     key: FeatureKey,
     *,
     name: str,
+    otherwise: str,
     quiet: bool = False,
 ) -> Features:
     """Features of samples: from the folder, or computed and kept there.
@@ -170,6 +179,7 @@ def compute_features(
         folder: Where they are kept.
         key: What they depend on.
         name: What to call them on the progress bar.
+        otherwise: What else to do where there is no room for them, as an error says.
         quiet: No progress.
 
     Raises:
@@ -181,8 +191,8 @@ def compute_features(
     missing = {number: batch for number, batch in enumerate(batches) if not (folder / _file(number)).is_file()}
     if (needed := size_of(model, missing.values())) > (free := shutil.disk_usage(folder).free):
         raise DatasetError(
-            f"Hidden states take {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free: make room, "
-            "train on fewer conversations with --limit, or compute them in every epoch with --hidden-states online."
+            f"Hidden states take {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free: make room, or "
+            f"{otherwise}."
         )
     done = len(batches) - len(missing)
     with progress_bar(f"hidden states, {name}", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
@@ -205,9 +215,10 @@ def _begin(folder: Path, key: FeatureKey) -> None:
     text = json.dumps(asdict(key), indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
+    if folder.is_dir() and not path.is_file() and not all(map(is_partial, folder.iterdir())):
         raise DatasetError(f"{folder} holds other files: give an empty or new folder for hidden states.")
-    shutil.rmtree(folder, ignore_errors=True)
+    for part in folder.glob("*.safetensors"):  # before the description: killed here, it is still true of what is left
+        part.unlink()
     write_text(path, text)
 
 

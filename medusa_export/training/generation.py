@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.errors import DatasetError
 from medusa_export.training.conversations import Message, render, special_tokens
+from medusa_export.training.features import fingerprint
 
 # Stands for a user's words in a chat template; no template alters it.
 _MARK = "medusa0export1user2turn"
@@ -53,6 +55,11 @@ class Writer:
         if eos is None:
             raise DatasetError("Neither the model nor its tokenizer names an end-of-sequence token: answers never end.")
         self._stop_ids = [eos] if isinstance(eos, int) else list(eos)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models of one name apart, and their chat templates."""
+        return hashlib.sha256(f"{fingerprint(self._model)} {self._tokenizer.chat_template}".encode()).hexdigest()
 
     def answer(
         self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int

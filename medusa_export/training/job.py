@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medusa_export.checkpoints import save_model
 from medusa_export.errors import SettingsError, TrainingError
 from medusa_export.head_files import load_heads
-from medusa_export.head_writer import save_heads
+from medusa_export.head_writer import check_config, save_heads
 from medusa_export.heads import MedusaHeads
 from medusa_export.training import settings
 from medusa_export.training.conversations import Sample
@@ -24,13 +24,15 @@ from medusa_export.training.dataset import DatasetSplit
 from medusa_export.training.features import (
     FeatureKey,
     Features,
+    batched,
     compute_features,
     digest_of,
+    digest_of_samples,
     fingerprint,
     frequent_tokens,
     size_of,
 )
-from medusa_export.training.joint import Lora, adapt, train_joint
+from medusa_export.training.joint import Lora, adapt, perplexity, train_joint
 from medusa_export.training.medusa1 import train_medusa1
 from medusa_export.training.processes import Processes
 from medusa_export.training.run import Schedule
@@ -43,6 +45,7 @@ _FEATURES = "features"
 _ONLINE_CHECKPOINTS = "online_checkpoints"
 _CHECKPOINTS, _JOINT_CHECKPOINTS = "checkpoints", "joint_checkpoints"
 SETTINGS = "settings.json"
+_WITHOUT_ROOM = "train on fewer conversations with --limit, or compute them in every epoch with --hidden-states online"
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,9 @@ class TrainingJob:
         self._model, self._source, self._tokenizer, self._folder = model, source, tokenizer, folder
         self._processes, self._max_length, self._quiet = processes, max_length, quiet
         self._changed = False
-        self._digests = {name: [split.sha256 for split in splits[name]] for name in splits}
         self._samples = {name: [split.samples(tokenizer) for split in splits[name]] for name in splits}
+        # Of tokens, which depend on the chat template, too.
+        self._digests = {name: [digest_of_samples(part) for part in parts] for name, parts in self._samples.items()}
 
     def begin(self, heads: MedusaHeads, asked: Mapping[str, Any]) -> None:
         """Keeps in the folder what the training is of, or holds it against that of checkpoints that are there.
@@ -108,15 +112,16 @@ class TrainingJob:
 
         Raises:
             SettingsError: The folder is another training's.
-            OutputError: It can't be written to.
+            OutputError: It can't be written to, or the heads can't in the end.
         """
+        check_config(self._folder)
         path = self._folder / SETTINGS
         with self._processes.main_first():
-            kept = [
-                name
+            kept = any(
+                checkpoints.iterdir()
                 for name in (_CHECKPOINTS, _ONLINE_CHECKPOINTS, _JOINT_CHECKPOINTS)
-                if (self._folder / name).is_dir()
-            ]
+                if (checkpoints := self._folder / name).is_dir()
+            )
             if kept and not path.is_file():
                 raise SettingsError(
                     f"{self._folder} holds checkpoints but no {SETTINGS}, so nobody knows what of: delete them, or "
@@ -126,6 +131,7 @@ class TrainingJob:
                 "model": fingerprint(self._model),
                 "data": self._digests,
                 "heads": digest_of(heads.state_dict()),
+                "processes": self._processes.count,  # what a step is, and an epoch in steps, depends on it
             }
             settings.begin(path, {**asked, **identity}, anew=not kept)
 
@@ -223,7 +229,14 @@ class TrainingJob:
         history = self._joint(adapted, heads, schedule, _JOINT_CHECKPOINTS, lora)
         self._model = adapted.merge_and_unload().eval().requires_grad_(False)
         self._changed = True
+        # Merged weights are rounded to those of the model, in which little changes may be lost.
+        history.append({"merged_perplexity": self._perplexity()})
         return history
+
+    def _perplexity(self) -> float:
+        """Of the held-out answers."""
+        batches = batched(self.samples("heldout"), self._max_length)
+        return perplexity(self._model, batches)
 
     def save(self, heads: MedusaHeads, dtype: torch.dtype) -> None:
         """Writes heads to the folder, and the model to ``model`` within it if it isn't what it was.
@@ -261,17 +274,21 @@ class TrainingJob:
             key = FeatureKey.of(self._model, Path(self._source).name, digest, num_heads, self._max_length)
             with self._processes.main_first():
                 folder = self._folder / _FEATURES / f"{split}-{digest[:12]}"
-                parts.append(compute_features(self._model, samples, folder, key, name=split, quiet=self._quiet))
+                found = compute_features(
+                    self._model, samples, folder, key, name=split, otherwise=_WITHOUT_ROOM, quiet=self._quiet
+                )
+            parts.append(found)
         return Features.join(parts)
 
     def _fits(self) -> bool:
         """Hidden states may take what the disk has, and half of the memory that is free; what was begun goes on."""
-        if (self._folder / _FEATURES).is_dir() or (self._folder / _ONLINE_CHECKPOINTS).is_dir():
-            return (self._folder / _FEATURES).is_dir()
         self._folder.mkdir(parents=True, exist_ok=True)
         size = size_of(self._model, [self.samples(split) for split in self._samples])
-        memory: int = psutil.virtual_memory().available
-        return size < min(shutil.disk_usage(self._folder).free, memory // 2)
+        memory: int = psutil.virtual_memory().available // self._processes.on_this_machine
+        fits = size < min(shutil.disk_usage(self._folder).free, memory // 2)
+        if (self._folder / _FEATURES).is_dir() or (self._folder / _ONLINE_CHECKPOINTS).is_dir():
+            fits = (self._folder / _FEATURES).is_dir()
+        return self._processes.agreed(fits)
 
     @property
     def _lm_head(self) -> nn.Linear:

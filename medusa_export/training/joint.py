@@ -8,7 +8,7 @@ hidden states can't be kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,17 +81,21 @@ class JointLoss(nn.Module):
         model: The base model; with LoRA, the one that it was is its teacher.
         heads: The heads.
 
-    Attributes:
         heads_weight: What the heads' loss counts.
+
+    Attributes:
+        heads_weight: As given.
+        ramp: The share of that in training; held-out losses can be compared, as they count it whole.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, heads: MedusaHeads) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, heads: MedusaHeads, *, heads_weight: float = 1.0) -> None:
         super().__init__()
         self.model: Any = model
         self.adapted = isinstance(model, PeftModel)
         vocab_size = self.model.get_output_embeddings().out_features
         self.head_loss = HeadLoss(heads, self.model.get_input_embeddings(), vocab_size)
-        self.heads_weight = 1.0
+        self.heads_weight = heads_weight
+        self.ramp = 1.0
         self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_miss_no_frozen)  # type: ignore[no-untyped-call]
@@ -99,7 +103,7 @@ class JointLoss(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor, targets: Tensor
     ) -> dict[str, Tensor]:
-        """The loss over a batch of conversations, KL(p_original || p) + heads_weight · Σ_k 0.8^k · CE_k.
+        """The loss over a batch of conversations, KL(p_original || p) + ramp · heads_weight · Σ_k 0.8^k · CE_k.
 
         Args:
             input_ids: [B, S].
@@ -116,7 +120,7 @@ class JointLoss(nn.Module):
         drafts = targets[..., 0] >= 0
         hidden, logits = hidden_states(self.model, input_ids, attention_mask, predicts if self.adapted else None)
         found = self.head_loss(hidden[drafts].float(), next_tokens[drafts], targets[drafts])
-        output = {"loss": self.heads_weight * found["loss"]}
+        output = {"loss": (self.ramp if self.training else 1.0) * self.heads_weight * found["loss"]}
         if not self.training:
             output["places"] = targets.new_full(targets.shape, _NONE)
             output["places"][drafts] = found["places"]
@@ -133,6 +137,13 @@ class JointLoss(nn.Module):
                 output["quality"] = own.new_full((*predicts.shape, 4), _NONE)
                 output["quality"][predicts] = torch.stack([*columns, same], -1)
         return output
+
+    def train(self, mode: bool = True) -> JointLoss:
+        """Without LoRA the base model is never in training: heads see it as it will be."""
+        super().train(mode)
+        if not self.adapted:
+            self.model.eval()
+        return self
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -160,13 +171,13 @@ def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
 
 
 class _Ramp(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """λ0 · sin(π/2 · t/T)."""
+    """sin(π/2 · t/T)."""
 
-    def __init__(self, loss: JointLoss, weight: float) -> None:
-        self._loss, self._weight = loss, weight
+    def __init__(self, loss: JointLoss) -> None:
+        self._loss = loss
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._loss.heads_weight = self._weight * math.sin(math.pi / 2 * (state.global_step + 1) / state.max_steps)
+        self._loss.ramp = math.sin(math.pi / 2 * (state.global_step + 1) / state.max_steps)
 
 
 class _Samples(Dataset[Sample]):
@@ -217,10 +228,11 @@ def train_joint(
     Raises:
         TrainingError: The loss is no longer a number.
     """
-    module = JointLoss(model, heads)
+    adapted = isinstance(model, PeftModel)
+    module = JointLoss(model, heads, heads_weight=lora.heads_weight if adapted else 1.0)
     ramp, optimizer = [], None
-    if module.adapted:
-        ramp = [_Ramp(module, lora.heads_weight)]
+    if adapted:
+        ramp = [_Ramp(module)]
         ours = [parameter for parameter in heads.parameters() if parameter.requires_grad]
         theirs = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
         rate = schedule.learning_rate
@@ -239,6 +251,25 @@ def train_joint(
         optimizer=optimizer,
         callbacks=ramp,
     )
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> float:
+    """Of what the assistant says in conversations."""
+    total, count = 0.0, 0
+    for batch in batches:
+        made = collate(batch, num_heads=1, max_length=max(len(sample.input_ids) for sample in batch))
+        predicts = made["predicts"]
+        _, logits = hidden_states(
+            model,
+            made["input_ids"].to(model.device),
+            made["attention_mask"].to(model.device),
+            predicts.to(model.device),
+        )
+        said = made["input_ids"].roll(-1, 1)[predicts].to(model.device)
+        total += float(nn.functional.cross_entropy(logits[0].float(), said, reduction="sum"))
+        count += len(said)
+    return math.exp(total / max(count, 1))
 
 
 def _metrics(places: NDArray[Any], *quality: NDArray[Any]) -> dict[str, float]:

@@ -46,6 +46,9 @@ class Parts:
     def __contains__(self, number: int) -> bool:
         return number in self._files
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._files))
+
     def __len__(self) -> int:
         return len(self._files)
 
@@ -53,6 +56,10 @@ class Parts:
     def first_missing(self) -> int:
         """The lowest number that no part has."""
         return next(number for number in count() if number not in self._files)
+
+    def path(self, number: int) -> Path:
+        """Where a part lies."""
+        return self._files[number]
 
     def write(self, number: int, rows: Iterable[Any]) -> None:
         """Adds a part.
@@ -82,5 +89,5 @@ class Parts:
 
     def rows(self) -> Iterator[Any]:
         """All rows, by number."""
-        for number in sorted(self._files):
+        for number in self:
             yield from self.read(number)

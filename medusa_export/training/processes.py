@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 # Others wait for the first process while it computes hidden states.
 _PATIENCE = timedelta(days=2)
@@ -29,6 +31,20 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the process that writes files."""
         return bool(self._state.is_main_process)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self._state.num_processes)
+
+    @property
+    def on_this_machine(self) -> int:
+        """How many of them share its memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def agreed(self, value: bool) -> bool:
+        """The main process's, for all; each must ask."""
+        return bool(broadcast_object_list([value])[0])
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

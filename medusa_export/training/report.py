@@ -29,12 +29,12 @@ def held_out(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def quality_line(figures: dict[str, float]) -> str:
+def quality_line(figures: dict[str, float], merged_perplexity: float) -> str:
     """What became of the base model."""
     return (
         f"Perplexity of the held-out answers: {figures['perplexity_before']:.4f} before, {figures['perplexity']:.4f} "
-        f"after. The model still makes the same choice at {figures['same_choice']:.1%} of positions "
-        f"(KL divergence {figures['kl']:.4f})."
+        f"after, {merged_perplexity:.4f} with LoRA merged into the weights. The model still makes the same choice at "
+        f"{figures['same_choice']:.1%} of positions (KL divergence {figures['kl']:.4f})."
     )
 
 

@@ -27,6 +27,8 @@ from medusa_export.errors import OutputError, TrainingError
 from medusa_export.files import WRITE_ERRORS
 from medusa_export.progress import progress_bar
 
+_SAVED_SHARE = 0.1  # of all steps, which is at most lost where a training is killed
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -84,6 +86,17 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         self._bars.close()
 
 
+class _WithEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """What is saved at the end of an epoch is saved after its evaluation, which nobody would make up for otherwise."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps or state.epoch == int(state.epoch):
+            control.should_save = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = True
+
+
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """transformers' own, but a checkpoint that can't be written or read is named, and one half written is removed."""
 
@@ -107,15 +120,18 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
 
 @contextmanager
 def _reading(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError, ValueError, UnpicklingError) as error:
+    except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
         raise TrainingError(
-            f"{checkpoint} is damaged, or of another training ({error}): delete it and run again to go on from the one "
-            "before."
+            f"{checkpoint} is damaged ({error!r}): delete it and run again to go on from the one before."
         ) from error
 
 
@@ -127,14 +143,22 @@ def _as_tuple(arrays: Any) -> tuple[Any, ...]:
 def _last_complete(checkpoints: Path) -> str | None:
     """The last checkpoint that was written to its end; None if there is none.
 
-    The Trainer writes its state last, and what it was killed over is the beginning of a JSON text.
+    The Trainer writes its state last, and what it was killed over is the beginning of a JSON text. Where the optimizer
+    or the scheduler is missing it would begin them anew without a word.
     """
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
         with suppress(OSError, ValueError):
             json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            return str(path)
+            if all(any(path.glob(f"{part}*")) for part in ("optimizer", "scheduler")):
+                return str(path)
     return None
+
+
+def _state_of(checkpoint: str) -> TrainerState:
+    with _reading(checkpoint):
+        state: TrainerState = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return state
 
 
 def run_training(
@@ -173,6 +197,7 @@ def run_training(
         OutputError: A checkpoint can't be written.
         TrainingError: The loss is no longer a number, or a checkpoint can't be read.
     """
+    checkpoint = _last_complete(checkpoints)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=schedule.epochs,
@@ -187,8 +212,9 @@ def run_training(
         use_cpu=device.type == "cpu",
         seed=schedule.seed,
         eval_strategy="epoch",
-        eval_on_start=True,
-        save_strategy="epoch",
+        eval_on_start=checkpoint is None,
+        save_strategy="steps",
+        save_steps=_SAVED_SHARE,
         save_total_limit=2,
         logging_steps=10,
         label_names=["targets"],
@@ -209,11 +235,15 @@ def run_training(
         data_collator=collate,
         compute_metrics=lambda found: metrics(*_as_tuple(found.predictions)),
         optimizers=(optimizer, None),
-        callbacks=[*callbacks, _Shown(quiet=quiet)],
+        callbacks=[*callbacks, _WithEvaluation(), _Shown(quiet=quiet)],
     )
     trainer.remove_callback(PrinterCallback)
     with quiet_libraries():
-        trainer.train(resume_from_checkpoint=_last_complete(checkpoints))
+        if checkpoint is not None and (state := _state_of(checkpoint)).global_step >= state.max_steps:
+            trainer.state = state
+            trainer._load_from_checkpoint(checkpoint)  # the Trainer would take one more step
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     if not all(bool(weight.isfinite().all()) for weight in module.parameters() if weight.requires_grad):
         raise _not_a_number()  # by the last step
     history: list[dict[str, Any]] = trainer.state.log_history
@@ -222,5 +252,5 @@ def run_training(
 
 def _not_a_number() -> TrainingError:
     return TrainingError(
-        "The loss is no longer a number: lower the learning rate, or train without bf16, into another folder."
+        "The loss is no longer a number: lower the learning rate, or train without bf16; delete the checkpoints before."
     )

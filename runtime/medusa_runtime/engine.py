@@ -172,6 +172,7 @@ class MedusaEngine(Closing):
         last = (length - 1) % limit + 1
         # The last step of the prompt, and the last one of all, which begins with two tokens less than there will be.
         prefilled = length - last + max(last, drafting)
+        self._check_turn(turn)
         backend.reserve(depth + max(prefilled, length + sequence.max_new_tokens - 2 + choice.largest))
         started = time.perf_counter()
         while sequence.is_prefilling:

@@ -51,16 +51,16 @@ class SamplingParams:
     typical_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        heat = _number(self.temperature)  # beyond these bounds fp32 knows it as 0, or tokens as equally likely
+        heat = number_of(self.temperature)  # beyond these bounds fp32 knows it as 0, or tokens as equally likely
         self._check("temperature", heat == 0 or 1e-30 <= heat <= 1e3, "0, or a number from 1e-30 to 1000")
         self._check("top_k", 0 <= _integer(self.top_k) <= MAX_TOP_K, f"an integer from 0, which is off, to {MAX_TOP_K}")
-        self._check("top_p", 0 < _number(self.top_p) <= 1, "a number above 0, up to 1")
-        self._check("min_p", 0 <= _number(self.min_p) <= 1, "a number from 0 to 1")
+        self._check("top_p", 0 < number_of(self.top_p) <= 1, "a number above 0, up to 1")
+        self._check("min_p", 0 <= number_of(self.min_p) <= 1, "a number from 0 to 1")
         self._check("seed", self.seed is None or _integer(self.seed) >= 0, "an integer, 0 or above, or None")
-        self._check("typical_epsilon", 0 < _number(self.typical_epsilon) <= 1, "a number above 0, up to 1")
+        self._check("typical_epsilon", 0 < number_of(self.typical_epsilon) <= 1, "a number above 0, up to 1")
         alpha = self.typical_alpha
         self._check(
-            "typical_alpha", alpha is None or 1e-30 <= _number(alpha) <= 1e30, "a number from 1e-30 to 1e30, or None"
+            "typical_alpha", alpha is None or 1e-30 <= number_of(alpha) <= 1e30, "a number from 1e-30 to 1e30, or None"
         )
         if self.acceptance not in ("exact", "typical"):
             raise RequestError(f"acceptance is {self.acceptance!r}: expected 'exact' or 'typical'.")
@@ -97,7 +97,7 @@ def _integer(value: object) -> float:
     return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else math.nan
 
 
-def _number(value: object) -> float:
+def number_of(value: object) -> float:
     """A number; NaN, which no comparison holds for, if it is none."""
     try:
         return float(value if isinstance(value, float | np.floating) else _integer(value))

@@ -79,6 +79,7 @@ class TokenSequence:
         """
         prompt_ids = _encode(bundle, tokenizer, prompt)
         check_integer("max_new_tokens", max_new_tokens, at_least=1)
+        max_new_tokens = int(max_new_tokens)  # one of NumPy's would overflow
         stop_tokens = tuple(stop_token_ids) if isinstance(stop_token_ids, Iterable) else (stop_token_ids,)
         for token in stop_tokens:
             check_integer("One of stop_token_ids", token, at_least=0)

@@ -35,6 +35,7 @@ from medusa_runtime.errors import (
 from medusa_runtime.handle import RequestHandle, follow
 from medusa_runtime.metrics import Metrics
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
+from medusa_runtime.sampling import number_of
 from medusa_runtime.scheduler import Job, Scheduler
 from medusa_runtime.sequence import TokenSequence, check_integer, check_tree_size
 from medusa_runtime.session import ChatSession
@@ -125,7 +126,7 @@ class MedusaService(Closing):
 
         Args:
             bundle: The folder that ``medusa-export onnx`` wrote.
-            backend: ``onnxruntime``, or ``auto`` for the best that is installed.
+            backend: ``onnxruntime``, which runs on the CPU, or ``auto``, which is the same so far.
             rows: Requests that run at a time.
             threads: CPU threads of one step; all that this process may use if None.
             check_digests: Read all files to compare their digests.
@@ -172,7 +173,7 @@ class MedusaService(Closing):
             known = ", ".join(RequestOptions.__annotations__)
             raise TypeError(f"There is no option {min(unknown)!r}: a request has {known}.")
         timeout, priority = options.get("timeout"), options.get("priority", 0)
-        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+        if timeout is not None and not number_of(timeout) > 0:
             raise RequestError(f"timeout is {timeout!r}: give a request more than 0 seconds, or None.")
         check_integer("priority", priority)
         sequence = TokenSequence.of(
@@ -188,7 +189,7 @@ class MedusaService(Closing):
         )
         now = self._now()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
-        job = Job(sequence, handle, priority, now, None if timeout is None else now + timeout)
+        job = Job(sequence, handle, priority, now, None if timeout is None else now + number_of(timeout))
         try:
             self._queue(job)
         except QueueFullError:

@@ -6,6 +6,8 @@ tree among them, are some hundred bytes a step and go through the host.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +61,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                 "pip install 'medusa-export[gpu]', in the place of the package onnxruntime."
             )
         if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # CUDA and cuDNN where pip has put them; the system's are found anyway
+            # CUDA and cuDNN where pip has put them; the system's are found anyway. It prints what it doesn't find.
+            with contextlib.redirect_stdout(sys.stderr):
+                ort.preload_dlls()
         self._on_device: dict[str, Any] = {}
         self._state: dict[str, _Kept] = {}
         super().__init__(bundle, rows=rows, threads=threads, graph=bundle.graph)
