@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_export.checkpoints import save_model
 from medusa_export.errors import SettingsError, TrainingError
@@ -118,9 +119,8 @@ class TrainingJob:
         path = self._folder / SETTINGS
         with self._processes.main_first():
             kept = any(
-                checkpoints.iterdir()
+                any((self._folder / name).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
                 for name in (_CHECKPOINTS, _ONLINE_CHECKPOINTS, _JOINT_CHECKPOINTS)
-                if (checkpoints := self._folder / name).is_dir()
             )
             if kept and not path.is_file():
                 raise SettingsError(
