@@ -109,8 +109,8 @@ def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.
         noun: Its name.
 
     Raises:
-        ExportError: It is the working directory, or there is a file, a folder of other things, or one that may not be
-            replaced.
+        ExportError: It is the working directory or holds it, or there is a file, a folder of other things, or one that
+            may not be replaced.
     """
     if Path.cwd().is_relative_to(target.resolve()):  # it is replaced whole, which would leave its user nowhere
         raise ExportError(f"{target} holds the folder that you are in: give another to write the {noun} to.")

@@ -22,6 +22,7 @@ from medusa_export.training.conversations import (
     unique,
 )
 from medusa_export.training.dataset import load_splits
+from medusa_export.training.features import digest_of_samples
 from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 TEMPLATES = {
@@ -100,6 +101,14 @@ def test_short_answers_are_not_found_in_what_opens_them() -> None:
     tokenizer = tokenizer_with("chatml")
     talk = ({"role": "user", "content": "an a or a t?"}, {"role": "assistant", "content": "a"})
     assert labelled(tokenizer, tokenize(tokenizer, Conversation(talk))) == ["a<|im_end|>"]
+
+
+def test_answers_may_repeat_what_opens_them() -> None:
+    """As where the template opens a thought, and the data has the tag as well."""
+    tokenizer = tokenizer_with("chatml")
+    tokenizer.chat_template = TEMPLATES["chatml"].replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    talk = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nok\n</think>\nHo"})
+    assert labelled(tokenizer, tokenize(tokenizer, Conversation(talk))) == ["<think>\nok\n</think>\nHo<|im_end|>"]
 
 
 @pytest.mark.parametrize("kind", ["normalizer", "pre-tokenizer"])
@@ -195,14 +204,14 @@ def test_copies_of_a_prompt_are_one_and_go_to_one_split() -> None:
 def test_a_limit_takes_a_sample_not_the_shortest_prompts(data: Path) -> None:
     whole, few, fewer = (load_splits(data, heldout=0, limit=limit)[0] for limit in (None, 8, 4))
     assert (len(few.conversations), len(fewer.conversations)) == (8, 4)
-    assert len({split.sha256 for split in (whole, few, fewer)}) == 3
     places = [whole.conversations.index(conversation) for conversation in few.conversations]
     assert places == sorted(places) != list(range(8))  # what distill writes is sorted by the length of prompts
     assert {c.prompt_key for c in fewer.conversations} < {c.prompt_key for c in few.conversations}
     assert load_splits(data, heldout=0, limit=1000)[0] == whole
 
 
-def test_another_held_out_part_is_other_data(prompts: Path) -> None:
-    """Or else hidden states of prompts that are held out now would be taken for training."""
-    splits = [load_splits(prompts, heldout=heldout) for heldout in (0.3, 0.5)]
-    assert len({split.sha256 for pair in splits for split in pair}) == 4
+def test_digests_tell_samples_and_their_labels_apart() -> None:
+    """Or else hidden states of others would be taken for theirs."""
+    some = [Sample([1, 2], [False, True]), Sample([3], [True])]
+    others = ([some[0]], [some[1], some[0]], [Sample([1, 2], [True, True]), some[1]], [Sample([1, 2, 3], [True] * 3)])
+    assert len({digest_of_samples(samples) for samples in (some, list(some), *others)}) == 5

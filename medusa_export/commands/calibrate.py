@@ -58,7 +58,13 @@ def command(
         from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_heldout
         from medusa_export.training.device import device_of, dtype_of
-        from medusa_export.training.features import FeatureKey, Features, batched, compute_features
+        from medusa_export.training.features import (
+            FeatureKey,
+            Features,
+            batched,
+            compute_features,
+            digest_of_samples,
+        )
         from medusa_export.training.report import calibration_table
 
     splits = [load_heldout(source) for source in data]
@@ -70,10 +76,10 @@ def command(
     depth = depth_of(attached, lookup=lookup)
     parts, texts = [], []
     for split in splits:
-        key = FeatureKey.of(base, Path(model).name, split.sha256, depth, max_length)
+        samples = split.samples(tokenizer)
+        key = FeatureKey.of(base, Path(model).name, digest_of_samples(samples), depth, max_length)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "features"
-            samples = split.samples(tokenizer)
             otherwise = "set TMPDIR to a folder that has more, or give less data"
             found = compute_features(base, samples, folder, key, name=split.name, otherwise=otherwise, quiet=quiet)
             parts.append(found)

@@ -75,7 +75,7 @@ def target_places(
     for first in range(0, len(features), _BATCH):
         rows = slice(first, first + _BATCH)
         given = (features.hidden[rows].float(), features.next_tokens[rows], features.targets[rows])
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # as in training
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # heads are in fp32
             output = loss(*(tensor.to(device) for tensor in given))
         found.append(output["places"].cpu().numpy())
     places: NDArray[np.int64] = np.concatenate(found)

@@ -211,7 +211,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
     for number, message in enumerate(conversation.messages):
         content = message["content"].strip()
         if message["role"] == "assistant":
-            place = max(place, _opening(tokenizer, conversation.messages[:number], text))
+            opened = max(place, _opening(tokenizer, conversation.messages[:number], text))
+            place = opened if content in text[opened:] else place
         start = text.find(content, place)
         if start < 0:
             if message["role"] == "assistant":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,15 @@ from medusa_runtime.bundle import FileFacts
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """Conversations, and a digest of them."""
+    """Conversations to train on, or to measure on."""
 
     name: str
     conversations: list[Conversation]
-    sha256: str
 
     def without(self, prompts: Set[str]) -> DatasetSplit:
         """What is left without the conversations that begin with one of these prompts, given as ``prompt_key``."""
         left = [conversation for conversation in self.conversations if conversation.prompt_key not in prompts]
-        if len(left) == len(self.conversations):
-            return self
-        # Which are left depends on other data sets, so the digest has to say it.
-        words = "\n".join([self.sha256, *(conversation.prompt_key for conversation in left)])
-        return DatasetSplit(self.name, left, hashlib.sha256(words.encode()).hexdigest())
+        return DatasetSplit(self.name, left)
 
     def sample(self, limit: int) -> DatasetSplit:
         """At most so many of its conversations, whatever their order; a larger sample holds all of a smaller one."""
@@ -39,7 +33,7 @@ class DatasetSplit:
             return self
         chosen = sorted(range(len(self.conversations)), key=lambda i: self.conversations[i].prompt_digest)[:limit]
         kept = [self.conversations[i] for i in sorted(chosen)]
-        return DatasetSplit(self.name, kept, f"{self.sha256}, sample of {limit}")
+        return DatasetSplit(self.name, kept)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """Its conversations as tokens.
@@ -66,14 +60,8 @@ def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list
         splits = [_recorded(data, name) for name in SPLITS]
     else:
         found = read_conversations(data)
-        digest = FileFacts.of(data).sha256
         splits = [
-            DatasetSplit(
-                name,
-                [c for c in found if c.is_held_out(heldout) == (name == "heldout")],
-                hashlib.sha256(f"{digest}, {name} of {heldout}".encode()).hexdigest(),
-            )
-            for name in SPLITS
+            DatasetSplit(name, [c for c in found if c.is_held_out(heldout) == (name == "heldout")]) for name in SPLITS
         ]
     for split in splits:
         _check_some(split, data)
@@ -110,7 +98,7 @@ def load_heldout(data: Path) -> DatasetSplit:
         SettingsError: As ``load_splits``.
     """
     if not data.is_dir():
-        return DatasetSplit(data.stem, read_conversations(data), FileFacts.of(data).sha256)
+        return DatasetSplit(data.stem, read_conversations(data))
     split = _recorded(data, "heldout")
     _check_some(split, data)
     return split
@@ -121,10 +109,10 @@ def _recorded(folder: Path, name: str) -> DatasetSplit:
     recorded = read_settings(folder / DESCRIPTION).get("splits")
     if recorded is None:
         raise DatasetError(f"The distillation in {folder} is not finished: run 'medusa-export distill' again.")
-    path, sha256 = folder / f"{name}.jsonl", recorded[name]["sha256"]
-    if not path.is_file() or FileFacts.of(path).sha256 != sha256:
+    path = folder / f"{name}.jsonl"
+    if not path.is_file() or FileFacts.of(path).sha256 != recorded[name]["sha256"]:
         raise DatasetError(f"{path} is missing or altered: run 'medusa-export distill' again to restore it.")
-    return DatasetSplit(name, read_conversations(path) if recorded[name]["rows"] else [], sha256)
+    return DatasetSplit(name, read_conversations(path) if recorded[name]["rows"] else [])
 
 
 def _check_some(split: DatasetSplit, data: Path) -> None:

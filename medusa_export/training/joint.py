@@ -80,7 +80,6 @@ class JointLoss(nn.Module):
     Args:
         model: The base model; with LoRA, the one that it was is its teacher.
         heads: The heads.
-
         heads_weight: What the heads' loss counts.
 
     Attributes:

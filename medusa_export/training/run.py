@@ -129,6 +129,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 def _reading(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
+    except (torch.OutOfMemoryError, PermissionError):  # nothing that deleting it would mend
+        raise
     except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
         raise TrainingError(
             f"{checkpoint} is damaged ({error!r}): delete it and run again to go on from the one before."
@@ -241,7 +243,7 @@ def run_training(
     with quiet_libraries():
         if checkpoint is not None and (state := _state_of(checkpoint)).global_step >= state.max_steps:
             trainer.state = state
-            trainer._load_from_checkpoint(checkpoint)  # the Trainer would take one more step
+            trainer._load_from_checkpoint(checkpoint)  # in a part of an epoch the Trainer would take one more step
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     if not all(bool(weight.isfinite().all()) for weight in module.parameters() if weight.requires_grad):
