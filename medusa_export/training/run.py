@@ -254,5 +254,5 @@ def run_training(
 
 def _not_a_number() -> TrainingError:
     return TrainingError(
-        "The loss is no longer a number: lower the learning rate, or train without bf16; delete the checkpoints before."
+        "The loss is no longer a number: delete the checkpoints, and lower the learning rate or train without bf16."
     )
