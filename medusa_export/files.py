@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -25,16 +26,25 @@ _PARTIAL = ".partial"  # in the name of what isn't whole yet
 def atomic_file(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to write to, which takes its place only if nothing failed; survives a crash.
 
+    What is no file, but a stream or a device, gets what was written behind all that it has got before.
+
     Raises:
         OutputError: It can't be written.
     """
-    partial: Path | None = None
     try:
-        if is_stream(target):
-            yield target
-            return
-        place = _linked(target)
-        partial = place.with_name(f".{place.stem}.{os.getpid()}{_PARTIAL}{place.suffix}")
+        is_stream = str(target).startswith(_STREAMS) or (target.exists() and not (target.is_file() or target.is_dir()))
+        with _behind(target) if is_stream else _instead(target) as path:
+            yield path
+    except WRITE_ERRORS as error:
+        raise OutputError(f"{target} can't be written: {error}.") from error
+
+
+@contextmanager
+def _instead(target: Path) -> Iterator[Path]:
+    """Whole or not at all."""
+    place = _linked(target)
+    partial = place.with_name(f".{place.stem}.{os.getpid()}{_PARTIAL}{place.suffix}")
+    try:
         place.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         mode = partial.stat().st_mode
@@ -43,21 +53,27 @@ def atomic_file(target: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(place)
-    except WRITE_ERRORS as error:
-        raise OutputError(f"{target} can't be written: {error}.") from error
     finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def is_stream(target: Path) -> bool:
-    """Whether it takes what is written and keeps no file: a pipe, a terminal, a stream that is open already."""
-    return str(target).startswith(_STREAMS) or (target.exists() and not (target.is_file() or target.is_dir()))
+@contextmanager
+def _behind(stream: Path) -> Iterator[Path]:
+    """A file that the stream was redirected to is not begun anew, nor is what is printed later lost."""
+    with TemporaryDirectory() as scratch:
+        aside = Path(scratch) / "content"
+        yield aside
+        sys.stdout.flush()
+        own = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(stream))
+        descriptor = os.open(stream, os.O_WRONLY | os.O_APPEND) if own is None else own
+        with open(descriptor, "wb", closefd=own is None) as file:
+            file.write(aside.read_bytes())
 
 
-def is_partial(path: Path) -> bool:
-    """Whether it is what a process that was killed had not written to its end."""
-    return path.name.startswith(".") and _PARTIAL in path.name
+def is_unused(folder: Path) -> bool:
+    """Whether a folder isn't there, or holds nothing but what a process that was killed had not written to its end."""
+    paths = folder.iterdir() if folder.is_dir() else iter(())
+    return all(path.name.startswith(".") and _PARTIAL in path.name for path in paths)
 
 
 def _linked(target: Path) -> Path:
@@ -145,16 +161,4 @@ def write_bytes(target: Path, data: bytes) -> None:
         OutputError: It can't be written.
     """
     with atomic_file(target) as partial:
-        if is_stream(partial):
-            _write_behind(partial, data)
-        else:
-            partial.write_bytes(data)
-
-
-def _write_behind(stream: Path, data: bytes) -> None:
-    """Adds to what a stream has; a file that it was redirected to is not begun anew, nor what is printed later lost."""
-    sys.stdout.flush()
-    own = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(stream))
-    descriptor = os.open(stream, os.O_WRONLY | os.O_APPEND) if own is None else own
-    with open(descriptor, "wb", closefd=own is None) as file:
-        file.write(data)
+        partial.write_bytes(data)

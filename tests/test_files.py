@@ -64,6 +64,17 @@ def test_what_a_stream_was_redirected_to_loses_nothing(tmp_path: Path, mode: str
     assert (tmp_path / "log").read_text() == f"{kept}first\ntext\nlast\n"
 
 
+def test_a_plot_goes_to_a_stream_too(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"before")
+    code = (
+        "from pathlib import Path; from medusa_export.files import atomic_file\n"
+        "with atomic_file(Path('/dev/stdout')) as path: path.open('wb').write(b'image')"
+    )
+    with (tmp_path / "log").open("ab") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+    assert (tmp_path / "log").read_bytes() == b"beforeimage"
+
+
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for target in (tmp_path / ("n" * 300), tmp_path / "loop", Path("/dev/full")):

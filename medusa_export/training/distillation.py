@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.errors import DatasetError, SettingsError
-from medusa_export.files import is_partial, write_bytes, write_text
+from medusa_export.files import is_unused, write_bytes, write_text
 from medusa_export.progress import Bar, progress_bar
 from medusa_export.training.conversations import Conversation, Message, unique
 from medusa_export.training.generation import Writer
@@ -166,7 +166,7 @@ def distill(
 
 def _begin(folder: Path, settings: DistillSettings) -> None:
     path = folder / DESCRIPTION
-    if not path.is_file() and folder.is_dir() and not all(map(is_partial, folder.iterdir())):
+    if not path.is_file() and not is_unused(folder):
         raise DatasetError(f"{folder} holds other files and no {DESCRIPTION}: give an empty or new folder.")
     begin(path, asdict(settings))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.errors import DatasetError
-from medusa_export.files import atomic_file, is_partial, write_text
+from medusa_export.files import atomic_file, is_unused, write_text
 from medusa_export.progress import progress_bar
 from medusa_export.training.conversations import Sample
 
@@ -215,7 +215,7 @@ def _begin(folder: Path, key: FeatureKey) -> None:
     text = json.dumps(asdict(key), indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    if folder.is_dir() and not path.is_file() and not all(map(is_partial, folder.iterdir())):
+    if not path.is_file() and not is_unused(folder):
         raise DatasetError(f"{folder} holds other files: give an empty or new folder for hidden states.")
     for part in folder.glob("*.safetensors"):  # before the description: killed here, it is still true of what is left
         part.unlink()

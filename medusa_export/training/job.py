@@ -230,13 +230,10 @@ class TrainingJob:
         self._model = adapted.merge_and_unload().eval().requires_grad_(False)
         self._changed = True
         # Merged weights are rounded to those of the model, in which little changes may be lost.
-        history.append({"merged_perplexity": self._perplexity()})
+        history.append(
+            {"merged_perplexity": perplexity(self._model, batched(self.samples("heldout"), self._max_length))}
+        )
         return history
-
-    def _perplexity(self) -> float:
-        """Of the held-out answers."""
-        batches = batched(self.samples("heldout"), self._max_length)
-        return perplexity(self._model, batches)
 
     def save(self, heads: MedusaHeads, dtype: torch.dtype) -> None:
         """Writes heads to the folder, and the model to ``model`` within it if it isn't what it was.
