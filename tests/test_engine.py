@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 import medusa_runtime
 from decoding import TREE, greedy
 from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, RequestError
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend, usable_cpus
+from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH
 from medusa_runtime.latency import CACHE_FILE, LatencyTable
 from stock import Stock
@@ -148,13 +147,6 @@ def test_a_stream_that_is_too_late_takes_no_memory(tiny_bundle: Bundle) -> None:
     with pytest.raises(RequestError, match="closed"):
         next(stream)
     assert engine.backend.capacity == 0
-
-
-def test_a_system_that_does_not_say_which_cpus_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As macOS and Windows."""
-    assert usable_cpus() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert usable_cpus() == os.cpu_count()
 
 
 @pytest.mark.parametrize(

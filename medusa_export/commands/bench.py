@@ -65,7 +65,7 @@ def command(
         from medusa_export.errors import DatasetError
         from medusa_export.files import write_text
         from medusa_export.progress import progress_bar
-        from medusa_runtime.backends.onnxruntime import usable_cpus
+        from medusa_runtime.cpus import usable_cpus
         from medusa_runtime.engine import MedusaEngine
 
     if plot is not None:

@@ -11,7 +11,6 @@ the few entries below the root are moved to their places here. Plain decoding mo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.row_store import CAPACITY_STEP
 from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from medusa_runtime.contract import cache_name, fixed_shape
+from medusa_runtime.cpus import usable_cpus
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -44,11 +44,6 @@ def import_onnxruntime() -> Any:
             "ONNX Runtime is not installed. Install it with: pip install 'medusa-export[cpu]' (or [gpu])."
         ) from error
     return onnxruntime
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use; where the system doesn't say, all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Closed:
