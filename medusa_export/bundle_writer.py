@@ -24,10 +24,10 @@ from medusa_runtime.bundle import (
     WEIGHTS,
     Acceptance,
     Bundle,
-    FileFacts,
     HeadFacts,
     ModelFacts,
 )
+from medusa_runtime.listed_folder import FileFacts
 
 # Tensors of no more bytes stay within the graph, as constants of the step do.
 EXTERNAL_THRESHOLD = 2048

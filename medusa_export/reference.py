@@ -52,7 +52,7 @@ def prompt_ids(bundle: Bundle, texts: Sequence[str], *, chosen: bool) -> list[li
     Raises:
         VerificationError: Texts were chosen, but the bundle has no tokenizer.
     """
-    tokenizer = Tokenizer.load(bundle.folder)
+    tokenizer = Tokenizer.load(bundle.listed)
     if tokenizer is not None:
         return [tokenizer.encode(text) for text in texts]
     if chosen:

@@ -21,10 +21,11 @@ from medusa_export.files import atomic_folder, check_target, write_bytes
 from medusa_export.tensorrt_rewrites import graph_for_tensorrt
 from medusa_export.trt_messages import NO_DRIVER, build_error, parser_error
 from medusa_runtime.backends.cuda import Cuda
-from medusa_runtime.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS, Bundle, FileFacts
+from medusa_runtime.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS, Bundle
 from medusa_runtime.compiled import ENGINE, CompiledEngine, EngineLimits, Profile
 from medusa_runtime.contract import TensorSpec, cache_name, fixed_shape
 from medusa_runtime.errors import BackendError
+from medusa_runtime.listed_folder import FileFacts
 from medusa_runtime.sampling import draws_ahead
 from medusa_runtime.tensorrt_library import TensorRTLibrary, error_log
 

@@ -29,7 +29,8 @@ from medusa_export.verify_steps import StepChecks, graph_checks
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.bundle import DESCRIPTION, GRAPH, GRAPHS, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, FileFacts
+from medusa_runtime.bundle import DESCRIPTION, GRAPH, GRAPHS, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.listed_folder import FileFacts
 from stock import Stock
 from tiny_models import SEEDS, families, tiny_model
 

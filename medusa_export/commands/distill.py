@@ -67,7 +67,7 @@ def command(
         from medusa_export.training.device import device_of, dtype_of
         from medusa_export.training.distillation import DistillSettings, distill
         from medusa_export.training.generation import Writer
-        from medusa_runtime.bundle import FileFacts
+        from medusa_runtime.listed_folder import FileFacts
 
     place = device_of(device)
     kind = dtype_of(dtype and DTYPES[dtype], place)

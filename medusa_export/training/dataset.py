@@ -12,7 +12,7 @@ from medusa_export.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize
 from medusa_export.training.distillation import DESCRIPTION, SPLITS
 from medusa_export.training.settings import read_settings
-from medusa_runtime.bundle import FileFacts
+from medusa_runtime.listed_folder import FileFacts
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from medusa_runtime.contract import CONTRACT_VERSION, TensorSpec, step_inputs, step_outputs
 from medusa_runtime.errors import BundleError, TreeError
-from medusa_runtime.tree import Tree
+from medusa_runtime.json_file import Name, Share, parse_json
+from medusa_runtime.listed_folder import FileFacts, FileTable, ListedFolder, read_file, shown
+from medusa_runtime.tree import MAX_NODES, RankPath, Tree
 
 DESCRIPTION = "medusa.json"
 GRAPH = "model.onnx"
@@ -23,24 +28,32 @@ GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
 # Beside a bundle's description, this one says that the folder holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
 REEXPORT = "Export the bundle again."
-DTYPES = ("float32", "float16", "bfloat16")
+Dtype = Literal["float32", "float16", "bfloat16"]
 
-T = TypeVar("T")
+# A description is mostly inputs and outputs: about 200 bytes for each of two caches of a layer.
+MAX_DESCRIPTION_BYTES = 2**22
+# Ten times what the largest published models have, and more.
+Layers = Annotated[int, Meta(ge=1, le=1024)]
+Width = Annotated[int, Meta(ge=1, le=2**20)]
+VocabSize = Annotated[int, Meta(ge=1, le=2**24)]
+Positions = Annotated[int, Meta(ge=1, le=2**40)]
+TokenId = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+NumHeads = Annotated[int, Meta(ge=0, le=64)]
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """What a runtime has to know of the base model."""
 
-    name: str
-    model_type: str
-    num_layers: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    max_positions: int
-    eos_token_ids: tuple[int, ...] = ()
+    name: Name
+    model_type: Name
+    num_layers: Layers
+    num_key_value_heads: Width
+    head_dim: Width
+    hidden_size: Width
+    vocab_size: VocabSize
+    max_positions: Positions
+    eos_token_ids: tuple[TokenId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,8 @@ class HeadFacts:
         trained: False for heads that ``--init-heads`` made.
     """
 
-    num_heads: int
-    variant: str
+    num_heads: NumHeads
+    variant: Name
     trained: bool
 
 
@@ -69,10 +82,10 @@ class Acceptance:
         guess_share: Of all steps so many do.
     """
 
-    source: str
-    node_values: tuple[float, ...]
-    guessed_values: tuple[float, ...] = ()
-    guess_share: float = 0.0
+    source: Name
+    node_values: tuple[Share, ...]
+    guessed_values: tuple[Share, ...] = ()
+    guess_share: Share = 0.0
 
     def values(self, *, guessed: bool) -> tuple[float, ...]:
         """The chance of each node, [T], in steps with or without a guess from the text."""
@@ -90,20 +103,6 @@ class Acceptance:
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """Size in bytes and SHA-256 of a file of the bundle."""
-
-    size: int
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path) -> FileFacts:
-        """Reads a file for its facts."""
-        with path.open("rb") as file:
-            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-@dataclass(frozen=True)
 class Bundle:
     """A bundle's description, and where it lies.
 
@@ -118,6 +117,7 @@ class Bundle:
         tree_name: What the tree is called.
         files: What belongs to it.
         producer: Versions of what made it.
+        digests_checked: Whether its files were compared with their digests.
     """
 
     folder: Path
@@ -130,11 +130,17 @@ class Bundle:
     tree_name: str = ""
     files: Mapping[str, FileFacts] = field(default_factory=dict)
     producer: Mapping[str, str] = field(default_factory=dict)
+    digests_checked: bool = field(default=True, compare=False)
 
     @property
     def graph(self) -> Path:
         """The ONNX file."""
         return self.folder / GRAPH
+
+    @property
+    def listed(self) -> ListedFolder:
+        """Its files, as far as its description lists them."""
+        return ListedFolder(self.folder, self.files, self.digests_checked, DESCRIPTION, "bundle")
 
     @property
     def drafting_size(self) -> int:
@@ -188,177 +194,109 @@ class Bundle:
             BundleError: Something is missing, altered or from a newer contract; the message says what.
         """
         folder = Path(folder)
-        text = _read_description(folder)
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise BundleError(
-                f"{folder / DESCRIPTION} is not valid JSON ({error}). Export the bundle again."
-            ) from error
-        reader = JsonReader(data, folder / DESCRIPTION)
-        version = reader.get("contract_version", int)
+        where = folder / DESCRIPTION
+        data = read_description(folder, DESCRIPTION, check_digests=check_digests)
+        if data is None:
+            raise BundleError(_no_bundle(folder))
+        version = parse_json(data, Versioned, where, remedy=REEXPORT).contract_version
         if version > CONTRACT_VERSION:
             raise BundleError(
                 f"The bundle {folder} follows contract version {version}, but this runtime knows versions up to "
                 f"{CONTRACT_VERSION}. Update medusa-export, or export the model again with this version."
             )
-        bundle = _parse(reader, folder)
-        _check_files(bundle, check_digests)
+        bundle = _bundle(folder, parse_json(data, _Description, where, remedy=REEXPORT), check_digests)
+        _check_files(bundle)
         return bundle
 
 
-class JsonReader:
-    """Typed access to a JSON object; what is missing or of another type is a ``BundleError``."""
+class Versioned(msgspec.Struct):
+    """What is read of a description first: the rest of another version may look different."""
 
-    def __init__(self, data: object, where: object, remedy: str = REEXPORT) -> None:
-        if not isinstance(data, dict):
-            raise BundleError(f"{where} must hold a JSON object, but holds {type(data).__name__}.")
-        self.data: dict[str, Any] = data
-        self.where = where
-        self.remedy = remedy
-
-    def get(self, key: str, kind: type[T]) -> T:
-        value = self.data.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and kind is float:
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            got = "is missing" if key not in self.data else f"is {value!r}"
-            raise BundleError(f"In {self.where}, {key!r} {got}: expected {kind.__name__}. {self.remedy}")
-        return value
-
-    def object(self, key: str) -> JsonReader:
-        return JsonReader(self.data.get(key), f"{self.where}: {key}", self.remedy)
-
-    def list_of(self, key: str, kind: type[T]) -> list[T]:
-        values = self.get(key, list)
-        return [JsonReader({key: value}, self.where, self.remedy).get(key, kind) for value in values]
+    contract_version: Annotated[int, Meta(ge=1)]
 
 
-def _read_description(folder: Path) -> str:
-    path = folder / DESCRIPTION
-    if not folder.is_dir():
-        raise BundleError(f"There is no bundle at {folder}: expected the folder that 'medusa-export onnx' wrote.")
+class _TreeFacts(msgspec.Struct):
+    name: Name
+    paths: Annotated[list[RankPath], Meta(max_length=MAX_NODES)]
+
+
+class _Description(msgspec.Struct):
+    """The schema of ``medusa.json``. Keys with a default may be missing: older bundles lack them."""
+
+    model: ModelFacts
+    dtype: Dtype
+    tree: _TreeFacts
+    acceptance: Acceptance
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    files: FileTable
+    producer: dict[Name, Name]
+    heads: HeadFacts | None = None
+    sampling: bool = False
+
+
+def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes | None:
+    """The text of a folder's description; None if there is none.
+
+    With digests it may be a link to anywhere: it is what the caller trusts.
+
+    Raises:
+        BundleError: It can't be read, or it is larger than any description.
+    """
+    if not check_digests:
+        return ListedFolder(folder).read(name, at_most=MAX_DESCRIPTION_BYTES)
+    if not os.path.lexists(folder / name):
+        return None
+    return read_file(folder / name, at_most=MAX_DESCRIPTION_BYTES)
+
+
+def _no_bundle(folder: Path) -> str:
+    if not os.path.isdir(folder):  # noqa: PTH112  # Path.is_dir raises for names that no file can have
+        return f"There is no bundle at {shown(folder)}: expected the folder that 'medusa-export onnx' wrote."
+    return f"{folder} is no bundle: it has no {DESCRIPTION}. Make one with 'medusa-export onnx'."
+
+
+def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bundle:
+    where, heads = folder / DESCRIPTION, description.heads
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BundleError(
-            f"{folder} is no bundle: it has no {DESCRIPTION}. Make one with 'medusa-export onnx'."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} can't be read: {error}.") from error
-
-
-def _parse(reader: JsonReader, folder: Path) -> Bundle:
-    model, tree, acceptance = reader.object("model"), reader.object("tree"), reader.object("acceptance")
-    facts = ModelFacts(
-        name=model.get("name", str),
-        model_type=model.get("model_type", str),
-        **{
-            key: model.get(key, int)
-            for key in (
-                "num_layers", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size", "max_positions",
-            )
-        },
-        eos_token_ids=tuple(model.list_of("eos_token_ids", int)),
-    )  # fmt: skip
-    dtype = reader.get("dtype", str)
-    if dtype not in DTYPES:
-        raise BundleError(f"In {reader.where}, 'dtype' is {dtype!r}: expected one of {', '.join(DTYPES)}.")
-    heads = None
-    if reader.data.get("heads") is not None:
-        part = reader.object("heads")
-        heads = HeadFacts(part.get("num_heads", int), part.get("variant", str), part.get("trained", bool))
-    try:
-        parsed_tree = Tree.from_paths(tree.get("paths", list), max_depth=heads.num_heads if heads else 0)
+        tree = Tree.from_paths(description.tree.paths, max_depth=heads.num_heads if heads else 0)
     except TreeError as error:
-        raise BundleError(f"The tree in {reader.where} can't be used: {error}") from error
+        raise BundleError(f"The tree in {where} can't be used: {error}") from error
+    for key in ("node_values", "guessed_values"):
+        values = getattr(description.acceptance, key)
+        if len(values) != tree.size and (values or key == "node_values"):
+            raise BundleError(f"In {where}, {key!r} holds {len(values)} values for a tree of {tree.size} nodes.")
     bundle = Bundle(
         folder=folder,
-        model=facts,
-        dtype=dtype,
-        tree=parsed_tree,
-        acceptance=_acceptance(acceptance, parsed_tree),
+        model=description.model,
+        dtype=description.dtype,
+        tree=tree,
+        acceptance=description.acceptance,
         heads=heads,
-        sampling=reader.get("sampling", bool) if "sampling" in reader.data else False,  # not in version 1
-        tree_name=tree.get("name", str),
-        files=file_table(reader),
-        producer=reader.get("producer", dict),
+        sampling=description.sampling,
+        tree_name=description.tree.name,
+        files=description.files,
+        producer=description.producer,
+        digests_checked=check_digests,
     )
-    for key, expected in (("inputs", bundle.inputs), ("outputs", bundle.outputs)):
-        listed = [tuple(part.values()) for part in reader.list_of(key, dict)]
-        if listed != [(spec.name, spec.dtype, list(spec.shape)) for spec in expected]:
-            raise BundleError(
-                f"In {reader.where}, {key!r} don't follow contract version {CONTRACT_VERSION} for this model and tree. "
-                "Export the bundle again."
-            )
+    if (description.inputs, description.outputs) != (bundle.inputs, bundle.outputs):
+        key = "inputs" if description.inputs != bundle.inputs else "outputs"
+        raise BundleError(
+            f"In {where}, {key!r} don't follow contract version {CONTRACT_VERSION} for this model and tree. {REEXPORT}"
+        )
     return bundle
 
 
-def _acceptance(reader: JsonReader, tree: Tree) -> Acceptance:
-    """Bundles made before guesses were told apart have one list of values."""
-    found = {key: tuple(reader.list_of(key, float)) if key in reader.data else ()
-             for key in ("node_values", "guessed_values")}  # fmt: skip
-    for key, values in found.items():
-        if len(values) != tree.size and (values or key == "node_values"):
-            raise BundleError(f"In {reader.where}, {key!r} holds {len(values)} values for a tree of {tree.size} nodes.")
-    share = reader.get("guess_share", float) if "guess_share" in reader.data else 0.0
-    return Acceptance(reader.get("source", str), found["node_values"], found["guessed_values"], share)
-
-
-def _check_files(bundle: Bundle, check_digests: bool) -> None:
+def _check_files(bundle: Bundle) -> None:
     if GRAPH not in bundle.files:
         raise BundleError(f"{bundle.folder / DESCRIPTION} lists no {GRAPH}. {REEXPORT}")
     files = bundle.files
-    if (bundle.folder / ENGINE_DESCRIPTION).is_file():
+    if os.path.lexists(bundle.folder / ENGINE_DESCRIPTION):
         files = {name: facts for name, facts in files.items() if name not in (*GRAPHS, WEIGHTS)}
-    check_files(bundle.folder, files, DESCRIPTION, "bundle", check_digests=check_digests)
+    replace(bundle.listed, files=files).check()
 
 
 def description_text(data: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
     """The text of a folder's description: contract version, what it says, and the facts of its files."""
     table = {name: asdict(facts) for name, facts in sorted(files.items())}
     return json.dumps({"contract_version": CONTRACT_VERSION, **data, "files": table}, indent=1) + "\n"
-
-
-def file_table(reader: JsonReader) -> dict[str, FileFacts]:
-    """The facts of files by name, from the entry ``files``."""
-    parts = {name: JsonReader(part, f"{reader.where}: files: {name}", reader.remedy)
-             for name, part in reader.get("files", dict).items()}  # fmt: skip
-    return {name: FileFacts(part.get("size", int), part.get("sha256", str)) for name, part in parts.items()}
-
-
-def check_files(
-    folder: Path, files: Mapping[str, FileFacts], description: str, noun: str, *, check_digests: bool
-) -> None:
-    """Holds the files in a folder against what a description says of them.
-
-    Args:
-        folder: The folder.
-        files: What they should be.
-        description: The name of the file that says so.
-        noun: What the folder is.
-        check_digests: Compare digests, not sizes alone.
-
-    Raises:
-        BundleError: A file is missing, altered, cut off or lies elsewhere.
-    """
-    root = folder.resolve()
-    for name, facts in files.items():
-        path = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise BundleError(f"The {noun} {folder} lists the file {name!r}, which lies outside of it: refused.")
-        if not path.is_file():
-            raise BundleError(f"The {noun} {folder} lacks its file {name}. Copy it whole, or make it again.")
-        if not path.resolve().is_relative_to(root):
-            raise BundleError(f"The file {name} of the {noun} {folder} is a link that leads outside: refused.")
-        size = path.stat().st_size
-        if size != facts.size:
-            raise BundleError(
-                f"{path} has {size} bytes, but {description} says {facts.size}: it was altered or cut off. "
-                f"Copy the {noun} again, or make it again."
-            )
-        if check_digests and FileFacts.of(path).sha256 != facts.sha256:
-            raise BundleError(
-                f"{path} does not match the digest in {description}: it was altered. "
-                f"Copy the {noun} again, or make it again."
-            )

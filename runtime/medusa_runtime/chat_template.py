@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,6 +102,16 @@ def render(template: str, **context: Any) -> str:
         ) from e
 
 
+def check_template(template: str) -> None:
+    """Compiles a template, so that damage is found before a request comes.
+
+    Raises:
+        BundleError: The chat template has a syntax error.
+    """
+    with contextlib.suppress(BackendError):  # without Jinja all is well but chats
+        _compiled(template)
+
+
 def _plain(value: Any) -> Any:
     """The value rebuilt from plain JSON types, so that a template gets no object with methods of its own."""
     if value is None or isinstance(value, bool):
@@ -157,6 +168,8 @@ def _compiled(template: str) -> jinja2.Template:
         return environment.from_string(template)
     except TemplateSyntaxError as e:
         raise BundleError(f"The chat template has a syntax error on line {e.lineno}: {e.message}.") from e
+    except Exception as e:  # Jinja's parser and Python's compiler have limits of their own, such as nested loops
+        raise BundleError(f"The chat template can't be compiled ({type(e).__name__}: {e}).") from e
 
 
 @cache

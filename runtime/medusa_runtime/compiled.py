@@ -6,27 +6,34 @@ all that a service needs.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from medusa_runtime.bundle import (
     DESCRIPTION,
     ENGINE_DESCRIPTION,
     Bundle,
-    FileFacts,
-    JsonReader,
-    check_files,
+    Versioned,
     description_text,
-    file_table,
+    read_description,
 )
 from medusa_runtime.contract import CONTRACT_VERSION
 from medusa_runtime.errors import BundleError
+from medusa_runtime.json_file import Count, Name, parse_json
+from medusa_runtime.listed_folder import FileFacts, FileTable, ListedFolder
 
 ENGINE = "model.engine"
 REBUILD = "Build it again with 'medusa-export trt'."
+
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+# Least, usual, most.
+Range = tuple[Count, Count, Count]
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,9 @@ class EngineLimits:
         max_prefill: S of the longest chunk of a prompt.
     """
 
-    max_batch: int
-    capacity: int
-    max_prefill: int
+    max_batch: Size
+    capacity: Size
+    max_prefill: Size
 
     def longest_sequence(self, tree_size: int, tree_depth: int) -> int:
         """Tokens of prompt and answer for which a tree of this size finds room to the end.
@@ -62,10 +69,10 @@ class Profile:
         draws: Of W, the numbers that a row samples with.
     """
 
-    name: str
-    batch: tuple[int, int, int]
-    sequence: tuple[int, int, int]
-    draws: tuple[int, int, int] = (0, 0, 0)
+    name: Name
+    batch: Range
+    sequence: Range
+    draws: Range = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -139,61 +146,62 @@ class CompiledEngine:
             BundleError: Something is missing, altered or cut off; of another bundle or contract.
         """
         folder = Path(folder)
-        reader = _read(folder / ENGINE_DESCRIPTION)
-        version = reader.get("contract_version", int)
+        where = folder / ENGINE_DESCRIPTION
+        data = read_description(folder, ENGINE_DESCRIPTION, check_digests=check_digests)
+        if data is None:
+            raise BundleError(f"{folder} holds no engine: it has no {ENGINE_DESCRIPTION}. {REBUILD}")
+        version = parse_json(data, Versioned, where, remedy=REBUILD).contract_version
         if version != CONTRACT_VERSION:
             raise BundleError(
                 f"The engine {folder} follows contract version {version}, but this runtime serves version "
                 f"{CONTRACT_VERSION}. {REBUILD}"
             )
-        limits = reader.object("limits")
-        engine = cls(
-            folder=folder,
-            flavor=reader.get("flavor", str),
-            version=reader.get("version", str),
-            targets=tuple(reader.list_of("targets", str)),
-            bundle_sha256=reader.object("bundle").get("sha256", str),
-            limits=EngineLimits(
-                limits.get("max_batch", int), limits.get("capacity", int), limits.get("max_prefill", int)
-            ),
-            profiles=tuple(_profile(JsonReader(part, reader.where, REBUILD)) for part in reader.get("profiles", list)),
-            layers={name: count for name, count in reader.get("network_layers", dict).items() if name != "total"},
-            opt_level=reader.get("opt_level", int),
-            build_seconds=reader.get("build_seconds", float),
-            files=file_table(reader),
-        )
+        found = parse_json(data, _Description, where, remedy=REBUILD)
         for name in (ENGINE, DESCRIPTION):
-            if name not in engine.files:
-                raise BundleError(f"{reader.where} lists no {name}. {REBUILD}")
-        check_files(folder, engine.files, ENGINE_DESCRIPTION, "engine", check_digests=check_digests)
-        if FileFacts.of(folder / DESCRIPTION).sha256 != engine.bundle_sha256:
+            if name not in found.files:
+                raise BundleError(f"{where} lists no {name}. {REBUILD}")
+        ListedFolder(folder, found.files, check_digests, ENGINE_DESCRIPTION, "engine").check()
+        if FileFacts.of(folder / DESCRIPTION).sha256 != found.bundle.sha256:
             raise BundleError(
                 f"The engine in {folder} was built from another bundle than its {DESCRIPTION} describes. {REBUILD}"
             )
-        return engine
+        return cls(
+            folder=folder,
+            flavor=found.flavor,
+            version=found.version,
+            targets=found.targets,
+            bundle_sha256=found.bundle.sha256,
+            limits=found.limits,
+            profiles=found.profiles,
+            layers={name: count for name, count in found.network_layers.items() if name != "total"},
+            opt_level=found.opt_level,
+            build_seconds=found.build_seconds,
+            files=found.files,
+        )
 
 
-def _read(path: Path) -> JsonReader:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} can't be read: {error}. {REBUILD}") from error
-    return JsonReader(data, path, REBUILD)
+class _BuiltFrom(msgspec.Struct):
+    sha256: Name
 
 
-def _profile(reader: JsonReader) -> Profile:
-    def ends(key: str) -> tuple[int, int, int]:
-        values: Any = reader.list_of(key, int)
-        if len(values) != 3:
-            raise BundleError(f"In {reader.where}, a profile's {key!r} is {values}: expected three sizes. {REBUILD}")
-        return values[0], values[1], values[2]
+class _Description(msgspec.Struct):
+    """The schema of ``engine.json``."""
 
-    return Profile(reader.get("name", str), ends("batch"), ends("sequence"), ends("draws"))
+    flavor: Name
+    version: Name
+    targets: tuple[Name, ...]
+    bundle: _BuiltFrom
+    limits: EngineLimits
+    profiles: tuple[Profile, ...]
+    network_layers: dict[Name, Count]
+    opt_level: Count
+    build_seconds: float
+    files: FileTable
 
 
 def is_engine(folder: Path) -> bool:
     """Whether a folder holds a compiled engine rather than a bundle."""
-    return (folder / ENGINE_DESCRIPTION).is_file()
+    return os.path.lexists(folder / ENGINE_DESCRIPTION)
 
 
 def require_bundle(folder: Path) -> None:

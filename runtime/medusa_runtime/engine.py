@@ -74,7 +74,7 @@ class MedusaEngine(Closing):
             BackendError: The backend is unknown or not installed, or it can't load the graph.
         """
         checked = Bundle.load(bundle, check_digests=check_digests)
-        tokenizer = Tokenizer.load(checked.folder)
+        tokenizer = Tokenizer.load(checked.listed)
         return cls(checked, open_backend(backend, checked, threads=threads, check_digests=check_digests), tokenizer)
 
     def generate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import statistics
@@ -11,17 +10,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from medusa_runtime.backends.base import Backend, BatchBackend
-from medusa_runtime.bundle import DESCRIPTION, Bundle, FileFacts
+from medusa_runtime.bundle import DESCRIPTION, Bundle
+from medusa_runtime.errors import BundleError
+from medusa_runtime.json_file import Name, parse_json
+from medusa_runtime.listed_folder import FileFacts, keep_own, read_own
 
 CACHE_FILE = ".medusa-latency.json"
+MAX_CACHE_BYTES = 2**20  # thousands of tables
 FILL = 64  # entries in the cache while measuring
 WARM_UP = 2  # rounds that do not count
 FEWEST, MOST = WARM_UP + 3, WARM_UP + 7
 PATIENCE = 4.0  # seconds after which the fewest rounds will do
 HOPELESS = 0.6  # of the best speed so far: larger trees than one of this are not measured again
 MOST_TOKENS = 64  # in a step of several rows: no CPU that we know verifies more of them any faster
+
+# The schema of a table: seconds by size, which JSON has as text.
+SizeName = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,4}$")]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+Table = dict[SizeName, Seconds]
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,14 @@ class LatencyTable:
         return cls._kept(bundle, name, lambda: _measure(bundle, backend, step, rows=rows))
 
     @classmethod
-    def _kept(cls, bundle: Bundle, name: str, measure: Callable[[], dict[str, float]]) -> LatencyTable:
+    def _kept(cls, bundle: Bundle, name: str, measure: Callable[[], Table]) -> LatencyTable:
         path = bundle.folder / CACHE_FILE
         key = _key(bundle, name)
-        known = _read(path)
+        known = _read(path, bundle.tree.size)
         if key not in known:
             known[key] = measure()
             _write(path, known)
-        return cls({int(size): seconds for size, seconds in known[key].items()})
+        return cls(dict(sorted((int(size), seconds) for size, seconds in known[key].items())))
 
 
 def candidate_sizes(largest: int) -> list[int]:
@@ -71,29 +83,22 @@ def _key(bundle: Bundle, name: str) -> str:
     return " | ".join([cpu, f"{os.cpu_count()} cores", name, graph])
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    """The tables that are kept; what isn't one is measured again."""
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(known, dict):
-            return {key: table for key, table in known.items() if _is_table(table)}
-    return {}
+def _read(path: Path, largest: int) -> dict[str, Table]:
+    """The tables that are kept, of sizes up to the largest; what isn't one is measured again."""
+    kept = read_own(path, at_most=MAX_CACHE_BYTES)
+    tables: dict[str, Table] = {}
+    with contextlib.suppress(BundleError):
+        for key, data in parse_json(kept or b"{}", dict[Name, msgspec.Raw], path, remedy="").items():
+            with contextlib.suppress(BundleError):
+                table = parse_json(bytes(data), Table, path, remedy="")
+                if "1" in table and max(map(int, table)) <= largest:
+                    tables[key] = table
+    return tables
 
 
-def _is_table(found: object) -> bool:
-    return (
-        isinstance(found, dict)
-        and "1" in found
-        and all(size.isdecimal() and isinstance(taken, float) and taken > 0 for size, taken in found.items())
-    )
-
-
-def _write(path: Path, known: dict[str, dict[str, float]]) -> None:
-    """Keeps the table if the folder can be written to; a service may well mount it read-only."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with contextlib.suppress(OSError):
-        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+def _write(path: Path, known: dict[str, Table]) -> None:
+    """Keeps the tables, if the folder can be written to."""
+    keep_own(path, msgspec.json.format(msgspec.json.encode(known), indent=1) + b"\n")
 
 
 def _measure(

@@ -140,7 +140,7 @@ class MedusaService(Closing):
         check_integer("rows", rows, at_least=1)
         checked = Bundle.load(bundle, check_digests=check_digests)
         _check_options(checked, options)
-        tokenizer = Tokenizer.load(checked.folder)
+        tokenizer = Tokenizer.load(checked.listed)
         opened = open_batch_backend(backend, checked, rows=rows, threads=threads)
         try:
             return cls(checked, opened, tokenizer, **options)

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
 
-from medusa_runtime.chat_template import checked_messages, checked_variables, render
+from medusa_runtime.chat_template import check_template, checked_messages, checked_variables, render
 from medusa_runtime.errors import BundleError, RequestError
+from medusa_runtime.listed_folder import ListedFolder
+from medusa_runtime.tokenizer_files import CONFIG, TokenizerConfig, chat_templates
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKENIZER = "tokenizer.json"
+# The largest vocabularies, of 260,000 tokens, come in 35 MB.
+MAX_TOKENIZER_BYTES = 2**28
 
 _CLEAN_UPS = (
     (" .", "."),
@@ -64,34 +68,41 @@ class Tokenizer:
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer | None:
+    def load(cls, folder: Path | ListedFolder) -> Tokenizer | None:
         """The tokenizer in a folder, or None when the folder has no ``tokenizer.json``.
+
+        Args:
+            folder: The folder. Of a bundle's files those that it lists are read, and no others.
 
         Raises:
             BundleError: A file of the tokenizer can't be read.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        folder = folder if isinstance(folder, ListedFolder) else ListedFolder(folder)
+        data = folder.read(TOKENIZER, at_most=MAX_TOKENIZER_BYTES)
+        if data is None:
             return None
-        text = _read_text(path)
+        path = folder.path / TOKENIZER
+        config = TokenizerConfig.load(folder)
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            with panics_as_errors():
+                backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as e:  # the tokenizers library raises nothing narrower
             raise BundleError(f"{path} is not a tokenizer that this version of tokenizers reads: {e}.") from e
-        config = _read_json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:
-            config |= _read_json(folder / "special_tokens_map.json")
+        named = config.named_tokens()
         try:
-            named = _named_tokens(config)
-            _add_missing_tokens(backend, config, named)
-        except (TypeError, ValueError) as e:
-            raise BundleError(f"The special tokens in {folder / 'tokenizer_config.json'} are malformed: {e}.") from e
-        backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+            with panics_as_errors():
+                config.add_missing_tokens(backend, named)
+        except Exception as e:
+            raise BundleError(f"The special tokens in {folder.path / CONFIG} can't be added to {path}: {e}.") from e
+        backend.encode_special_tokens = bool(config.split_special_tokens)
+        templates = chat_templates(folder, config)
+        for template in templates.values():
+            check_template(template)
         return cls(
             backend,
             named_tokens={name: token.content for name, token in named.items()},
-            chat_templates=_chat_templates(folder, config),
-            cleans_up=_cleans_up(backend, config),
+            chat_templates=templates,
+            cleans_up=config.cleans_up(backend),
         )
 
     @property
@@ -238,26 +249,6 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BundleError(f"{path} can't be read as UTF-8 text: {e}.") from e
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise BundleError(f"{path} is not valid JSON: {e}.") from e
-    if not isinstance(value, dict):
-        raise BundleError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
-    return value
-
-
 def _step_types(decoder: Mapping[str, Any]) -> Iterator[str]:
     if decoder["type"] == "Sequence":
         for step in decoder["decoders"]:
@@ -266,79 +257,16 @@ def _step_types(decoder: Mapping[str, Any]) -> Iterator[str]:
         yield str(decoder["type"])
 
 
-def _added_token(value: str | Mapping[str, Any], *, special: bool | None = None) -> AddedToken:
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    fields = {key: value[key] for key in ("content", "single_word", "lstrip", "rstrip", "normalized") if key in value}
-    if not isinstance(fields.get("content"), str):
-        raise TypeError(f"a token must have its text under 'content', but got {dict(value)!r}")
-    return AddedToken(**fields, special=bool(value.get("special", False)) if special is None else special)
+class TokenizerPanicError(Exception):
+    """What the tokenizers library raises where it is wrong about itself, as an ordinary exception."""
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, AddedToken]:
-    """The tokens with a role: the usual seven, and a model's own, listed under any key in ``_token``."""
-    own = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
-    for group in ("extra_special_tokens", "model_specific_special_tokens"):
-        if isinstance(config.get(group), dict):
-            own |= config[group]
-    keys = [*_NAMED_TOKENS, *(key for key in own if key not in _NAMED_TOKENS)]
-    return {key: _added_token(own[key], special=True) for key in keys if key in own}
-
-
-def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, AddedToken]
-) -> None:
-    """Adds what the configuration lists beyond ``tokenizer.json``, and marks the named tokens as special."""
-    present = backend.get_added_tokens_decoder()
-    names = {token.content for token in named.values()}
-    listed = config.get("added_tokens_decoder")
-    if isinstance(listed, dict):
-        tokens = [_added_token(value) for _, value in sorted(listed.items(), key=lambda item: int(item[0]))]
-    else:
-        tokens = [token for _, token in sorted(present.items())]
-    for token in tokens:
-        token.special = token.special or token.content in names
-    known = {token.content for token in [*present.values(), *tokens]}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    others = [*named.values(), *(_added_token(value, special=True) for value in extra if not isinstance(extra, dict))]
-    for token in others:
-        if token.content not in known:
-            known.add(token.content)
-            tokens.append(token)
-    backend.add_tokens(tokens)
-
-
-def _cleans_up(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
-    """Whether to clean up: never for BPE, whose spaces are part of the text, unless the configuration insists."""
-    if not config.get("clean_up_tokenization_spaces", False):
-        return False
-    insists = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
-    return type(backend.model).__name__ != "BPE" or bool(insists)
-
-
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name; files of their own rank above the configuration."""
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        files["default"] = folder / "chat_template.jinja"
-    if files:
-        return {name: _read_text(path) for name, path in files.items()}
-    listed = config.get("chat_template")
-    if listed is None:
-        return {}
-    if isinstance(listed, str):
-        return {"default": listed}
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turns a panic of the tokenizers library, which is no ``Exception``, into one."""
     try:
-        templates = dict(listed) if isinstance(listed, dict) else {t["name"]: t["template"] for t in listed}
-    except (TypeError, KeyError) as e:
-        raise _malformed_templates(folder) from e
-    if not all(isinstance(template, str) for template in templates.values()):
-        raise _malformed_templates(folder)
-    return templates
-
-
-def _malformed_templates(folder: Path) -> BundleError:
-    return BundleError(
-        f"chat_template in {folder / 'tokenizer_config.json'} is malformed: "
-        "it must be a template, or a list of objects with a name and a template."
-    )
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise TokenizerPanicError(str(e)) from e

@@ -9,16 +9,26 @@ the first R nodes verifies a tree of R nodes.
 
 from __future__ import annotations
 
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from medusa_runtime.errors import TreeError
 
-RankPath = tuple[int, ...]
+# The largest tree that is read. One step verifies all nodes, so that trees of 64 are large already.
+MAX_NODES = 4096
+MAX_DEPTH = 64
+MAX_RANK = 65_535
+
+Rank = Annotated[int, Meta(ge=0, le=MAX_RANK)]
+RankPath = Annotated[tuple[Rank, ...], Meta(min_length=1, max_length=MAX_DEPTH)]
 
 
 def _parents_first(paths: Sequence[RankPath]) -> list[RankPath]:
@@ -32,10 +42,15 @@ def _parents_first(paths: Sequence[RankPath]) -> list[RankPath]:
 
 def _checked(path: object) -> RankPath:
     if not isinstance(path, (list, tuple)) or not path:
-        raise TreeError(f"A tree path must be a non-empty list of ranks, but got {path!r}.")
+        raise TreeError(f"A tree path must be a non-empty list of ranks, but got {reprlib.repr(path)}.")
+    if len(path) > MAX_DEPTH:
+        raise TreeError(f"A tree path is {len(path)} deep: no more than {MAX_DEPTH} is possible.")
     for rank in path:
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-            raise TreeError(f"The tree path {list(path)} holds {rank!r}: ranks are integers from 0 upwards.")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= MAX_RANK:
+            raise TreeError(
+                f"The tree path {reprlib.repr(list(path))} holds {reprlib.repr(rank)}: ranks are integers from 0 to "
+                f"{MAX_RANK:,}."
+            )
     return tuple(path)
 
 
@@ -69,9 +84,11 @@ class Tree:
             TreeError: A path is malformed, repeated, without its parent, too deep or ranked too high.
         """
         checked = [_checked(path) for path in paths]
+        if len(checked) >= MAX_NODES:
+            raise TreeError(f"The tree has {len(checked) + 1:,} nodes: no more than {MAX_NODES:,} are possible.")
         known = set(checked)
         if len(known) != len(checked):
-            repeated = next(path for i, path in enumerate(checked) if path in checked[:i])
+            repeated = next(path for path, times in Counter(checked).items() if times > 1)
             raise TreeError(f"The tree path {list(repeated)} stands twice: each node may be listed once.")
         for path in checked:
             if len(path) > 1 and path[:-1] not in known:

@@ -11,6 +11,7 @@ the few entries below the root are moved to their places here. Plain decoding mo
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.row_store import CAPACITY_STEP
-from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
+from medusa_runtime.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle
 from medusa_runtime.contract import cache_name, fixed_shape
 from medusa_runtime.cpus import usable_cpus
 from medusa_runtime.errors import BackendError
+from medusa_runtime.listed_folder import leaves, open_regular
 from medusa_runtime.sampling import Draws, SamplingRows
 
 DYNAMIC_BLOCKS = "8"  # per thread
@@ -362,6 +364,9 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
     )
     # Threads fetch blocks of work where they would each have a fixed share: one that is held up holds up no other.
     options.add_session_config_entry("session.dynamic_block_base", DYNAMIC_BLOCKS)
+    weights = _linked_weights(bundle)
+    if weights is not None:
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
     try:
         session = ort.InferenceSession(
             graph if isinstance(graph, bytes) else str(graph),
@@ -378,3 +383,14 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
             "are of the versions that it needs."
         )
     return session
+
+
+def _linked_weights(bundle: Bundle) -> mmap.mmap | None:
+    """The weights where they are a link that leads outside of the folder, as in a hub's cache: ONNX Runtime refuses it.
+
+    It copies what it needs of them, so that it takes more memory than it does for a file in the folder.
+    """
+    if WEIGHTS not in bundle.files or not bundle.files[WEIGHTS].size or not leaves(bundle.folder, WEIGHTS):
+        return None
+    with open_regular(bundle.folder / WEIGHTS) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

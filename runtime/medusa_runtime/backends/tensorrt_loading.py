@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,10 @@ from medusa_runtime.bundle import Bundle
 from medusa_runtime.compiled import REBUILD, CompiledEngine
 from medusa_runtime.contract import cache_name, fixed_shape
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
+from medusa_runtime.listed_folder import keep_own, read_own
 from medusa_runtime.tensorrt_library import TensorRTLibrary, error_log
+
+MAX_KERNELS_BYTES = 2**30
 
 
 class KernelCache:
@@ -32,21 +33,18 @@ class KernelCache:
         """Has contexts of a runtime configuration take their kernels from here, and leave them here."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):
-                self._cache.deserialize(self._path.read_bytes())
+            kept = read_own(self._path, at_most=MAX_KERNELS_BYTES)
+            if kept is not None:
+                self._cache.deserialize(kept)
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """Writes it, if the folder can be written to; a service may well mount it read-only."""
         if self._cache is None:
             return
-        partial = self._path.with_suffix(f".{os.getpid()}.partial")
         data = self._cache.serialize()
-        if data is None:  # it can't be written down, and is made again
-            return
-        with contextlib.suppress(OSError):
-            partial.write_bytes(memoryview(data))
-            partial.replace(self._path)
+        if data is not None:  # otherwise it can't be written down, and is made again
+            keep_own(self._path, memoryview(data))
 
 
 @dataclass(frozen=True)
