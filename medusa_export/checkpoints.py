@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,11 +27,12 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from medusa_export.errors import CheckpointError, ModelNotSupportedError, OutputError
 from medusa_export.files import WRITE_ERRORS, atomic_folder
 from medusa_export.gguf_cache import gguf_cache
+from medusa_export.model_files import CONFIG, Place, check_file, check_folder, weight_files
+from medusa_export.support import check_supported
 
 # A model has a tokenizer if it has one of these.
 _TOKENIZER_FILES = (
@@ -42,6 +44,14 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+)
+
+# Tensors of MEDUSA heads that were merged into a model; ``head_files`` reads them.
+HEADS = re.compile(r"(^|\.)medusa_heads?\.")
+# What quantizers add to a weight.
+_PACKED = re.compile(
+    r"(qweight|qzeros|g_idx|scales?|scale_inv|weight_scale_2|input_scale|zero_point|weight_packed|weight_shape|absmax|"
+    r"quant_map|quant_state\..*|SCB|W_q|meta|codebooks?|codes)$"
 )
 
 
@@ -57,22 +67,27 @@ def load_model(source: str, *, dtype: torch.dtype, attn_implementation: str | No
 
     Raises:
         CheckpointError: The model is missing, unreachable, unreadable, incomplete or of an unknown architecture.
-        ModelNotSupportedError: It is an encoder-decoder.
+        ModelNotSupportedError: It is an encoder-decoder; with ``attn_implementation``, also if the step can't serve it.
     """
     with _loading(source, "model") as place:
-        config = _config(source, place)
-        # Asked to dequantize, transformers leaves an ordinary model: no quantization_config, no quantizer.
-        options = {"gguf_file": place["gguf_file"], "quantization_config": GgufConfig(dequantize=True)}
+        config = _config(place)
         auto: Any = AutoModelForCausalLM  # typed as if it returned the model alone
+        if attn_implementation is not None:
+            with torch.device("meta"):  # no weights yet: what can't be served is refused before they are read
+                check_supported(auto.from_config(config))
+        # Asked to dequantize, transformers leaves an ordinary model: no quantization_config, no quantizer.
+        options = {"quantization_config": GgufConfig(dequantize=True)} if place.gguf is not None else {}
+        if place.gguf is None:
+            weight_files(place, getattr(config, "transformers_weights", None))
         model, info = auto.from_pretrained(
-            place["pretrained_model_name_or_path"],
+            **place.arguments,
             config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that it is reported below, with names
             output_loading_info=True,
-            **(options if place["gguf_file"] else {}),
+            **options,
         )
         _check_complete(source, info)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
@@ -91,21 +106,30 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     with _loading(source, "tokenizer") as place:
         if not _has_tokenizer(place):
             return None
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**place.arguments, trust_remote_code=False)
         return tokenizer
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that transformers implements in Python only, and so can't convert to a ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: The tokenizer is of that kind.
+    """
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"The tokenizer {type(tokenizer).__name__} can't be written as a tokenizer.json, which the runtime needs, "
+            "since transformers has no fast version of it: export with --no-tokenizer, and give and take token ids."
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes ``tokenizer.json`` and what else transformers keeps beside it, the chat template among it.
 
     Raises:
-        CheckpointError: The tokenizer is implemented in Python only and so has no ``tokenizer.json``.
+        CheckpointError: As for ``check_fast``.
     """
-    if not tokenizer.is_fast:
-        raise CheckpointError(
-            f"The tokenizer {type(tokenizer).__name__} can't be written as a tokenizer.json, which the runtime needs: "
-            "use a model whose tokenizer has a fast version."
-        )
+    check_fast(tokenizer)
     with quiet_libraries():
         tokenizer.save_pretrained(folder)
 
@@ -125,71 +149,57 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 @contextmanager
-def _loading(source: str, what: str) -> Iterator[dict[str, Any]]:
-    """Gives ``from_pretrained``'s arguments for a source; what fails inside becomes a ``CheckpointError``."""
+def _loading(source: str, what: str) -> Iterator[Place]:
+    """Finds a source and has it read; what fails inside becomes a ``CheckpointError``."""
+    place = Place.of(source)
     with ExitStack() as stack:
-        place = _place(source)
         stack.enter_context(quiet_libraries())
-        if place["gguf_file"]:
+        if place.gguf is not None:
             stack.enter_context(gguf_cache())
         try:
+            if place.gguf is None:
+                check_folder(place)
             yield place
         except (CheckpointError, ModelNotSupportedError, MemoryError):
             raise
         # transformers and the readers below it raise all kinds of errors for a damaged or foreign file.
         except Exception as e:
-            raise CheckpointError(_reason(source, what, place, e)) from e
+            raise CheckpointError(_reason(place, what, e)) from e
 
 
-def _place(source: str) -> dict[str, Any]:
-    """Where a source lies: ``pretrained_model_name_or_path`` and ``gguf_file``, None where it is no GGUF."""
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"There is no file {source}: give the path of a GGUF file, a folder or a hub id.")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_file():
-        raise CheckpointError(f"{source} is a file that is no GGUF: give the folder of a model, or a .gguf file.")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(_no_config(source, path))
-        return {"pretrained_model_name_or_path": str(path), "gguf_file": None}
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise CheckpointError(f"There is no folder {source}: give a model's folder, a .gguf file, or a hub id.")
-    return {"pretrained_model_name_or_path": source, "gguf_file": None}
-
-
-def _no_config(source: str, folder: Path) -> str:
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs:
-        return f"{source} has no config.json, but holds {ggufs[0].name}: give the path of that file."
-    return f"{source} has no config.json, so it is not a model's folder: give one that transformers can load."
-
-
-def _config(source: str, place: dict[str, Any]) -> PreTrainedConfig:
+def _config(place: Place) -> PreTrainedConfig:
     """The configuration, of a kind that has a causal language model."""
-    if place["gguf_file"] is None and Path(place["pretrained_model_name_or_path"]).is_dir():
-        _check_model_type(source, Path(place["pretrained_model_name_or_path"]) / "config.json")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(**place, trust_remote_code=False)
+    file = place.file(CONFIG)
+    if file is not None:
+        _check_settings(place.source, file)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(**place.arguments, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ModelNotSupportedError("an encoder besides its decoder")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
-            f"{source} holds a model of type {config.model_type!r}, for which transformers has no causal language "
-            "model: give a decoder."
+            f"{place.source} holds a model of type {config.model_type!r}, for which transformers has no causal "
+            "language model: give a decoder."
         )
     return config
 
 
-def _check_model_type(source: str, file: Path) -> None:
+def _check_settings(source: str, file: Path) -> None:
+    """Refuses a model whose weights are packed, or whose architecture transformers doesn't know."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"The config.json of {source} is not valid JSON ({e}): restore the file.") from e
     if not isinstance(settings, dict):
         raise CheckpointError(f"The config.json of {source} holds no settings: restore the file.")
+    packed = settings.get("quantization_config") or settings.get("compression_config")
+    if packed:
+        method = packed.get("quant_method") if isinstance(packed, dict) else None
+        raise CheckpointError(
+            f"{source} holds weights packed by {method or 'a quantizer'} (quantization_config in its {CONFIG}), which "
+            "can't be exported: give the model that it was made from, with weights in fp32, fp16 or bf16."
+        )
     kind = settings.get("model_type")
-    if kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return
     if "medusa_num_heads" in settings:
         base = settings.get("base_model_name_or_path")
@@ -204,12 +214,15 @@ def _check_model_type(source: str, file: Path) -> None:
 
 
 def _check_complete(source: str, info: dict[str, Any]) -> None:
-    """Refuses a model that would be partly random."""
+    """Refuses a model that would be partly random, or a checkpoint of which a part would be left out."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise CheckpointError(
             f"The weight {name} of {source} has the shape {list(found)}, but its config.json asks for "
             f"{list(expected)}: the two belong to different models."
         )
+    unread = sorted(name for name in info["unexpected_keys"] if not HEADS.search(name))
+    if unread:
+        raise CheckpointError(unread_weights(source, unread))
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -218,26 +231,42 @@ def _check_complete(source: str, info: dict[str, Any]) -> None:
         )
 
 
-def _has_tokenizer(place: dict[str, Any]) -> bool:
-    if place["gguf_file"]:
+def unread_weights(source: str, names: list[str]) -> str:
+    """The sentence about tensors that the model has no place for."""
+    few = ", ".join(names[:3])
+    words = f"{len(names)} tensors of {source}" if len(names) > 1 else f"A tensor of {source}"
+    words += f" would be left out, since its configuration has no place for {'them' if len(names) > 1 else 'it'}: {few}"
+    words += f" and {len(names) - 3} more. " if len(names) > 3 else ". "
+    if any(_PACKED.search(name) for name in names):
+        return words + "Such names belong to packed weights: give the model with weights in fp32, fp16 or bf16."
+    if all(name.endswith(".bias") for name in names):
+        return words + "They are biases: correct the settings in its config.json that say which layers have one."
+    return words + "Correct its config.json, or get the checkpoint that belongs to it."
+
+
+def _has_tokenizer(place: Place) -> bool:
+    if place.gguf is not None:
         gguf: Any = import_module("gguf")  # only here, since folders load without it
-        path = Path(place["pretrained_model_name_or_path"]) / place["gguf_file"]
-        return "tokenizer.ggml.tokens" in gguf.GGUFReader(path).fields
-    name = place["pretrained_model_name_or_path"]
-    cached_file(name, "config.json")  # raises where the model can't be reached; below, that would read as "none"
-    return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in _TOKENIZER_FILES)
+        return "tokenizer.ggml.tokens" in gguf.GGUFReader(place.gguf).fields
+    found = [file for file in map(place.file, _TOKENIZER_FILES) if file is not None]
+    for file in found:
+        check_file(file)
+    return bool(found)
 
 
-def _reason(source: str, what: str, place: dict[str, Any], error: Exception) -> str:
+def _reason(place: Place, what: str, error: Exception) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
-    if place["gguf_file"] is None and not Path(place["pretrained_model_name_or_path"]).is_dir():
+    if place.is_remote:
         return (
-            f"{source} is not a local folder, and its {what} could not be had from the hub ({words}): check the name "
-            "and the connection, or give a folder."
+            f"{place.source} is not a local folder, and its {what} could not be had from the hub ({words}): check the "
+            "name and the connection, or give a folder."
         )
-    if place["gguf_file"] and isinstance(error, (ValueError, IndexError)) and "buffer" in words:
+    if place.gguf is not None and isinstance(error, (ValueError, IndexError)) and "buffer" in words:
         words = f"the file ends too early: {words}"
-    return f"The {what} of {source} could not be read ({words}): the files are damaged, incomplete or of another kind."
+    return (
+        f"The {what} of {place.source} could not be read ({words}): the files are damaged, incomplete or of another "
+        "kind."
+    )
 
 
 @contextmanager

@@ -14,7 +14,6 @@ How many heads and blocks there are is read from the tensors: published configs 
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Iterable
@@ -24,9 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from medusa_export.errors import CheckpointError
 from medusa_export.heads import HeadsConfig, MedusaHeads
+from medusa_export.model_files import CONFIG, PICKLES, Place, check_file, is_hub_id, weight_map
 
 HEADS_FILE = "medusa_lm_head.safetensors"
 
@@ -39,7 +40,6 @@ _FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_PICKLES = (".pt", ".bin", ".pth")
 
 _PREFIX = re.compile(r"^medusa_heads?\.")
 _BLOCK = re.compile(r"^(?:(\d+)\.(\d+)\.linear|blocks\.(\d+)\.layers\.(\d+))\.(weight|bias)$")
@@ -53,13 +53,14 @@ def load_heads(path: str | Path, model: PreTrainedModel) -> MedusaHeads:
     """Reads heads and fits them to a base model: in its dtype, in eval mode and without gradients.
 
     Args:
-        path: A file of heads, or a folder that holds one; also a merged checkpoint, of which only the heads are read.
+        path: A file of heads, or a folder or hub id that holds one; also a merged checkpoint, of which only the heads
+            are read.
         model: The base model that they were trained for.
 
     Raises:
         CheckpointError: The file is missing, damaged, incomplete, of no known format, or made for another model.
     """
-    file = _heads_file(Path(path).expanduser())
+    file = _heads_file(path)
     tensors = _Tensors(file, _read(file))
     lm_head = model.get_output_embeddings()
     if not isinstance(lm_head, nn.Linear):
@@ -73,27 +74,67 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     Raises:
         CheckpointError: As for ``load_heads``.
     """
-    tensors = _read(_heads_file(Path(path).expanduser()))
+    tensors = _read(_heads_file(path))
     kind = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
     if kind is None:
         raise CheckpointError(f"The heads at {path} hold whole numbers only: give weights that are not quantized.")
     return kind
 
 
-def _heads_file(path: Path) -> Path:
-    if path.is_file():
+def _heads_file(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    try:
+        is_folder, is_there = path.is_dir(), path.is_symlink() or path.exists()
+    except OSError as e:
+        raise CheckpointError(f"{source} can't be opened ({e.strerror or e}): make it readable for this user.") from e
+    if is_there and not is_folder:
+        check_file(path)
         return path
-    if not path.is_dir():
-        raise CheckpointError(f"There are no heads at {path}: give a file of heads, or a folder that holds one.")
+    if not is_folder and (path.suffix in (".safetensors", *PICKLES) or not is_hub_id(str(source))):
+        raise CheckpointError(
+            f"There are no heads at {source}: give a file of heads, or a folder or hub id that holds one."
+        )
+    place = Place(str(source), folder=path if is_folder else None)
     for name in _FILES:
-        if (path / name).is_file():
-            return path / name
-    others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *_PICKLES))
+        file = _found(place, name)
+        if file is not None and not file.is_dir():
+            check_file(file)
+            return file
+    if place.is_remote:
+        return _no_heads_on_hub(place)
+    others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
     if len(others) == 1:
+        check_file(others[0])
         return others[0]
     found = ", ".join(file.name for file in others) or "none of its kind"
     raise CheckpointError(
         f"The folder {path} holds no {HEADS_FILE} or other file of heads that can be told ({found}): give the file."
+    )
+
+
+def _found(place: Place, name: str) -> Path | None:
+    """A file of a folder or of the hub; None also where the hub gives none, which ``_no_heads_on_hub`` looks into."""
+    try:
+        return place.file(name)
+    except OSError:
+        if place.is_remote:
+            return None
+        raise
+
+
+def _no_heads_on_hub(place: Place) -> Path:
+    """Raises what is wrong: the hub can't be reached, it has no such repository, or that holds no heads."""
+    try:
+        cached_file(place.source, CONFIG)
+    except OSError as e:
+        words = " ".join(str(e).split())
+        raise CheckpointError(
+            f"There are no heads at {place.source}: it is no local path, and the hub gives nothing by that name "
+            f"({words}). Check the name and the connection, or give a file."
+        ) from e
+    raise CheckpointError(
+        f"{place.source} on the hub holds no {HEADS_FILE} or other file of heads that can be told: get the right file "
+        "and give its path."
     )
 
 
@@ -103,26 +144,36 @@ def _read(file: Path) -> dict[str, Tensor]:
         return _read_shards(file)
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
-    if file.suffix in _PICKLES:
+    if file.suffix in PICKLES:
         return _read_pickle(file)
     raise CheckpointError(f"{file} is neither a .safetensors nor a .pt file: give a file of heads in one of the two.")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
-        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{index} has no readable weight_map: restore the file.") from e
+    shards = weight_map(index)
     names = _select(index, shards)
     tensors: dict[str, Tensor] = {}
     for shard in sorted({shards[name] for name in names}):
-        if not (index.parent / shard).is_file():
+        file = index.parent / shard
+        if not file.exists() and (place := _hub_place(index)) is not None:
+            file = _found(place, shard) or file
+        if not (file.is_symlink() or file.exists()):
             raise CheckpointError(f"{index} names the shard {shard}, which is not there: get it too.")
-        tensors.update(_read(index.parent / shard))
+        check_file(file)
+        tensors.update(_read(file))
     for name in names:
         if name not in tensors:
             raise CheckpointError(f"{index} places {name} in {shards[name]}, which lacks it: get both once more.")
     return tensors
+
+
+def _hub_place(index: Path) -> Place | None:
+    """The repository that an index in the hub's cache came from: its other files may not be here yet."""
+    snapshot = index.parent
+    kind, *name = snapshot.parent.parent.name.split("--")
+    if snapshot.parent.name != "snapshots" or kind != "models" or not name:
+        return None
+    return Place("/".join(name))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -109,15 +109,14 @@ def test_misshapen_weights_are_named(folder: Path) -> None:
 def test_truncated_weights(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="could not be read") as error:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors ends too early: it has \d+ of \d+ bytes") as error:
         load(folder)
-    assert error.value.__cause__ is not None
     assert "\n" not in str(error.value)
 
 
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="could not be read"):
+    with pytest.raises(CheckpointError, match=r"holds no weights: expected model\.safetensors"):
         load(folder)
 
 

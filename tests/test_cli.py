@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from transformers import ByT5Tokenizer
 
 from medusa_export import bundle_writer
 from medusa_export.cli import COMMANDS, main
@@ -107,6 +108,44 @@ def test_generate(tiny_bundle: Bundle) -> None:
     assert code == 0
 
 
+def test_generate_stops_at_tokens_and_takes_them(tiny_bundle: Bundle) -> None:
+    prompt = ("--ids", "5, 17 80", "-n", 8, "--json")
+    tokens = json.loads(run("generate", tiny_bundle.folder, *prompt)[1])["token_ids"]
+    with MedusaEngine.load(tiny_bundle.folder) as engine:
+        assert list(engine.generate([5, 17, 80], max_new_tokens=8).token_ids) == tokens
+    first = tokens.index(tokens[3])
+    code, output = run(
+        "generate", tiny_bundle.folder, *prompt, "--stop-token-id", 100_000, "--stop-token-id", tokens[3]
+    )
+    assert code == 0
+    assert json.loads(output)["finish_reason"] == "stop"
+    assert len(json.loads(output)["token_ids"]) in (first, first + 1)
+    for wrong, words in (("5,x", "'x' is no token id"), ("-1", "no token id"), ("5 --chat", "drop --chat")):
+        text, *more = wrong.split()
+        code, output = run("generate", tiny_bundle.folder, "--ids", *more, "--", text)
+        assert code == 2
+        assert words in output
+
+
+def test_a_tokenizer_can_be_left_out(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(shutil.copytree(tiny_model_folder, tmp_path / "slow-model"))
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    ByT5Tokenizer().save_pretrained(source)
+    monkeypatch.chdir(source)
+    arguments = ("onnx", ".", "--no-heads", "-o", tmp_path / "out", "-q")
+    code, output = run(*arguments)
+    assert code == 1
+    assert "ByT5Tokenizer can't be written as a tokenizer.json" in output
+    assert "--no-tokenizer" in output
+    assert run(*arguments, "--no-tokenizer")[0] == 0
+    bundle = Bundle.load(tmp_path / "out")
+    assert bundle.model.name == "slow-model"
+    assert not (bundle.folder / "tokenizer.json").exists()
+    code, output = run("generate", bundle.folder, "--ids", "5 17", "-n", 2)
+    assert code == 0
+
+
 def test_a_prompt_that_is_no_utf8(tiny_bundle: Bundle) -> None:
     result = CliRunner().invoke(main, ["generate", str(tiny_bundle.folder), "-"], input=b"caf\xe9")
     assert result.exit_code == 2
@@ -184,7 +223,7 @@ def test_unusable_heads(tiny_model_folder: Path, tmp_path: Path) -> None:
     torch.save({"0.0.linear.weight": Code(str(tmp_path / "ran"))}, tmp_path / "code.pt")
     before = sorted(path.name for path in tmp_path.iterdir())
     for name, words in (
-        ("cut.safetensors", "not a whole safetensors file"),
+        ("cut.safetensors", "cut.safetensors ends too early"),
         ("other.safetensors", "has the shape [32, 32]"),
         ("code.pt", "asks to run code"),
         ("none.safetensors", "There are no heads at"),

@@ -7,6 +7,7 @@ import os
 import pickle
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from click.testing import CliRunner
@@ -129,7 +130,7 @@ def test_merged_checkpoint_of_several_shards(tmp_path: Path, shared: bool) -> No
     tensors = reference(shared=shared)
     for i, (name, tensor) in enumerate(tensors.items()):
         shard = f"heads-{i % 2}.safetensors"
-        known = load_file(tmp_path / shard) if (tmp_path / shard).exists() else {"unrelated.weight": torch.zeros(1)}
+        known = load_file(tmp_path / shard) if (tmp_path / shard).exists() else {"rotary_emb.inv_freq": torch.zeros(1)}
         save_file({**known, f"medusa_head.{name}": tensor}, tmp_path / shard, metadata={"format": "pt"})
         index["weight_map"][f"medusa_head.{name}"] = shard
     index_file.write_text(json.dumps(index))
@@ -372,9 +373,62 @@ def test_missing_file(tmp_path: Path) -> None:
         load_heads(tmp_path / "nothing", MODEL)
     with pytest.raises(CheckpointError, match=r"holds no medusa_lm_head\.safetensors"):
         load_heads(tmp_path, MODEL)
-    (tmp_path / "heads.txt").touch()
+    (tmp_path / "heads.txt").write_text("heads")
     with pytest.raises(CheckpointError, match=r"neither a \.safetensors nor"):
         load_heads(tmp_path / "heads.txt", MODEL)
+
+
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> Path:
+    """An empty repository in a cache of the hub that stands alone."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def test_heads_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(tmp_path, monkeypatch, "someone/elsewhere")
+    with pytest.raises(CheckpointError, match="There are no heads at someone/nothing"):
+        load_heads("someone/nothing", MODEL)
+    snapshot = hub(tmp_path, monkeypatch, "someone/heads")
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"someone/heads on the hub holds no medusa_lm_head\.safetensors"):
+        load_heads("someone/heads", MODEL)
+    tensors = reference()
+    torch.save(tensors, snapshot / "medusa_lm_head.pt")
+    check(load_heads("someone/heads", MODEL), tensors)
+    assert stored_dtype("someone/heads") == torch.float32
+
+
+def test_of_a_merged_model_on_the_hub_only_the_shards_with_heads_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = hub(tmp_path, monkeypatch, "someone/merged")
+    written(snapshot, reference(prefix="medusa_head."), "heads.safetensors")
+    names = dict.fromkeys(reference(prefix="medusa_head."), "heads.safetensors")
+    index = {"weight_map": {**names, "lm_head.weight": "base.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    # Not here at first, as in a cache that holds the index alone.
+    (snapshot / "heads.safetensors").rename(tmp_path / "heads.safetensors")
+    with pytest.raises(CheckpointError, match="which is not there"):
+        load_heads("someone/merged", MODEL)
+    fetched = []
+
+    def fetch(source: str, name: str, **_: object) -> str | None:
+        fetched.append((source, name))
+        path = snapshot / name
+        if name == "heads.safetensors" and not path.exists():
+            (tmp_path / name).rename(path)
+        return str(path) if path.exists() else None
+
+    monkeypatch.setattr("medusa_export.model_files.cached_file", fetch)
+    check(load_heads("someone/merged", MODEL), reference())
+    assert ("someone/merged", "heads.safetensors") in fetched
+    assert not any(name == "base.safetensors" for _, name in fetched)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}'])

@@ -11,7 +11,9 @@ from medusa_export.cli import DTYPES, Progress, extra
 
 @click.command("calibrate")
 @click.argument("model")
-@click.option("--heads", metavar="PATH", required=True, help="Heads in any published format.")
+@click.option(
+    "--heads", metavar="PATH", required=True, help="Heads in any published format: a file, a folder or a hub id."
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

@@ -26,9 +26,18 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
 @click.argument("prompt")
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, through the chat template.")
 @click.option("--system", metavar="TEXT", help="A system message before it; implies --chat.")
+@click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by commas or spaces.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--tree-size", callback=_tree_size, default="auto", show_default=True, help="Nodes per step, or 'auto'.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    multiple=True,
+    type=click.IntRange(0),
+    metavar="ID",
+    help="End at this token too; may be given several times.",
+)
 @click.option("--temperature", type=float, help="Sample at this temperature; greedy without any of these options.")
 @click.option("--top-k", type=int, help="Sample from so many of the best tokens.")
 @click.option("--top-p", type=float, help="Sample from the best tokens that together have this probability.")
@@ -47,9 +56,11 @@ def command(
     prompt: str,
     chat: bool,
     system: str | None,
+    ids: bool,
     max_new_tokens: int,
     tree_size: int | str,
     stop: tuple[str, ...],
+    stop_token_ids: tuple[int, ...],
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
@@ -71,11 +82,14 @@ def command(
     asked |= {"acceptance": "typical" if typical else None}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     text = _read_prompt() if prompt == "-" else prompt
-    request: Any = text
+    request: Any = _token_ids(text) if ids else text
+    if ids and (chat or system is not None):
+        raise click.UsageError("--ids gives the whole prompt: drop it, or drop --chat and --system.")
     if chat or system is not None:
         request = [{"role": "system", "content": system}] if system is not None else []
         request.append({"role": "user", "content": text})
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree_size": tree_size, "stop": stop}
+    options |= {"stop_token_ids": stop_token_ids}
     options |= {"sampling": SamplingParams(**given) if given else None, "logprobs": logprobs, "lookup": lookup}
     with MedusaEngine.load(bundle, backend, threads=threads) as engine:
         stream = engine.stream(request, **options)
@@ -110,6 +124,14 @@ def command(
         f"{stats.tokens_per_step:.2f} tokens/step with {stats.nodes_per_step:.2g} nodes]",
         err=True,
     )
+
+
+def _token_ids(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    wrong = next((part for part in parts if not (part.isascii() and part.isdigit() and len(part) < 20)), None)
+    if wrong is not None:
+        raise click.UsageError(f"{wrong!r} is no token id: give whole numbers, separated by commas or spaces.")
+    return [int(part) for part in parts]
 
 
 def _read_prompt() -> str:

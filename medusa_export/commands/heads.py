@@ -16,7 +16,9 @@ def command() -> None:
 
 @command.command("convert")
 @click.argument("model")
-@click.option("--heads", metavar="PATH", required=True, help="Heads in any published format.")
+@click.option(
+    "--heads", metavar="PATH", required=True, help="Heads in any published format: a file, a folder or a hub id."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option(
     "--format",

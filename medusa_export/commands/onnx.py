@@ -11,7 +11,7 @@ from medusa_export.cli import DTYPES, Progress, extra
 
 @click.command("onnx")
 @click.argument("model")
-@click.option("--heads", metavar="PATH", help="Heads to attach: a file or folder in any published format.")
+@click.option("--heads", metavar="PATH", help="Heads to attach: a file, a folder or a hub id, in any published format.")
 @click.option("--init-heads", type=click.IntRange(1, 16), metavar="K", help="Attach K fresh, untrained heads.")
 @click.option("--no-heads", is_flag=True, help="Plain decoding: a tree of one node.")
 @click.option(
@@ -29,6 +29,7 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Candidates per head.")
 @click.option("--greedy-only", is_flag=True, help="Leave out sampling and log probabilities: a leaner graph.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Weights and cache.")
+@click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out: the bundle takes and gives token ids.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -43,6 +44,7 @@ def command(  # noqa: PLR0915  # what it does is a list
     top_k: int,
     greedy_only: bool,
     dtype: str,
+    no_tokenizer: bool,
     output: Path,
     overwrite: bool,
     quiet: bool,
@@ -70,11 +72,12 @@ def command(  # noqa: PLR0915  # what it does is a list
         from medusa_export.attention import ATTENTION_NAME
         from medusa_export.bundle_writer import write_bundle
         from medusa_export.calibration import Calibration
-        from medusa_export.checkpoints import load_model, load_tokenizer
+        from medusa_export.checkpoints import check_fast, load_model, load_tokenizer
         from medusa_export.files import check_target
         from medusa_export.gguf_cache import gguf_cache
         from medusa_export.head_files import load_heads
         from medusa_export.heads import MedusaHeads
+        from medusa_export.model_files import Place
         from medusa_export.onnx_export import build_graph
         from medusa_export.step import MedusaStep
         from medusa_export.support import check_supported
@@ -87,7 +90,9 @@ def command(  # noqa: PLR0915  # what it does is a list
     with gguf_cache():
         base = load_model(model, dtype=getattr(torch, DTYPES[dtype]), attn_implementation=ATTENTION_NAME)
         check_supported(base)
-        tokenizer = load_tokenizer(model)
+        tokenizer = None if no_tokenizer else load_tokenizer(model)
+        if tokenizer is not None:
+            check_fast(tokenizer)
 
     attached: MedusaHeads | None = None
     if heads is not None:
@@ -125,7 +130,7 @@ def command(  # noqa: PLR0915  # what it does is a list
         step,
         tokenizer,
         output,
-        name=Path(model).stem if model.endswith(".gguf") else Path(model).name,
+        name=Place.of(model).name,
         tree_name=chosen.name,
         acceptance=acceptance,
         trained=heads is not None,
