@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import import_module
 from logging import ERROR
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,9 @@ from transformers.utils import logging
 
 from medusa_export.errors import CheckpointError, ModelNotSupportedError, OutputError
 from medusa_export.files import WRITE_ERRORS, atomic_folder
-from medusa_export.gguf_cache import gguf_cache
+from medusa_export.gguf_cache import gguf_cache, open_gguf
+from medusa_export.gguf_settings import Metadata, apply_settings, check_readable
+from medusa_export.gguf_tensors import unread_tensors
 from medusa_export.model_files import CONFIG, Place, check_file, check_folder, weight_files
 from medusa_export.support import check_supported
 
@@ -89,6 +90,8 @@ def load_model(source: str, *, dtype: torch.dtype, attn_implementation: str | No
             output_loading_info=True,
             **options,
         )
+        if place.gguf is not None:  # transformers passes over a tensor that it has no place for
+            info["unexpected_keys"] = unread_tensors(open_gguf(place.gguf), model)
         _check_complete(source, info)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
@@ -169,10 +172,16 @@ def _loading(source: str, what: str) -> Iterator[Place]:
 
 def _config(place: Place) -> PreTrainedConfig:
     """The configuration, of a kind that has a causal language model."""
+    metadata = None
+    if place.gguf is not None:
+        metadata = Metadata.of(place.source, open_gguf(place.gguf))
+        check_readable(metadata)
     file = place.file(CONFIG)
     if file is not None:
         _check_settings(place.source, file)
     config: PreTrainedConfig = AutoConfig.from_pretrained(**place.arguments, trust_remote_code=False)
+    if metadata is not None:
+        config = apply_settings(config, metadata)
     if config.is_encoder_decoder:
         raise ModelNotSupportedError("an encoder besides its decoder")
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -246,8 +255,7 @@ def unread_weights(source: str, names: list[str]) -> str:
 
 def _has_tokenizer(place: Place) -> bool:
     if place.gguf is not None:
-        gguf: Any = import_module("gguf")  # only here, since folders load without it
-        return "tokenizer.ggml.tokens" in gguf.GGUFReader(place.gguf).fields
+        return "tokenizer.ggml.tokens" in open_gguf(place.gguf).fields
     found = [file for file in map(place.file, _TOKENIZER_FILES) if file is not None]
     for file in found:
         check_file(file)

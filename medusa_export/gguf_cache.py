@@ -50,6 +50,12 @@ def gguf_cache() -> Iterator[None]:
         reader._get = get
 
 
+def open_gguf(path: Path) -> Any:
+    """A ``gguf.GGUFReader`` of a file; within ``gguf_cache`` the one that transformers uses too."""
+    gguf: Any = import_module("gguf")  # only here, since folders load without it
+    return gguf.GGUFReader(path)
+
+
 def _read_values(
     reader: Any, offset: int, dtype: DTypeLike, count: int = 1, override_order: Any = None
 ) -> NDArray[Any]:

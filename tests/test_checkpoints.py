@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from gguf_files import CHAT_TEMPLATE, write_gguf
 from medusa_export.checkpoints import load_model, load_tokenizer, save_model, save_tokenizer
 from medusa_export.errors import CheckpointError, ModelNotSupportedError
 from medusa_export.gguf_cache import gguf_cache
@@ -27,7 +28,6 @@ from tiny_models import tiny_model
 from tiny_tokenizer import make_tokenizer
 
 PROMPT = torch.tensor([[5, 17, 80, 3, 44]])
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def load(source: Path | str) -> PreTrainedModel:
@@ -254,50 +254,6 @@ def test_slow_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 # GGUF
-
-
-def gguf_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of q and k, which interleaves the two halves of each head."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(file: Path, model: PreTrainedModel, *, with_tokenizer: bool = True) -> None:
-    """A llama in fp32, with a byte-level vocabulary."""
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    if with_tokenizer:
-        tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokens += ["ab", "<end>", *(f"[PAD{i}]" for i in range(config.vocab_size - len(tokens) - 2))]
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3 if token == "<end>" else 1 for token in tokens])
-        writer.add_token_merges(["a b"])
-        writer.add_eos_token_id(tokens.index("<end>"))
-        writer.add_chat_template(CHAT_TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        weight = tensor.numpy()
-        if name.endswith("q_proj.weight"):
-            weight = gguf_pairs(weight, config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            weight = gguf_pairs(weight, config.num_key_value_heads)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)) or name, np.ascontiguousarray(weight))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture

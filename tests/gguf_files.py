@@ -1,0 +1,132 @@
+"""GGUF files of tiny models, laid out and named as llama.cpp's converter does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedModel
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # llama.cpp's, where it isn't transformers'
+
+
+def pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The order of the rows of q and k in a llama, which interleaves the two halves of each head."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def laid_out(architecture: str, name: str, weight: np.ndarray, config: Any) -> np.ndarray:
+    if architecture == "llama" and "q_proj." in name:
+        return pairs(weight, config.num_attention_heads)
+    if architecture == "llama" and "k_proj." in name:
+        return pairs(weight, config.num_key_value_heads)
+    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+        return weight + 1
+    if architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        return weight.T
+    return weight
+
+
+def usual_settings(architecture: str, config: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes of any model."""
+    values: dict[str, Any] = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+    }
+    if architecture == "gpt2":
+        return values | {
+            "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+            "feed_forward_length": config.n_inner,
+        }
+    values |= {
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count_kv": config.num_key_value_heads,
+    }
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values |= {"attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim}
+    if architecture == "starcoder2":
+        return values | {"attention.layer_norm_epsilon": config.norm_epsilon}
+    return values | {"attention.layer_norm_rms_epsilon": config.rms_norm_eps}
+
+
+def write_gguf(
+    file: Path,
+    model: PreTrainedModel,
+    settings: dict[str, Any] | None = None,
+    *,
+    extra: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    name: str = "tiny",
+    with_tokenizer: bool = True,
+    pre: str = "gpt-2",
+) -> Path:
+    """Writes a model in fp32, with a byte-level vocabulary.
+
+    Args:
+        file: The file to write.
+        model: The model.
+        settings: Metadata under the name of the architecture, besides the usual; None leaves one of those out.
+        extra: Other metadata, by whole keys.
+        tensors: Further tensors, by name.
+        name: What the file calls the model.
+        with_tokenizer: Whether the file holds a vocabulary.
+        pre: What the file calls its pre-tokenizer.
+    """
+    config = model.config
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_name(name)
+    values = {**usual_settings(architecture, config), **(settings or {})}
+    keys = {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
+    for key, value in {**keys, **(extra or {})}.items():
+        _add(writer, key, value)
+    if with_tokenizer:
+        _add_tokenizer(writer, config.vocab_size, pre)
+    kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    for own, tensor in model.state_dict().items():
+        if own == "lm_head.weight" and tied:
+            continue
+        stem, _, suffix = own.rpartition(".")
+        weight = laid_out(architecture, own, tensor.numpy(), config)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(weight))
+    for own, array in (tensors or {}).items():
+        writer.add_tensor(own, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str) -> None:
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += ["ab", "<end>", *(f"[PAD{i}]" for i in range(vocab_size - len(tokens) - 2))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token == "<end>" else 1 for token in tokens])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(tokens.index("<end>"))
+    writer.add_chat_template(CHAT_TEMPLATE)
