@@ -73,6 +73,14 @@ class EagerBackend:
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
+    def scrub(self, row: int) -> None:
+        margin, length = self._step.tree.max_depth, int(self._lengths[row])
+        for cache in self._caches:
+            cache[row, :, :margin] = 0
+            cache[row, :, margin + length :] = 0
+        if self._pending is not None:
+            self._pending[row, :, : max(0, margin - length)] = 0
+
     def assign(self, row: int, draws: Draws | None) -> None:
         self._sampling.assign(row, draws)
 

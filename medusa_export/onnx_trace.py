@@ -110,6 +110,7 @@ def _named(out: StepOutput) -> dict[str, Tensor]:
         "logits": out.logits,
         "accepted_path": out.accepted_path,
         "chosen": out.chosen,
+        "finite": out.finite,
         "head_logits": out.head_logits,
         "next_pending_kv": out.next_pending_kv,
         "logprobs": out.logprobs,

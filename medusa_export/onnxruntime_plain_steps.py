@@ -59,21 +59,24 @@ def skip_mask_in_plain_steps(graph: ir.Graph, is_plain: ir.Value, bias: ir.Value
 
 
 def skip_tree_in_plain_steps(graph: ir.Graph, is_plain: ir.Value) -> None:
-    """A plain step emits the base model's choice, accepts the root, and drafts nothing."""
+    """A plain step emits the base model's choice if its logits are numbers, accepts the root, and drafts nothing."""
     results = {name: value_named(graph, name) for name in ("tokens", "count", "next_input_ids", PATH)}
     chosen = value_named(graph, "chosen")
-    num_tokens = next(value for value in graph.inputs if value.name == "num_tokens")
+    finite = value_named(graph, "finite")
+    root = next(value for value in graph.inputs if value.name == "input_ids")
     _, depth = shape_of(results["tokens"])
     _, size = shape_of(results["next_input_ids"])
     assert isinstance(depth, int)
     assert isinstance(size, int)
-    one, zero = integers(graph, "scalar_one", 1), integers(graph, "scalar_zero", 0)
+    zero = integers(graph, "scalar_zero", 0)
     make = Builder(graph)
     tokens = make("Expand", [chosen, integers(graph, "emitted", [1, depth])])
     made = {
         "tokens": tokens,
-        "count": make("Clip", [num_tokens, one, one]),
-        "next_input_ids": make("Pad", [chosen, integers(graph, "undrafted", [0, 0, 0, size - 1])]),
+        "count": make("Cast", [make("Squeeze", [finite, integers(graph, "axis_one", [1])])], to=ir.DataType.INT64),
+        "next_input_ids": make(
+            "Pad", [make("Where", [finite, chosen, root]), integers(graph, "undrafted", [0, 0, 0, size - 1])]
+        ),
         PATH: make("Mul", [tokens, zero]),
     }
     if any(value.name == "logprobs" for value in graph.outputs):

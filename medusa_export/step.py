@@ -40,6 +40,7 @@ class StepOutput:
         head_logits: [B, active heads, draft_vocab_size], or None without heads.
         accepted_path: [B, M + 1], the accepted nodes from the root on; ``count`` of them hold.
         chosen: [B, R], what the base model has come to after each verified node.
+        finite: [B, R] boolean, whether that was chosen from logits that are numbers.
         sampled: How; None in a step that is greedy only.
     """
 
@@ -54,6 +55,7 @@ class StepOutput:
     head_logits: Tensor | None
     accepted_path: Tensor
     chosen: Tensor
+    finite: Tensor
     sampled: Sampled | None
 
 
@@ -166,7 +168,10 @@ class MedusaStep(nn.Module):
             places = take_rows(positions, rows) + 1
             sampled = sample(logits, nodes, self.tree_parents, places, sampling)
         chosen = logits.argmax(-1) if sampled is None else sampled.chosen
-        best, count = self._accept(nodes, chosen, is_prefill, sampled)
+        finite = _is_finite(logits, chosen, sampled)
+        best, length = self._accept(nodes, chosen, finite, is_prefill, sampled)
+        emits = finite.select(1, 0)
+        count = torch.where(emits, length, 0)
         path = self.tree_paths[best]
         on_path = path.clamp(max=verified - 1)
         tokens = take_rows(chosen, on_path)
@@ -177,10 +182,11 @@ class MedusaStep(nn.Module):
             tokens = torch.where(torch.arange(path.shape[1]) < count.unsqueeze(1) - 1, below, tokens)
             logprobs = take_entries(logits, on_path, tokens).float() - take_rows(sampled.log_total, on_path)
 
-        next_root = take_rows(chosen, best.unsqueeze(1))
+        # A row that emits nothing keeps its state: its root, its entries and what is pending.
+        next_root = torch.where(emits.unsqueeze(1), take_rows(chosen, best.unsqueeze(1)), nodes[:, :1])
         head_logits, next_input_ids = self._draft(take_rows(hidden, best.unsqueeze(1)).squeeze(1), next_root, verified)
 
-        added = torch.where(is_prefill, num_tokens, count)
+        added = torch.where(emits & is_prefill, num_tokens, count)
         return StepOutput(
             tokens=tokens,
             count=count,
@@ -193,6 +199,7 @@ class MedusaStep(nn.Module):
             head_logits=head_logits,
             accepted_path=path,
             chosen=chosen,
+            finite=finite,
             sampled=sampled,
         )
 
@@ -247,7 +254,7 @@ class MedusaStep(nn.Module):
         return output.logits, captured[0]
 
     def _accept(
-        self, nodes: Tensor, chosen: Tensor, is_prefill: Tensor, sampled: Sampled | None
+        self, nodes: Tensor, chosen: Tensor, finite: Tensor, is_prefill: Tensor, sampled: Sampled | None
     ) -> tuple[Tensor, Tensor]:
         """The deepest node that the base model has come to, or that typical acceptance allows, with its ancestors.
 
@@ -256,18 +263,20 @@ class MedusaStep(nn.Module):
         Args:
             nodes: [B, R], the verified tree.
             chosen: [B, R], what the base model has come to after each node [2.1.2].
+            finite: [B, R], whether the logits of each node are numbers. A node is not accepted where they are not:
+                its token is emitted as the choice at its parent, as in plain decoding, and is the next root.
             is_prefill: [B].
             sampled: How, if a row may sample.
 
         Returns:
-            The node's index and its depth + 1, the number of tokens that the step emits; [B] each. A row
-            that prefills accepts its one verified row.
+            The node's index and its depth + 1, the number of tokens that the step emits if the root's logits are
+            numbers; [B] each. A row that prefills accepts its one verified row.
         """
         verified = nodes.shape[1]
         confirmed = nodes == chosen.index_select(1, self.tree_parents[:verified])
         if sampled is not None:
             confirmed = confirmed | (sampled.support > -torch.inf)
-        wrong = ~confirmed | is_prefill.unsqueeze(1)
+        wrong = ~(confirmed & finite) | is_prefill.unsqueeze(1)
         confirms = self.tree_confirms[:verified, :verified]
         lengths = self.tree_lengths[:verified]
         lengths = torch.where(wrong.unsqueeze(1) & confirms, 0, lengths.unsqueeze(1)).amin(-1)
@@ -315,6 +324,23 @@ class MedusaStep(nn.Module):
         rows = torch.arange(batch * heads).view(batch, heads, 1) * length + source.unsqueeze(1)
         carried: Tensor = blocks.reshape(-1, head_dim)[rows]
         return carried
+
+
+def _is_finite(logits: Tensor, chosen: Tensor, sampled: Sampled | None) -> Tensor:
+    """Whether each node's logits are numbers, [B, R].
+
+    A hidden state that is not finite makes all logits NaN, or the best of them infinite. So the logit of the chosen
+    token tells, and where a token was drawn the sum over all logits besides.
+
+    Args:
+        logits: [B, R, V].
+        chosen: [B, R], the best token of each node, or the drawn one.
+        sampled: How it was drawn; None if none was.
+    """
+    logit = take_entries(logits, torch.arange(logits.shape[1]), chosen).float()
+    if sampled is not None:
+        logit = logit + sampled.log_total
+    return logit.abs() < torch.inf
 
 
 def _end_of_table(model: PreTrainedModel) -> int | None:

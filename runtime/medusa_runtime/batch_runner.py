@@ -10,6 +10,7 @@ from medusa_runtime.backends.base import BatchBackend, StepResult
 from medusa_runtime.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.errors import BackendError
 from medusa_runtime.latency import LatencyTable
+from medusa_runtime.retry import retried
 from medusa_runtime.tree_choice import TreeChoice, TreeSize
 
 # On CPUs attention reads a byte of the caches in about twice the time in which matrix products read one of the weights.
@@ -156,8 +157,19 @@ class BatchRunner:
         for row, tokens in guesses.items():
             self._bundle.tree.insert(tokens, self.backend.drafts[row], size)
         result = self._step(size, {}, rows)
-        self._choice.observe(size, {row: int(result.count[row]) for row in rows}, guesses)
+        emitted = {row: int(result.count[row]) for row in rows if result.count[row]}
+        self._choice.observe(size, emitted, guesses)
         return result
+
+    def retry(self, row: int, chunk: Sequence[int] = ()) -> StepResult:
+        """Tries a step again that emitted nothing for a row: of its chunk alone, or a plain step.
+
+        Raises:
+            NotFiniteError: It emits nothing again.
+            BackendError: As for ``prefill``.
+        """
+        size, prompts = (len(chunk), {row: chunk}) if chunk else (1, {})
+        return retried(self.backend, row, self._bundle.dtype, lambda: self._step(size, prompts, [row]))
 
     def take_over(self, source: int, row: int, shared: int) -> None:
         """Begins a request in a row with the first entries of another one, or with what it has of them itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -15,6 +15,7 @@ from medusa_runtime.closing import Closing
 from medusa_runtime.errors import RequestError
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
+from medusa_runtime.retry import retried
 from medusa_runtime.sampling import SamplingParams
 from medusa_runtime.sequence import TokenSequence, check_integer, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
@@ -179,17 +180,19 @@ class MedusaEngine(Closing):
             self._check_turn(turn)
             chunk = sequence.next_chunk(limit)
             result = backend.step(max(len(chunk), drafting), {0: chunk})
+            if not result.count[0]:
+                result = self._retried({0: chunk})
             sequence.prefilled += len(chunk)
         stats.prefill_seconds = time.perf_counter() - started
-        yield result.emitted(0, 1)
+        yield result.emitted(0)
         self._check_turn(turn)
         started = time.perf_counter()
         most = min(choice.largest, depth + 1)  # tokens that a step emits
         choice.begin(0)
         if sequence.looks_up and most > 1:
-            steps = guided_steps(backend, choice, lambda: sequence.guess(most - 1), self.bundle.tree)
+            steps = guided_steps(backend, choice, lambda: sequence.guess(most - 1), self.bundle.tree, self._retried)
         else:
-            steps = decoding_steps(backend, choice, lambda: sequence.tokens_left > most)
+            steps = decoding_steps(backend, choice, lambda: sequence.tokens_left > most, self._retried)
         for step in steps:
             emitted = step.result.emitted(0)
             choice.observe(step.size, {0: len(emitted[0])}, [0] if step.guessed else [])
@@ -197,6 +200,11 @@ class MedusaEngine(Closing):
             stats.decode_seconds = time.perf_counter() - started
             yield emitted
             self._check_turn(turn)
+
+    def _retried(self, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+        """A step of the row's chunk alone, or a plain step, after one that emitted nothing."""
+        size = len(prompts[0]) if prompts else 1
+        return retried(self.backend, 0, self.bundle.dtype, lambda: self.backend.step(size, prompts))
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -224,7 +232,9 @@ class MedusaEngine(Closing):
         self.backend.close()
 
 
-def decoding_steps(backend: Backend, choice: TreeChoice, is_sure: Callable[[], bool]) -> Iterator[Step]:
+def decoding_steps(
+    backend: Backend, choice: TreeChoice, is_sure: Callable[[], bool], retry: Callable[[], StepResult]
+) -> Iterator[Step]:
     """Decoding steps without end; where the backend can, each is submitted before the one before it is looked at.
 
     So the device never waits for the host. A step that turns out to come after a stop is in vain, and discarded when
@@ -235,22 +245,29 @@ def decoding_steps(backend: Backend, choice: TreeChoice, is_sure: Callable[[], b
         choice: How many nodes each verifies.
         is_sure: Whether one more step will be needed after the one under way, whatever that emits, unless the text
             stops: a step ahead never goes past the tokens asked for, nor past the caches' end.
+        retry: Runs a plain step after steps that emitted nothing.
     """
     if not can_step_ahead(backend):
         while True:
-            size = choice.size([0])
-            yield Step(size, guessed=False, result=backend.step(size))
+            yield _emitting(choice.size([0]), backend.step, retry)
     submitted: deque[int] = deque()
     while True:
         wanted = 1 + is_sure()
         while len(submitted) < wanted:
             submitted.append(choice.size([0]))
             backend.submit(submitted[-1])
-        yield Step(submitted.popleft(), guessed=False, result=backend.collect())
+        step = Step(submitted.popleft(), guessed=False, result=backend.collect())
+        while not step.result.count[0] and submitted:  # the state is as it was, so the one behind it may emit
+            step = Step(submitted.popleft(), guessed=False, result=backend.collect())
+        yield step if step.result.count[0] else Step(1, guessed=False, result=retry())
 
 
 def guided_steps(
-    backend: Backend, choice: TreeChoice, guess: Callable[[], Sequence[int]], tree: Tree
+    backend: Backend,
+    choice: TreeChoice,
+    guess: Callable[[], Sequence[int]],
+    tree: Tree,
+    retry: Callable[[], StepResult],
 ) -> Iterator[Step]:
     """Decoding steps without end, each of which verifies a guess first if there is one.
 
@@ -261,12 +278,21 @@ def guided_steps(
         choice: How many nodes each verifies.
         guess: Guesses the next tokens.
         tree: The bundle's.
+        retry: Runs a plain step after one that emitted nothing.
     """
     while True:
         guesses = guess()
         size = choice.size([0], [0] if guesses else [])
         tree.insert(guesses, backend.drafts[0], size)
-        yield Step(size, guessed=bool(guesses), result=backend.step(size))
+        yield _emitting(size, backend.step, retry, guessed=bool(guesses))
+
+
+def _emitting(
+    size: int, run: Callable[[int], StepResult], retry: Callable[[], StepResult], *, guessed: bool = False
+) -> Step:
+    """A step of ``size`` nodes, or a plain one if that emits nothing."""
+    result = run(size)
+    return Step(size, guessed, result) if result.count[0] else Step(1, guessed=False, result=retry())
 
 
 class GenerationStream(Iterator[Chunk]):

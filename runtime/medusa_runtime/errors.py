@@ -30,6 +30,10 @@ class OutOfDeviceMemoryError(BackendError):
     """A GPU has no memory for what a backend must hold."""
 
 
+class NotFiniteError(BackendError):
+    """A request whose logits are NaN or infinite: some weight or activation exceeds the range of its type."""
+
+
 class QueueFullError(MedusaError):
     """A service whose queue is full: try again later."""
 

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Self, TypedDict, Unpack
 
 from medusa_runtime.backends import open_batch_backend
-from medusa_runtime.backends.base import BatchBackend
+from medusa_runtime.backends.base import BatchBackend, StepResult
 from medusa_runtime.batch_runner import BatchRunner
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.closing import Closing
@@ -370,12 +370,14 @@ class MedusaService(Closing):
                 return  # moving them takes its time: the others first
             with self._timed("prefill", 1, len(chunk)) as tokens:
                 result = self._runner.prefill(job.row, chunk, decoding)
+                if not result.count[job.row]:
+                    result = self._runner.retry(job.row, chunk)
                 job.sequence.prefilled += len(chunk)
                 tokens.append(len(chunk))
             if not job.sequence.is_prefilling:
                 job.first_token = self._now()
                 job.sequence.stats.prefill_seconds = job.first_token - job.admitted
-                self._deliver(job, *result.emitted(job.row, 1))
+                self._deliver(job, *result.emitted(job.row))
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         """Verifies the trees of some rows; if that fails, of each by itself, to see whose fault it is."""
@@ -395,14 +397,23 @@ class MedusaService(Closing):
         size = self._runner.tree_size(rows, guesses)
         with self._timed("decode", len(rows), size) as tokens:
             result = self._runner.decode(rows, size, guesses)
-            now = self._now()
-            for job, row in zip(jobs, rows, strict=True):
-                emitted, logprobs = result.emitted(row)
-                stats = job.sequence.stats
-                stats.count_step(len(emitted), size)
-                stats.decode_seconds = now - job.first_token
-                tokens.append(len(emitted))
-                self._deliver(job, emitted, logprobs)
+            silent = [job for job, row in zip(jobs, rows, strict=True) if not result.count[row]]
+            for job in jobs:
+                if job not in silent:
+                    tokens.append(self._deliver_step(job, result, size))
+        for job in silent:
+            with self._blamed_on(job), self._timed("decode", 1, 1) as tokens:
+                tokens.append(self._deliver_step(job, self._runner.retry(_rows([job])[0]), 1))
+
+    def _deliver_step(self, job: Job, result: StepResult, size: int) -> int:
+        """Delivers what a decoding step of ``size`` nodes emitted for a request; gives the number of tokens."""
+        assert job.row is not None
+        emitted, logprobs = result.emitted(job.row)
+        stats = job.sequence.stats
+        stats.count_step(len(emitted), size)
+        stats.decode_seconds = self._now() - job.first_token
+        self._deliver(job, emitted, logprobs)
+        return len(emitted)
 
     def _forget_free_rows(self) -> None:
         """Gives up what free rows hold, which may be what there is no room for."""

@@ -22,7 +22,7 @@ class StepResult:
 
     Attributes:
         tokens: [rows, M + 1]; row b holds ``count[b]`` valid ones. The views are valid until the next step.
-        count: [rows].
+        count: [rows]. A row whose logits are not finite has 0: it emits nothing and keeps the state that it had.
         logprobs: [rows, M + 1], log p of these tokens by the base model's own distribution, for rows that were
             assigned ``Draws``; None if the bundle is greedy only.
     """
@@ -31,9 +31,9 @@ class StepResult:
     count: NDArray[np.int64]
     logprobs: NDArray[np.float32] | None = None
 
-    def emitted(self, row: int, count: int | None = None) -> tuple[list[int], list[float] | None]:
-        """The first tokens of a row, and their log probabilities; all that hold if ``count`` is None."""
-        count = int(self.count[row]) if count is None else count
+    def emitted(self, row: int) -> tuple[list[int], list[float] | None]:
+        """The tokens that a row emits, and their log probabilities."""
+        count = int(self.count[row])
         logprobs = None if self.logprobs is None else self.logprobs[row, :count].tolist()
         return self.tokens[row, :count].tolist(), logprobs
 
@@ -76,6 +76,17 @@ class Backend(Protocol):
 
     def reset(self, row: int) -> None:
         """Empties a row."""
+        ...
+
+    def scrub(self, row: int) -> None:
+        """Overwrites with zeros what a row holds besides its committed entries.
+
+        Attention reads slots that hold no committed entry with weight 0, and 0 · NaN is NaN. So a value that is not
+        finite, of a rejected draft or of an earlier request, would reach the next step.
+
+        Entry i of a row lies in slot M + i. With L committed entries, slots from M + L on and the first M are zeroed,
+        and pending entries from before the row's first.
+        """
         ...
 
     def assign(self, row: int, draws: Draws | None) -> None:

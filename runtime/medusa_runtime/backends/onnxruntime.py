@@ -196,6 +196,16 @@ class OnnxRuntimeBackend:
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
+    def scrub(self, row: int) -> None:
+        if self._capacity:
+            scrub_caches(self._caches[:, row], self._bundle.tree.max_depth, int(self._lengths[row]))
+        self._scrub_pending(row)
+
+    def _scrub_pending(self, row: int) -> None:
+        if self._pending is not None:
+            older = max(0, self._bundle.tree.max_depth - int(self._lengths[row]))
+            self._pending[row, :, :older] = 0
+
     def assign(self, row: int, draws: Draws | None) -> None:
         if self._sampling is not None:
             self._sampling.assign(row, draws)
@@ -295,6 +305,18 @@ class OnnxRuntimeBackend:
         self._by_width.clear()
         self._binding = None
         self._session = _Closed()
+
+
+def scrub_caches(caches: NDArray[Any], margin: int, length: int) -> None:
+    """Zeroes the slots of a row's caches that hold no committed entry.
+
+    Args:
+        caches: [2L, N, C, d].
+        margin: M, the slots in front of the first entry.
+        length: Committed entries.
+    """
+    caches[:, :, :margin] = 0
+    caches[:, :, margin + length :] = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.backends.onnxruntime import Binding, Bound, OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime import Binding, Bound, OnnxRuntimeBackend, scrub_caches
 from medusa_runtime.backends.row_store import Block, RowStore, Window
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.contract import cache_name
@@ -78,6 +78,11 @@ class OnnxRuntimeBatchBackend(OnnxRuntimeBackend):
             entries = self._store.row(target)[:, :, length : length + depth]
             self._pending[target] = entries.reshape(self._pending[target].shape)
         self._lengths[target] = length
+
+    def scrub(self, row: int) -> None:
+        if self._store.holds(row):
+            scrub_caches(self._store.row(row), self._bundle.tree.max_depth, int(self._lengths[row]))
+        self._scrub_pending(row)
 
     def step(
         self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None

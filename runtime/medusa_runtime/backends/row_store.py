@@ -116,6 +116,10 @@ class RowStore:
         """Slots per row of the largest block; 0 if there is none."""
         return max((block.capacity for block in self.blocks), default=0)
 
+    def holds(self, row: int) -> bool:
+        """Whether a row has a place."""
+        return self._block_of(row) is not None
+
     def row(self, row: int) -> NDArray[np.generic]:
         """The caches of a row that has a place, [2L, N, C, d]."""
         block = self._block_of(row)
