@@ -304,6 +304,7 @@ def test_our_own_file_is_no_way_out(folder: Path, tmp_path: Path, monkeypatch: p
         ("chat_template.jinja", "{{ x|nofilter }}", "nofilter"),
         ("chat_template.jinja", "{{ " + "(" * 5000 + ")" * 5000 + " }}", "too deeply|can't be compiled"),
         ("chat_template.jinja", "x" * (MAX_TEMPLATE_BYTES + 1), "no more than 262,144"),
+        ("chat_template.jinja", "{{a}}" * 20_000, "more than the 30,000 tokens"),
         ("tokenizer_config.json", json.dumps({"chat_template": "{% if %}"}), "syntax error"),
         ("tokenizer_config.json", json.dumps({"chat_template": "x" * (MAX_TEMPLATE_BYTES + 1)}), "no more than"),
         ("tokenizer_config.json", json.dumps({"chat_template": {str(i): "" for i in range(65)}}), "more than the 64"),

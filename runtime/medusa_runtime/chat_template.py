@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,11 @@ from medusa_runtime.errors import BackendError, BundleError, RequestError
 
 if TYPE_CHECKING:
     import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from medusa_runtime.template_sandbox import BoundedEnvironment
+
+MAX_TEMPLATE_TOKENS = 30_000  # the largest published template has 8,000
+MAX_REFUSAL = 1000  # characters of a template's own message
 
 # The keys under which clients send a model's reasoning; templates read the first, gpt-oss's the second.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -91,13 +96,21 @@ def render(template: str, **context: Any) -> str:
         RequestError: The template refuses the chat, or fails.
     """
     compiled = _compiled(template)
+    from medusa_runtime.template_work import TooMuchWorkError, bounded_work
+
     try:
-        return compiled.render(**context)
+        with bounded_work():
+            return compiled.render(**context)
     except _ChatRefusedError as e:
         raise RequestError(f"The chat template refused these messages: {e}") from e
+    except TooMuchWorkError as e:
+        raise RequestError(
+            f"The chat template does too much work for these messages: {e}. Send fewer or shorter messages; if it does "
+            "so for any, give another template."
+        ) from e
     except Exception as e:  # a template is a program: it may fail on odd messages with any error
         raise RequestError(
-            f"The chat template could not render these messages ({type(e).__name__}: {e}): "
+            f"The chat template could not render these messages ({type(e).__name__}: {e!s:.500}): "
             "check that each has the keys and types the model expects."
         ) from e
 
@@ -141,10 +154,12 @@ class _ChatRefusedError(Exception):
 
 
 def _raise_exception(message: object) -> None:
-    raise _ChatRefusedError(str(message))
+    raise _ChatRefusedError(str(message)[:MAX_REFUSAL])
 
 
 def _strftime_now(layout: str) -> str:
+    if len(layout) > MAX_REFUSAL:
+        raise ValueError("the layout of a date is too long")
     return datetime.now().strftime(layout)
 
 
@@ -156,7 +171,14 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as it is: Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    from medusa_runtime.template_work import work
+
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    pieces = []
+    for piece in encoder.iterencode(value):  # indentations and separators multiply
+        work().spend(len(piece))
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 @lru_cache(maxsize=64)
@@ -164,24 +186,33 @@ def _compiled(template: str) -> jinja2.Template:
     environment = _environment()
     from jinja2 import TemplateSyntaxError
 
+    from medusa_runtime.template_work import bounded_work
+
     try:
-        return environment.from_string(template)
+        # Jinja takes kilobytes for each token.
+        too_long = next(islice(environment.lex(template), MAX_TEMPLATE_TOKENS, None), None) is not None
+        with bounded_work():
+            compiled = None if too_long else environment.from_string(template)
     except TemplateSyntaxError as e:
         raise BundleError(f"The chat template has a syntax error on line {e.lineno}: {e.message}.") from e
     except Exception as e:  # Jinja's parser and Python's compiler have limits of their own, such as nested loops
         raise BundleError(f"The chat template can't be compiled ({type(e).__name__}: {e}).") from e
+    if compiled is None:
+        raise BundleError(f"The chat template has more than the {MAX_TEMPLATE_TOKENS:,} tokens that are compiled.")
+    return compiled
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> BoundedEnvironment:
     """Jinja as chat templates expect it, in a sandbox: a template is code that came with the model."""
     try:
         from jinja2 import nodes
         from jinja2.exceptions import SecurityError
         from jinja2.ext import Extension
         from jinja2.parser import Parser
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
         from jinja2.utils import Namespace
+
+        from medusa_runtime.template_sandbox import BoundedEnvironment
     except ImportError as e:
         raise BackendError("Chats are rendered by Jinja, which is not installed: pip install 'jinja2>=3.1.6'.") from e
 
@@ -217,11 +248,14 @@ def _environment() -> ImmutableSandboxedEnvironment:
             _check(name)
             super().__setitem__(name, value)
 
+        def __repr__(self) -> str:  # what namespaces hold may hold them in turn
+            return "<Namespace>"
+
     def _check(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace may not hold {name!r}")
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
@@ -231,4 +265,5 @@ def _environment() -> ImmutableSandboxedEnvironment:
         "dict": Dict(),
         "namespace": SafeNamespace,
     }
+    environment.charge_filters()
     return environment
