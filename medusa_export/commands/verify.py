@@ -57,6 +57,8 @@ def command(
 ) -> None:
     """Check BUNDLE against PyTorch: logits, every integer of a step, and whole generations.
 
+    PyTorch's weights are checked against the files that they were read from.
+
     Exit code 1 if anything differs by more than rounding explains, or if nothing was compared; 3 if --backend can't run
     on this machine, for want of a GPU say.
     """
@@ -73,6 +75,7 @@ def command(
         from medusa_export.verify_backend import verify_backend
         from medusa_export.verify_checks import Tolerances
         from medusa_export.verify_report import as_json, as_junit, as_table
+        from medusa_export.verify_weights import weights_check
         from medusa_runtime.bundle import Bundle
         from medusa_runtime.compiled import require_bundle
 
@@ -101,6 +104,8 @@ def command(
         outcome = verify_bundle(opened, step, ids, **options)
     else:
         outcome = verify_backend(opened, backend, step, ids, **options)
+    progress("comparing weights with their files")
+    outcome = replace(outcome, checks=[weights_check(model, step.model, opened.dtype), *outcome.checks])
     progress("done")
     if json_path is not None:
         write_text(json_path, as_json(outcome))
