@@ -32,6 +32,7 @@ from medusa_export.files import WRITE_ERRORS, atomic_folder
 from medusa_export.gguf_cache import gguf_cache, open_gguf
 from medusa_export.gguf_settings import Metadata, apply_settings, check_readable
 from medusa_export.gguf_tensors import unread_tensors
+from medusa_export.gguf_tokenizer import complete_tokenizer
 from medusa_export.model_files import CONFIG, Place, check_file, check_folder, weight_files
 from medusa_export.support import check_supported
 
@@ -110,6 +111,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         if not _has_tokenizer(place):
             return None
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**place.arguments, trust_remote_code=False)
+        if place.gguf is not None:
+            complete_tokenizer(tokenizer, open_gguf(place.gguf), source)
         return tokenizer
 
 
@@ -246,6 +249,11 @@ def unread_weights(source: str, names: list[str]) -> str:
     words = f"{len(names)} tensors of {source}" if len(names) > 1 else f"A tensor of {source}"
     words += f" would be left out, since its configuration has no place for {'them' if len(names) > 1 else 'it'}: {few}"
     words += f" and {len(names) - 3} more. " if len(names) > 3 else ". "
+    if any(".lora_" in name or name.startswith("base_model.model.") for name in names):
+        return (
+            words
+            + "Such names belong to a LoRA adapter within the weights: merge it into them (peft: merge_and_unload)."
+        )
     if any(_PACKED.search(name) for name in names):
         return words + "Such names belong to packed weights: give the model with weights in fp32, fp16 or bf16."
     if all(name.endswith(".bias") for name in names):

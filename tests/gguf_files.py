@@ -65,7 +65,7 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     name: str = "tiny",
     with_tokenizer: bool = True,
-    pre: str = "gpt-2",
+    pre: str | None = "gpt-2",
 ) -> Path:
     """Writes a model in fp32, with a byte-level vocabulary.
 
@@ -77,7 +77,7 @@ def write_gguf(
         tensors: Further tensors, by name.
         name: What the file calls the model.
         with_tokenizer: Whether the file holds a vocabulary.
-        pre: What the file calls its pre-tokenizer.
+        pre: What the file calls its pre-tokenizer; None leaves it out.
     """
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
@@ -120,13 +120,14 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str | None) -> None:
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens += ["ab", "<end>", *(f"[PAD{i}]" for i in range(vocab_size - len(tokens) - 2))]
+    tokens += ["ab", "<end>", "12", *(f"[PAD{i}]" for i in range(vocab_size - len(tokens) - 3))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token == "<end>" else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "1 2"])
     writer.add_eos_token_id(tokens.index("<end>"))
     writer.add_chat_template(CHAT_TEMPLATE)

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gguf_files import write_gguf
-from medusa_export.checkpoints import load_model
+from medusa_export.checkpoints import load_model, load_tokenizer, save_tokenizer
 from medusa_export.errors import CheckpointError, ModelNotSupportedError
 from medusa_export.gguf_settings import Metadata, apply_settings
+from medusa_runtime.tokenizer import Tokenizer as RuntimeTokenizer
 from tiny_models import SLIDING_WINDOW, tiny_config, tiny_model
 
 VOCAB = 300
@@ -359,6 +360,27 @@ def test_all_tokens_that_end_a_turn_are_kept(tmp_path: Path, extra: dict[str, in
 def test_a_vocabulary_without_an_end_has_none(tmp_path: Path) -> None:
     model = load(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), with_tokenizer=False))
     assert model.config.eos_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("pre", "digits"), [("gpt-2", 1), ("smollm", 2), ("command-r", 2), ("qwen2", 2), ("stablelm2", 2), ("llama-bpe", 1)]
+)
+def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, digits: int) -> None:
+    """Two digits are a token of this vocabulary, if the split leaves them together."""
+    tokenizer = load_tokenizer(str(write_gguf(tmp_path / "a.gguf", tiny_model("llama", vocab_size=VOCAB), pre=pre)))
+    assert tokenizer is not None
+    save_tokenizer(tokenizer, tmp_path)
+    ours = RuntimeTokenizer.load(tmp_path)
+    assert ours is not None
+    assert len(ours.encode("12")) == digits
+    assert ours.decode(ours.encode("ab 12 c\n\n34")) == "ab 12 c\n\n34"
+
+
+@pytest.mark.parametrize(("pre", "words"), [("banana", "'banana'"), (None, "doesn't say how")])
+def test_text_that_is_split_in_another_way_is_refused(tmp_path: Path, pre: str | None, words: str) -> None:
+    file = write_gguf(tmp_path / "a.gguf", tiny_model("llama", vocab_size=VOCAB), pre=pre)
+    with pytest.raises(CheckpointError, match=rf"{words}.*tokenizer\.ggml\.pre.*--no-tokenizer"):
+        load_tokenizer(str(file))
 
 
 def test_the_name_needs_no_certain_case(tmp_path: Path) -> None:

@@ -273,6 +273,15 @@ def test_scales_without_their_setting(folder: Path, suffix: str) -> None:
     assert "belong to packed weights" in refusal(folder)
 
 
+def test_an_adapter_that_was_saved_with_its_model(tmp_path: Path) -> None:
+    model: Any = get_peft_model(tiny_model("llama"), ADAPTERS["LORA"])
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    assert "belong to a LoRA adapter within the weights" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"])
 def test_what_the_class_ignores_may_be_there(folder: Path, name: str) -> None:
     change_weights(folder, {name: torch.ones(8)})
