@@ -23,11 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
+from medusa_export.checkpoints import quiet_libraries
 from medusa_export.errors import CheckpointError
 from medusa_export.heads import HeadsConfig, MedusaHeads
-from medusa_export.model_files import CONFIG, PICKLES, Place, check_file, is_hub_id, weight_map
+from medusa_export.model_files import PICKLES, Place, check_file, is_hub_id, weight_map
 
 HEADS_FILE = "medusa_lm_head.safetensors"
 
@@ -95,13 +95,25 @@ def _heads_file(source: str | Path) -> Path:
             f"There are no heads at {source}: give a file of heads, or a folder or hub id that holds one."
         )
     place = Place(str(source), folder=path if is_folder else None)
-    for name in _FILES:
-        file = _found(place, name)
-        if file is not None and not file.is_dir():
-            check_file(file)
-            return file
+    try:
+        with quiet_libraries():
+            place.check_reachable()
+            files = (place.file(name) for name in _FILES)
+            file = next((file for file in files if file is not None and not file.is_dir()), None)
+    except OSError as e:
+        words = " ".join(str(e).split())
+        raise CheckpointError(
+            f"There are no heads at {source}: it is no local path, and the hub gave nothing ({words}). Check the name and "
+            "the connection, or give a file."
+        ) from e
+    if file is not None:
+        check_file(file)
+        return file
     if place.is_remote:
-        return _no_heads_on_hub(place)
+        raise CheckpointError(
+            f"There are no heads at {source}: it is no local path, and on the hub or in its cache there is no "
+            f"{HEADS_FILE} or other file of heads by that name. Check the name, or give a file."
+        )
     others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
     if len(others) == 1:
         check_file(others[0])
@@ -109,32 +121,6 @@ def _heads_file(source: str | Path) -> Path:
     found = ", ".join(file.name for file in others) or "none of its kind"
     raise CheckpointError(
         f"The folder {path} holds no {HEADS_FILE} or other file of heads that can be told ({found}): give the file."
-    )
-
-
-def _found(place: Place, name: str) -> Path | None:
-    """A file of a folder or of the hub; None also where the hub gives none, which ``_no_heads_on_hub`` looks into."""
-    try:
-        return place.file(name)
-    except OSError:
-        if place.is_remote:
-            return None
-        raise
-
-
-def _no_heads_on_hub(place: Place) -> Path:
-    """Raises what is wrong: the hub can't be reached, it has no such repository, or that holds no heads."""
-    try:
-        cached_file(place.source, CONFIG)
-    except OSError as e:
-        words = " ".join(str(e).split())
-        raise CheckpointError(
-            f"There are no heads at {place.source}: it is no local path, and the hub gives nothing by that name "
-            f"({words}). Check the name and the connection, or give a file."
-        ) from e
-    raise CheckpointError(
-        f"{place.source} on the hub holds no {HEADS_FILE} or other file of heads that can be told: get the right file "
-        "and give its path."
     )
 
 
@@ -156,7 +142,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in sorted({shards[name] for name in names}):
         file = index.parent / shard
         if not file.exists() and (place := _hub_place(index)) is not None:
-            file = _found(place, shard) or file
+            with quiet_libraries():
+                file = place.file(shard) or file
         if not (file.is_symlink() or file.exists()):
             raise CheckpointError(f"{index} names the shard {shard}, which is not there: get it too.")
         check_file(file)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, is_offline_mode
 
 from medusa_export.errors import CheckpointError
 
@@ -88,6 +88,15 @@ class Place:
             return path if path.is_symlink() or path.exists() else None
         found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
         return Path(found) if found is not None else None
+
+    def check_reachable(self) -> None:
+        """Asks the hub once, where it would be asked for one file after another; offline, its cache decides.
+
+        Raises:
+            OSError: The hub can't be reached, or has no such repository.
+        """
+        if self.is_remote and not is_offline_mode():
+            cached_file(self.source, CONFIG)  # where the repository has none, this is no error
 
     @classmethod
     def of(cls, source: str) -> Place:
@@ -207,6 +216,7 @@ def check_folder(place: Place) -> None:
             raise CheckpointError(
                 f"{place.source} can't be listed ({e.strerror}): make it readable for this user."
             ) from e
+    place.check_reachable()
     _check_no_adapter(place)
     if place.folder is None:
         cached_file(place.source, CONFIG)

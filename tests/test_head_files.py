@@ -396,12 +396,28 @@ def test_heads_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_heads("someone/nothing", MODEL)
     snapshot = hub(tmp_path, monkeypatch, "someone/heads")
     (snapshot / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"someone/heads on the hub holds no medusa_lm_head\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"in its cache there is no medusa_lm_head\.safetensors"):
         load_heads("someone/heads", MODEL)
     tensors = reference()
     torch.save(tensors, snapshot / "medusa_lm_head.pt")
     check(load_heads("someone/heads", MODEL), tensors)
     assert stored_dtype("someone/heads") == torch.float32
+
+
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(source: str, name: str, **_: object) -> None:
+        asked.append((source, name))
+        raise OSError("We couldn't connect.")
+
+    monkeypatch.setattr("medusa_export.model_files.is_offline_mode", lambda: False)
+    monkeypatch.setattr("medusa_export.model_files.cached_file", fail)
+    for function in (lambda: load_heads("someone/heads", MODEL), lambda: load_model("someone/it", dtype=torch.float32)):
+        asked.clear()
+        with pytest.raises(CheckpointError, match=r"We couldn't connect\."):
+            function()
+        assert len(asked) == 1
 
 
 def test_of_a_merged_model_on_the_hub_only_the_shards_with_heads_are_fetched(

@@ -72,6 +72,17 @@ def test_names_without_the_prefix_of_the_base_model(tmp_path: Path) -> None:
     assert check.compared == size(model)
 
 
+def test_tied_weights_that_differ_are_both_kept(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    change_file(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(101, 64)}))
+    loaded: Any = load(tmp_path)
+    check = weights_check(str(tmp_path), loaded, "float32")
+    assert check.passed, check.notes
+    assert check.compared == size(loaded)
+    assert torch.equal(loaded.get_output_embeddings().weight, torch.ones(101, 64))
+    assert not torch.equal(loaded.get_input_embeddings().weight, torch.ones(101, 64))
+
+
 def test_heads_and_tables_are_ignored(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     change_file(tmp_path, lambda tensors: tensors.update({"medusa_head.0.0.linear.weight": torch.zeros(64, 64)}))
