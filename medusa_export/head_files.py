@@ -103,8 +103,8 @@ def _heads_file(source: str | Path) -> Path:
     except OSError as e:
         words = " ".join(str(e).split())
         raise CheckpointError(
-            f"There are no heads at {source}: it is no local path, and the hub gave nothing ({words}). Check the name and "
-            "the connection, or give a file."
+            f"There are no heads at {source}: it is no local path, and the hub gave nothing ({words}). Check the name "
+            "and the connection, or give a file."
         ) from e
     if file is not None:
         check_file(file)
