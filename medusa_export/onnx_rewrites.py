@@ -201,18 +201,23 @@ def index_rows(model: ir.Model) -> int:
 def lay_out_linears(model: ir.Model) -> int:
     """x Wᵀ of several weights for one x: one ``MatMul`` with their columns side by side, and a ``Split``.
 
-    Every weight that is used by one product alone is stored transposed, as ``MatMul`` reads it; one that
-    is used elsewhere too (tied embeddings) stays as it is. Gives the number of products saved.
+    Every weight that is read by such products alone is stored transposed, as ``MatMul`` reads it. One that several
+    products share (an ``lm_head`` that heads use too) is stored so by itself. One that is used elsewhere too (tied
+    embeddings) stays as it is. Gives the number of products saved.
     """
     graph = model.graph
     groups: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = defaultdict(list)
-    for node in graph:
-        transpose = producer(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
-        weight = transpose.inputs[0] if transpose else None
-        if weight is None or not weight.is_initializer() or len(list(weight.uses())) != 1 or node.inputs[0] is None:
+    for node in [node for node in graph if node.op_type == "MatMul"]:
+        weight, source = transposed_weight(node), node.inputs[0]
+        products = _products_of(weight) if weight is not None else []
+        if weight is None or source is None:
             continue
-        if len(list(transpose.outputs[0].uses())) == 1:  # type: ignore[union-attr]
-            groups[node.inputs[0]].append((node, weight))
+        if products == [node]:
+            groups[source].append((node, weight))
+        elif products:
+            turned = _transposed(graph, [weight])
+            for product in products:
+                product.replace_input_with(1, turned)
     saved = 0
     for source, members in groups.items():
         weights = [weight for _, weight in members]
@@ -236,6 +241,24 @@ def lay_out_linears(model: ir.Model) -> int:
             ir.convenience.replace_all_uses_with(old, output)
         saved += len(members) - 1
     return saved
+
+
+def transposed_weight(product: ir.Node) -> ir.Value | None:
+    """The weight W of a product x Wᵀ that is computed as such."""
+    transpose = producer(product.inputs[1], "Transpose")
+    weight = transpose.inputs[0] if transpose is not None else None
+    return weight if weight is not None and weight.is_initializer() else None
+
+
+def _products_of(weight: ir.Value) -> list[ir.Node]:
+    """The products x Wᵀ of a weight, if nothing else reads it; else none."""
+    products: list[ir.Node] = []
+    for use in weight.uses():
+        readers = list(use.node.outputs[0].uses()) if use.node.op_type == "Transpose" else []
+        if not readers or any(reader.node.op_type != "MatMul" or reader.idx != 1 for reader in readers):
+            return []
+        products += [reader.node for reader in readers]
+    return products
 
 
 def _transposed(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:

@@ -6,6 +6,7 @@ with ONNX Runtime's own operators, in which a decoder layer has a third of the n
 * ``Attention`` with its two ``TensorScatter``, and the layout changes around them, become one
   ``GroupQueryAttention``. It appends the new entries to the cache by itself, and reads no more of it than is filled.
 * ``Add`` followed by ``RMSNormalization`` becomes one ``SkipSimplifiedLayerNormalization``.
+* ``MatMul`` with a transposed weight becomes one ``FusedMatMul`` (see ``onnxruntime_linears``).
 * The best token is looked for among the best of blocks of logits: ``ReduceMax`` is vectorised, ``ArgMax`` is not.
 * Acceptance, drafting and masks stand in branches of an ``If``: a plain step, which has nothing to accept or to draft
   and looks at all that there is, passes them by.
@@ -27,6 +28,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from medusa_export.onnx_rewrites import only_user, producer, replace, replace_value
+from medusa_export.onnxruntime_linears import fuse_transposed_weights
 from medusa_export.onnxruntime_nodes import (
     CONTRIB,
     IR_VERSION,
@@ -91,6 +93,7 @@ def finish(model: ir.Model, margin: int, sees_all: Sequence[ir.Value] = (), slot
     if margin:
         drop_pending(graph)
     fuse_skip_norms(graph)
+    fuse_transposed_weights(graph)
     passes.RemoveUnusedNodesPass()(model)
     is_plain = is_plain_step(graph)
     for bias in sees_all:

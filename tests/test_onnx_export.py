@@ -18,10 +18,11 @@ from medusa_export.heads import HeadsConfig, MedusaHeads
 from medusa_export.onnx_export import build_graph
 from medusa_export.onnxruntime_fusions import split_argmax
 from medusa_export.onnxruntime_nodes import IR_VERSION
-from medusa_runtime import BackendError, Tree
+from medusa_runtime import BackendError, Bundle, Tree
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from medusa_runtime.bundle import GRAPHS
 from stock import Stock
-from tiny_models import tiny_model
+from tiny_models import SEEDS, tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
@@ -173,3 +174,45 @@ def test_the_best_token_is_found_in_the_best_block(vocab_size: int, split: bool)
     values[0, 1] = np.arange(vocab_size)
     (got,) = session.run(None, {"given": values})
     np.testing.assert_array_equal(got, values.argmax(-1))
+
+
+def transposed_weights(graph: onnx.GraphProto, outer: frozenset[str] = frozenset()) -> list[str]:
+    """Initializers that a graph, or a branch of it, transposes when it runs."""
+    known = outer | {tensor.name for tensor in graph.initializer}
+    found = [node.input[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in known]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                found += transposed_weights(attribute.g, known)
+    return found
+
+
+def as_loaded(bundle: Bundle, graph: str, target: Path) -> onnx.GraphProto:
+    """A graph as ONNX Runtime runs it where all weights are as large as those that it does not transpose at load."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(target / graph)
+    for key, value in {
+        "optimization.constant_folding_max_output_size_in_bytes": "1",
+        "session.model_external_initializers_file_folder_path": str(bundle.folder),
+        "session.optimized_model_external_initializers_file_name": f"{graph}.data",
+    }.items():
+        options.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(str(bundle.folder / graph), options, providers=["CPUExecutionProvider"])
+    return onnx.load(target / graph, load_external_data=False).graph
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", False), ("qwen3", True), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+)
+def test_no_step_transposes_a_weight(stock: Stock, tmp_path: Path, family: str, tied: bool) -> None:
+    """Heads share the lm_head, and it may be the embedding too: it is stored once, and read as it is stored."""
+    exported = stock.export(family, SEEDS.get(family, 0))
+    model = exported.step.model
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    graphs = [name for name in GRAPHS if name in exported.bundle.files]
+    assert len(graphs) == 3
+    for graph in graphs:
+        assert transposed_weights(as_loaded(exported.bundle, graph, tmp_path)) == []
+    stored = onnx.load(exported.bundle.graph, load_external_data=False).graph.initializer
+    assert sum(sorted(tensor.dims) == [64, 101] for tensor in stored) == (1 if tied else 2)
