@@ -38,6 +38,7 @@ class cudaError_t(enum.IntEnum):
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
     cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureInvalidated = 901
 
 
 class cudaMemcpyKind(enum.IntEnum):
@@ -83,6 +84,8 @@ class StandInCuda:
         self.captures: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, Any] = {}
+        self.last_error = cudaError_t.cudaSuccess
+        self.invalidated: set[int] = set()  # streams whose capture is lost
         self._next = 1
 
     def __getattribute__(self, name: str) -> Any:
@@ -212,6 +215,24 @@ class StandInCuda:
         self.put(stream, lambda: ctypes.memset(target, value, size) and None)
         return OK
 
+    def cudaMemset2DAsync(
+        self, target: int, pitch: int, value: int, width: int, rows: int, stream: int
+    ) -> tuple[Any, ...]:
+        if width > pitch:
+            raise Refused(cudaError_t.cudaErrorInvalidValue)
+        self.block(target, (rows - 1) * pitch + width)
+
+        def fill() -> None:
+            for row in range(rows):
+                ctypes.memset(target + row * pitch, value, width)
+
+        self.put(stream, fill)
+        return OK
+
+    def cudaGetLastError(self) -> tuple[Any, ...]:
+        code, self.last_error = self.last_error, cudaError_t.cudaSuccess
+        return (code, None) if code else OK
+
     def cudaEventCreateWithFlags(self, _: int) -> tuple[Any, ...]:
         self.events[number := self._number()] = None
         return (*OK, number)
@@ -236,7 +257,16 @@ class StandInCuda:
         self.captures[stream] = []
         return OK
 
+    def invalidate(self, stream: int) -> None:
+        """Loses a capture, as a wait or an allocation in it does."""
+        self.invalidated.add(stream)
+        self.last_error = cudaError_t.cudaErrorStreamCaptureInvalidated
+
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
+        if stream in self.invalidated:
+            self.invalidated.remove(stream)
+            del self.captures[stream]
+            raise Refused(cudaError_t.cudaErrorStreamCaptureInvalidated)
         self.graphs[number := self._number()] = self.captures.pop(stream)
         return (*OK, number)
 
@@ -309,7 +339,8 @@ class StandInTensorRT:
         graph: The graph to run in place of the bundle's.
 
     Attributes:
-        capturable: Whether contexts say that they can be captured.
+        capturable: Whether steps can be captured, which contexts tell; None if they can't, and nobody tells.
+        raises: Whether a refusal is an exception, as it may be from Python's bindings.
         fails: Makes the next step fail with these words.
         unloadable: Makes loading an engine fail with these words.
         invalid: Why engines are said to be invalid.
@@ -330,7 +361,8 @@ class StandInTensorRT:
         self.session = onnxruntime.InferenceSession(
             str(graph or bundle.graph), options, providers=["CPUExecutionProvider"]
         )
-        self.capturable = True
+        self.capturable: bool | None = True
+        self.raises = False
         self.fails: str | None = None
         self.unloadable: str | None = None
         self.invalid = EngineInvalidityDiagnostics(0)
@@ -411,6 +443,14 @@ class StandInContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
+        if self.trt.capturable is not None:
+            self.is_stream_capturable = lambda stream: self.trt.capturable
+
+    def _refuse(self, words: str) -> bool:
+        if self.trt.raises:
+            raise RuntimeError(words)
+        self.engine.log.log(ILogger.ERROR, words)
+        return False
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         assert not self.cuda.captures
@@ -438,14 +478,15 @@ class StandInContext:
         assert size >= self.engine.get_device_memory_size_for_profile_v2(self.profile or 0)
         self.scratch = (address, size)
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self.trt.capturable
-
     def execute_async_v3(self, stream: int) -> bool:
         if self.trt.fails is not None:
-            self.engine.log.log(ILogger.ERROR, self.trt.fails)
-            self.trt.fails = None
-            return False
+            fails, self.trt.fails = self.trt.fails, None
+            return self._refuse(fails)
+        if self.cuda.last_error:
+            return self._refuse(f"an earlier call left {self.cuda.last_error.name}")
+        if stream in self.cuda.captures and not self.trt.capturable:
+            self.cuda.invalidate(stream)
+            return self._refuse("a step that waits can't be captured")
         assert set(self.addresses) == set(self.engine.specs)
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         self.cuda.put(stream, lambda: self._run(shapes, addresses))

@@ -23,6 +23,7 @@ from medusa_runtime.backends.cuda import Cuda
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.backends.tensorrt import TensorRTBackend
 from medusa_runtime.compiled import CompiledEngine
+from medusa_runtime.contract import fixed_shape
 from medusa_runtime.errors import OutOfDeviceMemoryError
 from medusa_runtime.lookup import TokenLookup
 from medusa_runtime.sampling import Draws, SamplingParams
@@ -100,6 +101,22 @@ def test_a_refused_capture_falls_back(machine: Machine, expected: list[list[int]
     assert machine.cuda.calls["cudaGraphLaunch"] == 0
     assert where in backend.uncaptured[9, 0]
     assert "cudaErrorStreamCaptureUnsupported" in backend.uncaptured[9, 0]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_step_that_turns_out_to_be_uncapturable_falls_back(
+    machine: Machine, expected: list[list[int]], raises: bool
+) -> None:
+    """As in TensorRT for all GPUs, whose contexts can't tell beforehand: the stream loses its capture."""
+    machine.trt.capturable, machine.trt.raises = None, raises
+    backend = machine.backend()
+    result = decode(backend, TREE, PROMPTS[:1], expected[:1], size=9, chunk=32, count=40, seed=3)
+    assert result.tokens == expected[:1]
+    assert machine.cuda.calls["cudaStreamBeginCapture"] == 1
+    assert machine.cuda.calls["cudaGraphLaunch"] == 0
+    assert "a step that waits can't be captured" in backend.uncaptured[9, 0]
+    backend.close()
+    assert not machine.cuda.graphs
 
 
 def test_a_refusal_with_sampling_is_none_without(machine: Machine) -> None:
@@ -372,6 +389,66 @@ def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
         machine.backend()
     assert not machine.cuda.blocks
     assert not machine.cuda.pinned
+
+
+def device_state(machine: Machine, backend: TensorRTBackend) -> dict[str, np.ndarray]:
+    """Caches and pending entries of all rows, as they lie on the device."""
+    sizes = {"batch": backend.rows, "capacity": backend.capacity}
+    return {
+        spec.name: machine.cuda.array(backend._address[spec.name], fixed_shape(spec, sizes), spec.dtype)
+        for spec in machine.bundle.inputs
+        if spec.name.startswith(("past", "pending"))
+    }
+
+
+@settings(max_examples=10, deadline=None)
+@given(length=st.integers(0, 30), row=st.integers(0, 1), steps=st.integers(0, 3))
+def test_a_scrubbed_row_holds_its_committed_entries_and_zeros(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, length: int, row: int, steps: int
+) -> None:
+    """Whatever else was there: the row goes on as if nothing had been, and the other row keeps every bit."""
+    machine, twin = (Machine(tiny_bundle, tiny_engine) for _ in range(2))
+    ours, theirs = machine.backend(2), twin.backend(2)
+    depth, text = TREE.max_depth, (PROMPTS[0] * 3)[:length]
+    for backend in (ours, theirs):
+        backend.step(13, {1 - row: PROMPTS[1]})
+        backend.reset(row)  # of what it has decoded beside the other
+        if text:
+            backend.step(max(length, 4), {row: text})
+            for _ in range(steps):
+                backend.step(9)
+    state = device_state(machine, ours)
+    kept = int(ours.lengths[row])
+    held = np.arange(ours.capacity)
+    committed = (held >= depth) & (held < max(kept, depth))  # the last of them are pending
+    for name, array in state.items():
+        if name == "pending_kv":
+            array[row][:, : max(depth - kept, 0)] = np.nan
+        else:
+            array[row][:, ~committed] = np.nan
+    others = {name: array[1 - row].copy() for name, array in state.items()}
+    before = {name: array[row].copy() for name, array in state.items()}
+    ours.scrub(row)
+    for name, array in state.items():
+        np.testing.assert_array_equal(array[1 - row], others[name])
+        assert np.array_equal(array[row], np.nan_to_num(before[name], nan=0.0))
+    chunks = {} if kept else {row: PROMPTS[2][:8]}
+    for size in (9, 1, 4):
+        step, other = ours.step(size, chunks), theirs.step(size, chunks)
+        assert [step.emitted(at) for at in range(2)] == [other.emitted(at) for at in range(2)]
+        chunks = {}
+    for backend in (ours, theirs):
+        backend.close()
+
+
+def test_steps_under_way_are_collected_before_a_row_is_scrubbed(machine: Machine) -> None:
+    backend = machine.backend()
+    backend.step(13, {0: PROMPTS[0]})
+    backend.submit(4)
+    with pytest.raises(BackendError, match="collect them before"):
+        backend.scrub(0)
+    backend.collect()
+    backend.scrub(0)
 
 
 def test_steps_that_do_not_fit(machine: Machine) -> None:

@@ -178,6 +178,10 @@ class Stream:
         """Sets device memory to zero."""
         self._cuda.call(doing, "cudaMemsetAsync", target, 0, size, self._stream)
 
+    def zero_rows(self, target: int, pitch: int, width: int, rows: int, doing: str) -> None:
+        """Sets ``rows`` pieces of ``width`` bytes to zero; the pitch is the bytes from row to row."""
+        self._cuda.call(doing, "cudaMemset2DAsync", target, pitch, 0, width, rows, self._stream)
+
     def synchronize(self, doing: str) -> None:
         """Waits until all work is done."""
         self._cuda.call(doing, "cudaStreamSynchronize", self._stream)
@@ -199,7 +203,11 @@ class Stream:
         except BaseException:
             self._abandon_capture()
             raise
-        graph = self._cuda.call(doing, "cudaStreamEndCapture", self._stream)
+        try:
+            graph = self._cuda.call(doing, "cudaStreamEndCapture", self._stream)
+        except BackendError:
+            self._forget_error()
+            raise
         try:
             return Graph(self._cuda, self._cuda.call(doing, "cudaGraphInstantiate", graph, 0), self._stream)
         finally:
@@ -211,6 +219,12 @@ class Stream:
             graph = self._cuda.call("ending a capture that failed", "cudaStreamEndCapture", self._stream)
             if graph is not None and int(graph):
                 self._cuda.call("ending a capture that failed", "cudaGraphDestroy", graph)
+        self._forget_error()
+
+    def _forget_error(self) -> None:
+        """Clears the error that CUDA keeps of a capture, which later calls may otherwise take for their own."""
+        with contextlib.suppress(BackendError):
+            self._cuda.call("forgetting a capture that failed", "cudaGetLastError")
 
     def close(self) -> None:
         """Gives the stream back."""

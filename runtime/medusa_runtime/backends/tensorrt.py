@@ -8,7 +8,7 @@ and ``count`` alone, and may submit the next step before it does so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +246,31 @@ class TensorRTBackend:
         address = self._address["cache_lengths"] + row * _ID.itemsize
         self._stream.zero(address, _ID.itemsize, f"resetting row {row}")
 
+    def scrub(self, row: int) -> None:
+        if self._submitted:
+            raise BackendError("Steps are under way: collect them before a row is scrubbed.")
+        doing = f"scrubbing row {row}"
+        depth, length = self._bundle.tree.max_depth, int(self._lengths[row])
+        for index in range(2 * self._bundle.model.num_layers):
+            # The next step writes the last M committed entries again, before it reads them.
+            self._zero_slots(cache_name("past", index), row, slice(length, None), doing)
+            self._zero_slots(cache_name("past", index), row, slice(0, min(depth, length)), doing)
+        if "pending_kv" in self._specs:
+            self._zero_slots("pending_kv", row, slice(0, max(depth - length, 0)), doing)
+        self._stream.synchronize(doing)
+
+    def _zero_slots(self, name: str, row: int, slots: slice, doing: str) -> None:
+        """Sets slots of a row to zero in a tensor of shape [B, heads, slots, d]."""
+        spec = self._specs[name]
+        _, heads, count, _ = fixed_shape(spec, {"batch": self._rows, "capacity": self._limits.capacity})
+        row_size = self._size(spec) // self._rows
+        head_size = row_size // heads
+        slot_size = head_size // count
+        start, stop, _ = slots.indices(count)
+        if stop > start:
+            first = self._address[name] + row * row_size + start * slot_size
+            self._stream.zero_rows(first, head_size, (stop - start) * slot_size, heads, doing)
+
     def assign(self, row: int, draws: Draws | None) -> None:
         if self._sampling is None:
             if draws is not None:
@@ -286,10 +311,10 @@ class TensorRTBackend:
         return step.slot.result
 
     def _committed(self, step: _Submitted) -> NDArray[np.int64]:
-        """Waits for a step; how many entries it commits in each row."""
+        """Waits for a step; how many entries it commits in each row: none in one that emits nothing."""
         step.slot.done.wait(f"waiting for a step of {step.size} tokens over {self._rows} rows")
         count = step.slot.result.count
-        return np.array([step.added.get(row, int(count[row])) for row in range(self._rows)])
+        return np.array([step.added.get(row, int(count[row])) if count[row] else 0 for row in range(self._rows)])
 
     def _settle(self) -> None:
         """Discards what steps under way emit, and takes note of what they commit."""
@@ -365,7 +390,7 @@ class TensorRTBackend:
     def _capture(self, decoder: _Decoder, size: int, doing: str) -> None:
         """Makes the step a graph, or notes why it can't be captured."""
         assert self._loaded is not None
-        able = getattr(decoder.context, "is_stream_capturable", lambda _: True)
+        able = getattr(decoder.context, "is_stream_capturable", lambda _: True)  # TensorRT for all GPUs can't tell
         if not able(self._stream.handle):
             decoder.refused = f"not capturable: {self._loaded.words()}"
             return
@@ -412,29 +437,34 @@ class TensorRTBackend:
     def _execute(self, context: Any, doing: str) -> None:
         """One enqueue, and its state to where the next step reads it."""
         assert self._loaded is not None
-        if not context.execute_async_v3(self._stream.handle):
+        if not self._agrees(context.execute_async_v3, self._stream.handle):
             raise BackendError(f"TensorRT failed while {doing}: {self._loaded.words()}")
         for source, target in _CARRIED.items():
             if source in self._address:
                 size = self._size(self._specs[target])
                 self._stream.copy(self._address[target], self._address[source], size, doing)
 
+    def _agrees(self, call: Callable[..., bool], *arguments: Any) -> bool:
+        """Calls TensorRT; False if it refuses, as its Python bindings may raise where the C++ interface says so."""
+        assert self._loaded is not None
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            self._loaded.log.errors.append(str(error))
+            return False
+
     def _context(self, profile: int, size: int, width: int, *, eager: bool) -> Any:
         """An execution context for steps of a size, with everything bound."""
         assert self._loaded is not None
         doing = f"preparing steps of {size} tokens over {self._rows} rows"
         context = self._loaded.new_context(eager=eager)
-        try:
-            chosen = context.set_optimization_profile_async(profile, self._stream.handle)
-        except RuntimeError:  # Python's bindings raise where the C++ interface says False
-            chosen = False
-        if not chosen:
+        if not self._agrees(context.set_optimization_profile_async, profile, self._stream.handle):
             raise BackendError(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
         sizes = {"batch": self._rows, "sequence": size, "draws": width, "capacity": self._limits.capacity}
         for spec in self._bundle.inputs:
             self._set_input_shape(context, spec.name, fixed_shape(spec, sizes), doing)
         for name, address in self._address.items():
-            if not context.set_tensor_address(name, address):
+            if not self._agrees(context.set_tensor_address, name, address):
                 raise BackendError(f"TensorRT failed while {doing}, at the address of {name}: {self._loaded.words()}")
         context.set_device_memory(self._scratch, self._scratch_size)
         self._stream.synchronize(doing)
@@ -442,7 +472,7 @@ class TensorRTBackend:
 
     def _set_input_shape(self, context: Any, name: str, shape: tuple[int, ...], doing: str) -> None:
         assert self._loaded is not None
-        if not context.set_input_shape(name, shape):
+        if not self._agrees(context.set_input_shape, name, shape):
             raise BackendError(f"TensorRT refused {list(shape)} for {name} while {doing}: {self._loaded.words()}")
 
     def close(self) -> None:
