@@ -7,6 +7,7 @@ import enum
 import json
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medusa_runtime.errors import BundleError, RequestError
+from medusa_runtime.limits import MAX_CHAT_VALUES, MAX_DEPTH, MAX_MESSAGES, MAX_TEXT_BYTES
+from medusa_runtime.text_bounds import NFC_SHRINKS, text_bound
 from medusa_runtime.tokenizer import Tokenizer
 
 SENTENCES = [
@@ -415,8 +418,8 @@ class Name(enum.StrEnum):
 
 
 def test_rich_values_reach_the_template_as_plain_data(tools_pair: tuple[Tokenizer, Any]) -> None:
-    content = [Picture("a.png", (1, 2)), Name.ADA, np.float32(0.5), np.zeros(2), {1: b"x"}, float("inf"), 10**30]
-    same_chat(tools_pair, [{"role": "user", "content": content}])
+    values = [Picture("a.png", (1, 2)), Name.ADA, np.float32(0.5), np.zeros(2), {1: b"x"}, float("inf"), 10**30]
+    same_chat(tools_pair, [{"role": "assistant", "tool_calls": values}])
 
 
 def test_a_template_refuses_with_its_own_words(tmp_path: Path) -> None:
@@ -424,7 +427,21 @@ def test_a_template_refuses_with_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="roles must alternate"):
         ours.encode_chat([{"role": "assistant", "content": "first"}])
     with pytest.raises(RequestError, match="could not render"):
-        ours.encode_chat([{"role": "user", "content": 3}])
+        ours.encode_chat([{"role": "user"}])
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def endless() -> list[Any]:
+    """A list that holds itself."""
+    value: list[Any] = []
+    value.append(value)
+    return value
 
 
 @pytest.mark.parametrize(
@@ -435,6 +452,18 @@ def test_a_template_refuses_with_its_own_words(tmp_path: Path) -> None:
         ({"role": "user"}, "list of objects"),
         (None, "list of objects"),
         (["hello"], "Message 0 must be an object"),
+        ([("user", "hello")], "Message 0 must be an object.* but got tuple"),
+        ([{"role": "user", "content": 3}], "content of message 0 is 3"),
+        ([{"role": "user", "content": b"hello"}], "content of message 0 is b'hello'"),
+        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "content of message 0 is {"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "Message 0 holds the part {'type': 'text'}"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "type 'image_url'.* reads text only"),
+        ([{"role": "user", "content": ["x", 3]}], "Message 0 holds the part 3"),
+        ([{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1), "has 10,001 messages"),
+        ([{"role": "user", "content": "x" * (MAX_TEXT_BYTES // 2 + 1)}] * 2, "more than 4,194,304 characters"),
+        ([{"role": "user", "content": "x", "n": [0] * MAX_CHAT_VALUES}], "more than 200,000 values"),
+        ([{"role": "user", "content": "x", "n": nested(MAX_DEPTH + 1)}], "more than 64 deep"),
+        ([{"role": "user", "content": "x", "n": endless()}], "more than 64 deep"),
         ([{"role": "user", "content": "x"}, {"content": "y"}], "Message 1 has no role"),
         ([{"role": None, "content": "y"}], "has no role"),
         ([{"role": "user", "content": "\ud83d"}], "lone surrogate"),
@@ -444,6 +473,155 @@ def test_malformed_messages(tmp_path: Path, messages: Any, words: str) -> None:
     ours = Tokenizer(byte_level(), chat_templates={"default": CHATML})
     with pytest.raises(RequestError, match=words):
         ours.encode_chat(messages)
+
+
+# Content in parts
+
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+# Of both forms for users, of text alone for all others, as in Llama 3.2.
+BOTH = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role != 'user' or m.content is string %}{{ m.content | trim }}"
+    "{% else %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<image>{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+# Of parts alone: a string has no parts, and nothing is printed.
+PARTS_ONLY = "{% for m in messages %}[{{ m.role }}]{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+# A macro, of which nothing can be told by looking at loops.
+MACRO = (
+    "{% macro show(c) %}{% if c is string %}{{ c }}{% elif c is iterable %}{% for p in c %}{{ p.text }};{% endfor %}"
+    "{% endif %}{% endmacro %}{% for m in messages %}[{{ m.role }}]{{ show(m.content) }}{% endfor %}"
+)
+PRINTS_JSON = "{% for m in messages %}[{{ m.role }}]{{ m.content | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "user", "system"),
+    [
+        (CHATML, "one\ntwo", "one\ntwo"),
+        (LLAMA2, "one\ntwo", "one\ntwo"),
+        (TOOLS, "one\ntwo", "one\ntwo"),
+        (BOTH, "onetwo", "one\ntwo"),
+        (PARTS_ONLY, "onetwo", "onetwo"),
+        (MACRO, "one;two;", "one;two;"),
+        (PRINTS_JSON, '"one\\ntwo"', '"one\\ntwo"'),
+    ],
+)
+@pytest.mark.parametrize("as_given", [PARTS, tuple(PARTS), ["one", {"text": "two"}], [{"type": "input_text", "text": t}
+                                      for t in ("one", "two")]])  # fmt: skip
+def test_parts_of_text_are_text_under_every_template(template: str, user: str, system: str, as_given: Any) -> None:
+    ours = Tokenizer(byte_level(), chat_templates={"default": template}, named_tokens={"bos_token": "<s>"})
+    text = ours.render_chat([{"role": "system", "content": as_given}, {"role": "user", "content": as_given}])
+    if template is LLAMA2:
+        assert "<<SYS>>\n" + system in text
+    else:
+        assert text.index(system) < text.rindex(user)
+        assert text.replace(system, "").replace(user, "").count("one") == 0
+    assert user in text and "type" not in text.replace("in type", "")
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, TOOLS, BOTH, PARTS_ONLY, MACRO])
+def test_a_string_is_read_under_every_template(template: str) -> None:
+    ours = Tokenizer(byte_level(), chat_templates={"default": template}, named_tokens={"bos_token": "<s>"})
+    assert "hello" in ours.render_chat([{"role": "user", "content": "hello"}])
+
+
+def test_parts_reach_a_template_that_takes_them_as_in_transformers(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level(), chat_template=MACRO)
+    pair = load(folder), AutoTokenizer.from_pretrained(folder)
+    assert same_chat(pair, [{"role": "user", "content": PARTS}]) == "[user]one;two;"
+
+
+# Long texts
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@settings(max_examples=60, deadline=None)
+@given(text=st.one_of(st.text(max_size=200), st.sampled_from([" " * 90, "\u1112\u1161\u11ab" * 20, "a</s>  " * 9])))
+def test_no_text_has_fewer_tokens_than_its_bound_says(make: Callable[[], tokenizers.Tokenizer], text: str) -> None:
+    backend = make()
+    for normalizer in (backend.normalizer, normalizers.NFC()):
+        backend.normalizer = normalizer
+        bound = text_bound(backend)
+        assert bound is not None
+        assert bound.least_tokens(text) <= len(backend.encode(text, add_special_tokens=False).ids)
+
+
+def test_composing_leaves_a_quarter_of_the_bytes() -> None:
+    """For each character the longest text that composes to it, in bytes."""
+    longest: dict[str, int] = {}
+    characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+    for character in characters:  # those that become another one by themselves
+        composed = unicodedata.normalize("NFC", character)
+        if len(composed) == 1:
+            longest[composed] = max(longest.get(composed, 0), len(character.encode()))
+    for character in characters:
+        parts = unicodedata.normalize("NFD", character)
+        size = max(longest.get(character, 0), sum(longest.get(part, len(part.encode())) for part in parts))
+        assert size <= NFC_SHRINKS * len(character.encode()), character
+
+
+@pytest.mark.parametrize("strips", ["lstrip", "rstrip"])
+def test_whitespace_that_a_token_swallows_does_not_count(strips: str) -> None:
+    backend = byte_level()
+    backend.add_special_tokens([AddedToken("<|x|>", **{strips: True})])
+    text = "   " * 10_000 + "<|x|>" + "   " * 10_000 + "\u2003\u0085\x1c"
+    bound = text_bound(backend)
+    assert bound is not None and not bound.with_spaces
+    assert bound.least_tokens(text) <= len(backend.encode(text, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("make", [word_piece, plain_words, unigram])
+def test_no_bound_where_a_token_may_stand_for_any_text(make: Callable[[], tokenizers.Tokenizer]) -> None:
+    assert text_bound(make()) is None
+
+
+def test_no_bound_where_text_gets_lost() -> None:
+    for change in (
+        lambda backend: setattr(backend, "normalizer", normalizers.Strip()),
+        lambda backend: setattr(backend, "normalizer", normalizers.Replace("aa", "b")),
+        lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Split(" ", "removed")),
+        lambda backend: setattr(backend, "model", models.BPE(vocab={"a": 0}, merges=[])),
+    ):
+        backend = byte_level()
+        change(backend)
+        assert text_bound(backend) is None
+
+
+def test_text_that_is_too_long_is_refused_before_it_is_encoded() -> None:
+    ours = Tokenizer(byte_level())
+    bound = text_bound(ours._backend)
+    assert bound is not None
+    encode, ours._backend = ours._backend, NoEncoding(ours._backend)  # type: ignore[assignment]
+    with pytest.raises(RequestError, match="at least 101 tokens, which exceed the 100 tokens"):
+        ours.encode("x" * (100 * bound.bytes_per_token + 1), max_tokens=100)
+    with pytest.raises(RequestError, match="4,194,305 bytes"):
+        ours.encode("x" * (MAX_TEXT_BYTES + 1))
+    with pytest.raises(RequestError, match="bytes or more"):
+        ours.encode("\ud800" * (MAX_TEXT_BYTES + 1))
+    ours._backend = encode
+    assert ours.encode("x" * 100, max_tokens=100)
+
+
+class NoEncoding:
+    """A tokenizer that fails a test that encodes with it."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        assert not name.startswith("encode")
+        return getattr(self._backend, name)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_long_text_has_the_tokens_of_short_text(special: bool) -> None:
+    """Long text is encoded by a method that lets other threads run."""
+    backend = byte_level()
+    text = " ".join(SENTENCES) * 100
+    assert len(text) > 2**14
+    expected = backend.encode(text, add_special_tokens=special).ids
+    assert Tokenizer(backend).encode(text, add_special_tokens=special) == expected
 
 
 def test_malformed_variables() -> None:

@@ -7,13 +7,15 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medusa_runtime.chat_content import checked_content
 from medusa_runtime.errors import BackendError, BundleError, RequestError
+from medusa_runtime.limits import MAX_CHAT_VALUES, MAX_DEPTH, MAX_MESSAGES, MAX_TEXT_BYTES, shown
 
 if TYPE_CHECKING:
     import jinja2
@@ -53,13 +55,21 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         raise RequestError(f"The messages must be a list of objects, but got {type(messages).__name__}.")
     if not messages:
         raise RequestError("The chat is empty: send at least one message.")
-    return [_checked_message(message, number) for number, message in enumerate(messages)]
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"The chat has {len(messages):,} messages, but {MAX_MESSAGES:,} are read at most.")
+    plain = _Plain("The chat")
+    return [_checked_message(message, number, plain) for number, message in enumerate(messages)]
 
 
-def _checked_message(message: object, number: int) -> dict[str, Any]:
+def _checked_message(message: object, number: int, rebuilt: _Plain) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RequestError(f"Message {number} must be an object with a role, but got {type(message).__name__}.")
-    plain = {key: _plain(value) for key, value in message.items() if value is not None}
+        raise RequestError(
+            f"Message {number} must be an object with a role and a content, but got {type(message).__name__}."
+        )
+    given = {key: value for key, value in message.items() if value is not None}
+    if "content" in given:
+        given["content"] = checked_content(given["content"], number)
+    plain = {key: rebuilt(value) for key, value in given.items()}
     if not isinstance(plain.get("role"), str):
         raise RequestError(f"Message {number} has no role: name one, such as 'user' or 'assistant'.")
     reasoning = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
@@ -81,10 +91,10 @@ def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and not (
             isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
         ):
-            raise RequestError(f"{name} must be a list of objects, but got {value!r:.80}.")
+            raise RequestError(f"{name} must be a list of objects, but got {shown(value)}.")
     tools = variables.get("tools")
-    plain = {name: _plain(value) for name, value in variables.items()}
-    return {"documents": None} | plain | {"tools": None if tools is None else [_plain(tool) for tool in tools]}
+    plain = {name: _Plain(name)(value) for name, value in variables.items()}
+    return {"documents": None} | plain | {"tools": None if tools is None else list(plain["tools"])}
 
 
 def render(template: str, **context: Any) -> str:
@@ -125,27 +135,49 @@ def check_template(template: str) -> None:
         _compiled(template)
 
 
-def _plain(value: Any) -> Any:
-    """The value rebuilt from plain JSON types, so that a template gets no object with methods of its own."""
-    if value is None or isinstance(value, bool):
-        return value
-    for kind, rebuilt in _REBUILT.items():
-        if isinstance(value, kind):
-            return rebuilt(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return f"<{type(value).__name__}>"
+class _Plain:
+    """Rebuilds values from plain JSON types, within bounds, so that a template gets no object with methods of its own.
+
+    Args:
+        name: What the values belong to, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._values = self._characters = 0
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        self._count(value, depth)
+        if value is None or isinstance(value, bool):
+            return value
+        for kind, rebuilt in _REBUILT.items():
+            if isinstance(value, kind):
+                return rebuilt(value, partial(self, depth=depth + 1))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = dataclasses.fields(value)
+            return {field.name: self(getattr(value, field.name), depth + 1) for field in fields}
+        return f"<{type(value).__name__}>"
+
+    def _count(self, value: object, depth: int) -> None:
+        self._values += 1
+        self._characters += len(value) if isinstance(value, str) else 0
+        if depth > MAX_DEPTH:
+            raise RequestError(f"{self._name} holds values nested more than {MAX_DEPTH} deep: flatten it.")
+        if self._values > MAX_CHAT_VALUES:
+            raise RequestError(f"{self._name} holds more than {MAX_CHAT_VALUES:,} values: shorten it.")
+        if self._characters > MAX_TEXT_BYTES:
+            raise RequestError(f"{self._name} holds more than {MAX_TEXT_BYTES:,} characters: shorten it.")
 
 
 # The first kind that fits counts; a subclass, such as an enum, loses what it adds.
-_REBUILT: dict[type, Callable[[Any], Any]] = {
-    str: str.__str__,
-    int: int.__int__,
-    float: float.__float__,
-    list: lambda values: [_plain(value) for value in values],
-    tuple: lambda values: tuple(_plain(value) for value in values),
-    Mapping: lambda values: {_plain(key): _plain(value) for key, value in values.items()},
-    np.generic: lambda value: _plain(value.item()),
+_REBUILT: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    str: lambda value, _: str.__str__(value),
+    int: lambda value, _: int.__int__(value),
+    float: lambda value, _: float.__float__(value),
+    list: lambda values, again: [again(value) for value in values],
+    tuple: lambda values, again: tuple(again(value) for value in values),
+    Mapping: lambda values, again: {again(key): again(value) for key, value in values.items()},
+    np.generic: lambda value, again: again(value.item()),
 }
 
 

@@ -94,12 +94,13 @@ class MedusaEngine(Closing):
         """Answers a prompt.
 
         Args:
-            prompt: Text, a list of chat messages (``{"role": …, "content": …}``), or token ids.
+            prompt: Text, chat messages (``{"role": …, "content": …}``, one or a list), or token ids.
             max_new_tokens: Tokens to generate at most.
             tree_size: Nodes to verify per step, from 1 (plain decoding) to the bundle's tree; ``auto``
                 takes in each step the size with the best expected speed on this machine. It never changes the result,
                 but for that of typical acceptance.
-            stop: Strings that end the text; they are not part of it.
+            stop: Strings that end the text; they are not part of it. A special token in one, such as
+                ``<|im_start|>``, is matched by that token.
             stop_token_ids: Tokens that end it, besides the model's own.
             sampling: How to draw tokens; greedy if None.
             logprobs: Give log probabilities.

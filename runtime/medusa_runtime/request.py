@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medusa_runtime.sampling import SamplingParams
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+# Text, token ids (an array of integers among them), a chat, or a single message of one.
+Prompt = str | Sequence[int] | NDArray[np.integer[Any]] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
 class RequestOptions(TypedDict, total=False):
@@ -17,7 +21,8 @@ class RequestOptions(TypedDict, total=False):
 
     Attributes:
         max_new_tokens: Tokens to generate at most; 128.
-        stop: Strings that end the text and are not part of it; none.
+        stop: Strings that end the text and are not part of it; none. One may hold special tokens, such as
+            ``<|im_start|>``, which the text leaves out; each is matched by that token, and by its name in the text.
         stop_token_ids: Tokens that end it, besides the model's own; none.
         sampling: How to draw tokens; greedy if None.
         logprobs: Whether to give log probabilities; False.

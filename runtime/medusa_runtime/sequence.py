@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Self, cast
 
 import numpy as np
 
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.errors import RequestError
+from medusa_runtime.limits import bounded, shown
 from medusa_runtime.lookup import TokenLookup
+from medusa_runtime.prompts import encode_prompt
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
 from medusa_runtime.sampling import GREEDY, Draws, SamplingParams
-from medusa_runtime.text_stream import TextStream, check_stop
+from medusa_runtime.stop_strings import check_stop
+from medusa_runtime.text_stream import TextStream
 from medusa_runtime.tokenizer import Tokenizer
 
 
@@ -77,23 +80,19 @@ class TokenSequence:
         Raises:
             RequestError: The request can't be served as it stands.
         """
-        prompt_ids = _encode(bundle, tokenizer, prompt)
+        stops, stop_ids = check_stop(stop), _stop_ids(bundle, stop_token_ids)
+        prompt_ids = encode_prompt(bundle, tokenizer, prompt)
         check_integer("max_new_tokens", max_new_tokens, at_least=1)
         max_new_tokens = int(max_new_tokens)  # one of NumPy's would overflow
-        stop_tokens = tuple(stop_token_ids) if isinstance(stop_token_ids, Iterable) else (stop_token_ids,)
-        for token in stop_tokens:
-            check_integer("One of stop_token_ids", token, at_least=0)
-        stops = check_stop(stop)
         if stops and tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
         _check_length(bundle, len(prompt_ids), max_new_tokens)
         sampling = _check_sampling(bundle, sampling, logprobs)
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
-        stop_ids = frozenset((*bundle.model.eos_token_ids, *stop_tokens))
         drawn = not sampling.greedy or logprobs
         draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
         if not isinstance(lookup, bool):
-            raise RequestError(f"lookup is {lookup!r}: expected True or False.")
+            raise RequestError(f"lookup is {shown(lookup)}: expected True or False.")
         # Typical acceptance takes guesses that are merely likely: those from the text would make it repeat itself.
         index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
         return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index)
@@ -159,36 +158,33 @@ class TokenSequence:
         return GenerationResult(text, tuple(self.token_ids), self.finish_reason, self.stats, logprobs)
 
 
-def _encode(bundle: Bundle, tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
-        if tokenizer is None:
-            raise RequestError("This bundle has no tokenizer: give the prompt as a list of token ids.")
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
-    else:
-        ids = [token.item() if isinstance(token, np.integer) else token for token in prompt]  # type: ignore[misc]
-    if not ids:
-        raise RequestError("The prompt is empty: give at least one token.")
+def _stop_ids(bundle: Bundle, asked_for: object) -> frozenset[int]:
+    """The tokens that end a request: the model's own, and those asked for."""
     vocab_size = bundle.model.vocab_size
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise RequestError(f"The prompt holds {token!r}: token ids are integers from 0 to {vocab_size - 1}.")
-    return ids
+    one = not isinstance(asked_for, Iterable) or isinstance(asked_for, str)
+    given = cast("Iterable[object]", (asked_for,) if one else asked_for)
+    tokens: list[Any] = bounded("stop_token_ids", given, vocab_size)
+    for token in tokens:
+        check_integer("One of stop_token_ids", token, at_least=0)
+        if token >= vocab_size:
+            raise RequestError(f"One of stop_token_ids is {shown(token)}: token ids go up to {vocab_size - 1}.")
+    return frozenset((*bundle.model.eos_token_ids, *map(int, tokens)))
 
 
 def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> None:
     limit = bundle.model.max_positions
     if prompt_tokens + max_new_tokens > limit:
         raise RequestError(
-            f"The prompt's {prompt_tokens} tokens and {max_new_tokens} new ones exceed the {limit} tokens that "
+            f"The prompt's {prompt_tokens} tokens and {shown(max_new_tokens)} new ones exceed the {limit} tokens that "
             "this model holds. Shorten the prompt or lower max_new_tokens."
         )
 
 
 def _check_sampling(bundle: Bundle, sampling: object, logprobs: object) -> SamplingParams:
     if sampling is not None and not isinstance(sampling, SamplingParams):
-        raise RequestError(f"sampling is {sampling!r}: give SamplingParams(temperature=…, top_p=…, seed=…), or None.")
+        raise RequestError(f"sampling is {shown(sampling)}: give SamplingParams(temperature=…, seed=…), or None.")
     if not isinstance(logprobs, bool):
-        raise RequestError(f"logprobs is {logprobs!r}: expected True or False.")
+        raise RequestError(f"logprobs is {shown(logprobs)}: expected True or False.")
     chosen = sampling or GREEDY
     if not bundle.sampling and (logprobs or not chosen.greedy):
         what = "give log probabilities" if chosen.greedy else "sample"
@@ -200,7 +196,7 @@ def check_tree_size(bundle: Bundle, tree_size: object) -> None:
     """Raises ``RequestError`` unless it is a number of nodes that the bundle's tree has."""
     largest = bundle.tree.size
     if not isinstance(tree_size, int) or isinstance(tree_size, bool) or not 1 <= tree_size <= largest:
-        raise RequestError(f"tree_size is {tree_size!r}: this bundle's tree allows 1 to {largest}, or 'auto'.")
+        raise RequestError(f"tree_size is {shown(tree_size)}: this bundle's tree allows 1 to {largest}, or 'auto'.")
 
 
 def check_integer(name: str, value: object, *, at_least: int | None = None) -> None:
@@ -208,4 +204,4 @@ def check_integer(name: str, value: object, *, at_least: int | None = None) -> N
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or (at_least is not None and value < at_least):  # type: ignore[operator]
         least = "" if at_least is None else f" of at least {at_least}"
-        raise RequestError(f"{name} is {value!r}: expected an integer{least}.")
+        raise RequestError(f"{name} is {shown(value)}: expected an integer{least}.")

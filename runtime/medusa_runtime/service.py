@@ -7,6 +7,7 @@ delays the next tokens of the others by one chunk at most, or by what it takes t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import threading
@@ -218,15 +219,42 @@ class MedusaService(Closing):
         with handle:  # whoever interrupts the wait wants no answer
             return handle.result()
 
+    async def asubmit(
+        self,
+        prompt: Prompt,
+        *,
+        on_chunk: Callable[[Chunk], None] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> RequestHandle:
+        """As ``submit``, for asyncio: a thread checks and encodes the prompt, while the event loop goes on.
+
+        A task that is cancelled meanwhile cancels its request. Requests of tasks side by side may queue in any order.
+        """
+        abandoned, submitted = threading.Event(), list[RequestHandle]()
+
+        def submit() -> RequestHandle:
+            submitted.append(self.submit(prompt, on_chunk=on_chunk, **options))
+            if abandoned.is_set():
+                submitted[0].cancel()
+            return submitted[0]
+
+        try:
+            return await asyncio.to_thread(submit)
+        except asyncio.CancelledError:
+            abandoned.set()  # before the look at what was submitted, as the thread looks the other way round
+            for handle in submitted:
+                handle.cancel()
+            raise
+
     async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
         """As ``generate``, for asyncio; a task that is cancelled cancels its request."""
-        handle = self.submit(prompt, **options)
+        handle = await self.asubmit(prompt, **options)
         with handle:
             return await handle.aresult()
 
     async def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncIterator[Chunk]:
         """As ``stream``, for asyncio; it submits the request when the first chunk is asked for."""
-        handle = self.submit(prompt, **options)
+        handle = await self.asubmit(prompt, **options)
         with handle:
             async for chunk in handle:
                 yield chunk

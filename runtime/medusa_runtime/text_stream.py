@@ -9,6 +9,9 @@ ends first, the longest of those that end together. To keep the law, text is hel
   the run, and the token behind it settles it;
 - while it may be the start of a stop string, or of spaces that the tokenizer's clean-up removes.
 
+A stop string that holds special tokens is matched on the text with these tokens in their places. A special token
+stands behind the text that the tokens before it would have if they were all.
+
 It holds for byte-level decoders, and for those whose steps look at one token at a time but for ByteFallback,
 Fuse and Strip: all tokenizers of causal models known to us. A token costs the same however long the text.
 """
@@ -16,32 +19,15 @@ Fuse and Strip: all tokenizers of causal models known to us. A token costs the s
 from __future__ import annotations
 
 import codecs
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from itertools import takewhile
 from typing import Protocol
 
-from medusa_runtime.errors import RequestError
+from medusa_runtime.stop_strings import StopFinder, check_stop
 from medusa_runtime.tokenizer import Tokenizer, clean_up_spaces
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The stop strings of a request, each once; a single string is one stop string.
-
-    Raises:
-        RequestError: A stop string is empty or not a string.
-    """
-    stops = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stops, Sequence):
-        raise RequestError(f"The stop strings must be a list of strings, but got {type(stop).__name__}.")
-    for entry in stops:
-        if not isinstance(entry, str):
-            raise RequestError(f"A stop string must be a string, but got {entry!r}.")
-        if not entry:
-            raise RequestError("A stop string is empty and would end every text at once: leave it out.")
-    return tuple(dict.fromkeys(stops))
 
 
 class TextStream:
@@ -66,7 +52,10 @@ class TextStream:
         kind = _ByteDecoder if tokenizer.decoder_steps == ("ByteLevel",) else _WindowDecoder
         self._decoder: _Decoder = kind(tokenizer, skipped, prompt_ids)
         self._clean_up = _CleanUp() if tokenizer.cleans_up else None
-        self._stops = _StopFinder(check_stop(stop))
+        stops = check_stop(stop)
+        self._stops = StopFinder(stops, tokenizer.special_tokens if stops and skip_special_tokens else {})
+        self._marks = _Marks()
+        self._skipped = skipped
         self._emitted: list[str] = []
         self._finished = False
         self.consumed = 0
@@ -105,14 +94,47 @@ class TextStream:
             return ""
         text = self._decoder.feed(int(token_id))
         self.consumed += 1
-        return self._stops.feed(self._clean_up.feed(text) if self._clean_up else text)
+        if self._clean_up:
+            text = self._clean_up.feed(text)
+        if not self._stops.sees_tokens:
+            return self._stops.feed(text)
+        settled = self._marks.between(text, self._pending() if self._marks else "")
+        before = self._feed(self._stops, settled)
+        if token_id not in self._skipped or self.stopped_by is not None:
+            return before
+        self._marks.add(token_id, len(self._pending()))
+        return before + self._look_ahead()
+
+    def _pending(self) -> str:
+        """The text that would follow if no more tokens came."""
+        text = self._decoder.peek()
+        return self._clean_up.peek(text) if self._clean_up else text
+
+    def _look_ahead(self) -> str:
+        """Takes the text held back as final if with a special token behind it a stop string is complete."""
+        pending = self._pending()
+        if not pending:
+            return self._feed(self._stops, self._marks.between("", ""))
+        ahead = copy(self._stops)
+        *before, last = list(copy(self._marks).between(pending, ""))
+        text = self._feed(ahead, before)
+        early = ahead.found  # by text that later tokens may still change
+        text += self._feed(ahead, [last])
+        if early is not None or ahead.found is None:
+            return ""
+        self._stops = ahead
+        return text
 
     def _last(self) -> Iterable[str]:
         text = self._decoder.finish()
         if self._clean_up:
             text = self._clean_up.feed(text) + self._clean_up.finish()
-        yield self._stops.feed(text)
+        yield self._feed(self._stops, self._marks.between(text, ""))
         yield self._stops.finish()
+
+    @staticmethod
+    def _feed(stops: StopFinder, pieces: Iterable[str | int]) -> str:
+        return "".join(stops.feed(piece) if isinstance(piece, str) else stops.mark(piece) for piece in pieces)
 
     def _emit(self, texts: Iterable[str]) -> str:
         text = "".join(texts)
@@ -120,8 +142,49 @@ class TextStream:
         return text
 
 
+class _Marks:
+    """Special tokens that came while text was held back, and the place of each in the text to come."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, int]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def __copy__(self) -> _Marks:
+        other = _Marks()
+        other._waiting = list(self._waiting)
+        return other
+
+    def add(self, token_id: int, place: int) -> None:
+        """Adds a token that stands behind the next ``place`` characters."""
+        self._waiting.append((place, token_id))
+
+    def between(self, text: str, pending: str) -> Iterator[str | int]:
+        """Text that has become final, and the tokens whose place has come, in order.
+
+        Args:
+            text: The text.
+            pending: The text that is still held back; tokens that stand behind all of it stay.
+        """
+        taken = 0
+        while self._waiting and (not pending or self._waiting[0][0] <= len(text)):
+            place, token_id = self._waiting.pop(0)
+            place = min(max(place, taken), len(text))
+            if place > taken:
+                yield text[taken:place]
+            yield token_id
+            taken = place
+        self._waiting = [(place - len(text), token_id) for place, token_id in self._waiting]
+        if taken < len(text):
+            yield text[taken:]
+
+
 class _Decoder(Protocol):
     def feed(self, token_id: int) -> str: ...
+
+    def peek(self) -> str:
+        """What ``finish`` would give; more tokens may come all the same."""
 
     def finish(self) -> str: ...
 
@@ -142,6 +205,9 @@ class _ByteDecoder:
 
     def feed(self, token_id: int) -> str:
         return self._utf8.decode(self._bytes(token_id))
+
+    def peek(self) -> str:
+        return self._utf8.getstate()[0].decode(errors="replace")
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -181,8 +247,11 @@ class _WindowDecoder:
         self._slide(text)
         return added
 
-    def finish(self) -> str:
+    def peek(self) -> str:
         return self._decode(self._ids)[len(self._shown) :]
+
+    def finish(self) -> str:
+        return self.peek()
 
     def _hold_torn_end(self) -> bool:
         """Whether the prompt ends in bytes that the stream may go on with; those of a torn character are not shown."""
@@ -242,6 +311,10 @@ class _CleanUp:
         self._searched = max(1, len(self._held) - 1)
         return ""
 
+    def peek(self, text: str) -> str:
+        """What would follow if ``text`` were the last."""
+        return clean_up_spaces(self._held + text)
+
     def finish(self) -> str:
         cleaned = clean_up_spaces(self._held)
         self._held = ""
@@ -255,65 +328,3 @@ class _CleanUp:
         if before == " ":
             return behind == " "
         return before != "'" and behind != "'"
-
-
-class _StopFinder:
-    """Finds the stop string that ends first in a text that comes in pieces (Aho and Corasick, 1975)."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.found: str | None = None
-        self._held = ""
-        self._state = 0
-        self._next: list[dict[str, int]] = [{}]
-        self._depth = [0]
-        self._fallback = [0]
-        self._ends: list[str | None] = [None]
-        for stop in stops:
-            self._add(stop)
-        self._link()
-
-    def feed(self, text: str) -> str:
-        """The text that is certain to stand before any stop string."""
-        if self.found is not None or len(self._next) == 1:
-            return "" if self.found is not None else text
-        held = self._held + text
-        for end, character in enumerate(text, start=len(self._held) + 1):
-            self._state = self._step(self._state, character)
-            self.found = self._ends[self._state]
-            if self.found is not None:
-                return held[: end - len(self.found)]
-        certain = len(held) - self._depth[self._state]
-        self._held = held[certain:]
-        return held[:certain]
-
-    def finish(self) -> str:
-        """The text that was held back and begins no stop string after all."""
-        return "" if self.found is not None else self._held
-
-    def _add(self, stop: str) -> None:
-        state = 0
-        for character in stop:
-            if character not in self._next[state]:
-                self._next[state][character] = len(self._next)
-                self._next.append({})
-                self._depth.append(self._depth[state] + 1)
-                self._fallback.append(0)
-                self._ends.append(None)
-            state = self._next[state][character]
-        self._ends[state] = stop
-
-    def _link(self) -> None:
-        """Gives each state the longest other one that ends alike, shallow states first."""
-        queue = deque(self._next[0].values())
-        while queue:
-            state = queue.popleft()
-            if self._ends[state] is None:
-                self._ends[state] = self._ends[self._fallback[state]]
-            for character, child in self._next[state].items():
-                self._fallback[child] = self._step(self._fallback[state], character)
-                queue.append(child)
-
-    def _step(self, state: int, character: str) -> int:
-        while state and character not in self._next[state]:
-            state = self._fallback[state]
-        return self._next[state].get(character, 0)

@@ -16,14 +16,21 @@ from typing import Any
 
 import tokenizers
 
+from medusa_runtime.chat_content import Takes, find_takes, in_form
 from medusa_runtime.chat_template import check_template, checked_messages, checked_variables, render
 from medusa_runtime.errors import BundleError, RequestError
+from medusa_runtime.limits import MAX_TEXT_BYTES
 from medusa_runtime.listed_folder import ListedFolder
+from medusa_runtime.text_bounds import TextBound, text_bound
 from medusa_runtime.tokenizer_files import CONFIG, TokenizerConfig, chat_templates
 
 TOKENIZER = "tokenizer.json"
 # The largest vocabularies, of 260,000 tokens, come in 35 MB.
 MAX_TOKENIZER_BYTES = 2**28
+# Bytes of text from which on encoding takes so long that other threads must be able to run meanwhile.
+_LONG_TEXT = 2**14
+# What a template takes is found for these; messages of other roles have text as content.
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 _CLEAN_UPS = (
     (" .", "."),
@@ -61,6 +68,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._token_bytes: dict[int, bytes] = {}
+        self._known_takes: dict[tuple[str, str], Takes] = {}
         self.named_tokens = dict(named_tokens or {})
         self.chat_templates = dict(chat_templates or {})
         self.cleans_up = cleans_up
@@ -117,6 +125,11 @@ class Tokenizer:
         return None if name is None else self._backend.token_to_id(name)
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that ``decode`` skips: their ids by their text."""
+        return {token: index for index in sorted(self.special_ids) if (token := self.token(index))}
+
+    @cached_property
     def decoder_steps(self) -> tuple[str, ...]:
         """Types of the steps that turn tokens into text, in order: ``("ByteLevel",)``; empty when there are none."""
         decoder = self._backend.decoder
@@ -145,21 +158,42 @@ class Tokenizer:
             self._token_bytes[token_id] = known
         return known
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around one.
 
+        Args:
+            text: The text.
+            add_special_tokens: Whether to add the tokens that begin and end a text.
+            max_tokens: The most tokens of use. Text that surely has more is refused before it is encoded.
+
         Raises:
-            RequestError: ``text`` is not a string, or holds half of a surrogate pair.
+            RequestError: ``text`` is not a string, holds half of a surrogate pair, or is too long.
         """
         if not isinstance(text, str):
             raise RequestError(f"The text must be a string, but got {type(text).__name__}.")
         try:
-            text.encode()
+            size = len(text) if len(text) > MAX_TEXT_BYTES else len(text.encode())
         except UnicodeEncodeError as e:
             raise RequestError(
                 f"The text holds a lone surrogate at position {e.start}, which is not a character: send valid Unicode."
             ) from e
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if size > MAX_TEXT_BYTES:
+            raise RequestError(f"The text has {size:,} bytes or more, but {MAX_TEXT_BYTES:,} are read at most.")
+        if max_tokens is not None and size > max_tokens and self._text_bound is not None:
+            least = self._text_bound.least_tokens(text)
+            if least > max_tokens:
+                raise RequestError(
+                    f"The prompt has at least {least:,} tokens, which exceed the {max_tokens:,} tokens that this model "
+                    "holds: shorten it."
+                )
+        if size < _LONG_TEXT:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Of the library's methods, those for batches let other threads run.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    @cached_property
+    def _text_bound(self) -> TextBound | None:
+        return text_bound(self._backend)
 
     def encode_chat(
         self,
@@ -167,13 +201,14 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
+        max_tokens: int | None = None,
         **template_variables: Any,
     ) -> list[int]:
-        """The token ids of a chat; the arguments and errors are those of ``render_chat``."""
+        """The token ids of a chat; the arguments and errors are those of ``render_chat`` and ``encode``."""
         chat = self.render_chat(
             messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template, **template_variables
         )
-        return self.encode(chat, add_special_tokens=False)
+        return self.encode(chat, add_special_tokens=False, max_tokens=max_tokens)
 
     def render_chat(
         self,
@@ -186,7 +221,9 @@ class Tokenizer:
         """A chat as the text that the model was trained to continue.
 
         Args:
-            messages: The messages, each with a ``role`` and, mostly, a ``content``.
+            messages: The messages, each with a ``role`` and, mostly, a ``content``: a string, or a list of parts
+                such as ``{"type": "text", "text": …}``. A template that takes no parts gets them as one string, with
+                line breaks between them.
             add_generation_prompt: Whether to end with the opening of the assistant's answer.
             chat_template: Name of the template to use; by default ``tool_use`` where tools are given and the
                 tokenizer has it, else ``default``.
@@ -200,8 +237,25 @@ class Tokenizer:
         variables = checked_variables(template_variables)
         chat = checked_messages(messages)
         template = self._choose_template(chat_template, has_tools=variables["tools"] is not None)
+        for message in chat:
+            if "content" in message:
+                message["content"] = in_form(message["content"], self._takes(template, message["role"]))
         context = self.named_tokens | variables
         return render(template, messages=chat, add_generation_prompt=add_generation_prompt, **context)
+
+    def _takes(self, template: str, role: str) -> Takes:
+        """The forms of content that a template takes in messages of a role."""
+        key = (template, role if role in _ROLES else "")
+        if key not in self._known_takes:
+            variables = checked_variables({})
+
+            def rendered(messages: list[dict[str, Any]]) -> str:
+                return render(
+                    template, messages=messages, add_generation_prompt=False, **(self.named_tokens | variables)
+                )
+
+            self._known_takes[key] = find_takes(rendered, role) if key[1] else Takes.TEXT
+        return self._known_takes[key]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, *, clean_up: bool | None = None) -> str:
         """The text of token ids; ids outside the vocabulary add nothing.
