@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from medusa_export.calibration import Calibration
 from medusa_export.files import atomic_file, write_text
-from medusa_export.training.conversations import load_chat_tokenizer
 from medusa_export.training.dataset import load_splits
+from medusa_export.training.templates import load_chat_tokenizer
 
 TOP = (1, 5)
 
@@ -77,7 +77,7 @@ def main(
             chosen = ("--data", data, "--heldout", heldout, "--limit", len(split.conversations))
             medusa_export("train", model, *chosen, "-o", heads, *options)
             medusa_export("calibrate", model, "--heads", heads, "--data", measure, "-o", measured)
-        points.append(point(sum(sum(sample.is_label) for sample in split.samples(tokenizer)), measured))
+        points.append(point(sum(sum(sample.is_label) for sample in split.labelled(tokenizer).samples), measured))
     for tokens, path in sorted(known):
         measured = output / f"calibration-{tokens}.json"
         if not measured.is_file():

@@ -12,17 +12,12 @@ from tokenizers.pre_tokenizers import Metaspace, Split
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medusa_export.errors import DatasetError
-from medusa_export.training.conversations import (
-    Conversation,
-    Sample,
-    load_chat_tokenizer,
-    read_conversations,
-    render,
-    tokenize,
-    unique,
-)
+from medusa_export.training.conversations import Conversation, Sample, unique
 from medusa_export.training.dataset import load_splits
 from medusa_export.training.features import digest_of_samples
+from medusa_export.training.labels import tokenize
+from medusa_export.training.rows import read_conversations
+from medusa_export.training.templates import load_chat_tokenizer, render
 from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 TEMPLATES = {
@@ -64,27 +59,30 @@ def tokenizer_with(template: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def labelled(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[str]:
+def labelled(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[str]:
     """The runs of tokens that are labels, as text."""
     runs: list[list[int]] = [[]]
-    for token, label in zip(sample.input_ids, sample.is_label, strict=True):
-        if label:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
+    for sample in samples:
+        for token, label in zip(sample.input_ids, sample.is_label, strict=True):
+            if label:
+                runs[-1].append(token)
+            elif runs[-1]:
+                runs.append([])
     return [tokenizer.decode(run) for run in runs if run]
 
 
 @pytest.mark.parametrize(
-    ("template", "end"), [("plain", ""), ("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("llama2", " <eos>"),
-                          ("zephyr", "<eos>")]
+    ("template", "start", "end"),
+    [("plain", "", ""), ("chatml", "", "<|im_end|>"), ("llama3", "", "<|eot_id|>"), ("llama2", " ", " <eos>"),
+     ("zephyr", "", "<eos>")]
 )  # fmt: skip
-def test_labels_are_what_the_assistant_says(template: str, end: str) -> None:
+def test_labels_are_what_the_assistant_says(template: str, start: str, end: str) -> None:
     tokenizer = tokenizer_with(template)
-    assert labelled(tokenizer, tokenize(tokenizer, Conversation(TALK))) == [f"yes{end}", f"I think so.{end}"]
+    whole = tokenize(tokenizer, Conversation(TALK))
+    assert labelled(tokenizer, whole) == [f"{start}yes{end}", f"{start}I think so.{end}"]
     cut = tokenize(tokenizer, Conversation(TALK, complete=False))
-    assert labelled(tokenizer, cut) == [f"yes{end}", "I think so."]
-    assert cut.is_label[-1]
+    assert labelled(tokenizer, cut) == [f"{start}yes{end}", f"{start}I think so."]
+    assert cut[-1].is_label[-1]
 
 
 def test_the_end_of_a_turn_is_a_label_whatever_its_role() -> None:
@@ -104,11 +102,11 @@ def test_short_answers_are_not_found_in_what_opens_them() -> None:
 
 
 def test_answers_may_repeat_what_opens_them() -> None:
-    """As where the template opens a thought, and the data has the tag as well."""
+    """As where the template opens a thought, and the data has the tag as well: the prompt has written it."""
     tokenizer = tokenizer_with("chatml")
     tokenizer.chat_template = TEMPLATES["chatml"].replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     talk = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nok\n</think>\nHo"})
-    assert labelled(tokenizer, tokenize(tokenizer, Conversation(talk))) == ["<think>\nok\n</think>\nHo<|im_end|>"]
+    assert labelled(tokenizer, tokenize(tokenizer, Conversation(talk))) == ["ok\n</think>\nHo<|im_end|>"]
 
 
 @pytest.mark.parametrize("kind", ["normalizer", "pre-tokenizer"])
@@ -126,7 +124,7 @@ def test_words_that_begin_with_a_space(kind: str) -> None:
         "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
         "{% else %} {{ m.content }}{{ eos_token }} {% endif %}{% endfor %}"
     )
-    sample = tokenize(tokenizer, Conversation(TALK))
+    (sample,) = tokenize(tokenizer, Conversation(TALK))
     assert sum(sample.is_label) == 1 + 1 + 3 + 1
     says = tokenizer.convert_ids_to_tokens([t for t, is_label in zip(*vars(sample).values(), strict=True) if is_label])
     assert says == ["▁yes", "</s>", "▁I", "▁think", "▁so.", "</s>"]
@@ -139,7 +137,7 @@ def test_labels_under_the_chat_template_of_a_real_model(smollm2_gguf: str) -> No
     assert labelled(tokenizer, whole) == ["yes<|im_end|>", "I think so.<|im_end|>"]
     # What a step drafts after the prompt begins where the assistant's first word does.
     prompt = render(tokenizer, TALK[:1], answering=True)
-    assert whole.is_label.index(True) == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    assert whole[0].is_label.index(True) == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def test_a_template_that_alters_answers_is_refused() -> None:
@@ -164,31 +162,15 @@ def test_shapes_of_prompts(tmp_path: Path, row: object) -> None:
     (tmp_path / "lines.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "list.json").write_text(json.dumps([row]))
     for name in ("lines.jsonl", "list.json"):
-        assert read_conversations(tmp_path / name)[0].user_turns[0] == "Hi"
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"prompt": "a"}\n{"pro', "line 2 is not valid JSON"),
-        ('{"text2": "a"}', "has the keys 'text2'"),
-        ('{"messages": [{"role": "alien", "content": "a"}]}', "holds the turn"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "no message of a user"),
-        ("", "holds no prompts"),
-    ],
-)
-def test_prompts_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(DatasetError, match=words):
-        read_conversations(tmp_path / "p.jsonl")
+        assert read_conversations(tmp_path / name).conversations[0].user_turns[0] == "Hi"
 
 
 def test_texts_may_hold_other_line_breaks(tmp_path: Path) -> None:
     said = "one\u2028two\x0cthree\x85four"
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": said}, ensure_ascii=False) + "\n", encoding="utf-8")
     (tmp_path / "p.txt").write_text(f"{said}\nfive\n", encoding="utf-8")
-    assert [talk.user_turns[0] for talk in read_conversations(tmp_path / "p.jsonl")] == [said]
-    assert [talk.user_turns[0] for talk in read_conversations(tmp_path / "p.txt")] == [said, "five"]
+    assert [talk.user_turns[0] for talk in read_conversations(tmp_path / "p.jsonl").conversations] == [said]
+    assert [talk.user_turns[0] for talk in read_conversations(tmp_path / "p.txt").conversations] == [said, "five"]
 
 
 def test_copies_of_a_prompt_are_one_and_go_to_one_split() -> None:

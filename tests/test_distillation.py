@@ -175,7 +175,10 @@ def test_a_deleted_part_of_prompts_is_made_anew(tmp_path: Path) -> None:
 
         def user_turns(self, conversations: list[object], *, seed: int = 0, **_: object) -> list[Written]:
             calls.append(seed)
-            return [Written(f"What about {seed} and {i}?", complete=True, tokens=5) for i in range(len(conversations))]
+            return [
+                Written(f"What about {seed} and {i}?", complete=True, ids=(1, 2, 3, 4, 5))
+                for i in range(len(conversations))
+            ]
 
     def run() -> None:
         distillation.distill(folder, settings, [], Author, quiet=True)  # type: ignore[arg-type]
@@ -232,8 +235,15 @@ class Parrot:
     told: Callable[[int], None]
     fingerprint = "feathers"
 
+    def refusal(self, _: object) -> None:
+        """It takes every prompt."""
+
+    def learnable(self, conversation: Conversation) -> int:
+        """All of what it says."""
+        return sum(map(len, conversation.written))
+
     def user_turns(self, conversations: list[object], **_: object) -> list[Written]:
-        return [Written("Polly wants a cracker?", complete=True, tokens=5)] * len(conversations)
+        return [Written("Polly wants a cracker?", complete=True, ids=(1, 2, 3, 4, 5))] * len(conversations)
 
     answer = user_turns
 

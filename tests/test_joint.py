@@ -254,7 +254,7 @@ def test_several_data_sets_share_no_held_out_prompt(tiny_model_folder: Path, tal
 
     half = tmp_path / "half.jsonl"
     half.write_text("".join(talks.read_text().splitlines(keepends=True)[::2]))
-    splits = load_sources([talks, half], heldout=0.2)
+    splits = load_sources([talks, half], heldout=0.2).splits
     held_out = {c.prompt_key for split in splits["heldout"] for c in split.conversations}
     assert held_out and not held_out & {c.prompt_key for split in splits["train"] for c in split.conversations}
     arguments = train(tiny_model_folder, talks, tmp_path / "out", "--data", half)

@@ -24,6 +24,7 @@ from medusa_export.cli import DTYPES, Progress, extra
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also write a plot, as PNG.")
 @click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
+@click.option("--strict", is_flag=True, help="Refuse data with rows that can't be used, instead of skipping them.")
 @click.option(
     "--lookup/--no-lookup", default=True, show_default=True, help="Count the runtime's guesses from the text, too."
 )
@@ -37,6 +38,7 @@ def command(
     output: Path,
     plot: Path | None,
     max_length: int,
+    strict: bool,
     lookup: bool,
     dtype: str | None,
     device: str | None,
@@ -57,7 +59,6 @@ def command(
         from medusa_export.head_files import load_heads
         from medusa_export.plots import plot_calibration
         from medusa_export.training.calibrate import counted, depth_of
-        from medusa_export.training.conversations import load_chat_tokenizer
         from medusa_export.training.dataset import load_heldout
         from medusa_export.training.device import device_of, dtype_of
         from medusa_export.training.features import (
@@ -68,22 +69,23 @@ def command(
             digest_of_samples,
         )
         from medusa_export.training.report import calibration_table
+        from medusa_export.training.templates import load_chat_tokenizer
 
-    splits = [load_heldout(source) for source in data]
+    tokenized = load_heldout(data).tokenized(load_chat_tokenizer(model), max_length, strict=strict)
+    if tokenized.note:
+        click.echo(tokenized.note, err=True)
     progress(f"loading {model}")
-    tokenizer = load_chat_tokenizer(model)
     place = device_of(device)
     base = load_model(model, dtype=getattr(torch, dtype_of(dtype and DTYPES[dtype], place))).to(place)
     attached = load_heads(heads, base).float().to(place)
     depth = depth_of(attached, lookup=lookup)
     parts, texts = [], []
-    for split in splits:
-        samples = split.samples(tokenizer)
+    for samples in tokenized.samples["heldout"]:
         key = FeatureKey.of(base, Path(model).name, digest_of_samples(samples), depth, max_length)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "features"
             otherwise = "set TMPDIR to a folder that has more, or give less data"
-            found = compute_features(base, samples, folder, key, name=split.name, otherwise=otherwise, quiet=quiet)
+            found = compute_features(base, samples, folder, key, name="heldout", otherwise=otherwise, quiet=quiet)
             parts.append(found)
         texts += [sample for batch in batched(samples, max_length) for sample in batch]
     features = Features.join(parts)

@@ -23,6 +23,7 @@ from medusa_export.cli import DTYPES, Progress, extra
     type=click.IntRange(0),
     help="Prompts that the model writes itself, from its chat template. [default: 1000 without --prompts]",
 )
+@click.option("--strict", is_flag=True, help="Refuse files with rows that can't be used, instead of skipping them.")
 @click.option("--limit", type=click.IntRange(1), help="Conversations at most.")
 @click.option("--turns", type=click.IntRange(1), default=1, show_default=True, help="User turns per conversation.")
 @click.option("--system", help="A system message.")
@@ -40,6 +41,7 @@ def command(
     output: Path,
     prompts: tuple[Path, ...],
     magpie: int | None,
+    strict: bool,
     limit: int | None,
     turns: int,
     system: str | None,
@@ -63,15 +65,21 @@ def command(
         import torch
 
         from medusa_export.checkpoints import load_model
-        from medusa_export.training.conversations import load_chat_tokenizer, read_conversations
         from medusa_export.training.device import device_of, dtype_of
         from medusa_export.training.distillation import DistillSettings, distill
         from medusa_export.training.generation import Writer
+        from medusa_export.training.rows import check_skipped, facts, read_conversations, summary
+        from medusa_export.training.templates import load_chat_tokenizer
         from medusa_runtime.listed_folder import FileFacts
 
     place = device_of(device)
     kind = dtype_of(dtype and DTYPES[dtype], place)
-    conversations = [conversation for path in prompts for conversation in read_conversations(path)]
+    readings = [read_conversations(path) for path in prompts]
+    rows, skipped = sum(reading.rows for reading in readings), [row for reading in readings for row in reading.skipped]
+    check_skipped(skipped, rows, strict=strict)
+    if skipped:
+        click.echo(f"note: {summary(skipped, rows)}", err=True)
+    conversations = [conversation for reading in readings for conversation in reading.conversations]
     settings = DistillSettings(
         model=Path(model).name,
         prompts=[[path.name, FileFacts.of(path).sha256] for path in prompts],
@@ -94,7 +102,8 @@ def command(
         base = load_model(model, dtype=getattr(torch, kind)).to(place)
         return Writer(base, tokenizer)
 
-    made = distill(output, settings, conversations, open_writer, quiet=quiet)
+    found = facts(skipped, rows) if prompts else None
+    made = distill(output, settings, conversations, open_writer, found=found, strict=strict, quiet=quiet)
     if made.own_prompts < settings.magpie:
         click.echo(
             f"note: of {settings.magpie:,} prompts the model wrote {made.own_prompts:,}, since it repeats itself or "
@@ -105,6 +114,15 @@ def command(
         click.echo(
             f"note: {made.left_out:,} prompts are left out, as the model has no room for an answer of {max_new_tokens} "
             "tokens after them.",
+            err=True,
+        )
+    if made.refused:
+        total = len(made.refused) + made.answers + made.left_out
+        click.echo(f"note: the chat template refuses some prompts: {summary(made.refused, total)}", err=True)
+    if made.cut_off > made.answers // 2:
+        click.echo(
+            f"note: {made.cut_off:,} of {made.answers:,} conversations were cut off at {max_new_tokens} tokens of an "
+            "answer: raise --max-new-tokens, in another folder, so that the heads see whole answers.",
             err=True,
         )
     for name, split in made.splits.items():

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from medusa_export.cli import DTYPES, Progress, extra
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from medusa_export.training.dataset import TokenizedData
+    from medusa_export.training.processes import Processes
+
 # Options that a training may go on without; or what stands for them is compared: of data and weights their digests.
-NOT_IN_THE_RESULT = {"output", "device", "hidden_states", "save_dtype", "quiet", "model", "data", "heads"}
+NOT_IN_THE_RESULT = {"output", "device", "hidden_states", "save_dtype", "quiet", "strict", "model", "data", "heads"}
 
 # Of fresh heads alone.
 _SHAPE = ("num_heads", "num_layers", "conditioned", "draft_vocab")
@@ -89,6 +96,7 @@ _SHAPE = ("num_heads", "num_layers", "conditioned", "draft_vocab")
 @click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
 @click.option("--limit", type=click.IntRange(1), help="Conversations to train on, at most, of each --data.")
 @click.option("--heldout", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="If --data is a file.")
+@click.option("--strict", is_flag=True, help="Refuse data with rows that can't be used, instead of skipping them.")
 @click.option("--save-dtype", type=click.Choice(list(DTYPES)), default="fp16", show_default=True, help="Of the file.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the base model. [default: bf16 on a GPU, else fp32]")
 @click.option("--bf16/--no-bf16", default=None, help="Matrix products of the training in bf16. [default: on a GPU]")
@@ -125,6 +133,7 @@ def command(
     max_length: int,
     limit: int | None,
     heldout: float,
+    strict: bool,
     save_dtype: str,
     dtype: str | None,
     bf16: bool | None,
@@ -145,8 +154,6 @@ def command(
         from medusa_export.checkpoints import load_model
         from medusa_export.files import write_text
         from medusa_export.plots import plot_training
-        from medusa_export.training.conversations import load_chat_tokenizer
-        from medusa_export.training.dataset import load_sources
         from medusa_export.training.device import dtype_of
         from medusa_export.training.job import HeadShape, TrainingJob
         from medusa_export.training.joint import Lora
@@ -158,11 +165,11 @@ def command(
     processes = Processes(device)
     kind = dtype_of(dtype and DTYPES[dtype], processes.device)
     bf16 = processes.device.type == "cuda" if bf16 is None else bf16
-    splits = load_sources(data, heldout=heldout, limit=limit)
+    tokenizer, tokenized = _read(model, data, processes, heldout, limit, max_length, strict=strict)
     with processes.main_first():
         progress(f"loading {model}")
-        tokenizer, base = load_chat_tokenizer(model), load_model(model, dtype=getattr(torch, kind))
-    job = TrainingJob(base.to(processes.device), model, tokenizer, splits, output, processes, max_length, quiet=quiet)
+        base = load_model(model, dtype=getattr(torch, kind)).to(processes.device)
+    job = TrainingJob(base, model, tokenizer, tokenized.samples, output, processes, max_length, quiet=quiet)
     trained = (
         job.fresh_heads(HeadShape(num_heads, num_layers, conditioned, draft_vocab, own_projections))
         if heads is None
@@ -170,7 +177,7 @@ def command(
     )
     asked = {**context.params, "dtype": kind, "bf16": bf16}
     without = NOT_IN_THE_RESULT if heads is None else NOT_IN_THE_RESULT | {*_SHAPE}
-    job.begin(trained, {name: value for name, value in asked.items() if name not in without})
+    job.begin(trained, {name: value for name, value in asked.items() if name not in without}, tokenized.facts)
     histories = {}
     if recipe == "medusa1" or heads is None:
         progress(f"training on {job.tokens('train'):,} tokens, {job.tokens('heldout'):,} held out")
@@ -195,6 +202,29 @@ def command(
     Console().print(accuracy_table(last, trained.config.num_heads))
     if recipe == "medusa2":
         click.echo(quality_line(last, histories["joint"][-1]["merged_perplexity"]))
+
+
+def _read(
+    model: str,
+    data: tuple[Path, ...],
+    processes: Processes,
+    heldout: float,
+    limit: int | None,
+    max_length: int,
+    *,
+    strict: bool,
+) -> tuple[PreTrainedTokenizerBase, TokenizedData]:
+    """Reads and tokenizes the data before the model is loaded, which takes much longer."""
+    from medusa_export.training.dataset import load_sources
+    from medusa_export.training.templates import load_chat_tokenizer
+
+    sources = load_sources(data, heldout=heldout, limit=limit)
+    with processes.main_first():
+        tokenizer = load_chat_tokenizer(model)
+    tokenized = sources.tokenized(tokenizer, max_length, strict=strict)
+    if tokenized.note and processes.is_main:
+        click.echo(tokenized.note, err=True)
+    return tokenizer, tokenized
 
 
 def _check_shape(context: click.Context, heads: str | None) -> None:

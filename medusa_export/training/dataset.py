@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from medusa_export.errors import DatasetError
-from medusa_export.training.conversations import Conversation, Sample, read_conversations, tokenize
+from medusa_export.training.conversations import Conversation, Sample
 from medusa_export.training.distillation import DESCRIPTION, SPLITS
+from medusa_export.training.labels import Labeller
+from medusa_export.training.rows import Reading, Skipped, check_skipped, facts, read_conversations, summary
 from medusa_export.training.settings import read_settings
 from medusa_runtime.listed_folder import FileFacts
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples of conversations.
+
+    Attributes:
+        samples: The samples.
+        skipped: Conversations that give none.
+    """
+
+    samples: list[Sample]
+    skipped: list[Skipped]
 
 
 @dataclass(frozen=True)
@@ -35,17 +51,101 @@ class DatasetSplit:
         kept = [self.conversations[i] for i in sorted(chosen)]
         return DatasetSplit(self.name, kept)
 
-    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        """Its conversations as tokens.
+    def labelled(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Labelled:
+        """Its conversations as samples. Those that give none are skipped.
+
+        Args:
+            tokenizer: A fast tokenizer with a chat template.
+            max_length: Tokens of a sample at most, None for any number.
+        """
+        labeller = Labeller(tokenizer)
+        samples: list[Sample] = []
+        skipped: list[Skipped] = []
+        for conversation in self.conversations:
+            try:
+                found = labeller.samples(conversation, max_length)
+            except DatasetError as error:
+                skipped.append(Skipped(conversation.source, str(error)))
+                continue
+            samples += found
+            if not found:
+                skipped.append(Skipped(conversation.source, _nothing_in(conversation, max_length)))
+        return Labelled(samples, skipped)
+
+
+def _nothing_in(conversation: Conversation, max_length: int | None) -> str:
+    """Why a conversation gives no samples."""
+    answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+    if not any(answer.strip() for answer in answers):
+        return "its answers are empty" if answers else "it has no answer to learn from"
+    return f"its first answer begins behind {max_length:,} tokens (--max-length)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What data sets hold.
+
+    Attributes:
+        splits: Their splits, by name.
+        rows: How many rows were read.
+        skipped: Rows that could not be read.
+    """
+
+    splits: dict[str, list[DatasetSplit]] = field(default_factory=dict)
+    rows: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def tokenized(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, *, strict: bool = False
+    ) -> TokenizedData:
+        """Turns the conversations into samples.
+
+        Args:
+            tokenizer: A fast tokenizer with a chat template.
+            max_length: Tokens of a sample at most, None for any number.
+            strict: Refuse rows that can't be used instead of skipping them.
 
         Raises:
-            DatasetError: The chat template doesn't fit them.
+            DatasetError: A split has nothing to learn from, or a row can't be used and ``strict`` is set.
         """
-        return [tokenize(tokenizer, conversation) for conversation in self.conversations]
+        found = {name: [split.labelled(tokenizer, max_length) for split in self.splits[name]] for name in self.splits}
+        skipped = [*self.skipped, *(row for parts in found.values() for part in parts for row in part.skipped)]
+        check_skipped(skipped, self.rows, strict=strict)
+        for name, parts in found.items():
+            if not any(part.samples for part in parts):
+                why = f": {summary(skipped, self.rows)}" if skipped else ""
+                raise DatasetError(f"The split {name!r} holds nothing to learn from{why}.")
+        samples = {name: [part.samples for part in parts if part.samples] for name, parts in found.items()}
+        return TokenizedData(samples, self.rows, skipped)
 
 
-def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list[DatasetSplit]:
-    """The splits ``train`` and ``heldout``.
+@dataclass(frozen=True)
+class TokenizedData:
+    """Data sets as tokens.
+
+    Attributes:
+        samples: The samples of each data set, by the name of the split.
+        rows: How many rows the data sets have.
+        skipped: Rows that are not used.
+    """
+
+    samples: dict[str, list[list[Sample]]]
+    rows: int
+    skipped: list[Skipped]
+
+    @property
+    def note(self) -> str | None:
+        """What to say about skipped rows; None if there are none."""
+        return f"note: {summary(self.skipped, self.rows)}" if self.skipped else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What to keep about skipped rows, as JSON knows it."""
+        return facts(self.skipped, self.rows)
+
+
+def load_source(data: Path, *, heldout: float, limit: int | None = None) -> Source:
+    """Reads a data set with the splits ``train`` and ``heldout``.
 
     Args:
         data: A folder that ``distill`` wrote, or a file of conversations.
@@ -57,54 +157,74 @@ def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list
         SettingsError: The folder is not one that ``distill`` wrote.
     """
     if data.is_dir():
-        splits = [_recorded(data, name) for name in SPLITS]
+        readings = [_recorded(data, name) for name in SPLITS]
+        splits = [DatasetSplit(name, found.conversations) for name, found in zip(SPLITS, readings, strict=True)]
     else:
-        found = read_conversations(data)
+        readings = [read_conversations(data)]
         splits = [
-            DatasetSplit(name, [c for c in found if c.is_held_out(heldout) == (name == "heldout")]) for name in SPLITS
+            DatasetSplit(name, [c for c in readings[0].conversations if c.is_held_out(heldout) == (name == "heldout")])
+            for name in SPLITS
         ]
     for split in splits:
         _check_some(split, data)
     if limit is not None:
         splits[0] = splits[0].sample(limit)
-    return splits
+    return _source(splits, readings)
 
 
-def load_sources(sources: Sequence[Path], *, heldout: float, limit: int | None = None) -> dict[str, list[DatasetSplit]]:
-    """The splits of several data sets, by name. A prompt that one of them holds out is trained on in none.
+def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list[DatasetSplit]:
+    """The splits ``train`` and ``heldout`` of a data set, without rows that can't be read; see ``load_source``."""
+    return [split for parts in load_source(data, heldout=heldout, limit=limit).splits.values() for split in parts]
+
+
+def load_sources(sources: Sequence[Path], *, heldout: float, limit: int | None = None) -> Source:
+    """Reads several data sets. A prompt that one of them holds out is trained on in none.
 
     Args:
-        sources: As for ``load_splits``.
+        sources: As for ``load_source``.
         heldout: Likewise.
         limit: Likewise, of each.
 
     Raises:
-        DatasetError: As ``load_splits``.
+        DatasetError: As ``load_source``.
     """
-    found: dict[str, list[DatasetSplit]] = {name: [] for name in SPLITS}
-    for source in sources:
-        for split in load_splits(source, heldout=heldout, limit=limit):
-            found[split.name].append(split)
-    held_out = {conversation.prompt_key for split in found["heldout"] for conversation in split.conversations}
-    found["train"] = [split.without(held_out) for split in found["train"]]
+    found = _joined([load_source(source, heldout=heldout, limit=limit) for source in sources])
+    held_out = {conversation.prompt_key for split in found.splits["heldout"] for conversation in split.conversations}
+    found.splits["train"] = [split.without(held_out) for split in found.splits["train"]]
     return found
 
 
-def load_heldout(data: Path) -> DatasetSplit:
-    """What to measure on: the held-out part of what ``distill`` wrote, or a file as a whole.
+def load_heldout(sources: Sequence[Path]) -> Source:
+    """Reads what to measure on: the held-out part of what ``distill`` wrote, or a file as a whole.
 
     Raises:
         DatasetError: The data can't be read, was altered, is not finished, or empty.
-        SettingsError: As ``load_splits``.
+        SettingsError: As ``load_source``.
     """
-    if not data.is_dir():
-        return DatasetSplit(data.stem, read_conversations(data))
-    split = _recorded(data, "heldout")
-    _check_some(split, data)
-    return split
+    found = []
+    for data in sources:
+        reading = _recorded(data, "heldout") if data.is_dir() else read_conversations(data)
+        split = DatasetSplit("heldout", reading.conversations)
+        _check_some(split, data)
+        found.append(_source([split], [reading]))
+    return _joined(found)
 
 
-def _recorded(folder: Path, name: str) -> DatasetSplit:
+def _source(splits: Sequence[DatasetSplit], readings: Sequence[Reading]) -> Source:
+    skipped = [row for reading in readings for row in reading.skipped]
+    return Source({split.name: [split] for split in splits}, sum(reading.rows for reading in readings), skipped)
+
+
+def _joined(sources: Sequence[Source]) -> Source:
+    names = dict.fromkeys(name for source in sources for name in source.splits)
+    return Source(
+        {name: [split for source in sources for split in source.splits[name]] for name in names},
+        sum(source.rows for source in sources),
+        [row for source in sources for row in source.skipped],
+    )
+
+
+def _recorded(folder: Path, name: str) -> Reading:
     """A split of what ``distill`` wrote."""
     recorded = read_settings(folder / DESCRIPTION).get("splits")
     if recorded is None:
@@ -112,7 +232,7 @@ def _recorded(folder: Path, name: str) -> DatasetSplit:
     path = folder / f"{name}.jsonl"
     if not path.is_file() or FileFacts.of(path).sha256 != recorded[name]["sha256"]:
         raise DatasetError(f"{path} is missing or altered: run 'medusa-export distill' again to restore it.")
-    return DatasetSplit(name, read_conversations(path) if recorded[name]["rows"] else [])
+    return read_conversations(path) if recorded[name]["rows"] else Reading([], [])
 
 
 def _check_some(split: DatasetSplit, data: Path) -> None:

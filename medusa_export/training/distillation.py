@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,8 @@ from medusa_export.progress import Bar, progress_bar
 from medusa_export.training.conversations import Conversation, Message, unique
 from medusa_export.training.generation import Writer
 from medusa_export.training.parts import Parts, to_jsonl
-from medusa_export.training.settings import begin, read_settings
+from medusa_export.training.rows import Skipped
+from medusa_export.training.settings import begin, note, read_settings
 
 DESCRIPTION = "distill.json"
 SPLITS = ("train", "heldout")
@@ -82,11 +83,17 @@ class Distilled:
         splits: The finished files, by name.
         own_prompts: Prompts that the model wrote; less than wanted where it repeats itself.
         left_out: Prompts that leave no room for an answer.
+        refused: Prompts that the chat template refuses, with its reason.
+        answers: Answers to the other prompts.
+        cut_off: How many of them were cut off at the limit.
     """
 
     splits: dict[str, Split]
     own_prompts: int
     left_out: int
+    refused: list[Skipped]
+    answers: int
+    cut_off: int
 
 
 def distill(
@@ -95,6 +102,8 @@ def distill(
     prompts: Sequence[Conversation],
     open_writer: Callable[[], Writer],
     *,
+    found: Mapping[str, Any] | None = None,
+    strict: bool = False,
     quiet: bool = False,
 ) -> Distilled:
     """Runs a job, or what is left of it.
@@ -104,15 +113,18 @@ def distill(
         settings: What to make.
         prompts: Conversations of which the user turns are answered anew.
         open_writer: Loads the model; not called if nothing is left to write.
+        found: What else to keep about the prompts, as JSON knows it.
+        strict: Refuse prompts that the chat template refuses, instead of leaving them out.
         quiet: No progress.
 
     Raises:
-        DatasetError: The folder holds other things, a part is damaged or answers other prompts, or there is nothing to
-            answer.
+        DatasetError: The folder holds other things, a part is damaged or answers other prompts, there is nothing to
+            answer, or the chat template doesn't fit the prompts or the first answers.
         SettingsError: The folder was begun under other settings, or by another model of the same name.
         OutputError: A file can't be written.
     """
     _begin(folder, settings)
+    note(folder / DESCRIPTION, **(found or {}))
 
     @cache
     def open_once() -> Writer:
@@ -152,16 +164,75 @@ def distill(
     done = sum(number in answers for number in range(len(batches)))
     with progress_bar("answering", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
         for number, batch in enumerate(batches):
-            if number not in answers:
-                answers.write(number, _answer(writer(bar), settings, batch, number))
-                bar.finish_piece()
+            if number in answers:
+                continue
+            if not len(answers):
+                _check_prompts(writer(bar), seeds, settings, strict=strict)
+            made = _answer(writer(bar), settings, batch, number)
+            if not len(answers):
+                _check_answered(writer(bar), made, settings)
+            answers.write(number, made)
+            bar.finish_piece()
     rows = list(answers.rows())
+    refused = [Skipped(_name(seeds[row["id"]]), row["refused"]) for row in rows if "refused" in row]
+    left_out = len(seeds) - len(rows)
+    rows = [row for row in rows if row["tokens"]]
     if not rows:
         raise DatasetError(
             f"None of {len(seeds):,} prompts leaves room for an answer of {settings.max_new_tokens} tokens within what "
             "the model can hold: into another folder, give shorter ones, or lower --max-new-tokens."
         )
-    return Distilled(_finish(folder, settings, rows), len(written), len(seeds) - len(rows))
+    splits = _finish(folder, settings, rows)
+    note(folder / DESCRIPTION, left_out=left_out, refused=[str(prompt) for prompt in refused])
+    cut_off = sum(not row["complete"] for row in rows)
+    return Distilled(splits, len(written), left_out, refused, len(rows), cut_off)
+
+
+def _name(prompt: Conversation) -> str:
+    """Where a prompt comes from."""
+    return prompt.source or f"the prompt {prompt.user_turns[0][:60]!r}"
+
+
+def _check_prompts(writer: Writer, prompts: Sequence[Conversation], settings: DistillSettings, *, strict: bool) -> None:
+    """Refuses prompts of which the chat template takes none; if ``strict``, of which it refuses one."""
+    reason = ""
+    for prompt in prompts:
+        found = writer.refusal([*prompt.system, {"role": "user", "content": prompt.user_turns[0]}])
+        if found is None and not strict:
+            return
+        if found is not None and strict:
+            raise DatasetError(f"With --strict, no prompt may be refused. {_name(prompt)}: {found}")
+        reason = reason or found or ""
+    if not reason:
+        return
+    remedy = "leave --system out" if settings.system is not None else "give other prompts"
+    raise DatasetError(f"None of {len(prompts):,} prompts can be answered. {reason} Into another folder, {remedy}.")
+
+
+def _check_answered(writer: Writer, rows: Sequence[dict[str, Any]], settings: DistillSettings) -> None:
+    """Tries on the first answers what a training does with all, before hours are spent on them.
+
+    Raises:
+        DatasetError: The chat template refuses the model's own answers, or a training wouldn't learn them.
+    """
+    ended = [row for row in rows if row.get("ended")]
+    if ended and len(ended) == sum(row["tokens"] > 0 for row in rows):
+        raise DatasetError(
+            f"No conversation can go on after the model's answer. {ended[0]['ended']} Into another folder, answer one "
+            "turn (--turns 1)."
+        )
+    for row in rows:
+        if not row["tokens"]:
+            continue
+        said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        wanted = sum(len(ids) for text, ids in zip(said, row["written"], strict=True) if text.strip())
+        written = tuple(tuple(ids) for ids in row["written"])
+        learned = writer.learnable(Conversation(tuple(row["messages"]), row["complete"], written))
+        if learned != wanted:
+            raise DatasetError(
+                f"A training would learn {learned} of the {wanted} tokens that the model wrote after "
+                f"{row['messages'][-2]['content'][:60]!r}: the tokenizer doesn't fit the model."
+            )
 
 
 def _begin(folder: Path, settings: DistillSettings) -> None:
@@ -203,7 +274,7 @@ def _as_prompt(conversation: Conversation, settings: DistillSettings) -> Convers
     if not system and settings.system is not None:
         system = ({"role": "system", "content": settings.system},)
     users = tuple({"role": "user", "content": said} for said in conversation.user_turns[: settings.turns])
-    return Conversation((*system, *users))
+    return Conversation((*system, *users), source=conversation.source)
 
 
 def _most_batches(settings: DistillSettings) -> int:
@@ -240,14 +311,21 @@ def _answer(
 ) -> list[dict[str, Any]]:
     """The rows of a part: each conversation played until it is cut off, has its turns, or has no room for one more.
 
-    A prompt that leaves no room for an answer has no row.
+    A prompt that leaves no room for an answer has no row. One that the chat template refuses has a row that says why. A
+    conversation also ends where the template refuses what was said.
     """
     users = [list(prompt.user_turns) for prompt in batch]
     talks: list[list[Message]] = [list(prompt.system) for prompt in batch]
     complete = [True] * len(batch)
-    tokens = [0] * len(batch)
+    ids: list[list[list[int]]] = [[] for _ in batch]
+    refused: dict[int, str] = {}
     going = list(range(len(batch)))
     for turn in range(settings.turns):
+        for row in going:
+            question = users[row][turn] if turn < len(users[row]) else "a"
+            if reason := writer.refusal([*talks[row], {"role": "user", "content": question}]):
+                refused[row] = reason
+        going = [row for row in going if row not in refused]
         lacking = [row for row in going if turn >= len(users[row])]
         written = writer.user_turns(
             [talks[row] for row in lacking],
@@ -270,21 +348,25 @@ def _answer(
             if answer:
                 talks[row] = [*before, {"role": "assistant", "content": answer.text}]
                 complete[row] = answer.complete
-                tokens[row] += answer.tokens
+                ids[row].append(list(answer.ids))
         going = [row for row, answer in zip(going, answers, strict=True) if answer and answer.complete]
-    first = number * settings.batch_size
-    return [
-        {"id": first + row, "messages": talks[row], "complete": complete[row], "tokens": tokens[row]}
-        for row in range(len(batch))
-        if tokens[row]
-    ]
+    rows: list[dict[str, Any]] = []
+    for row, prompt in enumerate(batch):
+        found: dict[str, Any] = {"id": number * settings.batch_size + row, "messages": talks[row]}
+        if ids[row]:
+            tokens = sum(map(len, ids[row]))
+            found |= {"complete": complete[row], "tokens": tokens, "written": ids[row]}
+            rows.append(found | ({"ended": refused[row]} if row in refused else {}))
+        elif row in refused:
+            rows.append(found | {"messages": list(prompt.messages), "tokens": 0, "refused": refused[row]})
+    return rows
 
 
 def _finish(folder: Path, settings: DistillSettings, rows: Sequence[dict[str, Any]]) -> dict[str, Split]:
     divided: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     for row in rows:
         held_out = Conversation(tuple(row["messages"])).is_held_out(settings.heldout)
-        divided["heldout" if held_out else "train"].append(row)
+        divided["heldout" if held_out else "train"].append({name: row[name] for name in row if name != "ended"})
     splits = {}
     for name, own in divided.items():
         data = to_jsonl(own)

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.errors import DatasetError
-from medusa_export.training.conversations import Message, render, special_tokens
+from medusa_export.training.conversations import Conversation, Message
 from medusa_export.training.features import fingerprint
-
-# Stands for a user's words in a chat template; no template alters it.
-_MARK = "medusa0export1user2turn"
+from medusa_export.training.labels import Labeller, decoded
+from medusa_export.training.templates import MARK, ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,17 @@ class Written:
     Attributes:
         text: Without the token that ends it.
         complete: It ended by itself, not at the limit.
-        tokens: How many it took.
+        ids: Its tokens, the one that ends it included.
     """
 
     text: str
     complete: bool
-    tokens: int
+    ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it took."""
+        return len(self.ids)
 
 
 class Writer:
@@ -49,17 +53,35 @@ class Writer:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model: Any = model
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         self.told: Callable[[int], None] = lambda _: None
-        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-        eos = tokenizer.eos_token_id if eos is None else eos
-        if eos is None:
+        named = model.generation_config.eos_token_id if model.generation_config is not None else None
+        found = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+        # The template's, too: many chat models name another end in their configuration, and would write on behind it.
+        self._stop_ids = [token for token in dict.fromkeys([*found, self._template.end_token]) if token is not None]
+        if not self._stop_ids:
             raise DatasetError("Neither the model nor its tokenizer names an end-of-sequence token: answers never end.")
-        self._stop_ids = [eos] if isinstance(eos, int) else list(eos)
 
     @property
     def fingerprint(self) -> str:
         """Tells models of one name apart, and their chat templates."""
         return hashlib.sha256(f"{fingerprint(self._model)} {self._tokenizer.chat_template}".encode()).hexdigest()
+
+    def refusal(self, messages: Sequence[Message]) -> str | None:
+        """Why the chat template refuses a conversation that ends with a user's turn. None if it doesn't."""
+        try:
+            self._template.render(messages, answering=True)
+        except DatasetError as error:
+            return str(error)
+        return None
+
+    def learnable(self, conversation: Conversation) -> int:
+        """How many tokens a training would learn of a conversation.
+
+        Raises:
+            DatasetError: The chat template doesn't fit the answers.
+        """
+        return sum(sum(sample.is_label) for sample in Labeller(self._tokenizer).samples(conversation))
 
     def answer(
         self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int
@@ -68,7 +90,7 @@ class Writer:
 
         None where the conversation leaves no room for so many tokens.
         """
-        texts = [render(self._tokenizer, messages, answering=True) for messages in conversations]
+        texts = [self._template.render(messages, answering=True) for messages in conversations]
         return self._write(texts, self._stop_ids, max_new_tokens, temperature, seed)
 
     def user_turns(
@@ -80,15 +102,19 @@ class Writer:
         """
         texts, ends = [], set()
         for messages in conversations:
-            before, _, after = render(
-                self._tokenizer, [*messages, {"role": "user", "content": _MARK}], answering=False
-            ).partition(_MARK)
+            marked: list[Message] = [*messages, {"role": "user", "content": MARK}]
+            before, found, after = self._template.render(marked, answering=False).partition(MARK)
+            if not found:
+                raise DatasetError(
+                    "The chat template alters what a user says, so the model can't write prompts by it: give them with "
+                    "--prompts."
+                )
             texts.append(before)
             ends.add(after.strip())
         stop_ids = {*self._stop_ids}
         for end in ends:
             first = self._tokenizer(end, add_special_tokens=False)["input_ids"][:1]
-            stop_ids |= set(first) & set(special_tokens(self._tokenizer).values())
+            stop_ids |= set(first) & set(self._template.special.values())
         written = self._write(texts, sorted(stop_ids), max_new_tokens, temperature, seed)
         # A template without special tokens ends a turn with words.
         return [_cut_at(turn, ends) if turn else None for turn in written]
@@ -133,16 +159,13 @@ class Writer:
 
     def _cut(self, tokens: list[int], stop_ids: set[int]) -> Written:
         complete = tokens[-1] in stop_ids
-        text = self._tokenizer.decode(
-            tokens[:-1] if complete else tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return Written(text, complete, len(tokens))
+        return Written(decoded(self._tokenizer, tokens[:-1] if complete else tokens), complete, tuple(tokens))
 
 
 def _cut_at(turn: Written, ends: Iterable[str]) -> Written:
     """What stands before one of these words, if one occurs."""
     text = next((turn.text.partition(end)[0] for end in ends if end and end in turn.text), None)
-    return turn if text is None else Written(text, True, turn.tokens)
+    return turn if text is None else Written(text, True, turn.ids)
 
 
 def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:

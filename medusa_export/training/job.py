@@ -21,7 +21,6 @@ from medusa_export.head_writer import check_config, save_heads
 from medusa_export.heads import MedusaHeads
 from medusa_export.training import settings
 from medusa_export.training.conversations import Sample
-from medusa_export.training.dataset import DatasetSplit
 from medusa_export.training.features import (
     FeatureKey,
     Features,
@@ -75,14 +74,11 @@ class TrainingJob:
         model: The base model, on the device to train on.
         source: Where it was loaded from.
         tokenizer: Its tokenizer, with a chat template.
-        splits: The data sets' splits, by name.
+        samples: The samples of each data set, by the name of the split.
         folder: For hidden states and checkpoints.
         processes: Those that train together.
         max_length: Tokens of a conversation, at most.
         quiet: No progress.
-
-    Raises:
-        DatasetError: The chat template doesn't fit the data.
     """
 
     def __init__(
@@ -90,7 +86,7 @@ class TrainingJob:
         model: PreTrainedModel,
         source: str,
         tokenizer: PreTrainedTokenizerBase,
-        splits: Mapping[str, Sequence[DatasetSplit]],
+        samples: Mapping[str, Sequence[list[Sample]]],
         folder: Path,
         processes: Processes,
         max_length: int,
@@ -100,16 +96,17 @@ class TrainingJob:
         self._model, self._source, self._tokenizer, self._folder = model, source, tokenizer, folder
         self._processes, self._max_length, self._quiet = processes, max_length, quiet
         self._changed = False
-        self._samples = {name: [split.samples(tokenizer) for split in splits[name]] for name in splits}
+        self._samples = samples
         # Of tokens, which depend on the chat template, too.
         self._digests = {name: [digest_of_samples(part) for part in parts] for name, parts in self._samples.items()}
 
-    def begin(self, heads: MedusaHeads, asked: Mapping[str, Any]) -> None:
+    def begin(self, heads: MedusaHeads, asked: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> None:
         """Keeps in the folder what the training is of, or holds it against that of checkpoints that are there.
 
         Args:
             heads: Those that it starts from.
             asked: All else that shapes the result, as JSON knows it.
+            found: What else to keep about the data, as JSON knows it.
 
         Raises:
             SettingsError: The folder is another training's.
@@ -134,6 +131,8 @@ class TrainingJob:
                 "processes": self._processes.count,  # what a step is, and an epoch in steps, depends on it
             }
             settings.begin(path, {**asked, **identity}, anew=not kept)
+            if self._processes.is_main:
+                settings.note(path, **(found or {}))
 
     def samples(self, split: str) -> list[Sample]:
         """The conversations of all data sets."""

@@ -50,3 +50,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{path} can't be read ({error}): is {path.parent} the folder of such a job?") from error
     return data
+
+
+def note(path: Path, **facts: Any) -> None:
+    """Adds to what ``begin`` wrote what the job has found out since.
+
+    Args:
+        path: Where it is kept.
+        facts: By name, as JSON knows them.
+
+    Raises:
+        SettingsError: It is missing or damaged.
+        OutputError: It can't be written.
+    """
+    known = read_settings(path)
+    if any(known.get(name) != value for name, value in facts.items()):
+        write_text(path, json.dumps(known | facts, indent=1) + "\n")
