@@ -109,7 +109,8 @@ class Source:
             DatasetError: A split has nothing to learn from, or a row can't be used and ``strict`` is set.
         """
         found = {name: [split.labelled(tokenizer, max_length) for split in self.splits[name]] for name in self.splits}
-        skipped = [*self.skipped, *(row for parts in found.values() for part in parts for row in part.skipped)]
+        unlearned = [row for parts in found.values() for part in parts for row in part.skipped]
+        skipped = sorted([*self.skipped, *unlearned], key=lambda row: row.order)
         check_skipped(skipped, self.rows, strict=strict)
         for name, parts in found.items():
             if not any(part.samples for part in parts):

@@ -59,6 +59,12 @@ class Skipped:
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
 
+    @property
+    def order(self) -> tuple[str, int]:
+        """What skipped rows are sorted by: their file, and the number of their line."""
+        name, _, number = self.source.rpartition(" ")
+        return name, int(number) if number.isdecimal() else 0
+
 
 @dataclass(frozen=True)
 class Reading:
