@@ -10,19 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import load_dataset
 
 from distilling import distilled
 from full_disk import no_file_larger_than
+from medusa_export.cli import main
 from medusa_export.errors import DatasetError
 from medusa_export.training import distillation
 from medusa_export.training.conversations import Conversation
-from medusa_export.training.dataset import load_splits
+from medusa_export.training.dataset import DatasetSplit, load_sources, load_splits
 from medusa_export.training.distillation import DistillSettings
 from medusa_export.training.generation import Writer, Written, _choose
 from medusa_export.training.parts import Parts
+from medusa_export.training.rows import read_conversations
+from medusa_export.training.templates import load_chat_tokenizer
 from tiny_models import tiny_model
-from tiny_tokenizer import make_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -268,3 +272,72 @@ def test_a_distillation_with_no_room_goes_on(
     assert "train.jsonl can't be written" in output
     assert distilled(tiny_model_folder, tmp_path / "data", *options)[0] == 0
     assert rows_of(tmp_path / "data") == rows_of(data)
+
+
+# What a model wrote can't be rendered again: the prompt opens a thought, and answers are refused or lose their start.
+STRIPPED = CHAT_TEMPLATE.replace("message['content']", "message['content'][-2:]").replace(
+    "[assistant]", "[assistant]<think>"
+)
+REFUSED = CHAT_TEMPLATE.replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}",
+)
+
+
+def model_with(folder: Path, template: str, source: Path) -> Path:
+    shutil.copytree(source, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize("template", [STRIPPED, REFUSED], ids=["stripped", "refused"])
+def test_what_was_distilled_is_learned_whatever_the_template_makes_of_it(
+    tiny_model_folder: Path, prompts: Path, tmp_path: Path, template: str
+) -> None:
+    model = model_with(tmp_path / "model", template, tiny_model_folder)
+    code, output = distilled(model, tmp_path / "data", "--prompts", prompts, "--temperature", 1)
+    assert code == 0, output
+    assert "were cut off at 12 tokens" in output
+    rows = rows_of(tmp_path / "data")
+    assert all(sum(map(len, row["written"])) == row["tokens"] for row in rows)
+    tokenizer = load_chat_tokenizer(str(model))
+    tokenized = load_sources([tmp_path / "data"], heldout=0).tokenized(tokenizer, strict=True)
+    samples = [sample for parts in tokenized.samples.values() for part in parts for sample in part]
+    learned = [[t for t, label in zip(*vars(sample).values(), strict=True) if label] for sample in samples]
+    assert sorted(learned) == sorted(ids for row in rows for ids in row["written"])
+    assert all(tokenizer.decode(sample.input_ids).find("[assistant]") > 0 for sample in samples)
+    result = CliRunner().invoke(
+        main,
+        ["train", str(model), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "heads"), "--epochs", "1", "-q"],
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def test_a_template_that_refuses_the_models_answers_is_found_at_the_first(
+    tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    model = model_with(tmp_path / "model", REFUSED, tiny_model_folder)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": list(range(60))}))
+    code, output = distilled(model, tmp_path / "data", "--prompts", prompts, "--turns", 2)
+    assert code == 1
+    assert "No conversation can go on after the model's answer. The chat template can't render" in output
+    assert "--turns 1" in output
+    assert not (tmp_path / "data" / "answers").exists()
+
+
+def test_answers_of_earlier_versions_are_learned_by_their_text(data: Path, tmp_path: Path) -> None:
+    """Without the tokens that the model wrote; so are answers that were changed since."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").open()]
+    for name, change in {
+        "old": lambda row: {key: row[key] for key in row if key != "written"},
+        "changed": lambda row: row | {"messages": [row["messages"][0], {"role": "assistant", "content": "Other."}]},
+        "foreign": lambda row: row | {"written": [[10**6] * 3]},
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+        labelled = DatasetSplit("train", read_conversations(path).conversations).labelled(make_tokenizer())
+        assert len(labelled.samples) == len(rows), labelled.skipped
+        for row, sample in zip(map(change, rows), labelled.samples, strict=True):
+            ids = [token for token, label in zip(*vars(sample).values(), strict=True) if label]
+            assert ids == make_tokenizer()(row["messages"][1]["content"], add_special_tokens=False)["input_ids"]
