@@ -280,7 +280,8 @@ STRIPPED = CHAT_TEMPLATE.replace("message['content']", "message['content'][-2:]"
 )
 REFUSED = CHAT_TEMPLATE.replace(
     "{% for message in messages %}",
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}",
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}",
 )
 
 
