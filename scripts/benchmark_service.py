@@ -82,7 +82,7 @@ def main(
     assert tokenizer is not None
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}]) for prompt in bench_prompts()]
     service = MedusaService(bundle, OnnxRuntimeBatchBackend(bundle, rows=requests, threads=threads), tokenizer)
-    runner = service._runner  # one session for all tree sizes, for it holds a copy of the weights
+    runner = service._thread.runner  # one session for all tree sizes, for it holds a copy of the weights
     contestants: dict[str, Contestant] = {}
     if not no_engine:
         engine = MedusaEngine.load(folder, threads=threads, check_digests=False)

@@ -119,7 +119,7 @@ def test_auto_measures_for_each_number_of_rows(tiny_bundle: Bundle, engine: Medu
         handles = [service.submit(PROMPT, max_new_tokens=20) for _ in range(5)]
         expected = engine.generate(PROMPT, max_new_tokens=20).token_ids
         assert [handle.result(60).token_ids for handle in handles] == [expected] * 5
-        assert set(service._runner.choice.sizes) == {1, 2, 3}
+        assert set(service._thread.runner.choice.sizes) == {1, 2, 3}
 
 
 def test_kinds_of_prompts_stops_and_streams(shared: MedusaService, engine: MedusaEngine) -> None:
@@ -465,8 +465,8 @@ def test_a_hook_may_close_an_idle_service_or_give_it_work(tiny_bundle: Bundle, g
     service = MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=metrics)
     metrics.service = service
     service.submit(PROMPT, max_new_tokens=3).result(30)
-    service._thread.join(30)
-    assert not service._thread.is_alive()
+    service._thread.thread.join(30)
+    assert not service._thread.thread.is_alive()
     assert len(done[0].result(0).token_ids) == 3
     assert gate.inner.capacity == 0
 
@@ -476,7 +476,7 @@ def test_whoever_cancels_waits_for_nobody(service: MedusaService, gate: Gate) ->
     gate.open.clear()
     handle = service.submit(PROMPT, max_new_tokens=400)
     assert gate.entered.acquire(timeout=30)
-    with service._changed:
+    with service._thread.changed:
         thread = threading.Thread(target=handle.cancel)
         thread.start()
         thread.join(30)
@@ -496,7 +496,7 @@ def test_a_step_that_fails_ends_the_request_whose_fault_it_is(
     victim, other = [5] * 60, [7] * 11  # the other one never gets so long
     bad = len(victim) + 2
     gate.fail = fail
-    service._runner._tree_size = 1  # so that the victim passes by that length
+    service._thread.runner._tree_size = 1  # so that the victim passes by that length
     handles = [service.submit(prompt, max_new_tokens=30) for prompt in (victim, other)]
     with pytest.raises(BackendError, match="a kernel failed"):
         handles[0].result(30)
@@ -586,7 +586,7 @@ def test_no_memory_for_what_is_taken_over(service: MedusaService, gate: Gate, en
 
 
 def test_a_long_row_steps_by_itself(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
-    service._runner._worth_a_step = 100
+    service._thread.runner._worth_a_step = 100
     seen: list[list[int]] = []
     gate.fail = lambda size, prompts, rows: seen.append(sorted(rows)) if not prompts else None
     prompts = [[9] * 300, [3] * 10]
@@ -595,7 +595,7 @@ def test_a_long_row_steps_by_itself(service: MedusaService, gate: Gate, engine: 
         assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=60).token_ids
     assert [0, 1] not in seen
     seen.clear()
-    service._runner._worth_a_step = 1000
+    service._thread.runner._worth_a_step = 1000
     handles = [service.submit(prompt, max_new_tokens=60) for prompt in prompts]
     assert all(handle.result(30) for handle in handles)
     assert [0, 1] in seen
@@ -674,12 +674,26 @@ def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:
 def test_a_service_that_fails_inside_answers_all(
     tiny_bundle: Bundle, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = MedusaService(tiny_bundle, gate, None, tree_size=4)
-    monkeypatch.setattr(service._scheduler, "decoding", lambda: 1 / 0)
-    with pytest.raises(BackendError, match="failed and is closed"):
-        service.generate(PROMPT)
-    with pytest.raises(ServiceClosedError):
+    seen: list[tuple[int, int]] = []
+    metrics = Metrics()
+    metrics.load = lambda *figures: seen.append(figures)
+    service = MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=metrics)
+    assert (service.state, service.failure) == ("ready", None)
+    monkeypatch.setattr(service._thread.scheduler, "remove", lambda *_: 1 / 0)
+    handles = [service.submit(PROMPT) for _ in range(4)]
+    for handle in handles:
+        with pytest.raises(BackendError, match="failed and is closed") as caught:
+            handle.result(30)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    service._thread.thread.join(30)
+    assert service.state == "failed" and isinstance(service.failure, ZeroDivisionError)
+    assert seen[-1] == (0, 0)
+    assert gate.inner.capacity == 0
+    with pytest.raises(ServiceClosedError, match="has failed: ZeroDivisionError"):
         service.submit(PROMPT)
+    assert service.drain(30)
+    service.close()
+    assert service.state == "failed"
 
 
 def test_what_requests_share_is_not_computed_again(service: MedusaService, engine: MedusaEngine, gate: Gate) -> None:
@@ -775,7 +789,7 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
 def test_a_long_prompt_moves_bit_by_bit(service: MedusaService, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a larger place, and to the others once it decodes: in turns with their steps, and the text is the same."""
     monkeypatch.setattr("medusa_runtime.batch_runner.MOVED_AT_ONCE", 60)
-    monkeypatch.setattr("medusa_runtime.service.MOVED_BESIDES", 50)
+    monkeypatch.setattr("medusa_runtime.service_thread.MOVED_BESIDES", 50)
     expected = service.generate([4] * 300, max_new_tokens=30).token_ids
     steps: list[tuple[int, ...]] = []
     gate.fail = lambda size, prompts, rows: steps.append(("chunk", *rows) if prompts else tuple(sorted(rows)))

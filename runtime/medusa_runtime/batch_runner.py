@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import BatchBackend, StepResult
+from medusa_runtime.backends.shield import shielded
 from medusa_runtime.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.errors import BackendError
 from medusa_runtime.latency import LatencyTable
@@ -19,6 +21,10 @@ CACHE_TO_WEIGHTS = 2
 MOVED_AT_ONCE = 512
 
 
+class DoubtfulRowsError(BackendError):
+    """A step that failed and left rows different from what they were."""
+
+
 class BatchRunner:
     """Runs steps of some rows.
 
@@ -29,7 +35,7 @@ class BatchRunner:
     """
 
     def __init__(self, bundle: Bundle, backend: BatchBackend, tree_size: TreeSize) -> None:
-        self.backend = backend
+        self.backend = shielded(backend)
         self._bundle = bundle
         self._tree_size = tree_size
         self._choice = TreeChoice(bundle.acceptance, bundle.tree, {})
@@ -135,6 +141,7 @@ class BatchRunner:
         """Takes in a chunk of a row's prompt; it will decode with the rows ``beside`` it once that is the last one.
 
         Raises:
+            DoubtfulRowsError: The graph failed, and the row is no longer as it was.
             BackendError: The graph failed, or there is no memory; the row is as it was.
         """
         return self._step(self._chunk_size(row, chunk, beside), {row: chunk}, [row])
@@ -152,6 +159,7 @@ class BatchRunner:
             guesses: For rows that have a guess from the text, the next tokens.
 
         Raises:
+            DoubtfulRowsError: As for ``prefill``.
             BackendError: As for ``prefill``.
         """
         for row, tokens in guesses.items():
@@ -186,12 +194,30 @@ class BatchRunner:
 
     def _step(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> StepResult:
         self._arrange(rows, self._entries(rows) + size)
+        before = self._state(rows)
         try:
             return self.backend.step(size, prompts, rows)
-        except BackendError:
+        except BackendError as error:
+            if not self._is_still(before, rows):
+                raise DoubtfulRowsError(
+                    f"A step failed halfway, which ends its {len(rows)} requests: {error}"
+                ) from error
             raise
-        except Exception as error:  # others go on, whatever a backend raises
-            raise BackendError(f"A step of {size} tokens for {len(rows)} requests failed: {error!r}.") from error
+
+    def _state(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
+        """A copy of what every step changes."""
+        return [self.backend.lengths[list(rows)], self.backend.drafts[list(rows)]]
+
+    def _is_still(self, before: Sequence[NDArray[np.int64]], rows: Sequence[int]) -> bool:
+        """Whether rows are as they were before a step; not, if the backend can't even say."""
+        try:
+            return all(map(np.array_equal, before, self._state(rows)))
+        except BackendError:
+            return False
+
+    def forget_groups(self) -> None:
+        """Forgets which rows step together; ``regroup`` decides anew."""
+        self._grouped, self._wanted, self._groups = [], [], []
 
     def _entries(self, rows: Sequence[int]) -> int:
         """Of the longest of these rows."""
@@ -206,8 +232,10 @@ class BatchRunner:
     def _arrange(self, rows: Sequence[int], entries: int) -> int:
         try:
             return self.backend.arrange(rows, self._bundle.tree.max_depth + entries)
-        except MemoryError as error:
-            raise BackendError(f"There is no room for {entries} tokens in {len(rows)} rows.") from error
+        except BackendError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise BackendError(f"There is no room for {entries} tokens in {len(rows)} rows.") from error
+            raise
 
 
 def _slots_worth_a_step(bundle: Bundle) -> int:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends.base import Backend, StepResult, can_step_ahead
+from medusa_runtime.backends.base import Backend, StepResult
 from medusa_runtime.bundle import Bundle
-from medusa_runtime.closing import Closing
-from medusa_runtime.errors import RequestError
+from medusa_runtime.closing import Closing, State
+from medusa_runtime.decoding_steps import decoding_steps, guided_steps
+from medusa_runtime.errors import BackendError, MedusaError, RequestError
 from medusa_runtime.latency import LatencyTable
+from medusa_runtime.processes import Resident, close_at_exit, keep_in_children, native_work
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
 from medusa_runtime.retry import retried
 from medusa_runtime.sampling import SamplingParams
+from medusa_runtime.section import Section
 from medusa_runtime.sequence import TokenSequence, check_integer, check_tree_size
 from medusa_runtime.tokenizer import Tokenizer
-from medusa_runtime.tree import Tree
 from medusa_runtime.tree_choice import TreeChoice, TreeSize
 
 PREFILL_CHUNK = 512
@@ -27,16 +30,13 @@ PREFILL_CHUNK = 512
 Emitted = tuple[list[int], list[float] | None]
 
 
-class Step(NamedTuple):
-    """A decoding step: the nodes that it verified, whether there was a guess from the text, and what came of it."""
-
-    size: int
-    guessed: bool
-    result: StepResult
-
-
 class MedusaEngine(Closing):
-    """Generates text from a bundle.
+    """Generates text from a bundle, one request at a time.
+
+    Threads may share an engine. ``generate`` calls run one after the other. A newer stream or answer ends an older
+    stream, which then raises ``RequestError``; no call ever gets another one's tokens. ``close`` waits for the step
+    that runs. All calls block, so an event loop needs ``MedusaService`` instead. In a child made by ``fork`` every call
+    raises ``ForkError``. An engine that is open when the process ends is closed then.
 
     Args:
         bundle: The bundle, checked.
@@ -45,12 +45,18 @@ class MedusaEngine(Closing):
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer | None) -> None:
+        super().__init__()
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = tokenizer
         self._choice: TreeChoice | None = None
         self._closed = False
+        self._failure: Exception | None = None
         self._turn = 0  # counts who may use the backend: the newest stream
+        self._requests = threading.RLock()  # held by who begins a request, and by ``generate`` to its end
+        self._backend_use = Section("This engine")
+        keep_in_children(backend)
+        close_at_exit(self)
 
     @classmethod
     def load(
@@ -73,10 +79,13 @@ class MedusaEngine(Closing):
         Raises:
             BundleError: The bundle can't be served; the message says why.
             BackendError: The backend is unknown or not installed, or it can't load the graph.
+            RequestError: ``threads`` is no number of threads.
         """
-        checked = Bundle.load(bundle, check_digests=check_digests)
-        tokenizer = Tokenizer.load(checked.listed)
-        return cls(checked, open_backend(backend, checked, threads=threads, check_digests=check_digests), tokenizer)
+        threads = None if threads is None else check_integer("threads", threads, at_least=1)
+        with native_work():
+            checked = Bundle.load(bundle, check_digests=check_digests)
+            tokenizer = Tokenizer.load(checked.listed)
+            return cls(checked, open_backend(backend, checked, threads=threads, check_digests=check_digests), tokenizer)
 
     def generate(
         self,
@@ -112,18 +121,20 @@ class MedusaEngine(Closing):
             RequestError: The request can't be served as it stands.
             BackendError: The graph failed.
         """
-        stream = self.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            tree_size=tree_size,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            sampling=sampling,
-            logprobs=logprobs,
-            lookup=lookup,
-            prefill_chunk=prefill_chunk,
-        )
-        return stream.result()
+        self.check_process()
+        with self._requests:
+            stream = self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                tree_size=tree_size,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                sampling=sampling,
+                logprobs=logprobs,
+                lookup=lookup,
+                prefill_chunk=prefill_chunk,
+            )
+            return stream.result()
 
     def stream(
         self,
@@ -141,32 +152,88 @@ class MedusaEngine(Closing):
         """Answers a prompt piece by piece: iterate over the chunks; arguments and errors as for ``generate``.
 
         The request is checked at once, before the first chunk is asked for. The engine serves one
-        stream at a time: once there is a newer one, the one before raises ``RequestError``.
+        stream at a time: once there is a newer one, the one before raises ``RequestError``. While another thread is in
+        ``generate``, this waits for its answer.
         """
-        sequence = TokenSequence.of(
-            self.bundle,
-            self.tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            sampling=sampling,
-            logprobs=logprobs,
-            lookup=lookup,
-        )
-        check_integer("prefill_chunk", prefill_chunk, at_least=1)
-        if tree_size != "auto":
-            check_tree_size(self.bundle, tree_size)
-        if self._closed:
-            raise RequestError("This engine is closed: load another.")
-        self._turn += 1  # from here on the backend is no more what a stream before this one left
-        choice = self._auto() if tree_size == "auto" else TreeChoice.fixed(self.bundle, tree_size)
-        self.backend.reset(0)
-        self.backend.assign(0, sequence.draws)
-        return GenerationStream(sequence, self._steps(sequence, choice, prefill_chunk, self._turn))
+        self.check_process()
+        with native_work():
+            sequence = TokenSequence.of(
+                self.bundle,
+                self.tokenizer,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                sampling=sampling,
+                logprobs=logprobs,
+                lookup=lookup,
+            )
+        prefill_chunk = check_integer("prefill_chunk", prefill_chunk, at_least=1)
+        tree_size = tree_size if tree_size == "auto" else check_tree_size(self.bundle, tree_size)
+        with self._requests:
+            turn, choice = self._begin(sequence, tree_size)
+        return GenerationStream(sequence, self._in_turn(self._steps(sequence, choice, prefill_chunk), turn), self)
 
-    def _steps(self, sequence: TokenSequence, choice: TreeChoice, prefill_chunk: int, turn: int) -> Iterator[Emitted]:
-        """What steps emit, without end: prefill gives one token, every step after it at least one."""
+    def _begin(self, sequence: TokenSequence, tree_size: TreeSize) -> tuple[int, TreeChoice]:
+        """Empties the row for a request; gives its turn, and how it chooses trees."""
+        self._backend_use.check()
+        # What used the backend before loses its turn at once: else it might go on before this thread gets hold of it.
+        turn = self._turn = self._turn + 1
+        with self._using_backend(turn):
+            try:
+                choice = self._auto() if tree_size == "auto" else TreeChoice.fixed(self.bundle, tree_size)
+                self.backend.reset(0)
+                self.backend.assign(0, sequence.draws)
+            except Exception as error:
+                self._failure = error
+                raise
+            self._failure = None
+            return turn, choice
+
+    def _in_turn(self, steps: Iterator[Emitted | None], turn: int) -> Iterator[Emitted]:
+        """Runs each step while no other thread uses the backend, and as long as it is this stream's turn."""
+        while True:
+            with self._using_backend(turn):
+                try:
+                    emitted = next(steps)
+                except Exception:
+                    self._check_backend()
+                    raise
+            if emitted is not None:
+                yield emitted
+
+    @contextlib.contextmanager
+    def _using_backend(self, turn: int) -> Iterator[None]:
+        """Keeps other threads from the backend.
+
+        Raises:
+            RequestError: The engine is closed, it has begun another request, or this call interrupts a step.
+            BackendError: What the block raised, if it is no error of this project.
+        """
+        with self._backend_use.entered():
+            try:
+                self._check_turn(turn)
+                yield
+            except MedusaError:
+                raise
+            except Exception as error:
+                raise BackendError(f"A step failed: {error!r}.") from error
+            finally:
+                if self._closed:  # by a call that has interrupted the step
+                    self.backend.close()
+
+    def _check_backend(self) -> None:
+        """Finds out after a failure whether the backend is still of use."""
+        try:
+            self.backend.reset(0)
+        except Exception as error:  # noqa: BLE001  # it says so to whoever asks for the state
+            self._failure = error
+
+    def _steps(self, sequence: TokenSequence, choice: TreeChoice, prefill_chunk: int) -> Iterator[Emitted | None]:
+        """What steps emit, without end: a token at the end of prefill, at least one from every decoding step.
+
+        None stands for a chunk of the prompt that is not the last one.
+        """
         backend, depth, stats = self.backend, self.bundle.tree.max_depth, sequence.stats
         length = len(sequence.prompt_ids)
         drafting = min(choice.largest, self.bundle.drafting_size)  # what the last chunk is padded to
@@ -174,19 +241,18 @@ class MedusaEngine(Closing):
         last = (length - 1) % limit + 1
         # The last step of the prompt, and the last one of all, which begins with two tokens less than there will be.
         prefilled = length - last + max(last, drafting)
-        self._check_turn(turn)
         backend.reserve(depth + max(prefilled, length + sequence.max_new_tokens - 2 + choice.largest))
         started = time.perf_counter()
         while sequence.is_prefilling:
-            self._check_turn(turn)
             chunk = sequence.next_chunk(limit)
             result = backend.step(max(len(chunk), drafting), {0: chunk})
             if not result.count[0]:
                 result = self._retried({0: chunk})
             sequence.prefilled += len(chunk)
+            if sequence.is_prefilling:
+                yield None
         stats.prefill_seconds = time.perf_counter() - started
         yield result.emitted(0)
-        self._check_turn(turn)
         started = time.perf_counter()
         most = min(choice.largest, depth + 1)  # tokens that a step emits
         choice.begin(0)
@@ -200,7 +266,6 @@ class MedusaEngine(Closing):
             stats.count_step(len(emitted[0]), step.size)
             stats.decode_seconds = time.perf_counter() - started
             yield emitted
-            self._check_turn(turn)
 
     def _retried(self, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
         """A step of the row's chunk alone, or a plain step, after one that emitted nothing."""
@@ -208,10 +273,12 @@ class MedusaEngine(Closing):
         return retried(self.backend, 0, self.bundle.dtype, lambda: self.backend.step(size, prompts))
 
     def _check_turn(self, turn: int) -> None:
+        if self._closed:
+            raise RequestError("This engine is closed: load another.")
         if turn != self._turn:
             raise RequestError(
-                "This stream's engine has been closed or has begun another request: read a stream to its end first, "
-                "or load a second engine."
+                "This stream's engine has begun another request: read a stream to its end first, load a second engine, "
+                "or use MedusaService."
             )
 
     def _auto(self) -> TreeChoice:
@@ -226,82 +293,48 @@ class MedusaEngine(Closing):
         table = LatencyTable.measured(self.bundle, self.backend)
         return TreeChoice(self.bundle.acceptance, self.bundle.tree, {1: table})
 
+    @property
+    def state(self) -> State:
+        """``ready``, ``closed``, or ``failed``: the backend failed and could not be reset, or this is a forked child.
+
+        A failed engine tries again with the next request.
+        """
+        if self.failure is not None:
+            return "failed"
+        return "closed" if self._closed else "ready"
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the state is ``failed``; None if it is not."""
+        return self.fork_error if self.is_abroad else self._failure
+
     def close(self) -> None:
-        """Gives the backend's memory back."""
-        self._turn += 1
+        """Gives the backend's memory back, once the step that runs has ended; a stream that is left fails."""
+        self.check_process()
         self._closed = True
-        self.backend.close()
+        self._turn += 1
+        with contextlib.suppress(RequestError), self._backend_use.entered():
+            self.backend.close()  # else this call interrupts a step of this thread, which closes it at its end
 
 
-def decoding_steps(
-    backend: Backend, choice: TreeChoice, is_sure: Callable[[], bool], retry: Callable[[], StepResult]
-) -> Iterator[Step]:
-    """Decoding steps without end; where the backend can, each is submitted before the one before it is looked at.
+class GenerationStream(Iterator[Chunk], Resident):
+    """A running request: iterate over it for chunks; ``result()`` runs it to its end.
 
-    So the device never waits for the host. A step that turns out to come after a stop is in vain, and discarded when
-    the row is reset.
-
-    Args:
-        backend: What runs them.
-        choice: How many nodes each verifies.
-        is_sure: Whether one more step will be needed after the one under way, whatever that emits, unless the text
-            stops: a step ahead never goes past the tokens asked for, nor past the caches' end.
-        retry: Runs a plain step after steps that emitted nothing.
-    """
-    if not can_step_ahead(backend):
-        while True:
-            yield _emitting(choice.size([0]), backend.step, retry)
-    submitted: deque[int] = deque()
-    while True:
-        wanted = 1 + is_sure()
-        while len(submitted) < wanted:
-            submitted.append(choice.size([0]))
-            backend.submit(submitted[-1])
-        step = Step(submitted.popleft(), guessed=False, result=backend.collect())
-        while not step.result.count[0] and submitted:  # the state is as it was, so the one behind it may emit
-            step = Step(submitted.popleft(), guessed=False, result=backend.collect())
-        yield step if step.result.count[0] else Step(1, guessed=False, result=retry())
-
-
-def guided_steps(
-    backend: Backend,
-    choice: TreeChoice,
-    guess: Callable[[], Sequence[int]],
-    tree: Tree,
-    retry: Callable[[], StepResult],
-) -> Iterator[Step]:
-    """Decoding steps without end, each of which verifies a guess first if there is one.
-
-    It takes the tokens of the last step to guess, so none is submitted ahead.
+    Threads may share it: each chunk goes to one of them. Its calls block, as those of its engine. In a child made by
+    ``fork`` they raise ``ForkError``.
 
     Args:
-        backend: What runs them.
-        choice: How many nodes each verifies.
-        guess: Guesses the next tokens.
-        tree: The bundle's.
-        retry: Runs a plain step after one that emitted nothing.
+        sequence: The request.
+        steps: What its steps emit.
+        engine: Who runs them.
     """
-    while True:
-        guesses = guess()
-        size = choice.size([0], [0] if guesses else [])
-        tree.insert(guesses, backend.drafts[0], size)
-        yield _emitting(size, backend.step, retry, guessed=bool(guesses))
 
-
-def _emitting(
-    size: int, run: Callable[[int], StepResult], retry: Callable[[], StepResult], *, guessed: bool = False
-) -> Step:
-    """A step of ``size`` nodes, or a plain one if that emits nothing."""
-    result = run(size)
-    return Step(size, guessed, result) if result.count[0] else Step(1, guessed=False, result=retry())
-
-
-class GenerationStream(Iterator[Chunk]):
-    """A running request: iterate over it for chunks; ``result()`` runs it to its end."""
-
-    def __init__(self, sequence: TokenSequence, steps: Iterator[Emitted]) -> None:
+    def __init__(self, sequence: TokenSequence, steps: Iterator[Emitted], engine: Resident) -> None:
+        super().__init__()
         self._sequence = sequence
         self._steps = steps
+        self._engine = engine
+        self._reading = Section("This stream")
         self._failure: Exception | None = None  # what ended it early
 
     @property
@@ -317,19 +350,23 @@ class GenerationStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        if self._failure is not None:
-            raise self._failure
-        try:
-            return self._sequence.accept(*next(self._steps))
-        except Exception as error:
-            self._failure = error
-            raise
-        except BaseException:
-            self._failure = RequestError("This stream was interrupted: begin another.")
-            raise
+        self._engine.check_process()
+        with self._reading.entered():
+            if self.finish_reason is not None:  # by another thread, for which this one has waited
+                raise StopIteration
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return self._sequence.accept(*next(self._steps))
+            except Exception as error:
+                self._failure = error
+                raise
+            except BaseException:
+                self._failure = RequestError("This stream was interrupted: begin another.")
+                raise
 
     def result(self) -> GenerationResult:
         """Runs to the end and gives the whole."""
-        for _ in self:
-            pass
+        while self.finish_reason is None:
+            next(self, None)
         return self._sequence.result()

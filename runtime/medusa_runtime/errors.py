@@ -42,6 +42,10 @@ class ServiceClosedError(MedusaError):
     """A service that is closed, or that takes no more requests because it is about to be."""
 
 
+class ForkError(MedusaError):
+    """An engine, a service or a request used in a child that ``fork`` made of its process."""
+
+
 class RequestCancelledError(MedusaError):
     """A request that somebody cancelled."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from typing import Self
 
 from medusa_runtime.closing import Closing
-from medusa_runtime.errors import MedusaError
+from medusa_runtime.errors import MedusaError, RequestError
 from medusa_runtime.request import Chunk, GenerationResult, Stats
+from medusa_runtime.sampling import number_of
 
 
 class RequestHandle(Closing):
@@ -23,6 +25,9 @@ class RequestHandle(Closing):
     until they are read, so that a slow reader stalls nobody. As a context manager it cancels what is left of
     the request at the end of the block.
 
+    Threads and event loops may share it: each chunk goes to one of them, the end to all. In a child made by ``fork``
+    it raises ``ForkError``, unless the request had ended before.
+
     Args:
         stats: Where the request keeps its figures.
         on_cancel: Called once somebody asks for its end.
@@ -32,6 +37,7 @@ class RequestHandle(Closing):
     """
 
     def __init__(self, stats: Stats, on_cancel: Callable[[MedusaError | None], None]) -> None:
+        super().__init__()
         self.stats = stats
         self._on_cancel = on_cancel
         self._changed = threading.Condition()
@@ -47,6 +53,7 @@ class RequestHandle(Closing):
     def cancel(self) -> None:
         """Ends the request before its next step, with ``RequestCancelledError``; one that has ended stays as it is."""
         if not self.done:
+            self.check_process()
             self._on_cancel(None)
 
     def result(self, timeout: float | None = None) -> GenerationResult:
@@ -59,9 +66,12 @@ class RequestHandle(Closing):
             TimeoutError: It had not ended by then.
             MedusaError: It ended without a result; the class says why.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"The request has not ended within {timeout} seconds.")
+        seconds = waiting_time(timeout)
+        if not self.done:
+            self.check_process()
+            with self._changed:
+                if not self._changed.wait_for(lambda: self.done, seconds):
+                    raise TimeoutError(f"The request has not ended within {timeout} seconds.")
         return self._result()
 
     async def aresult(self) -> GenerationResult:
@@ -80,6 +90,7 @@ class RequestHandle(Closing):
         return self
 
     def __next__(self) -> Chunk:
+        self.check_process()
         with self._changed:
             self._changed.wait_for(self._readable)
             chunk = self._take()
@@ -91,6 +102,7 @@ class RequestHandle(Closing):
         return self
 
     async def __anext__(self) -> Chunk:
+        self.check_process()
         while True:
             with self._changed:
                 if self._readable():
@@ -113,6 +125,7 @@ class RequestHandle(Closing):
 
     async def _change(self, reached: Callable[[], bool]) -> None:
         """Waits until something has changed, unless what is waited for is already so."""
+        self.check_process()
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def notify() -> None:
@@ -152,16 +165,34 @@ class RequestHandle(Closing):
         self.cancel()
 
 
-def follow(handle: RequestHandle, on_chunk: Callable[[Chunk], None], fail: Callable[[Exception], None]) -> None:
-    """Gives a request's chunks to a callback, in a thread of its own; ``fail`` hears of an exception in it."""
+def follow(handle: RequestHandle, on_chunk: Callable[[Chunk], None], fail: Callable[[BaseException], None]) -> None:
+    """Gives a request's chunks to a callback, in a thread of its own; ``fail`` hears of an exception in it.
+
+    Raises:
+        RuntimeError: No thread can be started.
+    """
 
     def run() -> None:
         with contextlib.suppress(MedusaError):  # whoever asks for the result learns of it
             for chunk in handle:
                 try:
                     on_chunk(chunk)
-                except Exception as error:  # noqa: BLE001  # a stranger's code
+                except BaseException as error:  # noqa: BLE001  # a stranger's code, which may call sys.exit
                     fail(error)
                     return
 
     threading.Thread(target=run, name=f"medusa-callback-{time.monotonic_ns()}", daemon=True).start()
+
+
+def waiting_time(timeout: object) -> float | None:
+    """Seconds that a lock can wait for, from a number of any kind; None for no limit.
+
+    Raises:
+        RequestError: It is no number.
+    """
+    if timeout is None:
+        return None
+    seconds = number_of(timeout)
+    if math.isnan(seconds):
+        raise RequestError(f"timeout is {timeout!r}: expected a number of seconds, or None.")
+    return None if seconds > threading.TIMEOUT_MAX else max(seconds, 0.0)

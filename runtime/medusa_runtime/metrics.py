@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any, Self
 
 from medusa_runtime.errors import MedusaError
@@ -9,6 +11,9 @@ from medusa_runtime.request import Stats
 
 # Seconds; from the step of a small model to the answer of a large one.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+_log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -37,6 +42,14 @@ class Metrics:
 
     def ended(self, outcome: str, stats: Stats) -> None:
         """A request has ended; ``outcome`` is its finish reason, or the name of the error's class."""
+
+
+def tell(hook: Callable[..., None], *figures: object) -> None:
+    """Calls a hook of ``Metrics``; what it raises is logged."""
+    try:
+        hook(*figures)
+    except Exception:  # noqa: BLE001  # a stranger's code
+        _log.exception("A hook for metrics failed")
 
 
 class PrometheusMetrics(Metrics):

@@ -118,8 +118,9 @@ class Scheduler:
                 before the next one is asked for.
         """
         while self.waiting and len(self.running) < self.rows:
-            job = self.waiting.pop(0)
+            job = self.waiting[0]
             row, source, shared = self._place(job, lengths)
+            del self.waiting[0]
             job.row, job.turn = row, next(self._turns)
             self.running[row] = job
             self._held[row] = ()

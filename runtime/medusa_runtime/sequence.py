@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self, TypeGuard, cast
 
 import numpy as np
 
@@ -82,17 +82,16 @@ class TokenSequence:
         """
         stops, stop_ids = check_stop(stop), _stop_ids(bundle, stop_token_ids)
         prompt_ids = encode_prompt(bundle, tokenizer, prompt)
-        check_integer("max_new_tokens", max_new_tokens, at_least=1)
-        max_new_tokens = int(max_new_tokens)  # one of NumPy's would overflow
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
         if stops and tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
         _check_length(bundle, len(prompt_ids), max_new_tokens)
+        logprobs = check_flag("logprobs", logprobs)
         sampling = _check_sampling(bundle, sampling, logprobs)
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
         drawn = not sampling.greedy or logprobs
         draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
-        if not isinstance(lookup, bool):
-            raise RequestError(f"lookup is {shown(lookup)}: expected True or False.")
+        lookup = check_flag("lookup", lookup)
         # Typical acceptance takes guesses that are merely likely: those from the text would make it repeat itself.
         index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
         return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index)
@@ -180,11 +179,9 @@ def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> No
         )
 
 
-def _check_sampling(bundle: Bundle, sampling: object, logprobs: object) -> SamplingParams:
+def _check_sampling(bundle: Bundle, sampling: object, logprobs: bool) -> SamplingParams:
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise RequestError(f"sampling is {shown(sampling)}: give SamplingParams(temperature=…, seed=…), or None.")
-    if not isinstance(logprobs, bool):
-        raise RequestError(f"logprobs is {shown(logprobs)}: expected True or False.")
     chosen = sampling or GREEDY
     if not bundle.sampling and (logprobs or not chosen.greedy):
         what = "give log probabilities" if chosen.greedy else "sample"
@@ -192,16 +189,28 @@ def _check_sampling(bundle: Bundle, sampling: object, logprobs: object) -> Sampl
     return chosen
 
 
-def check_tree_size(bundle: Bundle, tree_size: object) -> None:
-    """Raises ``RequestError`` unless it is a number of nodes that the bundle's tree has."""
+def check_tree_size(bundle: Bundle, tree_size: object) -> int:
+    """A number of nodes; raises ``RequestError`` unless the bundle's tree has as many."""
     largest = bundle.tree.size
-    if not isinstance(tree_size, int) or isinstance(tree_size, bool) or not 1 <= tree_size <= largest:
+    if not _is_integer(tree_size) or not 1 <= tree_size <= largest:
         raise RequestError(f"tree_size is {shown(tree_size)}: this bundle's tree allows 1 to {largest}, or 'auto'.")
+    return int(tree_size)
 
 
-def check_integer(name: str, value: object, *, at_least: int | None = None) -> None:
-    """Raises ``RequestError`` unless a value is an integer, and not less than the least."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or (at_least is not None and value < at_least):  # type: ignore[operator]
+def check_integer(name: str, value: object, *, at_least: int | None = None) -> int:
+    """A value as Python's integer, which never overflows; raises ``RequestError`` unless it is one of at least that."""
+    if not _is_integer(value) or (at_least is not None and value < at_least):
         least = "" if at_least is None else f" of at least {at_least}"
         raise RequestError(f"{name} is {shown(value)}: expected an integer{least}.")
+    return int(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """A value as Python's bool; raises ``RequestError`` unless it is one, or NumPy's."""
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"{name} is {shown(value)}: expected True or False.")
+    return bool(value)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
+from medusa_runtime.errors import RequestError
 from medusa_runtime.request import GenerationResult, RequestOptions
 
 if TYPE_CHECKING:
@@ -16,7 +19,11 @@ class ChatSession:
 
     A turn goes on in the row where the one before ended, and computes only what is new, as long as no other request has
     needed that row: then the conversation is computed again. Either way the answer is the same, and
-    ``stats.cached_tokens`` says which it was. One turn at a time; sessions side by side are independent.
+    ``stats.cached_tokens`` says which it was. Sessions side by side are independent.
+
+    Threads and event loops may share a session, one turn at a time: to say something while an answer is awaited is
+    refused with ``RequestError``, as its place in the conversation would be chance. In a child made by ``fork`` both
+    methods raise ``ForkError``.
 
     Args:
         service: Who answers.
@@ -29,14 +36,27 @@ class ChatSession:
     def __init__(self, service: MedusaService, messages: Sequence[Mapping[str, Any]] = ()) -> None:
         self._service = service
         self.messages: list[Mapping[str, Any]] = list(messages)
+        self._turn = threading.Lock()
 
     def send(self, text: str, **options: Unpack[RequestOptions]) -> GenerationResult:
         """Says something and waits for the answer; arguments and errors as for ``MedusaService.generate``."""
-        return self._said(text, self._service.generate(self._asked(text), **options))
+        with self._taking_turn():
+            return self._said(text, self._service.generate(self._asked(text), **options))
 
     async def asend(self, text: str, **options: Unpack[RequestOptions]) -> GenerationResult:
         """As ``send``, for asyncio."""
-        return self._said(text, await self._service.agenerate(self._asked(text), **options))
+        with self._taking_turn():
+            return self._said(text, await self._service.agenerate(self._asked(text), **options))
+
+    @contextmanager
+    def _taking_turn(self) -> Iterator[None]:
+        self._service.check_process()
+        if not self._turn.acquire(blocking=False):
+            raise RequestError("This session waits for an answer: say one thing at a time, or begin another session.")
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _asked(self, text: str) -> list[Mapping[str, Any]]:
         return [*self.messages, {"role": "user", "content": text}]

@@ -12,6 +12,7 @@ the few entries below the root are moved to their places here. Plain decoding mo
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from medusa_runtime.contract import cache_name, fixed_shape
 from medusa_runtime.cpus import usable_cpus
 from medusa_runtime.errors import BackendError
 from medusa_runtime.listed_folder import leaves, open_regular
+from medusa_runtime.processes import keep_in_children
 from medusa_runtime.sampling import Draws, SamplingRows
 
 DYNAMIC_BLOCKS = "8"  # per thread
@@ -36,9 +38,13 @@ _PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # fp32 is fp32
 def import_onnxruntime() -> Any:
     """The ``onnxruntime`` module.
 
+    Its telemetry is off, unless ``ORT_DISABLE_TELEMETRY`` is set to 0 or the module was imported before: the thread
+    that sends it keeps a child made by ``fork`` from ending.
+
     Raises:
         BackendError: It is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -404,6 +410,7 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
             f"ONNX Runtime {ort.__version__} could not start {provider}: check that the NVIDIA driver, CUDA and cuDNN "
             "are of the versions that it needs."
         )
+    keep_in_children(session)
     return session
 
 

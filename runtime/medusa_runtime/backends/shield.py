@@ -1,0 +1,44 @@
+"""A backend whose failures all have one type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from medusa_runtime.backends.base import BatchBackend
+from medusa_runtime.errors import BackendError, MedusaError
+
+
+class _Shield:
+    """Passes calls and attributes on; what fails in them becomes a ``BackendError``."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        with _typed(name):
+            value = getattr(self._backend, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with _typed(name):
+                return value(*arguments, **options)
+
+        return call
+
+
+@contextmanager
+def _typed(name: str) -> Iterator[None]:
+    try:
+        yield
+    except MedusaError:
+        raise
+    except Exception as error:
+        raise BackendError(f"The backend failed in {name}: {error!r}.") from error
+
+
+def shielded(backend: BatchBackend) -> BatchBackend:
+    """The same backend, which raises nothing but ``MedusaError``."""
+    return cast("BatchBackend", _Shield(backend))
