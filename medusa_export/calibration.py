@@ -7,15 +7,24 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from medusa_export.errors import DatasetError
 from medusa_export.files import write_text
 from medusa_runtime.bundle import Acceptance
-from medusa_runtime.tree import RankPath, Tree
+from medusa_runtime.json_file import Count, Name, Share, parse_json
+from medusa_runtime.listed_folder import read_file
+from medusa_runtime.tree import MAX_DEPTH, RankPath, Tree
+
+MAX_BYTES = 2**28
+MAX_VALUES = 10_000_000  # a path of four ranks is seven of them
+REMEDY = "Make a calibration with 'medusa-export calibrate'."
+Accuracies = Annotated[tuple[Share, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -156,25 +165,29 @@ class Calibration:
         Raises:
             DatasetError: It can't be read.
         """
-        try:
-            data: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-            return cls(
-                tuple(tuple(map(float, head)) for head in data["accuracies"]),
-                _read_paths(data.get("paths", [])),
-                _read_paths(data.get("guessed", [])),
-                float(data.get("guess_share", 0.0)),
-                int(data.get("positions", 0)),
-                str(data.get("model", "")),
-                str(data.get("heads", "")),
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DatasetError(
-                f"{source} is no calibration ({error!r}): make one with 'medusa-export calibrate'."
-            ) from error
+        data = read_file(source, at_most=MAX_BYTES, error=DatasetError)
+        found = parse_json(data, _File, source, remedy=REMEDY, error=DatasetError, max_values=MAX_VALUES)
+        return cls(
+            found.accuracies,
+            dict(found.paths),
+            dict(found.guessed),
+            found.guess_share,
+            found.positions,
+            found.model,
+            found.heads,
+        )
 
 
-def _read_paths(pairs: Any) -> dict[RankPath, float]:
-    return {tuple(map(int, path)): float(value) for path, value in pairs}
+class _File(msgspec.Struct):
+    """The schema of a calibration."""
+
+    accuracies: Annotated[tuple[Accuracies, ...], Meta(min_length=1, max_length=MAX_DEPTH)]
+    paths: tuple[tuple[RankPath, Share], ...] = ()
+    guessed: tuple[tuple[RankPath, Share], ...] = ()
+    guess_share: Share = 0.0
+    positions: Count = 0
+    model: Name = ""
+    heads: Name = ""
 
 
 def _paths(places: NDArray[np.int64], ranks: int) -> dict[RankPath, float]:

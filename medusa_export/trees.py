@@ -10,8 +10,12 @@ from pathlib import Path
 from medusa_export.calibration import Calibration
 from medusa_export.tree_search import search_tree
 from medusa_runtime.errors import TreeError
+from medusa_runtime.json_file import parse_json
+from medusa_runtime.listed_folder import read_file
 from medusa_runtime.tree import RankPath, Tree
 
+MAX_TREE_BYTES = 2**22
+TREE_REMEDY = "A tree is a list of rank paths such as [[0], [0, 0], [1]]."
 _DEFAULT = "mc_sim_7b_63"
 
 
@@ -57,12 +61,8 @@ def load_tree(
     path = Path(spec)
     if not path.is_file():
         raise TreeError(f"There is no tree {spec!r}: give 'default', a JSON file, or one of {', '.join(names)}.")
-    try:
-        paths = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TreeError(f"The tree file {path} is not valid JSON: {error}.") from error
-    if not isinstance(paths, list):
-        raise TreeError(f"The tree file {path} must hold a list of rank paths such as [[0], [0, 0], [1]].")
+    data = read_file(path, at_most=MAX_TREE_BYTES, error=TreeError)
+    paths = parse_json(data, list[RankPath], path, remedy=TREE_REMEDY, error=TreeError)
     return NamedTree(path.stem, Tree.from_paths(paths, max_depth=num_heads, top_k=top_k))
 
 

@@ -49,10 +49,19 @@ def test_round_trip_and_bad_files(tmp_path: Path) -> None:
     again = Calibration.load(tmp_path / "c.json")
     assert again.value((0, 1)) == pytest.approx(calibration.value((0, 1)), abs=1e-6)
     assert (again.model, again.heads, again.positions) == ("m", "h", 6)
-    (tmp_path / "bad.json").write_text('{"accuracies": 3}')
-    for name in ("bad.json", "none.json"):
-        with pytest.raises(DatasetError, match="is no calibration"):
-            Calibration.load(tmp_path / name)
+    for text, words in (
+        ('{"accuracies": 3}', "'accuracies': expected `array`, got `int`"),
+        ('{"accuracies": []}', "'accuracies': expected `array` of length >= 1"),
+        ('{"accuracies": [[]]}', r"'accuracies\[0\]': expected `array` of length >= 1"),
+        ('{"accuracies": [[1e9]]}', "expected `float` <= 1"),
+        ('{"accuracies": [[0.5]], "paths": [[[-1], 0.5]]}', "expected `int` >= 0"),
+        ("[" * 10_000, "medusa-export calibrate"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DatasetError, match=words):
+            Calibration.load(tmp_path / "bad.json")
+    with pytest.raises(DatasetError, match="No such file"):
+        Calibration.load(tmp_path / "none.json")
     with pytest.raises(DatasetError, match="of 3 heads and ranks below 10"):
         calibration.acceptance(Tree(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0))))
 

@@ -191,7 +191,7 @@ def test_an_unusable_request(tiny_bundle: Bundle) -> None:
         ([[0], [0, 0], [0, 0, 1]], "[0, 0, 1] is 3 deep, but there are 2 heads"),
         ([[0], [12]], "[12] uses rank 12"),
         ([[0], [0]], "[0] stands twice"),
-        ({"a": 1}, "must hold a list"),
+        ({"a": 1}, "A tree is a list of rank paths"),
     ],
 )
 def test_unusable_trees(tiny_model_folder: Path, tmp_path: Path, paths: object, words: str) -> None:

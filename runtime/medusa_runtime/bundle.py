@@ -14,8 +14,8 @@ from msgspec import Meta
 
 from medusa_runtime.contract import CONTRACT_VERSION, TensorSpec, step_inputs, step_outputs
 from medusa_runtime.errors import BundleError, TreeError
-from medusa_runtime.json_file import Name, Share, parse_json
-from medusa_runtime.listed_folder import FileFacts, FileTable, ListedFolder, read_file, shown
+from medusa_runtime.json_file import Name, Share, brief, parse_json
+from medusa_runtime.listed_folder import FileFacts, FileTable, ListedFolder, read_file
 from medusa_runtime.tree import MAX_NODES, RankPath, Tree
 
 DESCRIPTION = "medusa.json"
@@ -252,7 +252,7 @@ def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes |
 
 def _no_bundle(folder: Path) -> str:
     if not os.path.isdir(folder):  # noqa: PTH112  # Path.is_dir raises for names that no file can have
-        return f"There is no bundle at {shown(folder)}: expected the folder that 'medusa-export onnx' wrote."
+        return f"There is no bundle at {brief(folder)}: expected the folder that 'medusa-export onnx' wrote."
     return f"{folder} is no bundle: it has no {DESCRIPTION}. Make one with 'medusa-export onnx'."
 
 

@@ -24,7 +24,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from medusa_runtime.errors import BundleError, MedusaError
-from medusa_runtime.json_file import Count
+from medusa_runtime.json_file import Count, brief
 
 # Names and files in a description.
 MAX_FILES = 10_000
@@ -124,7 +124,7 @@ class ListedFolder:
                 yield file
         except (FileNotFoundError, NotADirectoryError) as e:
             raise BundleError(
-                f"The {self.noun} {self.path} lacks its file {name}. Copy it whole, or make it again."
+                f"The {self.noun} {self.path} lacks its file {brief(name)}. Copy it whole, or make it again."
             ) from e
         except (OSError, ValueError) as e:
             raise _unreadable(path, e) from e
@@ -133,27 +133,27 @@ class ListedFolder:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or Path(name).is_absolute():
             raise BundleError(
-                f"The {self.noun} {self.path} lists the file {name!r}, which lies outside of it: refused."
+                f"The {self.noun} {self.path} lists the file {brief(name)!r}, which lies outside of it: refused."
             )
         if self.files is not None and self.check_digests:
             return
         if leaves(self.path, name) and not _is_blob(self.path, name):
             raise BundleError(
-                f"The file {name} of the {self.noun} {self.path} is a link that leads outside: refused where no digest "
-                "vouches for its content. Check digests, or put a copy of the file in the link's place."
+                f"The file {brief(name)} of the {self.noun} {self.path} is a link that leads outside: refused where no "
+                "digest vouches for its content. Check digests, or put a copy of the file in the link's place."
             )
 
     def _check_size(self, name: str, size: int) -> None:
         expected = (self.files or {})[name].size
         if size != expected:
             raise BundleError(
-                f"{self.path / name} does not have the {expected:,} bytes that {self.description} says: it was altered "
-                f"or cut off. Copy the {self.noun} again, or make it again."
+                f"{brief(self.path / name)} does not have the {expected:,} bytes that {self.description} says: it was "
+                f"altered or cut off. Copy the {self.noun} again, or make it again."
             )
 
     def _altered(self, name: str) -> BundleError:
         return BundleError(
-            f"{self.path / name} does not match the digest in {self.description}: it was altered. "
+            f"{brief(self.path / name)} does not match the digest in {self.description}: it was altered. "
             f"Copy the {self.noun} again, or make it again."
         )
 
@@ -250,14 +250,10 @@ def _resolved(path: Path) -> Path:
 
 def _unreadable(path: Path, reason: Exception, error: type[MedusaError] = BundleError) -> MedusaError:
     words = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
-    return error(f"{shown(path)} can't be read: {words}.")
-
-
-def shown(path: Path) -> str:
-    """A path as it can stand in a message: printable, and of a bearable length."""
-    text = ascii(str(path))[1:-1] if not str(path).isprintable() else str(path)
-    return text if len(text) <= 300 else f"{text[:140]}…{text[-140:]}"
+    return error(f"{brief(path)} can't be read: {words}.")
 
 
 def _too_large(path: Path, size: int, at_most: int, error: type[MedusaError] = BundleError) -> MedusaError:
-    return error(f"{path} has {size:,} bytes, but no more than {at_most:,} are read of such a file: it is damaged.")
+    return error(
+        f"{brief(path)} has {size:,} bytes, but no more than {at_most:,} are read of such a file: it is damaged."
+    )

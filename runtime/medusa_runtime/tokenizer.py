@@ -19,6 +19,7 @@ import tokenizers
 from medusa_runtime.chat_content import Takes, find_takes, in_form
 from medusa_runtime.chat_template import check_template, checked_messages, checked_variables, render
 from medusa_runtime.errors import BundleError, RequestError
+from medusa_runtime.json_file import brief
 from medusa_runtime.limits import MAX_TEXT_BYTES
 from medusa_runtime.listed_folder import ListedFolder
 from medusa_runtime.text_bounds import TextBound, text_bound
@@ -95,13 +96,15 @@ class Tokenizer:
             with panics_as_errors():
                 backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as e:  # the tokenizers library raises nothing narrower
-            raise BundleError(f"{path} is not a tokenizer that this version of tokenizers reads: {e}.") from e
+            raise BundleError(f"{path} is not a tokenizer that this version of tokenizers reads: {brief(e)}.") from e
         named = config.named_tokens()
         try:
             with panics_as_errors():
                 config.add_missing_tokens(backend, named)
         except Exception as e:
-            raise BundleError(f"The special tokens in {folder.path / CONFIG} can't be added to {path}: {e}.") from e
+            raise BundleError(
+                f"The special tokens in {folder.path / CONFIG} can't be added to {path}: {brief(e)}."
+            ) from e
         backend.encode_special_tokens = bool(config.split_special_tokens)
         templates = chat_templates(folder, config)
         for template in templates.values():
