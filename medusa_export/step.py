@@ -183,7 +183,9 @@ class MedusaStep(nn.Module):
             logprobs = take_entries(logits, on_path, tokens).float() - take_rows(sampled.log_total, on_path)
 
         # A row that emits nothing keeps its state: its root, its entries and what is pending.
-        next_root = torch.where(emits.unsqueeze(1), take_rows(chosen, best.unsqueeze(1)), nodes[:, :1])
+        next_root = torch.where(
+            emits.unsqueeze(1), take_rows(chosen, best.unsqueeze(1)), nodes.select(1, 0).unsqueeze(1)
+        )
         head_logits, next_input_ids = self._draft(take_rows(hidden, best.unsqueeze(1)).squeeze(1), next_root, verified)
 
         added = torch.where(emits & is_prefill, num_tokens, count)

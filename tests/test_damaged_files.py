@@ -281,6 +281,7 @@ def test_a_latency_table_of_another_tree_is_made_anew(folder: Path, monkeypatch:
 def test_our_own_file_is_no_way_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside = tmp_path / "outside"
     outside.write_text("{}")
+    (folder / CACHE_FILE).unlink(missing_ok=True)
     (folder / CACHE_FILE).symlink_to(outside)
     monkeypatch.setattr("medusa_runtime.latency._measure", lambda *_, **__: {"1": 1.0})
     LatencyTable.measured(Bundle.load(folder), Idle())

@@ -326,7 +326,9 @@ def test_typical_acceptance_against_brute_force(example: Verified) -> None:
     batch, tokens = torch.from_numpy(logits)[None], torch.from_numpy(nodes)[None]
     places = torch.from_numpy(tree.depths)[None]
     made = sample(batch, tokens, torch.from_numpy(tree.parents), places, given)
-    best, count = step._accept(tokens, made.chosen, torch.tensor([False]), made)
+    best, count = step._accept(
+        tokens, made.chosen, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([False]), made
+    )
 
     alpha = math.sqrt(params.typical_epsilon) if params.typical_alpha is None else params.typical_alpha
     distributions = [processed(torch.from_numpy(row), params).numpy() for row in logits]

@@ -66,10 +66,11 @@ def test_acceptance_is_that_of_a_brute_force_search(paths: list[tuple[int, ...]]
     torch.nn.Module.__init__(step)
     step.tree, step.heads = tree, None
     step._add_tables(tree)
-    best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([False]), None)
+    given = torch.tensor([nodes]), torch.tensor([chosen]), torch.ones(1, len(nodes), dtype=torch.bool)
+    best, count = step._accept(*given, torch.tensor([False]), None)
     assert int(best) == brute_force(tree, nodes, chosen)
     assert int(count) == tree.depths[int(best)] + 1
-    best, count = step._accept(torch.tensor([nodes]), torch.tensor([chosen]), torch.tensor([True]), None)
+    best, count = step._accept(*given, torch.tensor([True]), None)
     assert (int(best), int(count)) == (0, 1)
 
 
