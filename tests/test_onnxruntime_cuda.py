@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -74,6 +76,57 @@ def test_growing_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
     assert backend.lengths[0] == 13 + len(tokens) - 1
     backend.reset(0)
     assert backend.lengths[0] == 0
+
+
+def test_growing_twice_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
+    backend, other = (InHostMemory(tiny_bundle, threads=1) for _ in range(2))
+    for each in (backend, other):
+        each.reserve(64)
+        each.step(13, {0: PROMPTS[0]})
+    for capacity in (128, 256):
+        backend.reserve(capacity)
+    assert backend.step(9).emitted(0) == other.step(9).emitted(0)
+
+
+@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("length", [0, 2, 6])
+def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, length: int, grown: bool) -> None:
+    """Its slots hold NaN, but for its committed entries; another row keeps what it has."""
+    backend, other = (InHostMemory(tiny_bundle, rows=2, threads=1) for _ in range(2))
+    text, depth = PROMPTS[1][:length], TREE.max_depth
+    for each in (backend, other):
+        each.reserve(64)
+        each.step(13, {1: PROMPTS[0]})
+        each.reset(0)
+        if text:
+            each.step(9, {0: text})
+    kept = int(backend.lengths[0])
+    for name, value in [*backend._on_device.items(), ("pending_kv", backend._state["pending_kv"].now)]:
+        array = value.numpy().copy()
+        if name == "pending_kv":
+            array[0, :, : max(depth - kept, 0)] = np.nan
+        else:
+            array[0, :, :depth] = np.nan
+            array[0, :, depth + kept :] = np.nan
+        value.update_inplace(array)
+    if grown:
+        backend.reserve(256)
+    backend.scrub(0)
+    chunk = {} if text else {0: PROMPTS[0][:6]}
+    for size in (9, 4):
+        step, expected = backend.step(size, chunk), other.step(size, chunk)
+        for row in range(2):
+            tokens, logprobs = step.emitted(row)
+            assert tokens == expected.emitted(row)[0]
+            assert logprobs == pytest.approx(expected.emitted(row)[1], abs=1e-5)
+        chunk = {}
+
+
+def test_bfloat16_is_refused_for_what_it_is_here(tiny_bundle: Bundle) -> None:
+    with pytest.raises(
+        BackendError, match=r"passes caches through NumPy.*--dtype fp16 or fp32, or .*medusa-export trt"
+    ):
+        InHostMemory(replace(tiny_bundle, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("kind", [InHostMemory, OnnxRuntimeBackend])

@@ -66,6 +66,7 @@ class OnnxRuntimeBackend:
 
     Attributes:
         provider: The execution provider, as ONNX Runtime calls it.
+        bfloat16_refusal: Why a bfloat16 bundle can't run, and what helps.
 
     Args:
         bundle: What to run.
@@ -76,6 +77,10 @@ class OnnxRuntimeBackend:
     """
 
     provider = "CPUExecutionProvider"
+    bfloat16_refusal = (
+        "This bundle is bfloat16, which ONNX Runtime has no CPU kernels for. "
+        "Export it with --dtype fp32 or fp16 to run it on a CPU."
+    )
 
     def __init__(
         self,
@@ -88,10 +93,7 @@ class OnnxRuntimeBackend:
     ) -> None:
         ort = import_onnxruntime()
         if bundle.dtype == "bfloat16":
-            raise BackendError(
-                "This bundle is bfloat16, which ONNX Runtime has no CPU kernels for. "
-                "Export it with --dtype fp32 or fp16 to run it on a CPU."
-            )
+            raise BackendError(self.bfloat16_refusal)
         if graph is None:
             derived = ONNXRUNTIME_GRAPH if rows == 1 else ONNXRUNTIME_BATCH_GRAPH
             graph = bundle.folder / derived if derived in bundle.files else bundle.graph

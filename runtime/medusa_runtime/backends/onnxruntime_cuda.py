@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.backends.onnxruntime import Binding, Bound, OnnxRuntimeBackend, import_onnxruntime
+from medusa_runtime.backends.onnxruntime import Binding, Bound, OnnxRuntimeBackend, import_onnxruntime, scrub_caches
 from medusa_runtime.bundle import Bundle
 from medusa_runtime.contract import cache_name
 from medusa_runtime.errors import BackendError
@@ -52,6 +52,11 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
     provider = "CUDAExecutionProvider"
     device = "cuda"
+    bfloat16_refusal = (
+        "This bundle is bfloat16: onnxruntime-cuda passes caches through NumPy, which has no such type, and nobody has "
+        "tried whether ONNX Runtime's CUDA kernels would run the step. Export it with --dtype fp16 or fp32, or compile "
+        "it with 'medusa-export trt'."
+    )
 
     def __init__(self, bundle: Bundle, *, rows: int = 1, threads: int | None = None) -> None:
         ort = import_onnxruntime()
@@ -108,11 +113,27 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             if (value := self._on_device.get(cache_name("past", index))) is not None:
                 cache[:] = value.numpy()
         super()._resize(capacity)
+        self._on_device.clear()  # until the next step the host's copy counts
 
     def reset(self, row: int) -> None:
         lengths = self.lengths
         lengths[row] = 0
         self._state["cache_lengths"].now.update_inplace(lengths)
+
+    def scrub(self, row: int) -> None:
+        # By way of the host, as ONNX Runtime sets no part of a value on a device; it is seldom needed.
+        margin, length = self._bundle.tree.max_depth, int(self.lengths[row])
+        for index, cache in enumerate(self._caches):
+            value = self._on_device.get(cache_name("past", index))
+            slots = cache if value is None else value.numpy()
+            scrub_caches(slots[None, row], margin, length)
+            if value is not None:
+                value.update_inplace(slots)
+        if "pending_kv" in self._state:
+            kept = self._state["pending_kv"].now
+            entries = kept.numpy()
+            entries[row, :, : max(0, margin - length)] = 0
+            kept.update_inplace(entries)
 
     def close(self) -> None:
         super().close()
