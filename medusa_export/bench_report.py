@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from itertools import compress
 from pathlib import Path
@@ -74,7 +75,10 @@ def earlier_report(file: Path) -> dict[str, float]:
     """
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
-        return {name: float(old[name]) for name in _RATIOS} | {"identical": bool(old["identical"])}
+        ratios = {name: float(old[name]) for name in _RATIOS}
+        if not all(map(math.isfinite, ratios.values())):
+            raise ValueError("a figure is no number")
+        return ratios | {"identical": bool(old["identical"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is no report of 'medusa-export bench' ({error!r}).") from error
 
@@ -84,8 +88,8 @@ def regressions(new: Mapping[str, Any], old: Mapping[str, float], tolerance: flo
     found = []
     for name in _RATIOS:
         value = old[name]
-        worse = new[name] > value * (1 + tolerance) if name == "overhead" else new[name] < value * (1 - tolerance)
-        if worse:
+        holds = new[name] <= value * (1 + tolerance) if name == "overhead" else new[name] >= value * (1 - tolerance)
+        if not holds:  # as with NaN
             found.append(f"{name.replace('_', ' ')} is {new[name]:.2f}, was {value:.2f}")
     if old["identical"] and not new["identical"]:
         found.append("the tokens are no longer the same")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from medusa_export.step import MedusaStep
@@ -49,10 +50,11 @@ def verify_backend(
         opened = _open_two_rows(backend, bundle)
     except BackendError as error:
         return Verification([], tolerances, not_run=str(error))
-    chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
-    answered = answered_prompts(step, prompts, max_new_tokens, progress)
-    progress(f"comparing steps of {opened.name}")
-    checks = StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
+    with closing(opened):
+        chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
+        answered = answered_prompts(step, prompts, max_new_tokens, progress)
+        progress(f"comparing steps of {opened.name}")
+        checks = StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
         checks += generation_checks(engine, step, answered, sizes, chunks, tolerances, progress)
     return Verification(checks, tolerances)

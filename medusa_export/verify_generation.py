@@ -12,6 +12,7 @@ from medusa_export.step import MedusaStep
 from medusa_export.verify_checks import Check, Progress, Tolerances
 from medusa_export.verify_reference import Prompt, with_own_attention
 from medusa_runtime.engine import MedusaEngine
+from medusa_runtime.errors import NotFiniteError
 from medusa_runtime.sampling import Draws, SamplingParams
 
 TEMPERATURE = 0.8  # of sampled answers
@@ -33,15 +34,25 @@ def generation_checks(
         steps = emitted = 0
         for chunk in chunks:
             for number, prompt in enumerate(prompts):
-                result = engine.generate(
-                    prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, prefill_chunk=chunk
-                )
+                try:
+                    result = engine.generate(
+                        prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, prefill_chunk=chunk
+                    )
+                except NotFiniteError as error:
+                    _note_failure(check, number, error)
+                    continue
                 _compare_tokens(check, step, number, prompt, result.token_ids, tolerances)
                 steps += result.stats.steps
                 emitted += result.stats.completion_tokens - 1
         check.figures["tokens_per_step"] = emitted / max(steps, 1)
         yield check
     yield from _sampling_checks(engine, step, prompts, sizes, tolerances)
+
+
+def _note_failure(check: Check, number: int, error: NotFiniteError) -> None:
+    check.compared += 1
+    check.mismatches += 1
+    check.notes.append(f"prompt {number}: {error}")
 
 
 def _compare_tokens(
@@ -80,9 +91,13 @@ def _sampling_checks(
     for number, prompt in enumerate(prompts):
         params = SamplingParams(temperature=TEMPERATURE, seed=number)
         size, length = sizes[number % len(sizes)], len(prompt.ids)
-        result = engine.generate(
-            prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, sampling=params, logprobs=True
-        )
+        try:
+            result = engine.generate(
+                prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, sampling=params, logprobs=True
+            )
+        except NotFiniteError as error:
+            _note_failure(check, number, error)
+            continue
         tokens = np.array(result.token_ids)
         with torch.no_grad(), with_own_attention(step):
             logits = step.model(torch.tensor([[*prompt.ids, *result.token_ids]])).logits[0, length - 1 : -1].float()
@@ -90,7 +105,7 @@ def _sampling_checks(
         behind = lags(logits, numbers, TEMPERATURE, result.token_ids).numpy()
         wrong = np.flatnonzero(~(behind <= tolerances.margin / TEMPERATURE))
         expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens)[:, None])[:, 0].numpy()
-        furthest = max(furthest, float(np.abs(expected - np.array(result.logprobs)).max()))
+        furthest = float(np.maximum(furthest, np.abs(expected - np.array(result.logprobs)).max()))
         check.compared += len(tokens)
         check.mismatches += len(wrong)
         check.notes += [
@@ -98,7 +113,7 @@ def _sampling_checks(
             for place in wrong[:2]
         ]
     check.figures["logprob_max_abs"] = furthest
-    if furthest > tolerances.max_abs:
+    if not furthest <= tolerances.max_abs:  # NaN fails, too
         check.mismatches += 1
         check.notes.append(f"a log probability is {furthest:.2g} from the reference's")
     return [check]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from xml.etree import ElementTree
 
@@ -35,9 +36,17 @@ def as_json(verification: Verification) -> str:
         "passed": verification.passed,
         "not_run": verification.not_run,
         "tolerances": asdict(verification.tolerances),
-        "checks": [{"passed": check.passed, **asdict(check)} for check in verification.checks],
+        "checks": [
+            {"passed": check.passed, **asdict(check), "figures": _finite_or_null(check)}
+            for check in verification.checks
+        ],
     }
-    return json.dumps(report, indent=1) + "\n"
+    return json.dumps(report, indent=1, allow_nan=False) + "\n"
+
+
+def _finite_or_null(check: Check) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in check.figures.items()}
 
 
 def as_junit(verification: Verification) -> str:

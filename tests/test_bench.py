@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -190,6 +191,7 @@ def test_prompts(tmp_path: Path) -> None:
 def test_an_earlier_report(tmp_path: Path) -> None:
     old = {"speedup": 1.5, "tokens_per_step": 2.0, "overhead": 1.3, "identical": True}
     (tmp_path / "old.json").write_text(json.dumps(old))
+    assert regressions({**old, "speedup": math.nan}, earlier_report(tmp_path / "old.json"), 0.1)
     assert regressions({**old, "speedup": 1.4}, earlier_report(tmp_path / "old.json"), 0.1) == []
     assert regressions({**old, "speedup": 1.3}, earlier_report(tmp_path / "old.json"), 0.1) == [
         "speedup is 1.30, was 1.50"

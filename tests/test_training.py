@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from medusa_export.errors import TrainingError
 from medusa_export.head_files import load_heads
 from medusa_export.head_writer import save_heads
 from medusa_export.heads import MedusaHeads
+from medusa_export.training.calibrate import target_places
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import Features, _left, hidden_states, positions_of
 from medusa_export.training.job import SETTINGS
@@ -220,6 +222,19 @@ def test_the_teacher_says_what_the_model_says(family: str) -> None:
         torch.testing.assert_close(Teacher(model, None)(hidden[0]), logits[0].float(), rtol=1e-4, atol=1e-6)
         few = torch.tensor([3, 20, 21])
         torch.testing.assert_close(Teacher(model, few)(hidden[0]), logits[0][:, few].float(), rtol=1e-4, atol=1e-6)
+
+
+def test_no_teacher_and_no_rank_comes_from_logits_that_are_no_numbers() -> None:
+    model = tiny_model("llama")
+    heads = MedusaHeads.fresh(2, model.get_output_embeddings())
+    torch.nn.init.constant_(heads.layers[0].weight, torch.nan)
+    features = Features(torch.ones(3, 64), torch.ones(3), torch.ones(3, 2), torch.zeros(3))
+    features = replace(features, next_tokens=features.next_tokens.long(), targets=features.targets.int())
+    with pytest.raises(TrainingError, match="heads' logits are not finite numbers"):
+        target_places(heads, model.get_input_embeddings(), model.get_output_embeddings(), features)
+    model.model.norm.weight[0] = torch.nan
+    with pytest.raises(TrainingError, match="gives logits that are not finite numbers"):
+        Teacher(model, None)
 
 
 def test_a_model_that_no_teacher_is_known_for_is_refused() -> None:

@@ -25,7 +25,8 @@ from medusa_export.step import MedusaStep
 from medusa_export.verify import verify_bundle
 from medusa_export.verify_checks import Check, Tolerances, Verification
 from medusa_export.verify_reference import Prompt, reference_tokens
-from medusa_export.verify_steps import StepChecks, graph_checks
+from medusa_export.verify_report import as_json, as_junit
+from medusa_export.verify_steps import StepChecks, _Logits, graph_checks
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -112,6 +113,43 @@ def test_a_wrong_weight_is_caught(copy: Path, step: MedusaStep) -> None:
     raw.tofile(data)
     wrong = failed(verify(redescribe(copy), step))
     assert {"model.onnx: logits", "model.onnxruntime.onnx: logits"} <= wrong
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_graph_that_gives_no_numbers_is_caught(copy: Path, step: MedusaStep, tmp_path: Path, value: float) -> None:
+    """NaN is neither larger nor smaller than a tolerance: it fails every check, and no figure hides it."""
+    data = copy / "model.onnx.data"
+    raw = np.fromfile(data, np.float32)
+    raw[len(raw) // 2] = value
+    raw.tofile(data)
+    outcome = verify(redescribe(copy), step)
+    assert failed(outcome) == {check.name for check in outcome.checks}
+    checks = {check.name: check for check in outcome.checks}
+    for graph in GRAPHS:
+        logits = checks[f"{graph}: logits"]
+        assert np.isnan(logits.figures["cosine"])
+        assert any("rows of logits hold NaN or infinity" in note for note in logits.notes)
+    for name in ("tokens, tree size 1", "sampled tokens"):
+        assert any("are not finite numbers" in note for note in checks[name].notes)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    written = json.loads(as_json(outcome), parse_constant=refuse)
+    assert written["passed"] is False
+    assert written["checks"][0]["figures"]["cosine"] is None
+    assert "NaN or infinity" in as_junit(outcome)
+
+
+@pytest.mark.parametrize("worst", [0.0, np.nan])
+def test_no_figure_loses_a_nan_that_came_first_or_last(worst: float) -> None:
+    rows = [np.ones((1, 4), np.float32), np.full((1, 4), np.nan, np.float32), np.ones((1, 4), np.float32)]
+    for reference_too in (False, True):
+        logits = _Logits("logits", Tolerances.of("float32"))
+        for row in rows[1:] if np.isnan(worst) else rows:
+            logits.add(row, row if reference_too else rows[0])
+        assert logits.check.mismatches == 1
+        assert all(np.isnan(logits.check.figures[name]) for name in ("max_abs", "cosine", "norm_ratio_error"))
 
 
 def test_a_wrong_mask_bit_is_caught(copy: Path, step: MedusaStep) -> None:

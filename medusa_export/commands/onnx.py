@@ -82,6 +82,7 @@ def command(  # noqa: PLR0915  # what it does is a list
         from medusa_export.step import MedusaStep
         from medusa_export.support import check_supported
         from medusa_export.trees import NamedTree, load_tree
+        from medusa_export.weight_range import check_weights
         from medusa_runtime.tree import Tree
 
     check_target(output, replace_existing=overwrite)
@@ -123,6 +124,8 @@ def command(  # noqa: PLR0915  # what it does is a list
         acceptance = prior_acceptance(chosen.tree, trained=heads is not None)
 
     step = MedusaStep(base, attached, chosen.tree, sampling=not greedy_only).eval()
+    progress("checking weights")
+    check_weights(step, model)
     graph = build_graph(step, progress)
     progress(f"writing {output}")
     write_bundle(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.calibration import Calibration
+from medusa_export.errors import TrainingError
 from medusa_export.heads import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import Features, positions_of
@@ -77,6 +78,11 @@ def target_places(
         given = (features.hidden[rows].float(), features.next_tokens[rows], features.targets[rows])
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # heads are in fp32
             output = loss(*(tensor.to(device) for tensor in given))
+        if not output["loss"].isfinite():
+            raise TrainingError(
+                "The heads' logits are not finite numbers, so that their ranks mean nothing. Check the weights of the "
+                "heads and of the model, or take --dtype fp32."
+            )
         found.append(output["places"].cpu().numpy())
     places: NDArray[np.int64] = np.concatenate(found)
     return places

@@ -51,6 +51,10 @@ class Teacher(nn.Module):
         everywhere = torch.ones_like(ids)
         hidden, logits = hidden_states(model, ids, everywhere, everywhere.bool())
         expected = logits[0][:, chosen].float()
+        if not expected.isfinite().all():
+            raise TrainingError(
+                f"{type(model).__name__} gives logits that are not finite numbers: check its weights, or take --dtype fp32."
+            )
         if (self(hidden[0]) - expected).abs().max() > _TOLERANCE * expected.abs().max():
             raise TrainingError(
                 f"It is not known how {type(model).__name__} makes logits of what its lm_head gives: train without "
