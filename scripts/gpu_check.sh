@@ -7,9 +7,12 @@ set -euo pipefail
 if command -v nvidia-smi > /dev/null; then
   # Where there is a GPU, also what can't be installed everywhere; a backend that is missing is reported as refused.
   pip install --quiet --constraint constraints.txt --editable '.[tensorrt]' || echo "note: no tensorrt" >&2
-  onnxruntime=$(grep '^onnxruntime==' constraints.txt)
+  # The package for GPUs has versions of its own, and takes the place of the one for CPUs: both are the same module.
   pip uninstall --quiet --yes onnxruntime
-  pip install --quiet "onnxruntime-gpu[cuda,cudnn]${onnxruntime#onnxruntime}" || pip install --quiet "$onnxruntime"
+  if ! pip install --quiet --constraint constraints.txt "onnxruntime-gpu[cuda,cudnn]"; then
+    echo "note: no onnxruntime-gpu; ONNX Runtime runs on the CPU only, and onnxruntime-cuda is reported as refused" >&2
+    pip install --quiet --constraint constraints.txt onnxruntime
+  fi
 fi
 
 model=$(scripts/smollm2.sh)

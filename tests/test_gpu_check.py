@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from decoding import guessing_heads, make_step
 from medusa_runtime import Bundle
@@ -16,6 +20,8 @@ from medusa_runtime.compiled import CompiledEngine
 from script import load_script
 from test_tensorrt_backend import PROMPTS, Machine
 from tiny_models import tiny_model
+
+SCRIPT = Path(__file__).parents[1] / "scripts/gpu_check.sh"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,43 @@ def test_a_report(gpu_check: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypat
     assert text.count("| without CUDA graphs, ms | 12.50 | 12.50 | 12.50 | 12.50 |") == 1
     assert "Refused: no GPU at all" in text
     assert "- torch 2" in text
+
+
+def ran(folder: Path, *, gpu_package: bool) -> tuple[list[str], str]:
+    """What ``gpu_check.sh`` asks pip for on a machine with a GPU, and its words; nothing is installed."""
+    stubs = {
+        "nvidia-smi": "exit 0",
+        "pip": f'echo "$@" >> pip.log; [[ {int(gpu_package)} = 1 || "$*" != *onnxruntime-gpu* ]]',
+        "medusa-export": "exit 0",
+        "python": "exit 0",
+        "scripts/smollm2.sh": "echo model",
+        "scripts/setup.sh": 'cd "$(dirname "${BASH_SOURCE[0]}")/.."; PATH=$PWD:$PATH',
+    }
+    (folder / "scripts").mkdir(parents=True)
+    for name, body in stubs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    script = Path(shutil.copy(SCRIPT, folder / "scripts"))
+    outcome = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True)
+    return (folder / "pip.log").read_text().splitlines(), outcome.stderr
+
+
+def test_the_package_for_gpus_has_a_version_of_its_own(tmp_path: Path) -> None:
+    """There need not be one of the same version as the package for CPUs."""
+    asked, words = ran(tmp_path / "there", gpu_package=True)
+    assert asked[-1] == "install --quiet --constraint constraints.txt onnxruntime-gpu[cuda,cudnn]"
+    assert "note:" not in words
+    asked, words = ran(tmp_path / "missing", gpu_package=False)
+    assert asked[-1] == "install --quiet --constraint constraints.txt onnxruntime"
+    assert "note: no onnxruntime-gpu; ONNX Runtime runs on the CPU only" in words
+    root = SCRIPT.parents[1]
+    pinned = [
+        line for line in (root / "constraints.txt").read_text().splitlines() if line.startswith("onnxruntime-gpu")
+    ]
+    extra = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    (wanted,) = map(Requirement, extra)
+    assert len(pinned) == 1
+    assert wanted.specifier.contains(pinned[0].partition("==")[2])
 
 
 def test_the_host_gap_is_taken_from_steps_submitted_ahead(

@@ -53,7 +53,8 @@ class Teacher(nn.Module):
         expected = logits[0][:, chosen].float()
         if not expected.isfinite().all():
             raise TrainingError(
-                f"{type(model).__name__} gives logits that are not finite numbers: check its weights, or take --dtype fp32."
+                f"{type(model).__name__} gives logits that are not finite numbers: check its weights, or take "
+                "--dtype fp32."
             )
         if (self(hidden[0]) - expected).abs().max() > _TOLERANCE * expected.abs().max():
             raise TrainingError(
