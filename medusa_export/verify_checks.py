@@ -72,5 +72,5 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """All checks passed, and there was at least one."""
-        return bool(self.checks) and all(check.passed for check in self.checks)
+        """All checks passed, there was at least one, and the backend could be run."""
+        return self.not_run is None and bool(self.checks) and all(check.passed for check in self.checks)

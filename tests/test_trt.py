@@ -48,7 +48,7 @@ from tiny_models import SEEDS, SUPPORTED_FAMILIES, families
 LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
 TARGETS = ("sm80", "sm89", "sm120")
 # Layers that the parser makes of the tiny llama with its tree; more of them means that a rewrite no longer applies.
-MOST_LAYERS = {"float32": 530, "float16": 535}
+MOST_LAYERS = {"float32": 550, "float16": 565}
 SAMPLING_LAYERS = 500
 
 
@@ -262,7 +262,7 @@ def test_a_timing_cache(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest
             builder._config()
         assert "delete it, or give another file" in str(raised.value.remedy)
     folder = replace(options, timing_cache=tmp_path)
-    with pytest.raises(EngineBuildError, match="not valid JSON"):
+    with pytest.raises(EngineBuildError, match="can't be read"):
         EngineBuilder(library, tiny_bundle, folder)._config()
 
 
