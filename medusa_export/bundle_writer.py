@@ -27,7 +27,9 @@ from medusa_runtime.bundle import (
     HeadFacts,
     ModelFacts,
 )
+from medusa_runtime.errors import BundleError
 from medusa_runtime.listed_folder import FileFacts
+from medusa_runtime.tokenizer import Tokenizer
 
 # Tensors of no more bytes stay within the graph, as constants of the step do.
 EXTERNAL_THRESHOLD = 2048
@@ -113,6 +115,7 @@ def write_bundle(
                 ir.save(derived, folder / ONNXRUNTIME_BATCH_GRAPH)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder)
+                _check_tokenizer(folder, target)
             if step.model.generation_config is not None:
                 step.model.generation_config.save_pretrained(folder)
             files = {
@@ -125,3 +128,14 @@ def write_bundle(
     except OSError as error:
         raise ExportError(f"The bundle can't be written to {target}: {error}.") from error
     return bundle
+
+
+def _check_tokenizer(folder: Path, target: Path) -> None:
+    """Refuses a tokenizer that the runtime would refuse, such as one with a chat template that can't be compiled."""
+    try:
+        Tokenizer.load(folder)
+    except BundleError as error:
+        reason = str(error).replace(str(folder), str(target))
+        raise ExportError(
+            f"The runtime can't read this tokenizer. {reason} Mend the model's files, or export with --no-tokenizer."
+        ) from error

@@ -49,9 +49,11 @@ from fuzz_originals import list_files, prepare
 MOST_BYTES = 200 * 10**6
 MOST_SECONDS = 5
 LONGEST_MESSAGE = 2000  # characters
-LONGEST_PROMPT = 20_000  # characters; how many a request may have is the engine's to check
+LONGEST_PROMPT = 20_000  # characters: encoding takes 300 bytes for each, whatever the files say
+MOST_TOKENS = 512  # of a prompt: a tiny model holds no more
 # Of so many cases one damages a graph, each of which takes a session to find out.
 GRAPH_EVERY = 40
+TOOLS = [{"name": "f", "parameters": {"a": 1}}]
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, wörld 👋\n  <|x|> ½"}]
 
 
@@ -130,10 +132,8 @@ def use_tokenizer(tokenizer: Any) -> None:
     last: MedusaError | None = None
     for template in (None, *tokenizer.chat_templates):
         try:
-            chat = tokenizer.render_chat(
-                MESSAGES, chat_template=template, tools=[{"name": "f", "parameters": {"a": 1}}]
-            )
-            tokenizer.encode(chat[:LONGEST_PROMPT], add_special_tokens=False)
+            chat = tokenizer.render_chat(MESSAGES, chat_template=template, tools=TOOLS)
+            tokenizer.encode(chat[:LONGEST_PROMPT], add_special_tokens=False, max_tokens=MOST_TOKENS)
         except MedusaError as error:  # the others are used all the same
             last = error
     ids = tokenizer.encode("Hello, wörld 👋\n  <a> don't ½")

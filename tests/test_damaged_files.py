@@ -14,13 +14,17 @@ import pytest
 from huggingface_hub import snapshot_download
 from huggingface_hub.file_download import _create_symlink
 
-from medusa_runtime import Bundle, BundleError, MedusaEngine, MedusaError
+from decoding import export, make_step
+from medusa_export.errors import ExportError
+from medusa_runtime import Bundle, BundleError, MedusaEngine, MedusaError, Tree
 from medusa_runtime.bundle import DESCRIPTION, MAX_DESCRIPTION_BYTES
 from medusa_runtime.json_file import MAX_VALUES, parse_json
 from medusa_runtime.latency import CACHE_FILE, LatencyTable
 from medusa_runtime.listed_folder import ListedFolder, keep_own, read_file
 from medusa_runtime.tokenizer import Tokenizer
 from medusa_runtime.tokenizer_files import MAX_TEMPLATE_BYTES
+from tiny_models import tiny_model
+from tiny_tokenizer import make_tokenizer
 
 PROMPT = [5, 6, 7]
 
@@ -321,6 +325,44 @@ def test_damaged_tokenizers(folder: Path, name: str, content: str, words: str) -
     (folder / name).write_text(content)
     with pytest.raises(BundleError, match=words):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.update(
+            model={
+                "type": "WordPiece",
+                "unk_token": "[none]",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100,
+                "vocab": state["model"]["vocab"],
+            }
+        ),
+        lambda state: state.update(
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+                "special_tokens": {},
+            }
+        ),
+    ],
+    ids=["an error", "a panic"],
+)
+def test_what_the_library_raises_while_it_encodes_is_told(folder: Path, damage: Callable[[Any], None]) -> None:
+    change(folder / "tokenizer.json", damage)
+    tokenizer = Tokenizer.load(folder)
+    with pytest.raises(BundleError, match="tokenizers library can't encode this text"):
+        tokenizer.encode("中 Hello")
+
+
+def test_a_template_that_nobody_could_serve_is_not_exported(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), make_tokenizer()
+    tokenizer.chat_template = "{% for %}"
+    with pytest.raises(ExportError, match=r"syntax error on line 1.* --no-tokenizer"):
+        export(make_step(model, None, Tree()), tmp_path / "out", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_templates_keep_their_order_of_rank(folder: Path) -> None:

@@ -92,19 +92,11 @@ class Tokenizer:
             return None
         path = folder.path / TOKENIZER
         config = TokenizerConfig.load(folder)
-        try:
-            with panics_as_errors():
-                backend = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as e:  # the tokenizers library raises nothing narrower
-            raise BundleError(f"{path} is not a tokenizer that this version of tokenizers reads: {brief(e)}.") from e
+        with library_errors(f"read {path}"):
+            backend = tokenizers.Tokenizer.from_buffer(data)
         named = config.named_tokens()
-        try:
-            with panics_as_errors():
-                config.add_missing_tokens(backend, named)
-        except Exception as e:
-            raise BundleError(
-                f"The special tokens in {folder.path / CONFIG} can't be added to {path}: {brief(e)}."
-            ) from e
+        with library_errors(f"add the special tokens in {folder.path / CONFIG} to {path}"):
+            config.add_missing_tokens(backend, named)
         backend.encode_special_tokens = bool(config.split_special_tokens)
         templates = chat_templates(folder, config)
         for template in templates.values():
@@ -189,10 +181,11 @@ class Tokenizer:
                     f"The prompt has at least {least:,} tokens, which exceed the {max_tokens:,} tokens that this model "
                     "holds: shorten it."
                 )
-        if size < _LONG_TEXT:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        # Of the library's methods, those for batches let other threads run.
-        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+        with library_errors("encode this text"):
+            if size < _LONG_TEXT:
+                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # Of the library's methods, those for batches let other threads run.
+            return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     @cached_property
     def _text_bound(self) -> TextBound | None:
@@ -273,7 +266,8 @@ class Tokenizer:
         """
         checked = [int(index) for index in ids]
         try:
-            text = str(self._backend.decode(checked, skip_special_tokens=skip_special_tokens))
+            with library_errors("decode these tokens"):
+                text = str(self._backend.decode(checked, skip_special_tokens=skip_special_tokens))
         except OverflowError as e:
             wrong = next(index for index in checked if not 0 <= index < 2**32)
             raise RequestError(f"{wrong} is not a token id: ids start at 0 and fit in 32 bits.") from e
@@ -314,16 +308,21 @@ def _step_types(decoder: Mapping[str, Any]) -> Iterator[str]:
         yield str(decoder["type"])
 
 
-class TokenizerPanicError(Exception):
-    """What the tokenizers library raises where it is wrong about itself, as an ordinary exception."""
-
-
 @contextmanager
-def panics_as_errors() -> Iterator[None]:
-    """Turns a panic of the tokenizers library, which is no ``Exception``, into one."""
+def library_errors(doing: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into a ``BundleError``, its panics included: they are no ``Exception``.
+
+    Args:
+        doing: What the tokenizer does, as in "can't read this file".
+    """
     try:
         yield
+    except OverflowError:  # an id that is none
+        raise
     except BaseException as e:
-        if type(e).__name__ != "PanicException":
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise TokenizerPanicError(str(e)) from e
+        raise BundleError(
+            f"The tokenizers library can't {doing}: {brief(e)}. The tokenizer is damaged, or this version of the "
+            "library doesn't know its kind."
+        ) from e

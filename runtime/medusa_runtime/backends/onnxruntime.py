@@ -406,7 +406,9 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
         )
     except Exception as error:  # its exceptions share no base of their own
         named = bundle.graph if isinstance(graph, bytes) else graph
-        raise BackendError(f"ONNX Runtime {ort.__version__} can't load {named}: {error}") from error
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} can't load {named}: {' '.join(str(error).split())}"
+        ) from error
     if provider not in session.get_providers():  # it goes on without one that it can't start
         raise BackendError(
             f"ONNX Runtime {ort.__version__} could not start {provider}: check that the NVIDIA driver, CUDA and cuDNN "
