@@ -141,10 +141,13 @@ def event(name: str, data: dict[str, Any]) -> str:
 
 
 @app.get("/health")
-async def health(request: Request) -> dict[str, int]:
-    """How many requests wait and run."""
-    waiting, running = request.app.state.service.load_figures
-    return {"waiting": waiting, "running": running}
+async def health(request: Request, response: Response) -> dict[str, str | int]:
+    """What the service does with new requests, and how many wait and run; 503 if it refuses them."""
+    service: MedusaService = request.app.state.service
+    waiting, running = service.load_figures
+    if service.state != "ready":
+        response.status_code = 503
+    return {"state": service.state, "waiting": waiting, "running": running}
 
 
 @app.get("/metrics")

@@ -47,6 +47,7 @@ from medusa_runtime.tokenizer import Tokenizer
 SHARED = 60  # tokens that half of the prompts begin with
 QUEUE = 16
 FINISHED = ("stop", "length")
+PATIENCE = 300  # seconds after which a request is lost
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Consumer:
                     if count == self._request.cancel_after:
                         handle.cancel()
                     count += 1
-            async with asyncio.timeout(300):
+            async with asyncio.timeout(PATIENCE):
                 result = await handle.aresult()
         except MedusaError as error:
             return Outcome.of(type(error).__name__, self._received)

@@ -57,7 +57,7 @@ def read_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, objec
 
 def wait_until_idle(server: str) -> None:
     for _ in range(300):
-        if httpx.get(f"{server}/health").json() == {"waiting": 0, "running": 0}:
+        if httpx.get(f"{server}/health").json() == {"state": "ready", "waiting": 0, "running": 0}:
             return
         time.sleep(0.1)
     raise AssertionError("the server never came to rest")
@@ -118,3 +118,25 @@ def test_refusals(server: str) -> None:
         name, data = list(read_events(response))[-1]
     assert (name, data["type"]) == ("error", "DeadlineError")
     wait_until_idle(server)
+
+
+def test_health_of_a_service_that_refuses(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load balancer must learn that a service drains, or has died."""
+    from fastapi.testclient import TestClient
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("MEDUSA_BUNDLE", str(tiny_bundle.folder))
+    import fastapi_app
+
+    with TestClient(fastapi_app.app) as client:
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["state"]) == (200, "ready")
+        service = fastapi_app.app.state.service
+        service._thread.failure = MemoryError()
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["state"]) == (503, "failed")
+        service._thread.failure = None
+        service.drain()
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["state"]) == (503, "draining")
+        assert client.post("/chat", json={"messages": MESSAGES}).status_code == 503

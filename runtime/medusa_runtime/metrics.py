@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from medusa_runtime.errors import MedusaError
 from medusa_runtime.request import Stats
@@ -19,8 +22,8 @@ _log = logging.getLogger(__name__)
 class Metrics:
     """Hooks that do nothing: derive from it and override what you want to count.
 
-    All are called in the service's own thread but ``rejected``, which whoever submits calls. They should return at
-    once. What they raise is logged and goes no further.
+    All are called in the service's own thread but ``rejected``, which any thread that submits may call. They should
+    return at once, and can't wait for the service. What they raise is logged and goes no further.
     """
 
     def rejected(self) -> None:
@@ -52,15 +55,67 @@ def tell(hook: Callable[..., None], *figures: object) -> None:
         _log.exception("A hook for metrics failed")
 
 
+@dataclass(frozen=True)
+class _Collectors:
+    """What ``prometheus_client`` collects under one prefix in one registry."""
+
+    requests: Any
+    waiting: Any
+    running: Any
+    tokens: Any
+    steps: Any
+    accepted: Any
+    queue: Any
+    first: Any
+
+    @classmethod
+    def registered(cls, prometheus: Any, registry: Any, prefix: str) -> Self:
+        """New ones.
+
+        Raises:
+            ValueError: The prefix is no name, or the registry holds one of these names. Nothing is registered.
+        """
+        made = []
+
+        def add(kind: Any, name: str, about: str, labels: Sequence[str] = (), **options: Any) -> Any:
+            made.append(kind(f"{prefix}_{name}", about, labels, registry=registry, **options))
+            return made[-1]
+
+        counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram
+        try:
+            return cls(
+                requests=add(counter, "requests", "Requests by outcome", ["outcome"]),
+                waiting=add(gauge, "requests_waiting", "Requests in the queue"),
+                running=add(gauge, "requests_running", "Requests in a row"),
+                tokens=add(counter, "tokens", "Tokens by kind", ["kind"]),
+                steps=add(histogram, "step_seconds", "Time of a step", ["kind"], buckets=_BUCKETS),
+                accepted=add(counter, "accepted_length", "Steps of a request by tokens that they emitted", ["tokens"]),
+                queue=add(histogram, "queue_seconds", "Time in the queue", buckets=_BUCKETS),
+                first=add(histogram, "first_token_seconds", "Time to the first token", buckets=_BUCKETS),
+            )
+        except ValueError:
+            for collector in made:
+                registry.unregister(collector)
+            raise
+
+
+# By registry and prefix, so that several services in one process may count in the same names.
+_shared: WeakKeyDictionary[Any, dict[str, _Collectors]] = WeakKeyDictionary()
+_sharing = threading.Lock()
+
+
 class PrometheusMetrics(Metrics):
     """Counters, gauges and histograms of ``prometheus_client``.
+
+    Each service takes an object of its own. Those with the same registry and prefix count together: the page shows the
+    sum of their services. Give them different prefixes or registries to tell them apart.
 
     Args:
         registry: Where they are registered; the library's default one if None.
         prefix: What their names begin with.
 
     Raises:
-        MedusaError: The library is not installed.
+        MedusaError: The library is not installed, the prefix is no name, or something else has taken the names.
     """
 
     def __init__(self, registry: Any = None, prefix: str = "medusa") -> None:
@@ -70,18 +125,18 @@ class PrometheusMetrics(Metrics):
             raise MedusaError(
                 "prometheus_client is not installed. Install it with: pip install 'medusa-export[prometheus]'."
             ) from error
-        place: dict[str, Any] = {"registry": prometheus.REGISTRY if registry is None else registry}
-        timed = {**place, "buckets": _BUCKETS}
-        self._requests = prometheus.Counter(f"{prefix}_requests", "Requests by outcome", ["outcome"], **place)
-        self._waiting = prometheus.Gauge(f"{prefix}_requests_waiting", "Requests in the queue", **place)
-        self._running = prometheus.Gauge(f"{prefix}_requests_running", "Requests in a row", **place)
-        self._tokens = prometheus.Counter(f"{prefix}_tokens", "Tokens by kind", ["kind"], **place)
-        self._steps = prometheus.Histogram(f"{prefix}_step_seconds", "Time of a step", ["kind"], **timed)
-        self._accepted = prometheus.Counter(
-            f"{prefix}_accepted_length", "Steps of a request by tokens that they emitted", ["tokens"], **place
-        )
-        self._queue = prometheus.Histogram(f"{prefix}_queue_seconds", "Time in the queue", **timed)
-        self._first = prometheus.Histogram(f"{prefix}_first_token_seconds", "Time to the first token", **timed)
+        registry = prometheus.REGISTRY if registry is None else registry
+        with _sharing:
+            shared = _shared.setdefault(registry, {})
+            try:
+                shared[prefix] = _Collectors.registered(prometheus, registry, prefix)
+            except ValueError as error:
+                if prefix not in shared:
+                    raise MedusaError(
+                        f"The metrics {prefix}_… can't be registered: {error}. Choose another prefix or registry."
+                    ) from error
+            self._collectors = shared[prefix]
+        self._load = (0, 0)  # what this object has added to the gauges
 
     @classmethod
     def in_own_registry(cls) -> tuple[Self, Any]:
@@ -94,24 +149,26 @@ class PrometheusMetrics(Metrics):
         return cls(registry), registry
 
     def rejected(self) -> None:
-        self._requests.labels("rejected").inc()
+        self._collectors.requests.labels("rejected").inc()
 
     def load(self, waiting: int, running: int) -> None:
-        self._waiting.set(waiting)
-        self._running.set(running)
+        self._collectors.waiting.inc(waiting - self._load[0])
+        self._collectors.running.inc(running - self._load[1])
+        self._load = (waiting, running)
 
     def step(self, kind: str, rows: int, size: int, tokens: int, seconds: float) -> None:
-        self._steps.labels(kind).observe(seconds)
+        self._collectors.steps.labels(kind).observe(seconds)
         if kind == "prefill":
-            self._tokens.labels("prompt").inc(tokens)
+            self._collectors.tokens.labels("prompt").inc(tokens)
 
     def ended(self, outcome: str, stats: Stats) -> None:
-        self._requests.labels(outcome).inc()
+        collectors = self._collectors
+        collectors.requests.labels(outcome).inc()
         if stats.cached_tokens:
-            self._tokens.labels("cached").inc(stats.cached_tokens)
+            collectors.tokens.labels("cached").inc(stats.cached_tokens)
         for length, times in stats.accepted_lengths.items():
-            self._accepted.labels(str(length)).inc(times)
-        self._tokens.labels("completion").inc(stats.completion_tokens)  # not all that steps emitted are kept
+            collectors.accepted.labels(str(length)).inc(times)
+        collectors.tokens.labels("completion").inc(stats.completion_tokens)  # not all that steps emitted are kept
         if stats.completion_tokens:
-            self._queue.observe(stats.queue_seconds)
-            self._first.observe(stats.queue_seconds + stats.prefill_seconds)
+            collectors.queue.observe(stats.queue_seconds)
+            collectors.first.observe(stats.queue_seconds + stats.prefill_seconds)

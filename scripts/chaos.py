@@ -1,0 +1,290 @@
+"""A service in which everything fails that can: 20,000 requests, of which none may be wrong or lost.
+
+It lives many lives. In each one any call of the backend may raise, before or after it has done its work. Clocks jump,
+requests are cancelled or late, callbacks are slow or raise, the process forks, and in the end the service is drained,
+or closed in the middle. Every answer that comes must be the one that the request gets alone, in an engine where nothing
+fails; every other request must end with an error of ours. What a request received before it ended must be the beginning
+of that answer. As in ``soak.py``, a drawn answer may equal the run at one of three tree sizes.
+
+Fails with exit code 1 if a request was wrong, was lost or ended with another exception, if a service died, or if a
+forked child wasn't refused at once. Without a BUNDLE it exports a tiny random model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from faults import FaultyBackend, JumpyClock
+from soak import Consumer, Ends, Outcome, Request, Weather, bundle_folder, corpus, verdict
+
+from medusa_export.progress import progress_bar
+from medusa_runtime import Bundle, Chunk, ForkError, MedusaEngine, MedusaError, MedusaService
+from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
+from medusa_runtime.tokenizer import Tokenizer
+
+POOL = 300  # different requests, whose answers are known after some lives
+QUEUE = 16
+TYPED = ("right", "tie", "typed error")
+
+
+class SlowConsumer(Consumer):
+    """One whose callback takes its time, now and then."""
+
+    def _callback(self, chunk: Chunk) -> None:
+        if len(self._received) % 7 == 0:
+            time.sleep(0.005)
+        super()._callback(chunk)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came of all lives.
+
+    Attributes:
+        verdicts: Requests by what came of them.
+        ends: Requests by finish reason or class of error.
+        faults: How often each call of the backend raised.
+        lives: Services by how they ended.
+        jumps: Of clocks.
+        forks: Children that were refused.
+        failures: What went wrong besides, in words.
+    """
+
+    verdicts: Counter[str] = dataclasses.field(default_factory=Counter)
+    ends: Counter[str] = dataclasses.field(default_factory=Counter)
+    faults: Counter[str] = dataclasses.field(default_factory=Counter)
+    lives: Counter[str] = dataclasses.field(default_factory=Counter)
+    jumps: int = 0
+    forks: int = 0
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether nothing was wrong, lost or otherwise amiss."""
+        return not self.failures and not set(self.verdicts) - set(TYPED)
+
+
+@dataclasses.dataclass
+class World:
+    """Draws what happens; the same for the same seed, but for the timing.
+
+    Attributes:
+        weather: Draws requests.
+        engine: Answers them alone, and nothing fails in it.
+        rate: The probability that a call of the backend raises.
+        rows: Of a service.
+        seed: Of all draws.
+    """
+
+    weather: Weather
+    engine: MedusaEngine
+    rate: float
+    rows: int
+    seed: int
+    answers: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict)
+
+    def request(self, number: int) -> Request:
+        """One of ``POOL`` prompts and policies, with a fate of its own."""
+        fate = self.weather.request(number)
+        same = self.weather.request(number % POOL)
+        return dataclasses.replace(same, consumer=fate.consumer, cancel_after=fate.cancel_after, timeout=fate.timeout)
+
+    def generate(self, number: int, *arguments: Any, tree_size: int, **policy: Any) -> Any:
+        """As the engine's, which answers each of the pool once for each tree size."""
+        key = (number % POOL, tree_size)
+        if key not in self.answers:
+            self.answers[key] = self.engine.generate(*arguments, tree_size=tree_size, **policy)
+        return self.answers[key]
+
+
+class _Alone:
+    """The engine that ``verdict`` asks, for one request."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self._world, self._number, self.bundle = world, number, world.engine.bundle
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """As the world's."""
+        return self._world.generate(self._number, *arguments, **options)
+
+
+class Life:
+    """One service, from its start to its end.
+
+    Args:
+        world: Draws what happens.
+        numbers: Of its requests.
+        tally: Where to count.
+    """
+
+    def __init__(self, world: World, numbers: range, tally: Tally) -> None:
+        self._world, self._numbers, self._tally = world, numbers, tally
+        self._random = random.Random(f"{world.seed} {numbers.start}")  # noqa: S311  # no secret
+        bundle = world.engine.bundle
+        self._clock = JumpyClock()
+        inner = OnnxRuntimeBatchBackend(bundle, rows=world.rows, threads=1)
+        self._backend = FaultyBackend(inner, rate=world.rate, seed=world.seed + numbers.start)
+        self._ends = Ends()
+        self._service = MedusaService(
+            bundle,
+            self._backend,  # type: ignore[arg-type]
+            Tokenizer.load(bundle.listed),
+            max_queue=QUEUE,
+            tree_size=self._random.choice([1, min(4, bundle.tree.size), bundle.tree.size]),
+            prefill_chunk=16,
+            metrics=self._ends,
+            clock=self._clock,
+        )
+        self._outcomes: dict[int, Outcome] = {}
+        self._untyped: dict[int, str] = {}
+        self._room = asyncio.Semaphore(3 * QUEUE)
+
+    async def live(self) -> None:
+        """Sends all requests, and ends the service."""
+        ending = self._random.choice(["drained", "closed"])
+        last = self._numbers[-1] if ending == "drained" else self._numbers[-1 - len(self._numbers) // 10]
+        async with asyncio.TaskGroup() as tasks:
+            for number in self._numbers:
+                await self._room.acquire()
+                tasks.create_task(self._answer(number))
+                await asyncio.sleep(self._random.expovariate(2000))
+                self._perhaps_jump()
+                if self._random.random() < 1 / 400:
+                    tasks.create_task(self._fork())
+                if number == last and ending == "closed":
+                    tasks.create_task(asyncio.to_thread(self._service.close))
+        if not await asyncio.to_thread(self._service.drain, 120):
+            self._tally.failures.append("a service was not drained")
+        state = self._service.state
+        if state != ("draining" if ending == "drained" else "closed"):
+            self._tally.failures.append(f"a service was {state}: {self._service.failure!r}")
+        await asyncio.to_thread(self._service.close)
+        self._tally.lives[ending] += 1
+        self._count()
+
+    async def _answer(self, number: int) -> None:
+        consumer = SlowConsumer(self._world.request(number))
+        try:
+            self._outcomes[number] = await consumer.follow(await consumer.submit(self._service))
+        except MedusaError as error:  # it was refused
+            self._outcomes[number] = Outcome.of(type(error).__name__, [])
+        except TimeoutError:
+            pass  # it is lost
+        except Exception as error:  # noqa: BLE001  # that is what this looks for
+            self._untyped[number] = repr(error)
+        self._room.release()
+
+    def _perhaps_jump(self) -> None:
+        if self._random.random() < 1 / 100:
+            self._clock.jump(self._random.choice([-1, 1]) * self._random.choice([0.1, 10, 1e5]))
+
+    async def _fork(self) -> None:
+        child = os.fork()
+        if not child:
+            os._exit(_refusals(self._service))
+        code = await asyncio.to_thread(_exit_code, child)
+        self._tally.forks += 1
+        if code != 0:
+            self._tally.failures.append(f"a forked child ended with {code}")
+
+    def _count(self) -> None:
+        tally = self._tally
+        tally.faults += self._backend.raised
+        tally.jumps += self._clock.jumps
+        waiting = [thread for thread in threading.enumerate() if thread.name.startswith("medusa-callback")]
+        for thread in waiting:
+            thread.join(30)
+        if any(thread.is_alive() for thread in waiting) or self._service.load_figures != (0, 0):
+            tally.failures.append("a service left something behind")
+        for number in self._numbers:
+            outcome = self._outcomes.get(number)
+            if number in self._untyped:
+                tally.verdicts["other exception"] += 1
+                tally.failures.append(self._untyped[number])
+                continue
+            if outcome is None:
+                tally.verdicts["lost"] += 1
+                continue
+            tally.ends[outcome.name] += 1
+            request = self._world.request(number)
+            found = verdict(number, request, outcome, _Alone(self._world, number))  # type: ignore[arg-type]
+            if found != "wrong" and outcome.name not in ("stop", "length"):
+                found = "typed error"
+            tally.verdicts[found] += 1
+
+
+def _refusals(service: MedusaService) -> int:
+    """What a child exits with: 0 if each call is refused by type."""
+    for call in (lambda: service.submit([1]), lambda: service.generate([1]), service.drain, service.close):
+        try:
+            call()
+        except ForkError:
+            continue
+        except BaseException:  # noqa: BLE001  # the parent says so
+            return 2
+        return 3
+    return 0 if service.state == "failed" else 4
+
+
+def _exit_code(child: int) -> int:
+    """Waits for a child, but not for ever."""
+    for _ in range(600):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return -9
+
+
+@click.command()
+@click.argument("folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
+@click.option("--requests", default=20_000, show_default=True)
+@click.option("--requests-per-life", "per_life", default=400, show_default=True)
+@click.option("--rate", default=0.002, show_default=True, help="Probability that a call of the backend raises.")
+@click.option("--rows", default=6, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
+def main(
+    folder: Path | None, requests: int, per_life: int, rate: float, rows: int, seed: int, json_path: Path | None
+) -> None:
+    """Runs all lives and prints what came of them."""
+    logging.getLogger("medusa_runtime").setLevel(logging.CRITICAL)  # thousands of failures are expected
+    started = time.monotonic()
+    with bundle_folder(folder) as path:
+        bundle = Bundle.load(path)
+        weather = Weather(corpus(path, seed), 200, 40, 0.5, bundle.sampling, seed)
+        tally, engine = Tally(), MedusaEngine.load(path, threads=1)
+        world = World(weather, engine, rate, rows, seed)
+        with progress_bar("requests", requests) as bar:
+            for first in range(0, requests, per_life):
+                numbers = range(first, min(first + per_life, requests))
+                asyncio.run(Life(world, numbers, tally).live())
+                for _ in numbers:
+                    bar.finish_piece()
+        engine.close()
+    report = {"requests": requests, "seconds": round(time.monotonic() - started), **vars(tally)}
+    click.echo(json.dumps(report, indent=1))
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not tally.is_fine or sum(tally.verdicts.values()) != requests:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
