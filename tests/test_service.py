@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from decoding import TREE
+from gate import Gate
 from medusa_runtime import (
     BackendError,
     Bundle,
@@ -24,7 +25,6 @@ from medusa_runtime import (
     MedusaEngine,
     MedusaService,
     Metrics,
-    PrometheusMetrics,
     QueueFullError,
     RequestCancelledError,
     RequestError,
@@ -49,34 +49,6 @@ def engine(tiny_bundle: Bundle) -> MedusaEngine:
 def shared(tiny_bundle: Bundle) -> Iterator[MedusaService]:
     with MedusaService.load(tiny_bundle.folder, rows=3, threads=1, tree_size=4) as service:
         yield service
-
-
-class Gate:
-    """A backend whose steps wait until the test lets them go, and fail when it wants them to."""
-
-    def __init__(self, bundle: Bundle, rows: int) -> None:
-        self.inner = OnnxRuntimeBatchBackend(bundle, rows=rows, threads=1)
-        self.open = threading.Event()
-        self.open.set()
-        self.entered = threading.Semaphore(0)
-        self.fail = lambda size, prompts, rows: None
-        self.fail_arrange = lambda rows, capacity: None
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
-
-    def step(self, size: int, prompts: object = None, rows: Sequence[int] | None = None) -> object:
-        self.entered.release()
-        assert self.open.wait(30)
-        window = self.inner._store.window(rows)
-        assert window is not None
-        assert 3 + int(self.inner.lengths[rows].max()) + size <= window.block.capacity  # none writes beyond it
-        self.fail(size, prompts, rows)
-        return self.inner.step(size, prompts, rows)
-
-    def arrange(self, rows: Sequence[int], capacity: int) -> int:
-        self.fail_arrange(rows, capacity)
-        return self.inner.arrange(rows, capacity)
 
 
 @pytest.fixture
@@ -816,26 +788,6 @@ def test_a_long_prompt_moves_bit_by_bit(service: MedusaService, gate: Gate, monk
     last = max(i for i, step in enumerate(steps) if step == "move")
     for first, second in itertools.pairwise(steps[: last + 2]):
         assert first != "move" or second not in ("move", "chunk"), steps
-
-
-def test_metrics(tiny_bundle: Bundle) -> None:
-    pytest.importorskip("prometheus_client")
-    from prometheus_client import generate_latest
-
-    metrics, registry = PrometheusMetrics.in_own_registry()
-    with MedusaService.load(
-        tiny_bundle.folder, rows=2, threads=1, max_queue=0, tree_size=4, metrics=metrics
-    ) as service:
-        service.generate(PROMPT, max_new_tokens=10)
-        assert f'medusa_tokens_total{{kind="prompt"}} {len(PROMPT)}.0' in generate_latest(registry).decode()
-        # As many as the answer has: its first comes from prefill, and steps emit more than are wanted in the end.
-        assert 'medusa_tokens_total{kind="completion"} 10.0' in generate_latest(registry).decode()
-        with pytest.raises(DeadlineError):
-            service.generate(PROMPT, max_new_tokens=400, timeout=0.001)
-    page = generate_latest(registry).decode()
-    assert 'medusa_requests_total{outcome="length"} 1.0' in page
-    assert 'medusa_requests_total{outcome="DeadlineError"} 1.0' in page
-    assert "medusa_queue_seconds_count" in page
 
 
 def test_hooks_that_raise_harm_nobody(tiny_bundle: Bundle, gate: Gate) -> None:

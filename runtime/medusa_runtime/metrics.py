@@ -51,7 +51,7 @@ def tell(hook: Callable[..., None], *figures: object) -> None:
     """Calls a hook of ``Metrics``; what it raises is logged."""
     try:
         hook(*figures)
-    except Exception:  # noqa: BLE001  # a stranger's code
+    except (Exception, SystemExit):  # noqa: BLE001  # a stranger's code, which may call sys.exit
         _log.exception("A hook for metrics failed")
 
 

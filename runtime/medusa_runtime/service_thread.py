@@ -206,7 +206,7 @@ class ServiceThread:
                     outcome.__cause__ = self.failure
                 try:
                     self._end(job, outcome)
-                except Exception:  # noqa: BLE001  # whatever it is, nobody may wait forever
+                except BaseException:  # noqa: BLE001  # whatever it is, nobody may wait forever
                     _log.exception("A request could not be ended in order")
                     if not job.handle.done:
                         job.handle.end(outcome)
