@@ -308,18 +308,12 @@ def test_options_of_numpys_types(tiny_bundle: Bundle) -> None:
         gate.open.clear()
         first = service.submit([5] * 300, max_new_tokens=np.uint8(2), timeout=np.float32(60))
         assert gate.entered.acquire(timeout=30)
-        handles = [first]
-        for priority in (0, np.uint8(5), np.int8(-128), np.uint64(2**63)):
-            handles.append(
-                service.submit(
-                    PROMPT,
-                    max_new_tokens=2,
-                    priority=priority,
-                    lookup=np.bool_(True),
-                    logprobs=np.bool_(True),
-                    stop_token_ids=np.array([3]),
-                )
-            )
+        flags = {"lookup": np.bool_(True), "logprobs": np.bool_(True), "stop_token_ids": np.array([3])}
+        priorities = (0, np.uint8(5), np.int8(-128), np.uint64(2**63))
+        handles = [
+            first,
+            *(service.submit(PROMPT, max_new_tokens=2, priority=priority, **flags) for priority in priorities),
+        ]
         order = [job.priority for job in service._thread.scheduler.waiting]
         assert order == [2**63, 5, 0, -128] and {type(priority) for priority in order} == {int}
         gate.open.set()
