@@ -122,6 +122,16 @@ def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, leng
         chunk = {}
 
 
+def test_what_an_earlier_request_left_does_not_reach_the_next(tiny_bundle: Bundle) -> None:
+    backend = InHostMemory(tiny_bundle, threads=1)
+    with MedusaEngine(tiny_bundle, backend, None) as engine:
+        engine.generate(PROMPTS[1], max_new_tokens=10)
+        for value in (*backend._on_device.values(), backend._state["pending_kv"].now):
+            value.update_inplace(np.full_like(value.numpy(), np.nan))
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=9)
+        assert list(result.token_ids) == greedy(tiny_model("llama"), PROMPTS[0], 40)
+
+
 def test_bfloat16_is_refused_for_what_it_is_here(tiny_bundle: Bundle) -> None:
     with pytest.raises(
         BackendError, match=r"passes caches through NumPy.*--dtype fp16 or fp32, or .*medusa-export trt"

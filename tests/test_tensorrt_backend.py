@@ -451,6 +451,21 @@ def test_steps_under_way_are_collected_before_a_row_is_scrubbed(machine: Machine
     backend.scrub(0)
 
 
+@pytest.mark.parametrize("lookup", [False, True])
+def test_what_an_earlier_request_left_does_not_reach_the_next(
+    machine: Machine, expected: list[list[int]], lookup: bool
+) -> None:
+    """Through the engine, which submits steps ahead where it looks nothing up."""
+    backend = machine.backend()
+    with MedusaEngine(machine.bundle, backend, None) as engine:
+        engine.generate(PROMPTS[1], max_new_tokens=10)
+        for array in device_state(machine, backend).values():
+            array[...] = np.nan
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=lookup)
+        assert list(result.token_ids) == expected[0]
+        assert machine.cuda.calls["cudaMemset2DAsync"]
+
+
 def test_steps_that_do_not_fit(machine: Machine) -> None:
     backend = machine.backend()
     for size, prompts, words in (
