@@ -121,8 +121,16 @@ def engine_contestant(engine: MedusaEngine, tree_size: TreeSize, *, lookup: bool
     return answer
 
 
-def transformers_contestant(model_path: str, threads: int | None) -> Contestant:
-    """transformers' greedy ``generate``, in fp32."""
+def transformers_contestant(
+    model_path: str, threads: int | None, end_tokens: Sequence[int] | None = None
+) -> Contestant:
+    """transformers' greedy ``generate``, in fp32.
+
+    Args:
+        model_path: The model.
+        threads: CPU threads; by default torch's own choice.
+        end_tokens: Ids of the tokens that end an answer, as a bundle has them; the model's own if None.
+    """
     import torch  # noqa: PLC0415  # slow to import, and not always wanted
 
     from medusa_export.checkpoints import load_model  # noqa: PLC0415
@@ -131,7 +139,7 @@ def transformers_contestant(model_path: str, threads: int | None) -> Contestant:
     if threads:
         torch.set_num_threads(threads)
     model: Any = load_model(model_path, dtype=torch.float32)
-    model.generation_config = greedy_config(model)
+    model.generation_config = greedy_config(model, end_tokens)
 
     def timed(ids: Any, count: int) -> tuple[float, Any]:
         started = time.perf_counter()

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.cache_shape import CacheShape
 from medusa_export.checkpoints import save_tokenizer
+from medusa_export.end_tokens import EndTokens
 from medusa_export.errors import ExportError
 from medusa_export.files import atomic_folder, check_target
+from medusa_export.generation_settings import kept_settings
 from medusa_export.onnxruntime_batch import fuse_batch_for_onnxruntime
 from medusa_export.onnxruntime_fusions import fuse_for_onnxruntime
 from medusa_export.step import MedusaStep
@@ -35,7 +37,7 @@ from medusa_runtime.tokenizer import Tokenizer
 EXTERNAL_THRESHOLD = 2048
 
 
-def model_facts(model: PreTrainedModel, shape: CacheShape, name: str) -> ModelFacts:
+def model_facts(model: PreTrainedModel, shape: CacheShape, name: str, eos_token_ids: tuple[int, ...]) -> ModelFacts:
     """What the runtime has to know of a model.
 
     Raises:
@@ -45,12 +47,6 @@ def model_facts(model: PreTrainedModel, shape: CacheShape, name: str) -> ModelFa
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
-    generation = model.generation_config
-    eos = (
-        generation.eos_token_id
-        if generation is not None and generation.eos_token_id is not None
-        else config.eos_token_id
-    )
     return ModelFacts(
         name=name,
         model_type=config.model_type,
@@ -58,7 +54,7 @@ def model_facts(model: PreTrainedModel, shape: CacheShape, name: str) -> ModelFa
         hidden_size=config.hidden_size,
         vocab_size=model.get_output_embeddings().weight.shape[0],
         max_positions=positions,
-        eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
+        eos_token_ids=eos_token_ids,
     )
 
 
@@ -73,6 +69,7 @@ def write_bundle(
     acceptance: Acceptance,
     trained: bool,
     replace_existing: bool = False,
+    end_tokens: EndTokens | None = None,
 ) -> Bundle:
     """Writes a bundle; it appears whole or not at all.
 
@@ -86,20 +83,24 @@ def write_bundle(
         acceptance: How likely its nodes are to be accepted.
         trained: Whether the heads are more than freshly initialised.
         replace_existing: Replace a bundle that is there.
+        end_tokens: What ends the model's answers; found here if None.
 
     Raises:
-        ExportError: The folder can't be written.
+        ExportError: The folder can't be written, or the model's files name an end token that is none.
     """
     heads = step.heads
+    ends = end_tokens or EndTokens(step.model, tokenizer)
     bundle = Bundle(
         folder=target,
-        model=model_facts(step.model, step.cache_shape, name),
+        model=model_facts(step.model, step.cache_shape, name, ends.ids),
         dtype=str(step.model.dtype).removeprefix("torch."),
         tree=step.tree,
         acceptance=acceptance,
         heads=HeadFacts(heads.config.num_heads, heads.config.variant, trained) if heads is not None else None,
         sampling=step.sampling,
         tree_name=tree_name,
+        end_tokens=ends.found,
+        generation=kept_settings(step.model.generation_config),
         producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
     )
     try:
@@ -117,7 +118,9 @@ def write_bundle(
                 save_tokenizer(tokenizer, folder)
                 _check_tokenizer(folder, target)
             if step.model.generation_config is not None:
-                step.model.generation_config.save_pretrained(folder)
+                # Its own save_pretrained refuses settings that contradict each other, as many published ones do.
+                text = step.model.generation_config.to_json_string()
+                (folder / "generation_config.json").write_text(text, encoding="utf-8")
             files = {
                 str(path.relative_to(folder)): FileFacts.of(path)
                 for path in sorted(folder.rglob("*"))

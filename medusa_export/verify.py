@@ -55,7 +55,7 @@ def verify_bundle(
     check_same(bundle, step)
     tolerances = tolerances or Tolerances.of(bundle.dtype)
     sizes = tree_sizes_of(bundle, tree_sizes)
-    answered = answered_prompts(step, prompts, max_new_tokens, progress)
+    answered = answered_prompts(step, prompts, max_new_tokens, progress, bundle.model.eos_token_ids)
     checks: list[Check] = []
     for graph in _graphs(bundle):
         progress(f"comparing steps of {graph}")

@@ -52,7 +52,7 @@ def verify_backend(
         return Verification([], tolerances, not_run=str(error))
     with closing(opened):
         chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
-        answered = answered_prompts(step, prompts, max_new_tokens, progress)
+        answered = answered_prompts(step, prompts, max_new_tokens, progress, bundle.model.eos_token_ids)
         progress(f"comparing steps of {opened.name}")
         checks = StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:

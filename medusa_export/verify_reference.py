@@ -22,12 +22,16 @@ class Prompt:
     expected: list[int]
 
 
-def greedy_config(model: Any) -> GenerationConfig:
-    """Greedy decoding and nothing else: a model's own settings may hold penalties, beams or banned words."""
+def greedy_config(model: Any, end_tokens: Sequence[int] | None = None) -> GenerationConfig:
+    """Greedy decoding and nothing else: a model's own settings may hold penalties, beams or banned words.
+
+    Args:
+        model: The model.
+        end_tokens: Ids of the tokens that end an answer, as a bundle has them; the model's own if None.
+    """
     own = model.generation_config
-    return GenerationConfig(
-        do_sample=False, eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id, pad_token_id=0
-    )
+    ends = own.eos_token_id if end_tokens is None else [*end_tokens] or None
+    return GenerationConfig(do_sample=False, eos_token_id=ends, bos_token_id=own.bos_token_id, pad_token_id=0)
 
 
 @contextmanager
@@ -42,18 +46,21 @@ def with_own_attention(step: MedusaStep) -> Iterator[None]:
         model.set_attn_implementation(ours)
 
 
-def reference_tokens(step: MedusaStep, prompt: Sequence[int], count: int) -> list[int]:
+def reference_tokens(
+    step: MedusaStep, prompt: Sequence[int], count: int, end_tokens: Sequence[int] | None = None
+) -> list[int]:
     """transformers' greedy tokens, with its own attention and cache.
 
     Args:
         step: A step whose model computes in fp32.
         prompt: Token ids.
         count: How many to generate at most.
+        end_tokens: As for ``greedy_config``.
     """
     model: Any = step.model
     own, ids = model.generation_config, torch.tensor([list(prompt)])
     # In the model's place, as generate() takes from there what it is not told.
-    model.generation_config = greedy_config(model)
+    model.generation_config = greedy_config(model, end_tokens)
     try:
         with with_own_attention(step):
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
@@ -64,8 +71,12 @@ def reference_tokens(step: MedusaStep, prompt: Sequence[int], count: int) -> lis
 
 
 def answered_prompts(
-    step: MedusaStep, prompts: Sequence[Sequence[int]], count: int, progress: Progress
+    step: MedusaStep,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    progress: Progress,
+    end_tokens: Sequence[int] | None = None,
 ) -> list[Prompt]:
-    """Prompts with up to ``count`` tokens of transformers' each."""
+    """Prompts with up to ``count`` tokens of transformers' each; ``end_tokens`` as for ``greedy_config``."""
     progress(f"answering {len(prompts)} prompts with transformers")
-    return [Prompt(list(ids), reference_tokens(step, ids, count)) for ids in prompts]
+    return [Prompt(list(ids), reference_tokens(step, ids, count, end_tokens)) for ids in prompts]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from medusa_export.acceptance_prior import prior_acceptance
 from medusa_export.attention import ATTENTION_NAME
 from medusa_export.bundle_writer import write_bundle
+from medusa_export.end_tokens import EndTokens
 from medusa_export.heads import MedusaHeads
 from medusa_export.onnx_export import build_graph
 from medusa_export.oracle import oracle_tree
@@ -55,6 +56,7 @@ def export(step: MedusaStep, folder: Path, *, tokenizer: object = None, trained:
         tree_name="test",
         acceptance=prior_acceptance(step.tree, trained=trained),
         trained=trained,
+        end_tokens=EndTokens(step.model, None),  # transformers' generate ends at no other
     )
     return Bundle.load(folder)
 

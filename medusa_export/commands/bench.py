@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +98,9 @@ def command(
     if engine.bundle.tree.size > 1:
         heads_alone = partial(b.engine_contestant, engine, "auto", lookup=False)
         paddock.add(f"{b.AUTO}, no lookup", heads_alone, since=empty)
-    _add_peers(paddock, threads, plain=plain, genai=genai, llama_cpp=llama_cpp, model=model)
+    _add_peers(
+        paddock, threads, engine.bundle.model.eos_token_ids, plain=plain, genai=genai, llama_cpp=llama_cpp, model=model
+    )
     with progress_bar("answering", len(ids) * repeats, quiet=quiet) as bar:
         answers = b.race(
             paddock.contestants, names[1], ids, max_new_tokens=max_new_tokens, repeats=repeats, told=bar.finish_piece
@@ -125,6 +128,7 @@ def command(
 def _add_peers(
     paddock: Paddock,
     threads: int,
+    end_tokens: Sequence[int],
     *,
     plain: Path | None,
     genai: Path | None,
@@ -144,4 +148,4 @@ def _add_peers(
         with extra("llama-cpp"):
             paddock.add(b.LLAMA_CPP, lambda: b.llama_cpp_contestant(llama_cpp, threads))
     if model is not None:
-        paddock.add("transformers", lambda: b.transformers_contestant(model, threads))
+        paddock.add("transformers", lambda: b.transformers_contestant(model, threads, end_tokens))

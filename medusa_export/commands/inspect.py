@@ -24,6 +24,7 @@ def command(bundle: Path, as_json: bool) -> None:
         from rich import box
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         from medusa_runtime.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
         from medusa_runtime.compiled import CompiledEngine, is_engine
@@ -47,6 +48,8 @@ def command(bundle: Path, as_json: bool) -> None:
     facts.add_row("model", f"{model.name} ({model.model_type}), {opened.dtype}")
     facts.add_row("", f"{model.num_layers} layers, {model.num_key_value_heads} KV heads of {model.head_dim}")
     facts.add_row("", f"vocabulary {model.vocab_size:,}, up to {model.max_positions:,} positions")
+    for name, text in _answering(opened):
+        facts.add_row(name, Text(text))
     if heads is None:
         facts.add_row("heads", "none: plain decoding")
     else:
@@ -75,6 +78,20 @@ def command(bundle: Path, as_json: bool) -> None:
     for name, counts in ops.items():
         console.print(f"[bold]{name}[/bold]: {sum(counts.values()):,} nodes")
         console.print(", ".join(f"{op} {count}" for op, count in counts.most_common()), highlight=False)
+
+
+def _answering(bundle: Any) -> list[tuple[str, str]]:
+    """Rows about what ends an answer, and about settings of the generation config."""
+    from medusa_export.generation_settings import sampling_defaults, unapplied
+
+    ends = [f"{token}, by the {', the '.join(token.sources)}" for token in bundle.end_tokens]
+    ends = ends or [f"token {token}, by the model's configuration" for token in bundle.model.eos_token_ids]
+    left_out = [f"{key}={json.dumps(value):.80}, of the generation config" for key, value in
+                unapplied(bundle.generation).items()]  # fmt: skip
+    listed = ", ".join(f"{key}={value}" for key, value in sampling_defaults(bundle.generation).items())
+    sampled = [f"{listed}, by the generation config, for requests that ask for it"] if listed else []
+    named = (("ends at", ends or ["no token: nothing names one"]), ("not applied", left_out), ("sampling", sampled))
+    return [("" if number else name, text) for name, texts in named for number, text in enumerate(texts)]
 
 
 def _grouped(specs: Any) -> list[tuple[str, str, str]]:

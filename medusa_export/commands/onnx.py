@@ -73,7 +73,9 @@ def command(  # noqa: PLR0915  # what it does is a list
         from medusa_export.bundle_writer import write_bundle
         from medusa_export.calibration import Calibration
         from medusa_export.checkpoints import check_fast, load_model, load_tokenizer
+        from medusa_export.end_tokens import EndTokens
         from medusa_export.files import check_target
+        from medusa_export.generation_settings import kept_settings, settings_warnings
         from medusa_export.gguf_cache import gguf_cache
         from medusa_export.head_files import load_heads
         from medusa_export.heads import MedusaHeads
@@ -94,6 +96,9 @@ def command(  # noqa: PLR0915  # what it does is a list
         tokenizer = None if no_tokenizer else load_tokenizer(model)
         if tokenizer is not None:
             check_fast(tokenizer)
+        ends = EndTokens(base, tokenizer)
+    for warning in (*ends.warnings, *settings_warnings(kept_settings(base.generation_config))):
+        click.echo(f"warning: {warning}", err=True)
 
     attached: MedusaHeads | None = None
     if heads is not None:
@@ -138,5 +143,6 @@ def command(  # noqa: PLR0915  # what it does is a list
         acceptance=acceptance,
         trained=heads is not None,
         replace_existing=overwrite,
+        end_tokens=ends,
     )
     progress("done")

@@ -57,6 +57,25 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class EndToken:
+    """A token that ends an answer.
+
+    Attributes:
+        id: The token's id.
+        text: The token's name in the tokenizer, None without a tokenizer.
+        sources: The parts of the model that name it: ``generation config``, ``config``, ``tokenizer`` or
+            ``chat template``.
+    """
+
+    id: TokenId
+    text: Name | None
+    sources: tuple[Name, ...]
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.id})" if self.text is not None else f"token {self.id}"
+
+
+@dataclass(frozen=True)
 class HeadFacts:
     """What is known of the heads.
 
@@ -117,6 +136,8 @@ class Bundle:
         tree_name: What the tree is called.
         files: What belongs to it.
         producer: Versions of what made it.
+        end_tokens: Where each of the model's end tokens comes from; empty in older bundles.
+        generation: The model's generation config, as far as it is set; empty in older bundles.
         digests_checked: Whether its files were compared with their digests.
     """
 
@@ -130,6 +151,8 @@ class Bundle:
     tree_name: str = ""
     files: Mapping[str, FileFacts] = field(default_factory=dict)
     producer: Mapping[str, str] = field(default_factory=dict)
+    end_tokens: tuple[EndToken, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
     digests_checked: bool = field(default=True, compare=False)
 
     @property
@@ -172,6 +195,8 @@ class Bundle:
         data = {
             "producer": dict(self.producer),
             "model": asdict(self.model),
+            "end_tokens": [asdict(token) for token in self.end_tokens],
+            "generation": dict(self.generation),
             "dtype": self.dtype,
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
@@ -233,6 +258,8 @@ class _Description(msgspec.Struct):
     producer: dict[Name, Name]
     heads: HeadFacts | None = None
     sampling: bool = False
+    end_tokens: tuple[EndToken, ...] = ()
+    generation: dict[Name, Any] = msgspec.field(default_factory=dict)
 
 
 def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes | None:
@@ -277,6 +304,8 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         tree_name=description.tree.name,
         files=description.files,
         producer=description.producer,
+        end_tokens=description.end_tokens,
+        generation=description.generation,
         digests_checked=check_digests,
     )
     if (description.inputs, description.outputs) != (bundle.inputs, bundle.outputs):
