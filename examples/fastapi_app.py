@@ -8,6 +8,9 @@ r"""A web service around a bundle: chat over server-sent events, cancelled when 
 
 Each event carries the text that has become final; the last one is named ``end`` and says why the answer ended and
 what it took, or ``error`` and says what went wrong.
+
+Settings are environment variables: ``MEDUSA_BUNDLE``, the folder; ``MEDUSA_ROWS``, requests that run at a time;
+``MEDUSA_MAX_QUEUE``, requests that wait; ``MEDUSA_MAX_BODY``, bytes of a request's body.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -24,6 +28,8 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
 from medusa_runtime import (
     MedusaError,
@@ -37,14 +43,15 @@ from medusa_runtime import (
 )
 
 DRAIN_SECONDS = 30.0
+MAX_BODY = 2**20  # bytes; JSON of that size is read in some milliseconds, during which no stream goes on
 
 
 class Message(BaseModel):
-    """A chat message."""
+    """A chat message; its content is text, or parts of text: ``[{"type": "text", "text": …}]``."""
 
     model_config = ConfigDict(extra="forbid")
     role: str
-    content: str
+    content: str | list[dict[str, Any]]
 
 
 class ChatRequest(BaseModel):
@@ -63,17 +70,76 @@ class ChatRequest(BaseModel):
     timeout: float | None = Field(default=None, gt=0)
 
 
+class SettingError(MedusaError):
+    """An environment variable that is missing or makes no sense."""
+
+
+def setting(name: str, default: int | None = None) -> int:
+    """A number from the environment."""
+    value = os.environ.get(name, str(default))
+    if not value.isascii() or not value.isdigit():
+        raise SettingError(f"{name} is {value!r:.80}: expected a number.")
+    return int(value[:18])
+
+
+class Border:
+    """Refuses bodies that are too large before they are read, and says in one sentence why a start failed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a connection on."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, partial(self.send_sentence, send))
+            return
+        await self.app(scope, self.bounded(scope, receive) if scope["type"] == "http" else receive, send)
+
+    @staticmethod
+    async def send_sentence(send: Send, message: AsgiMessage) -> None:
+        """Puts the sentence in the place of a traceback."""
+        if message["type"] == "lifespan.startup.failed" and app.state.refusal:
+            message = {**message, "message": app.state.refusal}
+        await send(message)
+
+    @staticmethod
+    def bounded(scope: Scope, receive: Receive) -> Receive:
+        """Receives a body up to its limit, whether or not its length is announced."""
+        limit, received = setting("MEDUSA_MAX_BODY", MAX_BODY), 0
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+
+        async def receive_bounded() -> AsgiMessage:
+            nonlocal received
+            if announced.isdigit() and int(announced[:18]) > limit:
+                raise HTTPException(413, f"The body has more than {limit:,} bytes.", {"Connection": "close"})
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise HTTPException(413, f"The body has more than {limit:,} bytes.", {"Connection": "close"})
+            return message
+
+        return receive_bounded
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Loads the bundle, and lets running requests end before the process does."""
-    metrics, app.state.registry = PrometheusMetrics.in_own_registry()
-    app.state.service = service = await run_in_threadpool(
-        MedusaService.load,
-        os.environ["MEDUSA_BUNDLE"],
-        rows=int(os.environ.get("MEDUSA_ROWS", "4")),
-        max_queue=int(os.environ.get("MEDUSA_MAX_QUEUE", "64")),
-        metrics=metrics,
-    )
+    app.state.refusal = ""
+    try:
+        metrics, app.state.registry = PrometheusMetrics.in_own_registry()
+        if "MEDUSA_BUNDLE" not in os.environ:
+            raise SettingError("MEDUSA_BUNDLE is not set: give the folder of a bundle in it.")
+        setting("MEDUSA_MAX_BODY", MAX_BODY)
+        app.state.service = service = await run_in_threadpool(
+            MedusaService.load,
+            os.environ["MEDUSA_BUNDLE"],
+            rows=setting("MEDUSA_ROWS", 4),
+            max_queue=setting("MEDUSA_MAX_QUEUE", 64),
+            metrics=metrics,
+        )
+    except MedusaError as error:
+        app.state.refusal = str(error)
+        raise
     try:
         yield
     finally:
@@ -82,6 +148,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title="medusa-export", lifespan=lifespan)
+app.add_middleware(Border)
 
 
 @app.exception_handler(RequestValidationError)
@@ -96,7 +163,7 @@ async def chat(body: ChatRequest, request: Request) -> StreamingResponse:
     """Streams an answer."""
     service: MedusaService = request.app.state.service
     try:
-        handle = service.submit(
+        handle = await service.asubmit(
             [message.model_dump() for message in body.messages],
             max_new_tokens=body.max_new_tokens,
             stop=body.stop,
@@ -136,8 +203,8 @@ async def events(handle: RequestHandle) -> AsyncIterator[str]:
 
 
 def event(name: str, data: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """One server-sent event; in ASCII, since many clients take U+0085, U+2028 and U+2029 for ends of lines."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 @app.get("/health")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,9 +112,16 @@ def test_refusals(server: str) -> None:
         response = httpx.post(f"{server}/chat", content=message + rest, headers={"Content-Type": "application/json"})
         assert response.status_code == 422
         assert response.json()["detail"]
-    too_long = {"messages": [{"role": "user", "content": "x" * 600}]}
-    response = httpx.post(f"{server}/chat", json=too_long)
-    assert response.status_code == 422 and "exceed the 512 tokens" in response.text
+    for content, words in (
+        ("x" * 500, "exceed the 512 tokens"),
+        ("x" * 600_000, "exceed the 512 tokens"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "reads text only"),
+    ):
+        response = httpx.post(f"{server}/chat", json={"messages": [{"role": "user", "content": content}]})
+        assert response.status_code == 422 and words in response.text
+    for key, value in (("stop", ["x"] * 300), ("stop", ["x" * 20_000]), ("messages", MESSAGES * 10_001)):
+        response = httpx.post(f"{server}/chat", json={**hello, key: value})
+        assert response.status_code == 422 and "at most" in response.text
     late = {"messages": MESSAGES, "max_new_tokens": 490, "timeout": 0.001}
     with httpx.stream("POST", f"{server}/chat", json=late, timeout=60) as response:
         name, data = list(read_events(response))[-1]
@@ -140,3 +149,68 @@ def test_health_of_a_service_that_refuses(tiny_bundle: Bundle, monkeypatch: pyte
         answer = client.get("/health")
         assert (answer.status_code, answer.json()["state"]) == (503, "draining")
         assert client.post("/chat", json={"messages": MESSAGES}).status_code == 503
+
+
+def test_bodies_that_are_too_large(server: str) -> None:
+    """Refused by their announced length before they are read, and otherwise once they get too long."""
+    large = b'{"messages": [{"role": "user", "content": "' + b"x" * 2**20 + b'"}]}'
+    headers = {"Content-Type": "application/json"}
+
+    def in_pieces() -> Iterator[bytes]:
+        for start in range(0, len(large), 2**16):
+            yield large[start : start + 2**16]
+
+    for content in (large, in_pieces()):
+        response = httpx.post(f"{server}/chat", content=content, headers=headers, timeout=60)
+        assert response.status_code == 413
+        assert response.json() == {"detail": "The body has more than 1,048,576 bytes."}
+    with socket.create_connection(("127.0.0.1", int(server.rsplit(":", 1)[1])), timeout=60) as client:
+        head = ["POST /chat HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 9000000", "", ""]
+        client.sendall("\r\n".join(head).encode())
+        assert client.recv(2**16).startswith(b"HTTP/1.1 413")  # of a body that was never sent
+    assert httpx.get(f"{server}/health").status_code == 200
+
+
+def test_parts_of_text(server: str) -> None:
+    texts = []
+    for content in ("Hi", [{"type": "text", "text": "Hi"}]):
+        body = {"messages": [{"role": "user", "content": content}], "max_new_tokens": 9}
+        with httpx.stream("POST", f"{server}/chat", json=body, timeout=60) as response:
+            texts.append([data.get("text") for _, data in read_events(response)])
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("fastapi_app", EXAMPLES / "fastapi_app.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules["fastapi_app"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_character_splits_an_event(example: Any) -> None:
+    """For the line reader of httpx, and for everything that Python takes for the end of a line."""
+    text = "".join(chr(i) for i in range(0x3000)) + "\ud800 😀"
+    response = httpx.Response(200, content=example.event("text", {"text": text}).encode())
+    assert list(read_events(response)) == [("text", {"text": text})]
+    assert len(example.event("text", {"text": text}).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "MEDUSA_BUNDLE is not set: give the folder of a bundle in it."),
+        ({"MEDUSA_BUNDLE": "/nothing/here"}, "There is no bundle at /nothing/here"),
+        ({"MEDUSA_BUNDLE": "/nothing/here", "MEDUSA_ROWS": "many"}, "MEDUSA_ROWS is 'many': expected a number."),
+        ({"MEDUSA_BUNDLE": "/nothing/here", "MEDUSA_ROWS": "0"}, "rows is 0: expected an integer of at least 1"),
+        ({"MEDUSA_BUNDLE": "/nothing/here", "MEDUSA_MAX_BODY": "-1"}, "MEDUSA_MAX_BODY is '-1': expected a number."),
+    ],
+)
+def test_a_start_that_fails_says_why_in_a_sentence(settings: dict[str, str], words: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MEDUSA_")}
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(EXAMPLES), "fastapi_app:app", "--port", "0"]
+    done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 3
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
