@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from importlib import import_module
 import click
 
 from medusa_runtime import __version__
+from medusa_runtime.cpus import limit_openmp_threads
 from medusa_runtime.errors import MedusaError
 
 COMMANDS = {
@@ -63,6 +65,7 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, context: click.Context) -> object:
+        limit_openmp_threads(os.environ)  # before a command imports torch
         try:
             return super().invoke(context)
         except MedusaError as error:

@@ -113,7 +113,7 @@ def main(folder: Path, length: int, chunks: tuple[int, ...], rounds: int, thread
     arrival(service, chunk_times, length, 0)  # warms up
     for turn in range(rounds):
         for place, chunk in enumerate(chunks):
-            service._thread._prefill_chunk = chunk  # one session for all, for it holds a copy of the weights
+            service._thread.turns.prefill_chunk = chunk  # one session for all, for it holds a copy of the weights
             arrivals[chunk].append(arrival(service, chunk_times, length, 7 * (turn * len(chunks) + place + 1)))
     service.close()
     names = [field.name for field in fields(Arrival)]

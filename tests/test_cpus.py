@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medusa_export.cli import main
 from medusa_runtime import Bundle
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.cpus import cpu_quota, usable_cpus
+from medusa_runtime.cpus import cpu_quota, limit_openmp_threads, usable_cpus
 
 V2 = "41 31 0:38 {root} {point} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "32 31 0:29 {root} {point} rw,relatime - cgroup cgroup rw,cpu,cpuacct"
@@ -142,3 +144,25 @@ def test_a_system_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_backend_takes_as_many_threads(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert OnnxRuntimeBackend(tiny_bundle).name.endswith("CPU, 1 threads")
+
+
+def test_what_others_start_threads_by(tmp_path: Path) -> None:
+    """PyTorch knows affinity masks, but no quotas: a command tells it."""
+    root = system(tmp_path, "0::/", [V2.format(root="/", point="/cg")], {"cg/cpu.max": "300000 100000"})
+    environment: dict[str, str] = {}
+    limit_openmp_threads(environment, root)
+    assert environment == {"OMP_NUM_THREADS": "3"}
+    environment = {"OMP_NUM_THREADS": "7"}
+    limit_openmp_threads(environment, root)
+    assert environment == {"OMP_NUM_THREADS": "7"}
+    (root / "cg/cpu.max").write_text("max 100000")
+    environment = {}
+    limit_openmp_threads(environment, root)
+    assert environment == {}
+
+
+def test_every_command_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr("medusa_export.cli.limit_openmp_threads", told.append)
+    CliRunner().invoke(main, ["inspect", "nowhere"])
+    assert told == [os.environ]

@@ -761,7 +761,7 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
 def test_a_long_prompt_moves_bit_by_bit(service: MedusaService, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a larger place, and to the others once it decodes: in turns with their steps, and the text is the same."""
     monkeypatch.setattr("medusa_runtime.batch_runner.MOVED_AT_ONCE", 60)
-    monkeypatch.setattr("medusa_runtime.service_thread.MOVED_BESIDES", 50)
+    monkeypatch.setattr("medusa_runtime.service_turns.MOVED_BESIDES", 50)
     expected = service.generate([4] * 300, max_new_tokens=30).token_ids
     steps: list[tuple[int, ...]] = []
     gate.fail = lambda size, prompts, rows: steps.append(("chunk", *rows) if prompts else tuple(sorted(rows)))

@@ -125,6 +125,8 @@ class Acceptance:
 class Bundle:
     """A bundle's description, and where it lies.
 
+    It never changes: threads, event loops and children made by ``fork`` may share it.
+
     Attributes:
         folder: Where it lies.
         model: The base model.

@@ -17,7 +17,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,15 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     """The CPU time that control groups grant this process, in CPUs; None if they set no limit."""
     found = [quota for folder in _groups(root) if (quota := _quota_of(folder)) is not None]
     return min(found, default=None)
+
+
+def limit_openmp_threads(environment: MutableMapping[str, str], root: Path = Path("/")) -> None:
+    """Sets ``OMP_NUM_THREADS`` where a quota leaves less than the affinity mask, unless it is set.
+
+    PyTorch and NumPy read it once, when they are imported, and know no quotas themselves.
+    """
+    if usable_cpus(root, environment) < _affinity():
+        environment.setdefault("OMP_NUM_THREADS", str(usable_cpus(root, environment)))
 
 
 def _affinity() -> int:

@@ -23,7 +23,8 @@ class Metrics:
     """Hooks that do nothing: derive from it and override what you want to count.
 
     All are called in the service's own thread but ``rejected``, which any thread that submits may call. They should
-    return at once, and can't wait for the service. What they raise is logged and goes no further.
+    return at once, and can't wait for the service. What they raise is logged and goes no further. A service takes an
+    object of its own.
     """
 
     def rejected(self) -> None:

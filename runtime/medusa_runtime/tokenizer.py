@@ -50,6 +50,8 @@ _CLEAN_UPS = (
 class Tokenizer:
     """Encodes text and chats, and decodes token ids, as transformers does with the same files.
 
+    Threads and event loops may share it, and a child made by ``fork`` may use it; it changes nothing that they see.
+
     Attributes:
         named_tokens: The tokens with a role, by role: ``{"eos_token": "</s>", …}``.
         chat_templates: The chat templates by name; the one used by default is ``default``.
