@@ -23,7 +23,8 @@ _LEAST_NUMBER = 1e-30  # a weight of 1 divided by it is a number in fp32 still
 class SamplingParams:
     """How to draw tokens from what the base model gives.
 
-    Its distribution is divided by the temperature and cut off by top-k, top-p and min-p, in this order. An object never changes, so that requests and threads may share it.
+    Its distribution is divided by the temperature and cut off by top-k, top-p and min-p, in this order.
+    An object never changes, so that requests and threads may share it.
 
     Attributes:
         temperature: Up to 1000; 0 is greedy decoding, whatever else is said.
