@@ -99,7 +99,7 @@ def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
     try:
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
         found = [BenchPrompt(str(row.get("category", "")), str(row["prompt"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DatasetError(f"{source} can't be read as JSON lines of category and prompt ({error!r}).") from error
     if not found:
         raise DatasetError(f"{source} holds no prompts.")

@@ -69,7 +69,7 @@ def check_config(folder: Path) -> None:
         OutputError: It holds a model.
     """
     path = folder / "config.json"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         if kind not in (None, "medusa"):
             raise OutputError(f"{path} is the configuration of a {kind} model: give another folder for the heads.")

@@ -15,7 +15,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.file_download import _create_symlink
 
 from decoding import export, make_step
-from medusa_export.errors import ExportError
+from medusa_export.errors import ExportError, SettingsError
+from medusa_export.head_writer import check_config
+from medusa_export.training.settings import read_settings
 from medusa_runtime import Bundle, BundleError, MedusaEngine, MedusaError, Tree
 from medusa_runtime.bundle import DESCRIPTION, MAX_DESCRIPTION_BYTES
 from medusa_runtime.json_file import MAX_VALUES, parse_json
@@ -297,6 +299,17 @@ def test_our_own_file_is_no_way_out(folder: Path, tmp_path: Path, monkeypatch: p
     keep_own(folder / "pipe" / CACHE_FILE, b"data")
     assert (folder / "pipe" / CACHE_FILE).read_bytes() == b"data"
     assert [path.name for path in (folder / "pipe").iterdir()] == [CACHE_FILE]
+
+
+# What the exporter reads
+
+
+def test_deep_nesting_elsewhere(tmp_path: Path) -> None:
+    for name in ("config.json", "settings.json"):
+        (tmp_path / name).write_text("[" * 100_000)
+    check_config(tmp_path)  # no model's: heads may be written beside it
+    with pytest.raises(SettingsError, match="can't be read"):
+        read_settings(tmp_path / "settings.json")
 
 
 # A tokenizer
