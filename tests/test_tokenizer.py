@@ -575,13 +575,29 @@ def test_no_bound_where_a_token_may_stand_for_any_text(make: Callable[[], tokeni
     assert text_bound(make()) is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(text=st.one_of(st.text(max_size=80), st.text("abü \n\x1f\U000f0000", max_size=80)))
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_bytes_that_the_vocabulary_lacks_do_not_count(unknown: str | None, text: str) -> None:
+    """They are lost, or any number of them becomes one unknown token; SmolLM2's lacks some, too."""
+    backend = byte_level()
+    alphabet = [character for character in pre_tokenizers.ByteLevel.alphabet() if character not in "Ċüñ¼Ğò"]
+    vocab = {character: i for i, character in enumerate(["<unk>", *sorted(alphabet), "ab"])}
+    backend.model = models.BPE(vocab=vocab, merges=[("a", "b")], unk_token=unknown, fuse_unk=unknown is not None)
+    bound = text_bound(backend)
+    assert bound is not None and len(bound.lost) == 5  # ü is no byte of UTF-8
+    assert bound.least_tokens(text) <= len(backend.encode(text, add_special_tokens=False).ids)
+    assert bound.least_tokens("x" * 10**6) > 10**4
+    backend.normalizer = normalizers.NFC()
+    assert text_bound(backend) is None
+
+
 def test_no_bound_where_text_gets_lost() -> None:
     for change in (
         lambda backend: setattr(backend, "normalizer", normalizers.Strip()),
         lambda backend: setattr(backend, "normalizer", normalizers.Replace("aa", "b")),
         lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Whitespace()),
         lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Split(" ", "removed")),
-        lambda backend: setattr(backend, "model", models.BPE(vocab={"a": 0}, merges=[])),
     ):
         backend = byte_level()
         change(backend)

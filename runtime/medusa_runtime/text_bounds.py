@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import tokenizers
 
 # Composing (NFC) leaves at least a quarter of the bytes: up to seven of them become one letter of two bytes.
 NFC_SHRINKS = 4
+_NEVER_IN_UTF8 = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])
 _KEEPING_PRE_TOKENIZERS = frozenset({"ByteLevel", "Digits", "Metaspace", "UnicodeScripts", "FixedLength"})
 
 
@@ -19,22 +21,24 @@ class TextBound(NamedTuple):
     Attributes:
         bytes_per_token: Bytes of text per token.
         with_spaces: Whether whitespace counts. It does not where a token may swallow any amount of it.
+        lost: Bytes that don't count, since the vocabulary lacks them: text may lose any number of them.
     """
 
     bytes_per_token: int
     with_spaces: bool
+    lost: bytes = b""
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that the text has at least."""
         counted = text if self.with_spaces else "".join(text.split())
-        return -(-len(counted.encode()) // self.bytes_per_token)
+        return -(-len(counted.encode().translate(None, self.lost)) // self.bytes_per_token)
 
 
 def text_bound(backend: tokenizers.Tokenizer) -> TextBound | None:
     """The bound of a tokenizer, or None where one token may stand for any amount of text.
 
-    A bound is known for byte-pair encoding that covers all bytes, where nothing takes text away: neither the normalizer
-    nor the pre-tokenizer nor an unknown token.
+    A bound is known for byte-pair encoding over bytes, where nothing takes text away: neither the normalizer nor the
+    pre-tokenizer nor an unknown token.
     """
     if type(backend.model).__name__ != "BPE":
         return None
@@ -48,18 +52,29 @@ def text_bound(backend: tokenizers.Tokenizer) -> TextBound | None:
     if not all(_keeps(step) for step in pre_tokenizers):
         return None
     vocabulary = backend.get_vocab(with_added_tokens=False)
+    lost = b""
     if any(step["type"] == "ByteLevel" for step in pre_tokenizers):
         # Each character of a token is one byte.
-        covered = all(character in vocabulary for character in tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        lost = bytes(byte for byte, name in sorted(characters_of_bytes().items()) if name not in vocabulary)
+        lost = lost.translate(None, _NEVER_IN_UTF8)
         longest = max(map(len, vocabulary), default=0)
     else:
-        covered = backend.model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-        longest = max((len(token.encode()) for token in vocabulary), default=0)
-    if not covered:
+        if not (backend.model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))):
+            return None
+        longest = max(len(token.encode()) for token in vocabulary)
+    if lost and backend.normalizer is not None:  # which may turn bytes that count into some that don't
         return None
     added = backend.get_added_tokens_decoder().values()
     longest = max([longest, *(len(token.content.encode()) for token in added)])
-    return TextBound(max(1, longest) * shrinks, not any(token.lstrip or token.rstrip for token in added))
+    return TextBound(max(1, longest) * shrinks, not any(token.lstrip or token.rstrip for token in added), lost)
+
+
+@cache
+def characters_of_bytes() -> dict[int, str]:
+    """The alphabet of byte-level tokens: printable Latin-1 stands for itself, other bytes are moved up from 256."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _steps(part: Any, key: str) -> Iterator[Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from medusa_runtime.errors import BundleError, RequestError
 from medusa_runtime.json_file import brief
 from medusa_runtime.limits import MAX_TEXT_BYTES
 from medusa_runtime.listed_folder import ListedFolder
-from medusa_runtime.text_bounds import TextBound, text_bound
+from medusa_runtime.text_bounds import TextBound, characters_of_bytes, text_bound
 from medusa_runtime.tokenizer_files import CONFIG, TokenizerConfig, chat_templates
 
 TOKENIZER = "tokenizer.json"
@@ -296,10 +296,7 @@ def clean_up_spaces(text: str) -> str:
 
 @cache
 def _byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level tokens: printable Latin-1 stands for itself, other bytes are moved up from 256."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {character: byte for byte, character in characters_of_bytes().items()}
 
 
 def _step_types(decoder: Mapping[str, Any]) -> Iterator[str]:
