@@ -29,7 +29,8 @@ def main(bundle: str, model_path: str, prompt: str) -> None:
             result = engine.generate(messages, max_new_tokens=MAX_NEW_TOKENS, tree_size=size)
             name = f"auto, {result.stats.nodes_per_step:.1f} nodes/step" if size == "auto" else "plain, tree size 1"
             results[name] = result
-        reference = transformers_contestant(model_path, None)(engine.tokenizer.encode_chat(messages), MAX_NEW_TOKENS)
+        transformers = transformers_contestant(model_path, None, engine.bundle.model.eos_token_ids)
+        reference = transformers(engine.tokenizer.encode_chat(messages), MAX_NEW_TOKENS)
     expected = reference.token_ids
     speed = reference.steps / reference.decode_seconds
 

@@ -62,7 +62,7 @@ def main() -> int:
             report["backends"][name] = {"refused": f"it failed: {error!r}", "failed": True}
     failed = any(facts.get("failed") for facts in report["backends"].values())
     ran = [facts for facts in report["backends"].values() if "refused" not in facts]
-    report["transformers"] = transformers_speed(step.model, prompts) if ran else None
+    report["transformers"] = transformers_speed(step.model, prompts, bundle) if ran else None
     write_text(target / "gpu_check.json", json.dumps(report, indent=1) + "\n")
     write_text(target / "gpu_check.md", as_markdown(report))
     print((target / "gpu_check.md").read_text(encoding="utf-8"))
@@ -170,11 +170,14 @@ def host_gap(backend: TensorRTBackend, prompt: list[int]) -> float:
     return 1000 * (apart - ahead) / REPEATS
 
 
-def transformers_speed(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """The same prompts by transformers' ``generate``: in fp16 on a GPU that torch can use, else in fp32 on the CPU."""
+def transformers_speed(model: Any, prompts: list[list[int]], bundle: Bundle) -> dict[str, Any]:
+    """The same prompts by transformers' ``generate``: in fp16 on a GPU that torch can use, else in fp32 on the CPU.
+
+    Answers end at the bundle's end tokens.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.set_attn_implementation("sdpa")
-    model.generation_config = greedy_config(model)
+    model.generation_config = greedy_config(model, bundle.model.eos_token_ids)
     model.to(device, torch.float16 if device == "cuda" else torch.float32)
     tokens, seconds = 0, 0.0
     for number, prompt in enumerate([prompts[0][:4], *prompts]):  # the first is to warm up

@@ -17,7 +17,7 @@ from medusa_export.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Message, Sample
 from medusa_export.training.generation import Writer
 from medusa_export.training.labels import Labeller, decoded, tokenize
-from medusa_export.training.templates import ChatTemplate, Thought, render
+from medusa_export.training.templates import Thought, render
 from template_parts import TALKS, Published
 from tiny_models import tiny_model
 
@@ -162,18 +162,17 @@ def test_what_is_learned_stands_behind_a_prompt(name: str, said: list[str]) -> N
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_writer_ends_where_the_template_does(name: str) -> None:
-    """A configuration often names another token; answers would run past their turn."""
+def test_a_writer_ends_where_a_bundle_does(name: str) -> None:
+    """At the end tokens of both configurations, the tokenizer and the template; without one it would write on."""
     published = PUBLISHED[name]
     tokenizer = tokenizer_of(published)
-    model = tiny_model("llama")
-    model.generation_config.eos_token_id = 5
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id, model.config.eos_token_id = 5, 6
     stated = published.wrote["plain"][-1].rpartition("»")[0].rpartition("«")[2]
     last = tokenizer(stated, add_special_tokens=False)["input_ids"][-1]
     ends = set(Writer(model, tokenizer)._stop_ids)
-    assert {5, tokenizer.eos_token_id} <= ends
+    assert {5, 6, tokenizer.eos_token_id} <= ends <= {5, 6, tokenizer.eos_token_id, last}
     assert last in ends or tokenizer.decode([last]).strip() == "."
-    assert ChatTemplate(tokenizer).end_token in {None, last}
 
 
 def test_tags_that_open_and_close_a_thought() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_a_report(gpu_check: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypat
         "machine": gpu_check.machine(),
         "bundle": "tiny",
         "backends": {"onnxruntime": found, "tensorrt": {"refused": "no GPU at all"}},
-        "transformers": gpu_check.transformers_speed(model, PROMPTS),
+        "transformers": gpu_check.transformers_speed(model, PROMPTS, tiny_bundle),
     }
     report["backends"]["replaying"] = {**found, "enqueued_step_ms": dict.fromkeys(found["step_ms"], 12.5)}
     text = gpu_check.as_markdown(json.loads(json.dumps(report)))
@@ -50,6 +51,16 @@ def test_a_report(gpu_check: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypat
     assert text.count("| without CUDA graphs, ms | 12.50 | 12.50 | 12.50 | 12.50 |") == 1
     assert "Refused: no GPU at all" in text
     assert "- torch 2" in text
+
+
+def test_transformers_ends_where_the_bundle_does(
+    gpu_check: Any, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "TOKENS", 16)
+    model = tiny_model("llama")
+    bundle = replace(tiny_bundle, model=replace(tiny_bundle.model, eos_token_ids=(7, 9)))
+    gpu_check.transformers_speed(model, PROMPTS[:1], bundle)
+    assert model.generation_config.eos_token_id == [7, 9]
 
 
 def ran(folder: Path, *, gpu_package: bool) -> tuple[list[str], str]:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from medusa_export.end_tokens import EndTokens
 from medusa_export.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Message
 from medusa_export.training.features import fingerprint
@@ -55,12 +56,9 @@ class Writer:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self.told: Callable[[int], None] = lambda _: None
-        named = model.generation_config.eos_token_id if model.generation_config is not None else None
-        found = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
-        # The template's, too: many chat models name another end in their configuration, and would write on behind it.
-        self._stop_ids = [token for token in dict.fromkeys([*found, self._template.end_token]) if token is not None]
+        self._stop_ids = EndTokens(model, tokenizer).ids
         if not self._stop_ids:
-            raise DatasetError("Neither the model nor its tokenizer names an end-of-sequence token: answers never end.")
+            raise DatasetError("Neither the model nor its tokenizer names an end token: answers never end.")
 
     @property
     def fingerprint(self) -> str:

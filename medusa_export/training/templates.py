@@ -100,12 +100,6 @@ class ChatTemplate:
         usual = self._usual_ending
         return usual if usual and found.startswith(usual) else found
 
-    @property
-    def end_token(self) -> int | None:
-        """The token with which the template ends an answer. None if it is not a special token."""
-        ends = [token for token in self.special if token and self._usual_ending.endswith(token)]
-        return self.special[max(ends, key=len)] if ends else None
-
     @cached_property
     def _usual_ending(self) -> str:
         """What ends an answer, whether it is the last message or not; empty if that differs or is not special.
