@@ -269,7 +269,8 @@ def _transposed(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:
 
     def evaluate() -> ir.TensorProtocol:
         parts: list[torch.Tensor] = [tensor.raw for tensor in tensors]  # type: ignore[union-attr]
-        return TorchTensor(torch.cat(parts).detach().T.contiguous(), name)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return TorchTensor(whole.detach().T.contiguous(), name)
 
     dtype = weights[0].dtype
     assert dtype is not None

@@ -183,9 +183,10 @@ def test_prompts(tmp_path: Path) -> None:
     prompts = bench_prompts()
     assert len({prompt.category for prompt in prompts}) >= 6
     assert len(set(prompts)) == len(prompts)
-    (tmp_path / "p").write_text('{"text": 1}')
-    with pytest.raises(DatasetError, match="category and prompt"):
-        bench_prompts(tmp_path / "p")
+    for damaged in ('{"text": 1}', '{"prompt": ' + "[" * 10_000 + "]" * 10_000 + "}"):
+        (tmp_path / "p").write_text(damaged)
+        with pytest.raises(DatasetError, match="category and prompt"):
+            bench_prompts(tmp_path / "p")
 
 
 def test_an_earlier_report(tmp_path: Path) -> None:

@@ -197,6 +197,13 @@ def test_a_deleted_part_of_prompts_is_made_anew(tmp_path: Path) -> None:
     assert rows_of(folder) == expected
 
 
+def test_a_model_without_an_end_token_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = None, "{{ messages[0].content }}"
+    with pytest.raises(DatasetError, match="answers never end"):
+        Writer(tiny_model("llama"), tokenizer)
+
+
 def test_conversations_end_where_the_model_has_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("llama")
     model.generation_config.eos_token_id = 7

@@ -15,7 +15,7 @@ import pytest
 
 import medusa_runtime
 from decoding import TREE, greedy
-from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, RequestError
+from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, RequestError, errors
 from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from medusa_runtime.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH
 from medusa_runtime.latency import CACHE_FILE, LatencyTable
@@ -321,6 +321,11 @@ def test_public_surface() -> None:
     for name in medusa_runtime.__all__:
         assert getattr(medusa_runtime, name) is not None
     assert {"MedusaEngine", "GenerationResult", "Bundle", "MedusaError"} <= set(medusa_runtime.__all__)
+
+
+def test_every_error_is_public() -> None:
+    raised = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert raised == {name for name in medusa_runtime.__all__ if name.endswith("Error")}
 
 
 STEPS = """

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from medusa_runtime.backends.base import BatchBackend, StepResult
 from medusa_runtime.backends.shield import shielded
 from medusa_runtime.bundle import GRAPH, WEIGHTS, Bundle
-from medusa_runtime.errors import BackendError
+from medusa_runtime.errors import BackendError, DoubtfulRowsError
 from medusa_runtime.latency import LatencyTable
 from medusa_runtime.retry import retried
 from medusa_runtime.tree_choice import TreeChoice, TreeSize
@@ -19,10 +19,6 @@ from medusa_runtime.tree_choice import TreeChoice, TreeSize
 CACHE_TO_WEIGHTS = 2
 # Entries that are moved at a time while others wait: faster than a chunk of a prompt, even where memory is new.
 MOVED_AT_ONCE = 512
-
-
-class DoubtfulRowsError(BackendError):
-    """A step that failed and left rows different from what they were."""
 
 
 class BatchRunner:

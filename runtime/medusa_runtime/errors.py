@@ -34,6 +34,10 @@ class NotFiniteError(BackendError):
     """A request whose logits are NaN or infinite: some weight or activation exceeds the range of its type."""
 
 
+class DoubtfulRowsError(BackendError):
+    """A step that failed halfway. Its requests end, as their rows are no longer what they were before it."""
+
+
 class QueueFullError(MedusaError):
     """A service whose queue is full: try again later."""
 

@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from medusa_runtime.backends.base import BatchBackend, StepResult
-from medusa_runtime.batch_runner import BatchRunner, DoubtfulRowsError
-from medusa_runtime.errors import BackendError, MedusaError, RequestError
+from medusa_runtime.batch_runner import BatchRunner
+from medusa_runtime.errors import BackendError, DoubtfulRowsError, MedusaError, RequestError
 from medusa_runtime.metrics import Metrics, tell
 from medusa_runtime.request import GenerationResult
 from medusa_runtime.scheduler import Job, Scheduler
