@@ -21,7 +21,14 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medusa_runtime.errors import BundleError, RequestError
-from medusa_runtime.limits import MAX_CHAT_VALUES, MAX_DEPTH, MAX_MESSAGES, MAX_TEXT_BYTES
+from medusa_runtime.limits import (
+    MAX_BYTES_PER_TOKEN,
+    MAX_CHAT_VALUES,
+    MAX_DEPTH,
+    MAX_MESSAGES,
+    MAX_TEXT_BYTES,
+    SHORT_TEXT_BYTES,
+)
 from medusa_runtime.text_bounds import NFC_SHRINKS, text_bound
 from medusa_runtime.tokenizer import Tokenizer
 
@@ -617,6 +624,20 @@ def test_text_that_is_too_long_is_refused_before_it_is_encoded() -> None:
         ours.encode("\ud800" * (MAX_TEXT_BYTES + 1))
     ours._backend = encode
     assert ours.encode("x" * 100, max_tokens=100)
+
+
+@pytest.mark.parametrize("make", [word_piece, plain_words, unigram])
+def test_text_without_a_bound_of_tokens_is_bounded_by_the_context(make: Callable[[], tokenizers.Tokenizer]) -> None:
+    """Else encoding takes 400 bytes of memory for each of four million."""
+    ours = Tokenizer(make())
+    for text in ("x" * SHORT_TEXT_BYTES, "é" * (SHORT_TEXT_BYTES // 2)):
+        ours.encode(text, max_tokens=100)  # short enough for any context
+        ours.encode(text + "x", max_tokens=SHORT_TEXT_BYTES // MAX_BYTES_PER_TOKEN + 1)
+        ours.encode(text + "x")
+        backend, ours._backend = ours._backend, NoEncoding(ours._backend)  # type: ignore[assignment]
+        with pytest.raises(RequestError, match=r"has 65,537 bytes\. This model holds 4,096 tokens, for which 65,536"):
+            ours.encode(text + "x", max_tokens=4096)
+        ours._backend = backend
 
 
 class NoEncoding:

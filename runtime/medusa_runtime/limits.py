@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 # UTF-8 bytes of a prompt as text, or of all strings in a chat. A million tokens of English take about as much.
 MAX_TEXT_BYTES = 4 * 2**20
+# UTF-8 bytes of a text per token of a model's context, where the tokenizer gives no bound. English has 4 to 5. Encoding
+# takes up to 400 bytes of memory for each: 210 MB for a context of 32,768 tokens.
+MAX_BYTES_PER_TOKEN = 16
+# Bytes of a text that are always encoded: 26 MB of memory.
+SHORT_TEXT_BYTES = 2**16
 MAX_MESSAGES = 10_000
 # Values in all messages of a chat, or in one template variable: strings, numbers, lists, objects.
 MAX_CHAT_VALUES = 200_000

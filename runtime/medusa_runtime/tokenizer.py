@@ -20,7 +20,7 @@ from medusa_runtime.chat_content import Takes, find_takes, in_form
 from medusa_runtime.chat_template import check_template, checked_messages, checked_variables, render
 from medusa_runtime.errors import BundleError, RequestError
 from medusa_runtime.json_file import brief
-from medusa_runtime.limits import MAX_TEXT_BYTES
+from medusa_runtime.limits import MAX_BYTES_PER_TOKEN, MAX_TEXT_BYTES, SHORT_TEXT_BYTES
 from medusa_runtime.listed_folder import ListedFolder
 from medusa_runtime.text_bounds import TextBound, characters_of_bytes, text_bound
 from medusa_runtime.tokenizer_files import CONFIG, TokenizerConfig, chat_templates
@@ -161,7 +161,8 @@ class Tokenizer:
         Args:
             text: The text.
             add_special_tokens: Whether to add the tokens that begin and end a text.
-            max_tokens: The most tokens of use. Text that surely has more is refused before it is encoded.
+            max_tokens: The most tokens of use. Text that surely has more is refused before it is encoded. Where the
+                tokenizer can't tell, text of more than ``MAX_BYTES_PER_TOKEN`` for each is refused.
 
         Raises:
             RequestError: ``text`` is not a string, holds half of a surrogate pair, or is too long.
@@ -176,18 +177,30 @@ class Tokenizer:
             ) from e
         if size > MAX_TEXT_BYTES:
             raise RequestError(f"The text has {size:,} bytes or more, but {MAX_TEXT_BYTES:,} are read at most.")
-        if max_tokens is not None and size > max_tokens and self._text_bound is not None:
-            least = self._text_bound.least_tokens(text)
-            if least > max_tokens:
-                raise RequestError(
-                    f"The prompt has at least {least:,} tokens, which exceed the {max_tokens:,} tokens that this model "
-                    "holds: shorten it."
-                )
+        if max_tokens is not None and size > max_tokens:
+            self._check_length(text, size, max_tokens)
         with library_errors("encode this text"):
             if size < _LONG_TEXT:
                 return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
             # Of the library's methods, those for batches let other threads run.
             return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def _check_length(self, text: str, size: int, max_tokens: int) -> None:
+        """Refuses a text of so many bytes if it is too long for so many tokens."""
+        if self._text_bound is None:
+            most = max(SHORT_TEXT_BYTES, MAX_BYTES_PER_TOKEN * max_tokens)
+            if size > most:
+                raise RequestError(
+                    f"The prompt has {size:,} bytes. This model holds {max_tokens:,} tokens, for which {most:,} bytes "
+                    "are read at most: shorten it."
+                )
+            return
+        least = self._text_bound.least_tokens(text)
+        if least > max_tokens:
+            raise RequestError(
+                f"The prompt has at least {least:,} tokens, which exceed the {max_tokens:,} tokens that this model "
+                "holds: shorten it."
+            )
 
     @cached_property
     def _text_bound(self) -> TextBound | None:
