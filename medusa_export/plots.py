@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from medusa_export.bench import Speed
-from medusa_export.calibration import Calibration
-from medusa_export.files import atomic_file
+from medusa_export.benchmarks.bench import Speed
+from medusa_export.common.files import atomic_file
 from medusa_export.training.report import held_out
+from medusa_export.trees.calibration import Calibration
 
 
 def plot_sizes(sizes: Mapping[int, Speed], auto: Speed, target: Path) -> None:

@@ -16,9 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export import bench
+from medusa_export.benchmarks import bench
 from medusa_runtime import MedusaEngine
-from medusa_runtime.bundle import WEIGHTS
+from medusa_runtime.bundles.bundle import WEIGHTS
 
 PROMPT = "Write a long story about a lighthouse keeper who finds a message in a bottle."
 # Generates this many tokens; gives the seconds from the first to the last.

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from medusa_export.checkpoints import load_model, load_tokenizer
+from medusa_export.models.checkpoints import load_model, load_tokenizer
 
 source, target = sys.argv[1:]
 load_model(source, dtype=torch.float32).save_pretrained(target)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_runtime import Bundle, MedusaService, Metrics, RequestCancelledError, RequestHandle
-from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
+from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
 
 STREAMS = 3
 ANSWER = 12  # tokens

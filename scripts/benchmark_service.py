@@ -19,10 +19,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.bench import bench_prompts
+from medusa_export.benchmarks.bench import bench_prompts
 from medusa_runtime import Bundle, MedusaEngine, MedusaService
-from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
-from medusa_runtime.tokenizer import Tokenizer
+from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.text.tokenizer import Tokenizer
 
 Tokens = list[tuple[int, ...]]
 Contestant = Callable[[list[list[int]], int], Tokens]

@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults import FaultyBackend, JumpyClock
 from soak import Consumer, Ends, Outcome, Request, Weather, bundle_folder, corpus, verdict
 
-from medusa_export.progress import progress_bar
+from medusa_export.common.progress import progress_bar
 from medusa_runtime import Bundle, Chunk, ForkError, MedusaEngine, MedusaError, MedusaService
-from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
-from medusa_runtime.tokenizer import Tokenizer
+from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.text.tokenizer import Tokenizer
 
 POOL = 300  # different requests, whose answers are known after some lives
 QUEUE = 16

@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 from matplotlib.figure import Figure
 
-from medusa_export.calibration import Calibration
-from medusa_export.files import atomic_file, write_text
+from medusa_export.common.files import atomic_file, write_text
 from medusa_export.training.dataset import load_splits
 from medusa_export.training.templates import load_chat_tokenizer
+from medusa_export.trees.calibration import Calibration
 
 TOP = (1, 5)
 

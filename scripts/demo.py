@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.bench import transformers_contestant
+from medusa_export.benchmarks.bench import transformers_contestant
 from medusa_runtime import GenerationResult, MedusaEngine
 
 MAX_NEW_TOKENS = 96

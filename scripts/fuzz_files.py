@@ -33,15 +33,15 @@ from typing import Any
 import click
 import numpy as np
 
-from medusa_export.calibration import Calibration
-from medusa_export.trees import load_tree
+from medusa_export.trees.calibration import Calibration
+from medusa_export.trees.named import load_tree
 from medusa_runtime import Bundle, MedusaEngine, MedusaError
 from medusa_runtime.backends import open_backend
-from medusa_runtime.compiled import CompiledEngine, is_engine
-from medusa_runtime.latency import LatencyTable
-from medusa_runtime.text_stream import TextStream
-from medusa_runtime.tokenizer import Tokenizer
-from medusa_runtime.tree_choice import TreeChoice
+from medusa_runtime.bundles.compiled import CompiledEngine, is_engine
+from medusa_runtime.decoding.latency import LatencyTable
+from medusa_runtime.decoding.tree_choice import TreeChoice
+from medusa_runtime.text.stream import TextStream
+from medusa_runtime.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from file_mutations import mutated_bytes, mutated_json, mutated_template, replace_file
@@ -301,9 +301,9 @@ def bundle_folder(folder: Path | None) -> Iterator[Path]:
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     # They need torch.
-    from decoding import export, guessing_heads, make_step  # noqa: PLC0415
-    from tiny_models import tiny_model  # noqa: PLC0415
-    from tiny_tokenizer import make_tokenizer  # noqa: PLC0415
+    from support.decoding import export, guessing_heads, make_step  # noqa: PLC0415
+    from support.tiny_models import tiny_model  # noqa: PLC0415
+    from support.tiny_tokenizer import make_tokenizer  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model("llama")

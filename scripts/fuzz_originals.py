@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from medusa_runtime import Bundle
-from medusa_runtime.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS
-from medusa_runtime.compiled import ENGINE, CompiledEngine, EngineLimits, Profile
-from medusa_runtime.listed_folder import FileFacts
+from medusa_runtime.bundles.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS
+from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, EngineLimits, Profile
+from medusa_runtime.bundles.listed_folder import FileFacts
 
 HUGE = 2**24  # bytes that no file of a tiny bundle has
 TOOL_TEMPLATE = """{%- set ns = namespace(last=0) %}

@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 
-from medusa_export.bench import engine_contestant, race, speeds
-from medusa_export.files import write_text
-from medusa_export.reference import load_reference, prompt_ids
-from medusa_export.trt_build import BuildOptions, choose_limits, write_engine
-from medusa_export.verify_backend import verify_backend
-from medusa_export.verify_reference import greedy_config
+from medusa_export.benchmarks.bench import engine_contestant, race, speeds
+from medusa_export.common.files import write_text
+from medusa_export.step.reference import load_reference, prompt_ids
+from medusa_export.targets.tensorrt.build import BuildOptions, choose_limits, write_engine
+from medusa_export.verification.backend import verify_backend
+from medusa_export.verification.reference import greedy_config
 from medusa_runtime import Bundle, MedusaEngine, MedusaError
 from medusa_runtime.backends.base import Backend
-from medusa_runtime.backends.cuda import Cuda
-from medusa_runtime.backends.tensorrt import TensorRTBackend
-from medusa_runtime.compiled import CompiledEngine
-from medusa_runtime.tensorrt_library import import_tensorrt
+from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
+from medusa_runtime.backends.tensorrt.cuda import Cuda
+from medusa_runtime.backends.tensorrt.library import import_tensorrt
+from medusa_runtime.bundles.compiled import CompiledEngine
 
 PLAIN = "tree size 1"
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")

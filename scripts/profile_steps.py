@@ -21,8 +21,8 @@ from rich.table import Table
 
 from medusa_export.cli import sizes as as_sizes
 from medusa_runtime import Bundle
-from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from medusa_runtime.bundle import ONNXRUNTIME_GRAPH
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH
 
 NORMS = ("LayerNormalization", "RMSNormalization")
 PARTS = (

@@ -29,7 +29,7 @@ import click
 import numpy as np
 import psutil
 
-from medusa_export.progress import progress_bar
+from medusa_export.common.progress import progress_bar
 from medusa_runtime import (
     Bundle,
     Chunk,
@@ -42,7 +42,7 @@ from medusa_runtime import (
     SamplingParams,
     Stats,
 )
-from medusa_runtime.tokenizer import Tokenizer
+from medusa_runtime.text.tokenizer import Tokenizer
 
 SHARED = 60  # tokens that half of the prompts begin with
 QUEUE = 16
@@ -256,8 +256,8 @@ def bundle_folder(folder: Path | None) -> Iterator[Path]:
         yield folder
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from decoding import export, guessing_heads, make_step  # noqa: PLC0415  # needs torch
-    from tiny_models import tiny_model  # noqa: PLC0415
+    from support.decoding import export, guessing_heads, make_step  # noqa: PLC0415  # needs torch
+    from support.tiny_models import tiny_model  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model("llama")
@@ -270,7 +270,7 @@ def corpus(folder: Path, seed: int) -> list[int]:
     if tokenizer is None:
         noise: list[int] = np.random.default_rng(seed).integers(1, 101, 4000).tolist()
         return noise
-    from medusa_export.bench import bench_prompts  # noqa: PLC0415
+    from medusa_export.benchmarks.bench import bench_prompts  # noqa: PLC0415
 
     return [token for prompt in bench_prompts() for token in tokenizer.encode(prompt.prompt)]
 

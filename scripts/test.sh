@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Lint, types, tests. Arguments go to pytest: scripts/test.sh -m "not slow" -k tree
+# Lint, imports, types, tests. Arguments go to pytest: scripts/test.sh -m "not slow" -k tree
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 ruff check .
 ruff format --check .
+lint-imports --no-logo
 mypy
 MEDUSA_SMOLLM2_GGUF=$(scripts/smollm2.sh)
 export MEDUSA_SMOLLM2_GGUF

@@ -9,15 +9,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from distilling import distilled
 from medusa_export.cli import main
-from medusa_export.trt_build import BuildOptions, write_engine
+from medusa_export.targets.tensorrt.build import BuildOptions, write_engine
 from medusa_runtime import Bundle
-from medusa_runtime.compiled import CompiledEngine, EngineLimits
-from medusa_runtime.tensorrt_library import import_tensorrt
-from stock import Stock
-from tiny_models import tiny_model
-from tiny_tokenizer import make_tokenizer
+from medusa_runtime.backends.tensorrt.library import import_tensorrt
+from medusa_runtime.bundles.compiled import CompiledEngine, EngineLimits
+from support.distilling import distilled
+from support.stock import Stock
+from support.tiny_models import tiny_model
+from support.tiny_tokenizer import make_tokenizer
 
 torch.set_num_threads(1)  # tests run side by side
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoding import TREE, decode, export, greedy, guessing_heads, make_step
-from medusa_export.trt_build import BuildOptions, write_engine
-from medusa_export.verify_backend import verify_backend
+from medusa_export.targets.tensorrt.build import BuildOptions, write_engine
+from medusa_export.verification.backend import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends.cuda import Cuda
-from medusa_runtime.backends.tensorrt import TensorRTBackend
-from medusa_runtime.compiled import EngineLimits
-from medusa_runtime.tensorrt_library import import_tensorrt, installed_flavors
-from tiny_models import tiny_model
+from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
+from medusa_runtime.backends.tensorrt.cuda import Cuda
+from medusa_runtime.backends.tensorrt.library import import_tensorrt, installed_flavors
+from medusa_runtime.bundles.compiled import EngineLimits
+from support.decoding import TREE, decode, export, greedy, guessing_heads, make_step
+from support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6, 20))]

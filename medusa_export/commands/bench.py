@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from medusa_export.cli import Failure, Progress, extra, sizes
+from medusa_export.commands.options import Failure, Progress, extra, sizes
 
 if TYPE_CHECKING:
-    from medusa_export.bench import Paddock
+    from medusa_export.benchmarks.bench import Paddock
 
 
 @click.command("bench")
@@ -61,12 +61,12 @@ def command(
     with extra("export"):
         from rich.console import Console
 
-        from medusa_export import bench as b
-        from medusa_export.bench_report import as_markdown, as_table, earlier_report, regressions
-        from medusa_export.errors import DatasetError
-        from medusa_export.files import write_text
-        from medusa_export.progress import progress_bar
-        from medusa_runtime.cpus import usable_cpus
+        from medusa_export.benchmarks import bench as b
+        from medusa_export.benchmarks.report import as_markdown, as_table, earlier_report, regressions
+        from medusa_export.common.errors import DatasetError
+        from medusa_export.common.files import write_text
+        from medusa_export.common.progress import progress_bar
+        from medusa_runtime.common.cpus import usable_cpus
         from medusa_runtime.engine import MedusaEngine
 
     if plot is not None:
@@ -136,7 +136,7 @@ def _add_peers(
     model: str | None,
 ) -> None:
     """Makes those ready that were asked for besides the bundle itself."""
-    from medusa_export import bench as b
+    from medusa_export.benchmarks import bench as b
     from medusa_runtime.engine import MedusaEngine
 
     if plain is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import DTYPES, Progress, extra
+from medusa_export.commands.options import DTYPES, Progress, extra
 
 
 @click.command("calibrate")
@@ -55,8 +55,8 @@ def command(
         import torch
         from rich.console import Console
 
-        from medusa_export.checkpoints import load_model
-        from medusa_export.head_files import load_heads
+        from medusa_export.heads.files import load_heads
+        from medusa_export.models.checkpoints import load_model
         from medusa_export.plots import plot_calibration
         from medusa_export.training.calibrate import counted, depth_of
         from medusa_export.training.dataset import load_heldout

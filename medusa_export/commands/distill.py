@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import DTYPES, Progress, extra
+from medusa_export.commands.options import DTYPES, Progress, extra
 
 
 @click.command("distill")
@@ -64,13 +64,13 @@ def command(
     with extra("train"):
         import torch
 
-        from medusa_export.checkpoints import load_model
+        from medusa_export.models.checkpoints import load_model
         from medusa_export.training.device import device_of, dtype_of
         from medusa_export.training.distillation import DistillSettings, distill
         from medusa_export.training.generation import Writer
         from medusa_export.training.rows import check_skipped, facts, read_conversations, summary
         from medusa_export.training.templates import load_chat_tokenizer
-        from medusa_runtime.listed_folder import FileFacts
+        from medusa_runtime.bundles.listed_folder import FileFacts
 
     place = device_of(device)
     kind = dtype_of(dtype and DTYPES[dtype], place)

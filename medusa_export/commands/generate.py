@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from medusa_export.cli import extra
+from medusa_export.commands.options import extra
 
 
 def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:

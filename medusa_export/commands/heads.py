@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import DTYPES, Progress, extra
+from medusa_export.commands.options import DTYPES, Progress, extra
 
 
 @click.group("heads")
@@ -36,9 +36,9 @@ def convert(model: str, heads: str, output: Path, layout: str, dtype: str | None
     with extra("export"):
         import torch
 
-        from medusa_export.checkpoints import load_model
-        from medusa_export.head_files import load_heads, stored_dtype
-        from medusa_export.head_writer import save_heads
+        from medusa_export.heads.files import load_heads, stored_dtype
+        from medusa_export.heads.writer import save_heads
+        from medusa_export.models.checkpoints import load_model
 
     kind = stored_dtype(heads) if dtype is None else getattr(torch, DTYPES[dtype])
     progress(f"loading {model}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from medusa_export.cli import extra
+from medusa_export.commands.options import extra
 from medusa_runtime.errors import BundleError
 
 
@@ -26,8 +26,8 @@ def command(bundle: Path, as_json: bool) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        from medusa_runtime.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
-        from medusa_runtime.compiled import CompiledEngine, is_engine
+        from medusa_runtime.bundles.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
+        from medusa_runtime.bundles.compiled import CompiledEngine, is_engine
 
     opened = Bundle.load(bundle, check_digests=False)
     engine = CompiledEngine.load(bundle, check_digests=False) if is_engine(bundle) else None
@@ -82,7 +82,7 @@ def command(bundle: Path, as_json: bool) -> None:
 
 def _answering(bundle: Any) -> list[tuple[str, str]]:
     """Rows about what ends an answer, and about settings of the generation config."""
-    from medusa_export.generation_settings import sampling_defaults, unapplied
+    from medusa_export.models.generation_settings import sampling_defaults, unapplied
 
     ends = [f"{token}, by the {', the '.join(token.sources)}" for token in bundle.end_tokens]
     ends = ends or [f"token {token}, by the model's configuration" for token in bundle.model.eos_token_ids]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import DTYPES, Progress, extra
+from medusa_export.commands.options import DTYPES, Progress, extra
 
 
 @click.command("onnx")
@@ -68,24 +68,24 @@ def command(  # noqa: PLR0915  # what it does is a list
     with extra("export"):
         import torch
 
-        from medusa_export.acceptance_prior import prior_acceptance
-        from medusa_export.attention import ATTENTION_NAME
-        from medusa_export.bundle_writer import write_bundle
-        from medusa_export.calibration import Calibration
-        from medusa_export.checkpoints import check_fast, load_model, load_tokenizer
-        from medusa_export.end_tokens import EndTokens
-        from medusa_export.files import check_target
-        from medusa_export.generation_settings import kept_settings, settings_warnings
-        from medusa_export.gguf_cache import gguf_cache
-        from medusa_export.head_files import load_heads
-        from medusa_export.heads import MedusaHeads
-        from medusa_export.model_files import Place
-        from medusa_export.onnx_export import build_graph
-        from medusa_export.step import MedusaStep
-        from medusa_export.support import check_supported
-        from medusa_export.trees import NamedTree, load_tree
-        from medusa_export.weight_range import check_weights
-        from medusa_runtime.tree import Tree
+        from medusa_export.common.files import check_target
+        from medusa_export.graph.export import build_graph
+        from medusa_export.heads.files import load_heads
+        from medusa_export.heads.modules import MedusaHeads
+        from medusa_export.models.checkpoints import check_fast, load_model, load_tokenizer
+        from medusa_export.models.end_tokens import EndTokens
+        from medusa_export.models.files import Place
+        from medusa_export.models.generation_settings import kept_settings, settings_warnings
+        from medusa_export.models.gguf.cache import gguf_cache
+        from medusa_export.models.supported import check_supported
+        from medusa_export.step.attention import ATTENTION_NAME
+        from medusa_export.step.step import MedusaStep
+        from medusa_export.step.weight_range import check_weights
+        from medusa_export.targets.bundle_writer import write_bundle
+        from medusa_export.trees.calibration import Calibration
+        from medusa_export.trees.named import NamedTree, load_tree
+        from medusa_export.trees.prior import prior_acceptance
+        from medusa_runtime.bundles.tree import Tree
 
     check_target(output, replace_existing=overwrite)
     measured = Calibration.load(calibration) if calibration is not None else None

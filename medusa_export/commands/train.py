@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from medusa_export.cli import DTYPES, Progress, extra
+from medusa_export.commands.options import DTYPES, Progress, extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,8 +151,8 @@ def command(
         import torch
         from rich.console import Console
 
-        from medusa_export.checkpoints import load_model
-        from medusa_export.files import write_text
+        from medusa_export.common.files import write_text
+        from medusa_export.models.checkpoints import load_model
         from medusa_export.plots import plot_training
         from medusa_export.training.device import dtype_of
         from medusa_export.training.job import HeadShape, TrainingJob

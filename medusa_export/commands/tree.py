@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import Progress, extra
+from medusa_export.commands.options import Progress, extra
 
 
 @click.command("tree")
@@ -34,12 +34,12 @@ def command(calibration: Path, output: Path | None, size: int, measure: Path | N
         from rich.console import Console
         from rich.table import Table
 
-        from medusa_export.calibration import Calibration
-        from medusa_export.files import write_text
-        from medusa_export.tree_search import search_tree
+        from medusa_export.common.files import write_text
+        from medusa_export.trees.calibration import Calibration
+        from medusa_export.trees.search import search_tree
+        from medusa_runtime.decoding.latency import LatencyTable, candidate_sizes
+        from medusa_runtime.decoding.tree_choice import TreeChoice
         from medusa_runtime.engine import MedusaEngine
-        from medusa_runtime.latency import LatencyTable, candidate_sizes
-        from medusa_runtime.tree_choice import TreeChoice
 
     measured = Calibration.load(calibration)
     tree = search_tree(measured, size)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.cli import Progress, extra
+from medusa_export.commands.options import Progress, extra
 
 FLAVORS = ("auto", "tensorrt", "tensorrt-rtx")
 
@@ -58,11 +58,11 @@ def command(
     progress = Progress(quiet=quiet)
     progress("starting")
     with extra("export"):
-        from medusa_export.progress import progress_bar
-        from medusa_export.trt_build import BuildOptions, choose_limits, parse_targets, write_engine
-        from medusa_runtime.bundle import Bundle
-        from medusa_runtime.compiled import require_bundle
-        from medusa_runtime.tensorrt_library import import_tensorrt
+        from medusa_export.common.progress import progress_bar
+        from medusa_export.targets.tensorrt.build import BuildOptions, choose_limits, parse_targets, write_engine
+        from medusa_runtime.backends.tensorrt.library import import_tensorrt
+        from medusa_runtime.bundles.bundle import Bundle
+        from medusa_runtime.bundles.compiled import require_bundle
 
     library = import_tensorrt(flavor)
     targets = parse_targets(library, target) if target is not None else ()

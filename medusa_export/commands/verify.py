@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from medusa_export.cli import Failure, NotRun, Progress, extra, sizes, sizes_or_full
+from medusa_export.commands.options import Failure, NotRun, Progress, extra, sizes, sizes_or_full
 
 PROMPTS = (
     "Write a short story about a clockmaker who repairs time itself.",
@@ -69,15 +69,15 @@ def command(
 
         from rich.console import Console
 
-        from medusa_export.files import write_text
-        from medusa_export.reference import load_reference, prompt_ids
-        from medusa_export.verify import verify_bundle
-        from medusa_export.verify_backend import verify_backend
-        from medusa_export.verify_checks import Tolerances
-        from medusa_export.verify_report import as_json, as_junit, as_table
-        from medusa_export.verify_weights import weights_check
-        from medusa_runtime.bundle import Bundle
-        from medusa_runtime.compiled import require_bundle
+        from medusa_export.common.files import write_text
+        from medusa_export.step.reference import load_reference, prompt_ids
+        from medusa_export.verification.backend import verify_backend
+        from medusa_export.verification.bundle import verify_bundle
+        from medusa_export.verification.checks import Tolerances
+        from medusa_export.verification.report import as_json, as_junit, as_table
+        from medusa_export.verification.weights import weights_check
+        from medusa_runtime.bundles.bundle import Bundle
+        from medusa_runtime.bundles.compiled import require_bundle
 
     if backend is None:
         require_bundle(bundle)

@@ -1,7 +1,7 @@
 """Run heads over held-out positions, and note where their targets stand among their candidates.
 
-The runtime puts guesses from the text in front of the heads' candidates (``medusa_runtime.lookup``), so it is noted as
-well where targets stand then: that is what a tree may expect.
+The runtime puts guesses from the text in front of the heads' candidates (``medusa_runtime.decoding.lookup``), so it is
+noted as well where targets stand then: that is what a tree may expect.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_export.calibration import Calibration
-from medusa_export.errors import TrainingError
-from medusa_export.heads import MedusaHeads
+from medusa_export.common.errors import TrainingError
+from medusa_export.heads.modules import MedusaHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import Features, positions_of
 from medusa_export.training.medusa1 import TOP, HeadLoss
-from medusa_runtime.lookup import DEEPEST_GUESS, TokenLookup
+from medusa_export.trees.calibration import Calibration
+from medusa_runtime.decoding.lookup import DEEPEST_GUESS, TokenLookup
 
 _BATCH = 1024
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medusa_export.errors import DatasetError
+from medusa_export.common.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Sample
 from medusa_export.training.distillation import DESCRIPTION, SPLITS
 from medusa_export.training.labels import Labeller
 from medusa_export.training.rows import Reading, Skipped, check_skipped, facts, read_conversations, summary
 from medusa_export.training.settings import read_settings
-from medusa_runtime.listed_folder import FileFacts
+from medusa_runtime.bundles.listed_folder import FileFacts
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medusa_export.errors import DatasetError, SettingsError
-from medusa_export.files import is_unused, write_bytes, write_text
-from medusa_export.progress import Bar, progress_bar
+from medusa_export.common.errors import DatasetError, SettingsError
+from medusa_export.common.files import is_unused, write_bytes, write_text
+from medusa_export.common.progress import Bar, progress_bar
 from medusa_export.training.conversations import Conversation, Message, unique
 from medusa_export.training.generation import Writer
 from medusa_export.training.parts import Parts, to_jsonl

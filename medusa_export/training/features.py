@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_export.errors import DatasetError
-from medusa_export.files import atomic_file, is_unused, write_text
-from medusa_export.progress import progress_bar
+from medusa_export.common.errors import DatasetError
+from medusa_export.common.files import atomic_file, is_unused, write_text
+from medusa_export.common.progress import progress_bar
 from medusa_export.training.conversations import Sample
 
 DESCRIPTION = "features.json"

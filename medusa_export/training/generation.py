@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from medusa_export.end_tokens import EndTokens
-from medusa_export.errors import DatasetError
+from medusa_export.common.errors import DatasetError
+from medusa_export.models.end_tokens import EndTokens
 from medusa_export.training.conversations import Conversation, Message
 from medusa_export.training.features import fingerprint
 from medusa_export.training.labels import Labeller, decoded

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from medusa_export.checkpoints import save_model
-from medusa_export.errors import SettingsError, TrainingError
-from medusa_export.head_files import load_heads
-from medusa_export.head_writer import check_config, save_heads
-from medusa_export.heads import MedusaHeads
+from medusa_export.common.errors import SettingsError, TrainingError
+from medusa_export.heads.files import load_heads
+from medusa_export.heads.modules import MedusaHeads
+from medusa_export.heads.writer import check_config, save_heads
+from medusa_export.models.checkpoints import save_model
 from medusa_export.training import settings
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import (

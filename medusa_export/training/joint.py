@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from medusa_export.checkpoints import quiet_libraries
-from medusa_export.heads import MedusaHeads
+from medusa_export.heads.modules import MedusaHeads
+from medusa_export.models.checkpoints import quiet_libraries
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import hidden_states, padded, positions_of
 from medusa_export.training.medusa1 import HeadLoss, accuracies

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from medusa_export.errors import DatasetError
+from medusa_export.common.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Message, Sample
 from medusa_export.training.templates import ChatTemplate, Thought
 

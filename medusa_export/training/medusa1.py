@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from medusa_export.heads import MedusaHeads
+from medusa_export.heads.modules import MedusaHeads
 from medusa_export.training.features import Features
 from medusa_export.training.run import Schedule, run_training
 from medusa_export.training.teacher import Teacher

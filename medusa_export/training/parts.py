@@ -10,8 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from medusa_export.errors import DatasetError
-from medusa_export.files import write_bytes
+from medusa_export.common.errors import DatasetError
+from medusa_export.common.files import write_bytes
 
 _NAME = re.compile(r"^(\d{6})-([0-9a-f]{16})\.jsonl$")
 

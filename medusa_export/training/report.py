@@ -8,8 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from medusa_export.calibration import Calibration
 from medusa_export.training.medusa1 import TOP
+from medusa_export.trees.calibration import Calibration
 
 
 def accuracy_table(figures: dict[str, float], num_heads: int) -> Table:

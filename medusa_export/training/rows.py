@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa_export.errors import DatasetError
+from medusa_export.common.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Message
 
 # Who speaks, by the names that data sets give them.

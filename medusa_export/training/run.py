@@ -22,10 +22,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from medusa_export.checkpoints import quiet_libraries
-from medusa_export.errors import OutputError, TrainingError
-from medusa_export.files import WRITE_ERRORS
-from medusa_export.progress import progress_bar
+from medusa_export.common.errors import OutputError, TrainingError
+from medusa_export.common.files import WRITE_ERRORS
+from medusa_export.common.progress import progress_bar
+from medusa_export.models.checkpoints import quiet_libraries
 
 _SAVED_SHARE = 0.1  # of all steps, which is at most lost where a training is killed
 

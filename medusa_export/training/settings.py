@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from medusa_export.errors import SettingsError
-from medusa_export.files import write_text
+from medusa_export.common.errors import SettingsError
+from medusa_export.common.files import write_text
 
 
 def begin(path: Path, asked: Mapping[str, Any], *, anew: bool = False) -> None:

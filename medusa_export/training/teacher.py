@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_export.errors import TrainingError
+from medusa_export.common.errors import TrainingError
 from medusa_export.training.features import hidden_states
 
 # Of the largest logit: more than bfloat16 loses on the way.

@@ -10,8 +10,8 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from medusa_export.checkpoints import load_tokenizer
-from medusa_export.errors import DatasetError
+from medusa_export.common.errors import DatasetError
+from medusa_export.models.checkpoints import load_tokenizer
 from medusa_export.training.conversations import Message
 
 # Stands for a text in a chat template. No template alters it.

@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medusa_runtime.bundle import Bundle
+    from medusa_runtime.bundles.bundle import Bundle
+    from medusa_runtime.bundles.tree import Tree
     from medusa_runtime.engine import GenerationStream, MedusaEngine
     from medusa_runtime.errors import (
         BackendError,
@@ -30,13 +31,12 @@ if TYPE_CHECKING:
     from medusa_runtime.sampling import SamplingParams
     from medusa_runtime.service import MedusaService
     from medusa_runtime.session import ChatSession
-    from medusa_runtime.tree import Tree
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "BackendError": "errors",
-    "Bundle": "bundle",
+    "Bundle": "bundles.bundle",
     "BundleError": "errors",
     "CallbackError": "errors",
     "ChatSession": "session",
@@ -61,7 +61,7 @@ _MODULES = {
     "SamplingParams": "sampling",
     "ServiceClosedError": "errors",
     "Stats": "request",
-    "Tree": "tree",
+    "Tree": "bundles.tree",
     "TreeError": "errors",
 }
 

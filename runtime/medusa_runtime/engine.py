@@ -11,19 +11,19 @@ from typing import Self
 
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend, StepResult
-from medusa_runtime.bundle import Bundle
-from medusa_runtime.closing import Closing, State
-from medusa_runtime.decoding_steps import decoding_steps, guided_steps
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.common.closing import Closing, State
+from medusa_runtime.common.processes import Resident, close_at_exit, keep_in_children, native_work
+from medusa_runtime.common.section import Section
+from medusa_runtime.decoding.latency import LatencyTable
+from medusa_runtime.decoding.retry import retried
+from medusa_runtime.decoding.sequence import TokenSequence, check_integer, check_tree_size
+from medusa_runtime.decoding.steps import decoding_steps, guided_steps
+from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSize
 from medusa_runtime.errors import BackendError, MedusaError, RequestError
-from medusa_runtime.latency import LatencyTable
-from medusa_runtime.processes import Resident, close_at_exit, keep_in_children, native_work
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
-from medusa_runtime.retry import retried
 from medusa_runtime.sampling import SamplingParams
-from medusa_runtime.section import Section
-from medusa_runtime.sequence import TokenSequence, check_integer, check_tree_size
-from medusa_runtime.tokenizer import Tokenizer
-from medusa_runtime.tree_choice import TreeChoice, TreeSize
+from medusa_runtime.text.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512
 # The tokens of a step, and their log probabilities.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from medusa_runtime.closing import Closing
+from medusa_runtime.common.closing import Closing
 from medusa_runtime.errors import MedusaError, RequestError
 from medusa_runtime.request import Chunk, GenerationResult, Stats
 from medusa_runtime.sampling import number_of

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.contract import MAX_TOP_K, POLICY_INPUTS, numbers_per_draw
+from medusa_runtime.bundles.contract import MAX_TOP_K, POLICY_INPUTS, numbers_per_draw
+from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.errors import RequestError
-from medusa_runtime.tree import Tree
 
 _PART = 16  # tokens whose numbers are made together
 _PARTS_KEPT = 8  # behind the newest

@@ -16,22 +16,22 @@ from typing import Any, Self, TypedDict, Unpack
 
 from medusa_runtime.backends import open_batch_backend
 from medusa_runtime.backends.base import BatchBackend
-from medusa_runtime.batch_runner import BatchRunner
-from medusa_runtime.bundle import Bundle
-from medusa_runtime.closing import Closing, State
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.common.closing import Closing, State
+from medusa_runtime.common.processes import close_at_exit, keep_in_children, native_work
+from medusa_runtime.common.steady_clock import SteadyClock
+from medusa_runtime.decoding.runner import BatchRunner
+from medusa_runtime.decoding.scheduler import Job, Scheduler
+from medusa_runtime.decoding.sequence import TokenSequence, check_integer, check_tree_size
+from medusa_runtime.decoding.tree_choice import TreeSize
 from medusa_runtime.errors import CallbackError, MedusaError, QueueFullError, RequestCancelledError, RequestError
 from medusa_runtime.handle import RequestHandle, follow, waiting_time
 from medusa_runtime.metrics import Metrics, tell
-from medusa_runtime.processes import close_at_exit, keep_in_children, native_work
 from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
 from medusa_runtime.sampling import number_of
-from medusa_runtime.scheduler import Job, Scheduler
-from medusa_runtime.sequence import TokenSequence, check_integer, check_tree_size
 from medusa_runtime.service_thread import ServiceThread
 from medusa_runtime.session import ChatSession
-from medusa_runtime.steady_clock import SteadyClock
-from medusa_runtime.tokenizer import Tokenizer
-from medusa_runtime.tree_choice import TreeSize
+from medusa_runtime.text.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 64  # beside rows that decode
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
-from medusa_runtime.batch_runner import BatchRunner
-from medusa_runtime.closing import State
+from medusa_runtime.common.closing import State
+from medusa_runtime.decoding.runner import BatchRunner
+from medusa_runtime.decoding.scheduler import Job, Scheduler
+from medusa_runtime.decoding.turns import ServiceTurns
 from medusa_runtime.errors import BackendError, DeadlineError, MedusaError, RequestError, ServiceClosedError
 from medusa_runtime.metrics import Metrics, tell
-from medusa_runtime.scheduler import Job, Scheduler
-from medusa_runtime.service_turns import ServiceTurns
 
 _log = logging.getLogger(__name__)
 

@@ -5,13 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Protocol, Unpack
 
 from medusa_runtime.errors import RequestError
-from medusa_runtime.request import GenerationResult, RequestOptions
+from medusa_runtime.request import GenerationResult, Prompt, RequestOptions
 
-if TYPE_CHECKING:
-    from medusa_runtime.service import MedusaService
+
+class AnswersPrompts(Protocol):
+    """What a session needs of a service: answers to prompts, and a refusal in a forked child."""
+
+    def check_process(self) -> None:
+        """Raises ``ForkError`` in a child made by ``fork``."""
+        ...
+
+    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
+        """Answers a prompt."""
+        ...
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
+        """Answers a prompt, for asyncio."""
+        ...
 
 
 class ChatSession:
@@ -33,7 +46,7 @@ class ChatSession:
         messages: The conversation so far; a turn that failed leaves no trace in it.
     """
 
-    def __init__(self, service: MedusaService, messages: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, service: AnswersPrompts, messages: Sequence[Mapping[str, Any]] = ()) -> None:
         self._service = service
         self.messages: list[Mapping[str, Any]] = list(messages)
         self._turn = threading.Lock()

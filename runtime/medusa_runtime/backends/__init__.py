@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 
 from medusa_runtime.backends.base import Backend, BatchBackend
-from medusa_runtime.bundle import Bundle
-from medusa_runtime.compiled import CompiledEngine, is_engine
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.compiled import CompiledEngine, is_engine
 from medusa_runtime.errors import BackendError
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
@@ -35,8 +35,8 @@ def open_backend(
             f"{bundle.folder} is a bundle, which {name} can't run as it is: compile it with 'medusa-export trt' and "
             "load the folder that this writes."
         )
-    from medusa_runtime.backends.onnxruntime import OnnxRuntimeBackend, import_onnxruntime
-    from medusa_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+    from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend, import_onnxruntime
+    from medusa_runtime.backends.onnxruntime.cuda import OnnxRuntimeCudaBackend
 
     if name == "onnxruntime-cuda":
         return OnnxRuntimeCudaBackend(bundle, rows=rows, threads=threads)
@@ -49,7 +49,7 @@ def open_backend(
 
 
 def _open_engine(name: str, bundle: Bundle, rows: int, check_digests: bool) -> Backend:
-    from medusa_runtime.backends.tensorrt import TensorRTBackend
+    from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 
     description = CompiledEngine.load(bundle.folder, check_digests=check_digests)
     if name not in ("auto", description.flavor):
@@ -70,6 +70,6 @@ def open_batch_backend(name: str, bundle: Bundle, *, rows: int, threads: int | N
         raise BackendError(
             "A service runs a bundle on backend 'onnxruntime' only: load the bundle with that, or use MedusaEngine."
         )
-    from medusa_runtime.backends.onnxruntime_batch import OnnxRuntimeBatchBackend
+    from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
 
     return OnnxRuntimeBatchBackend(bundle, rows=rows, threads=threads)

@@ -1,0 +1,1 @@
+"""Decoding speed: measured and reported."""

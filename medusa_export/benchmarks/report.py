@@ -1,0 +1,96 @@
+"""A bench as a table, as Markdown, as a plot, and against an earlier one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from medusa_export.benchmarks.bench import Speed
+from medusa_export.common.errors import DatasetError
+
+COLUMNS = (
+    "", "tokens/s", "range", "tokens per step", "nodes per step", "over- head", "speedup", "first token", "memory",
+    "same tokens",
+)  # fmt: skip
+# Left out at a terminal, which is narrow.
+_WIDE = {"range", "nodes per step"}
+
+
+def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
+    """A line of words per contestant."""
+    return [
+        (
+            name,
+            f"{speed.tokens_per_second:.1f}",
+            f"{speed.spread[0]:.1f} to {speed.spread[1]:.1f}",
+            f"{speed.tokens_per_step:.2f}",
+            f"{speed.nodes_per_step:.3g}",
+            f"{speed.overhead:.2f}",
+            f"{speed.speedup:.2f}x",
+            f"{speed.first_token_seconds * 1e3:.0f} ms",
+            "" if speed.memory_mib is None else f"{speed.memory_mib} MiB",
+            "yes" if speed.identical else "NO",
+        )
+        for name, speed in measured.items()
+    ]
+
+
+def as_table(measured: Mapping[str, Speed]) -> Table:
+    """For people at a terminal."""
+    shown = [column not in _WIDE for column in COLUMNS]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in compress(COLUMNS, shown):
+        table.add_column(column.replace(" ", "\n"), no_wrap=True)
+    for row in rows(measured):
+        table.add_row(*compress(row, shown))
+    return table
+
+
+def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[str, float]]) -> str:
+    """For people elsewhere."""
+    lines = [f"| {' | '.join(column.replace('- ', '') for column in COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(row)} |" for row in rows(measured)]
+    if categories:
+        lines += ["", "| category | tokens/step | speedup |", "|---|---|---|"]
+        lines += [f"| {name} | {f['tokens_per_step']:.2f} | {f['speedup']:.2f}x |" for name, f in categories.items()]
+    return "\n".join(lines) + "\n"
+
+
+# What is compared with an earlier report: ratios, not tokens per second, as another machine has other speeds.
+_RATIOS = ("speedup", "tokens_per_step", "overhead")
+
+
+def earlier_report(file: Path) -> dict[str, float]:
+    """What ``regressions`` needs of an earlier report.
+
+    Raises:
+        DatasetError: It can't be read.
+    """
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+        ratios = {name: float(old[name]) for name in _RATIOS}
+        if not all(map(math.isfinite, ratios.values())):
+            raise ValueError("a figure is no number")
+        return ratios | {"identical": bool(old["identical"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{file} is no report of 'medusa-export bench' ({error!r}).") from error
+
+
+def regressions(new: Mapping[str, Any], old: Mapping[str, float], tolerance: float) -> list[str]:
+    """Where a bench falls behind an earlier one, in words."""
+    found = []
+    for name in _RATIOS:
+        value = old[name]
+        holds = new[name] <= value * (1 + tolerance) if name == "overhead" else new[name] >= value * (1 - tolerance)
+        if not holds:  # as with NaN
+            found.append(f"{name.replace('_', ' ')} is {new[name]:.2f}, was {value:.2f}")
+    if old["identical"] and not new["identical"]:
+        found.append("the tokens are no longer the same")
+    return found

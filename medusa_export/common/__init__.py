@@ -1,0 +1,1 @@
+"""Files, errors and progress, used by all other packages."""

@@ -1,0 +1,257 @@
+"""Trace each *kind* of decoder layer once, not each layer.
+
+Tracing costs about 20 ms of Python per operation, and a model of 80 layers repeats the same 60
+operations 80 times. So while a step is traced, the first layer of each kind runs as it is, between
+``layer_boundary`` marks, and every other layer of that kind becomes one opaque ``decoder_layer``.
+``onnx_layers`` puts copies of the marked part in their places, with the weights that belong there.
+
+Two layers are of one kind if nothing but their weights and ``layer_idx`` tells them apart: same
+classes, attributes, shapes and call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.step.attention import StepCache, StepMasks, attending
+
+
+@torch.library.custom_op("medusa_export::layer_boundary", mutates_args=())
+def layer_boundary(tensor: Tensor, layer: int, port: str) -> Tensor:
+    """Marks a tensor that enters (``in0``, ``in1``, …) or leaves (``hidden``, ``block0``, …) a layer."""
+    return tensor.clone()
+
+
+@layer_boundary.register_fake
+def _(tensor: Tensor, layer: int, port: str) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+@torch.library.custom_op("medusa_export::decoder_layer", mutates_args=())
+def decoder_layer(inputs: list[Tensor], layer: int, like: int) -> Tensor:
+    """Stands for layer ``layer``, a copy of layer ``like``; the first input is the hidden state. Never run."""
+    raise RuntimeError("decoder_layer stands for a traced layer and can't be run.")
+
+
+@decoder_layer.register_fake
+def _(inputs: list[Tensor], layer: int, like: int) -> Tensor:
+    return torch.empty_like(inputs[0])
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's list of decoder layers.
+
+    Raises:
+        ModelNotSupportedError: There isn't exactly one list as long as the config says.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(any(hasattr(part, "layer_idx") for part in layer.modules()) for layer in module)
+    ]
+    if len(found) != 1:
+        raise ModelNotSupportedError(f"{len(found)} lists of {count} decoder layers (one is expected)")
+    return found[0]
+
+
+class _LayerIndex(int):
+    """A ``layer_idx`` that tells when a layer computes with it, so that it is no mere label."""
+
+    def _used(self, *_: object) -> Any:
+        raise ModelNotSupportedError("decoder layers that compute with their own index")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _used
+    __floordiv__ = __mod__ = __pow__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = _used
+
+
+def _describe(layer: nn.Module) -> object:
+    """Everything about a layer that can shape its trace, besides the values of its weights."""
+    parts = []
+    for name, part in layer.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(part).items()
+            if isinstance(value, (int, float, str, tuple, type(None), torch.dtype))
+            and key not in ("layer_idx", "training")
+        }
+        functions = {
+            key: getattr(value, "__qualname__", type(value).__qualname__)
+            for key, value in vars(part).items()
+            if callable(value) and key != "forward"
+        }
+        weights = [
+            (key, weight.shape, weight.dtype)
+            for key, weight in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        ]
+        parts.append((name, type(part), repr(sorted(plain.items())), repr(sorted(functions.items())), repr(weights)))
+    return tuple(parts)
+
+
+class _Call:
+    """One call of a layer as a list of tensors, and the way back."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        caches = [leaf for leaf in self.leaves if isinstance(leaf, StepCache)]
+        if len(caches) != 1 or not isinstance(self.leaves[0], Tensor):
+            raise ModelNotSupportedError("decoder layers called without a hidden state or without past_key_values")
+        self.cache = caches[0]
+        unique = {id(leaf): leaf for leaf in self.leaves if isinstance(leaf, Tensor)}
+        self.tensors = list(unique.values())
+        self._places = {key: place for place, key in enumerate(unique)}
+
+    @property
+    def key(self) -> object:
+        """What two calls must share for their layers to be of one kind."""
+        leaves = [
+            self._places[id(leaf)] if isinstance(leaf, Tensor) else "cache" if leaf is self.cache else repr(leaf)
+            for leaf in self.leaves
+        ]
+        return repr((self.spec, leaves))
+
+    def rebuild(self, tensors: list[Tensor], cache: StepCache) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with other tensors and another cache."""
+        leaves = [
+            tensors[self._places[id(leaf)]] if isinstance(leaf, Tensor) else cache if leaf is self.cache else leaf
+            for leaf in self.leaves
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+class AnotherKindError(Exception):
+    """A layer that looks like another is called in another way: it needs a trace of its own."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+
+class _Stub(nn.Module):
+    """Stands in the model for a layer without a trace of its own, so that its weights aren't traced either."""
+
+    def __init__(self, tracer: _Tracer, index: int, layer: nn.Module) -> None:
+        super().__init__()
+        self._call = (tracer.stand_in, index)
+        self._layer = (layer,)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_call", "_layer"):
+            raise AttributeError(name)
+        return getattr(self._layer[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        function, index = self._call
+        return function(index, _Call(args, kwargs))
+
+
+class _Tracer:
+    """Runs the first layer of each kind, and puts marks in place of the others.
+
+    Args:
+        like: For each layer the first of its kind.
+    """
+
+    def __init__(self, like: list[int]) -> None:
+        self.like = like
+        self._calls: dict[int, tuple[object, int | None, bool]] = {}
+
+    def stand_in(self, index: int, call: _Call) -> Any:
+        """The opaque stand-in for layer ``index``."""
+        like = self.like[index]
+        key, window, returns_tuple = self._calls[like]
+        if key != call.key:
+            raise AnotherKindError(index)
+        cache = call.cache
+        hidden = decoder_layer([*call.tensors, cache.masks.for_window(window), cache.write_indices], index, like)
+        for slot in (0, 1):  # of the right shape, which is all that a trace needs
+            cache.blocks[2 * index + slot] = cache.blocks[2 * like + slot]
+        return (hidden,) if returns_tuple else hidden
+
+    def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs layer ``index`` between marks on all that enters and leaves it."""
+        call = _Call(args, kwargs)
+        cache = call.cache
+
+        def mark(tensor: Tensor, port: str) -> Tensor:
+            marked: Tensor = layer_boundary(tensor, index, port)
+            return marked
+
+        windows: list[int | None] = []
+
+        class Masks(StepMasks):
+            """Hands out the one mask that a layer asks for."""
+
+            def __init__(self) -> None:
+                pass
+
+            def for_window(self, window: int | None) -> Tensor:
+                windows.append(window)
+                return mark(cache.masks.for_window(window), f"in{len(call.tensors)}")
+
+        own = slice(2 * index, 2 * index + 2)
+        inner = StepCache(
+            [mark(past, f"past{slot}") for slot, past in enumerate(cache.past[own])],
+            [mark(pending, f"pending{slot}") for slot, pending in enumerate(cache.pending[own])],
+            mark(cache.write_indices, f"in{len(call.tensors) + 1}"),
+            cache.masks,
+            first_layer=index,
+        )
+        new_args, new_kwargs = call.rebuild([mark(t, f"in{i}") for i, t in enumerate(call.tensors)], inner)
+        with attending(Masks()):
+            output = forward(*new_args, **new_kwargs)
+        if len(windows) != 1 or len(inner.present) != 2:
+            raise ModelNotSupportedError(f"decoder layers with {len(windows)} attention calls (one is expected)")
+        for slot in (0, 1):
+            cache.blocks[2 * index + slot] = mark(inner.blocks[slot], f"block{slot}")
+            cache.present[2 * index + slot] = mark(inner.present[slot], f"present{slot}")
+        returns_tuple = isinstance(output, tuple)
+        self._calls[index] = (call.key, windows[0], returns_tuple)
+        hidden = mark(output[0] if returns_tuple else output, "hidden")
+        return (hidden,) if returns_tuple else hidden
+
+
+def kinds_of(layers: nn.ModuleList) -> list[int]:
+    """For each layer the index of the first that differs from it in nothing but weights and index."""
+    first: dict[object, int] = {}
+    return [first.setdefault(_describe(layer), index) for index, layer in enumerate(layers)]
+
+
+@contextmanager
+def reusing_layers(layers: nn.ModuleList, like: list[int]) -> Iterator[None]:
+    """While it lasts, a run of the model traces layer ``i`` only where ``like[i] == i``.
+
+    Raises:
+        AnotherKindError: A layer's call differs from that of the layer that it is said to be like.
+    """
+    tracer = _Tracer(like)
+    originals = list(layers)
+    indices: list[tuple[Any, int]] = []
+    try:
+        for index, layer in enumerate(originals):
+            if like[index] != index:
+                layers[index] = _Stub(tracer, index, layer)
+                continue
+            layer.forward = functools.partial(tracer.run, index, layer.forward)
+            parts: list[Any] = [part for part in layer.modules() if isinstance(vars(part).get("layer_idx"), int)]
+            for part in parts:
+                indices.append((part, part.layer_idx))
+                part.layer_idx = _LayerIndex(part.layer_idx)
+        yield
+    finally:
+        for part, layer_idx in indices:
+            part.layer_idx = layer_idx
+        for index, layer in enumerate(originals):
+            vars(layer).pop("forward", None)
+            layers[index] = layer

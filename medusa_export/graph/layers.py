@@ -1,0 +1,207 @@
+"""Put a copy of the right decoder layer in the place of each mark that ``layer_reuse`` left.
+
+After this pass the graph has the inputs and outputs of the contract and no node of our own domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from medusa_export.common.errors import ExportError
+from medusa_export.graph.trace import MARK_DOMAIN
+
+
+@dataclass
+class _Layer:
+    """A traced layer: its marks by port, and the nodes between them in order."""
+
+    prefix: str
+    marks: dict[str, ir.Node] = field(default_factory=dict)
+    body: list[ir.Node] = field(default_factory=list)
+
+    def own(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+        """Of ``nodes``, in graph order, those between the marks that differ from layer to layer."""
+        needed: set[ir.Node] = set()
+        stack = [mark.inputs[0] for port, mark in self.marks.items() if not _enters(port)]
+        entries = {mark.outputs[0] for port, mark in self.marks.items() if _enters(port)}
+        while stack:
+            value = stack.pop()
+            producer = value.producer() if value is not None and value not in entries else None
+            if producer is not None and producer not in needed:
+                needed.add(producer)
+                stack.extend(producer.inputs)
+        varying = set(entries)
+        own = []
+        for node in nodes:
+            if node in needed and any(
+                value in varying or (value is not None and self.owns(value)) for value in node.inputs
+            ):
+                varying.update(node.outputs)
+                own.append(node)
+        return own
+
+    def owns(self, value: ir.Value) -> bool:
+        """Whether a value is one of this layer's weights."""
+        return value.is_initializer() and (value.name or "").startswith(self.prefix)
+
+    def behind(self, port: str) -> ir.Value:
+        """What a mark marks."""
+        value = self.marks[port].inputs[0]
+        assert value is not None
+        return value
+
+
+def _enters(port: str) -> bool:
+    return port.startswith(("in", "past", "pending"))
+
+
+class _Expansion:
+    """What is known while marks are replaced.
+
+    Attributes:
+        present: The updated caches so far.
+        blocks: What is written to each cache so far.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        layer_prefix: str,
+        caches: Sequence[ir.Value],
+        pending: Sequence[ir.Value],
+        weight: Callable[[str], ir.TensorProtocol],
+    ) -> None:
+        self.graph = graph
+        self.prefix = layer_prefix
+        self.caches = caches
+        self.pending = pending
+        self.weight = weight
+        self.present: dict[int, ir.Value] = {}
+        self.blocks: dict[int, ir.Value] = {}
+
+    def copy(self, layer: _Layer, index: int, node: ir.Node) -> ir.Value:
+        """Copies ``layer`` in front of its mark ``node`` as layer ``index``; gives its hidden state."""
+        mapped: dict[ir.Value, ir.Value] = {}
+        for number, value in enumerate(node.inputs):
+            mark = layer.marks.get(f"in{number}")  # none where the layer ignores an argument
+            if mark is not None and value is not None:
+                mapped[mark.outputs[0]] = value
+        for slot in (0, 1):
+            mapped[layer.marks[f"past{slot}"].outputs[0]] = self.caches[2 * index + slot]
+            if self.pending:
+                mapped[layer.marks[f"pending{slot}"].outputs[0]] = self.pending[2 * index + slot]
+        copies = [self._copy_node(original, layer, index, mapped) for original in layer.body]
+        self.graph.insert_before(node, copies)
+        self._note(index, layer, mapped)
+        return mapped[layer.behind("hidden")]
+
+    def _copy_node(self, original: ir.Node, layer: _Layer, index: int, mapped: dict[ir.Value, ir.Value]) -> ir.Node:
+        for value in original.inputs:
+            if value is not None and value not in mapped and layer.owns(value):
+                mapped[value] = self._weight(f"{self.prefix}{index}." + (value.name or "").removeprefix(layer.prefix))
+        copy = ir.Node(
+            original.domain,
+            original.op_type,
+            [None if value is None else mapped.get(value, value) for value in original.inputs],
+            list(original.attributes.values()),
+            overload=original.overload,
+            num_outputs=len(original.outputs),
+            name=f"layers.{index}/{original.name}",
+        )
+        for old, new in zip(original.outputs, copy.outputs, strict=True):
+            new.name, new.type, new.shape = f"layers.{index}/{old.name}", old.type, old.shape
+            mapped[old] = new
+        return copy
+
+    def _weight(self, name: str) -> ir.Value:
+        if name not in self.graph.initializers:
+            tensor = self.weight(name)
+            shape = ir.Shape(tensor.shape.numpy())
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def keep(self, index: int, layer: _Layer) -> None:
+        """Connects a traced layer, which stays where it is."""
+        for slot in (0, 1):
+            layer.marks[f"past{slot}"].replace_input_with(0, self.caches[2 * index + slot])
+            if self.pending:
+                layer.marks[f"pending{slot}"].replace_input_with(0, self.pending[2 * index + slot])
+        self._note(index, layer, {})
+
+    def _note(self, index: int, layer: _Layer, mapped: dict[ir.Value, ir.Value]) -> None:
+        for slot in (0, 1):
+            present = layer.behind(f"present{slot}")
+            self.present[2 * index + slot] = mapped.get(present, present)
+            if self.pending:  # else nothing is carried over, and no block has a mark
+                block = layer.behind(f"block{slot}")
+                self.blocks[2 * index + slot] = mapped.get(block, block)
+
+    def concat_blocks(self, node: ir.Node) -> None:
+        """Puts the concatenation of all blocks in the place of its mark."""
+        concat = ir.node("Concat", [self.blocks[i] for i in range(len(self.caches))], {"axis": 1}, name="concat_blocks")
+        self.graph.insert_before(node, concat)
+        _remove(self.graph, node, concat.outputs[0])
+
+
+def _remove(graph: ir.Graph, mark: ir.Node, instead: ir.Value | None) -> None:
+    """Takes a mark out; what read its output reads ``instead``."""
+    assert instead is not None
+    ir.convenience.replace_all_uses_with(mark.outputs[0], instead, replace_graph_outputs=True)
+    graph.remove(mark, safe=True)
+
+
+def expand_layers(
+    model: ir.Model,
+    *,
+    layer_prefix: str,
+    caches: Sequence[ir.Value],
+    pending: Sequence[ir.Value],
+    weight: Callable[[str], ir.TensorProtocol],
+) -> list[ir.Value]:
+    """Replaces all marks.
+
+    Args:
+        model: The traced graph; changed in place.
+        layer_prefix: What names of weights of layer i begin with, before ``i.``.
+        caches: The 2L cache inputs, keys and values alternating.
+        pending: For each cache its pending entries; empty if there are none.
+        weight: Gives the weight of a name.
+
+    Returns:
+        The 2L updated caches.
+
+    Raises:
+        ExportError: A mark has no place in this scheme.
+    """
+    graph = model.graph
+    marks = [node for node in graph if node.domain == MARK_DOMAIN]
+    layers: dict[int, _Layer] = {}
+    for node in marks:
+        if node.op_type == "LayerBoundary":
+            index = node.attributes["layer"].as_int()
+            layer = layers.setdefault(index, _Layer(f"{layer_prefix}{index}."))
+            layer.marks[node.attributes["port"].as_string()] = node
+    nodes = list(graph)
+    for layer in layers.values():
+        layer.body = layer.own(nodes)
+
+    expansion = _Expansion(graph, layer_prefix, caches, pending, weight)
+    for node in marks:
+        if node.op_type == "DecoderLayer":
+            like = layers[node.attributes["like"].as_int()]
+            _remove(graph, node, expansion.copy(like, node.attributes["layer"].as_int(), node))
+    for index, layer in layers.items():
+        expansion.keep(index, layer)
+    for node in marks:
+        if node.op_type == "ConcatBlocks":
+            expansion.concat_blocks(node)
+        elif node.op_type == "LayerBoundary":
+            _remove(graph, node, node.inputs[0])
+    left = sorted({node.op_type for node in graph if node.domain == MARK_DOMAIN})
+    if left:
+        raise ExportError(f"Marks are left in the graph after its layers were placed: {', '.join(left)}.")
+    return [expansion.present[i] for i in range(len(caches))]

@@ -1,0 +1,85 @@
+"""Put the drawing of tokens in the place of its mark.
+
+It hangs on nothing of a model but its vocabulary and its type. So it is traced by itself, under two free sizes only,
+and once for all models that have these in common.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from medusa_export.common.errors import ExportError
+from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, quiet, simplify, translate
+from medusa_export.step.sampling import SamplingInputs, drawings
+
+
+class _Drawings(nn.Module):
+    """``drawings`` with all that it takes in a row."""
+
+    def forward(self, logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        return drawings(logits, best, nodes, above, SamplingInputs(*given))
+
+
+@functools.cache
+def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
+    batch, size = (next(n for n in sizes if n != vocab_size) for sizes in ((3, 5), (37, 41)))
+    given = example_sampling(batch, size, vocab_size)
+    example = (  # each a tensor of its own: the tracer tells inputs apart by that
+        torch.zeros(batch, size, vocab_size, dtype=dtype),
+        torch.zeros(batch, size, dtype=torch.int64),
+        torch.zeros(batch, size, dtype=torch.int64),
+        torch.zeros(size, dtype=torch.int64),
+        *given.values(),
+    )
+    dynamic = torch.export.Dim.DYNAMIC
+    rows, grid = {0: dynamic}, {0: dynamic, 1: dynamic}
+    free = (grid, grid, grid, rows, tuple(grid if name == "exponentials" else rows for name in given))
+    with torch.no_grad(), quiet():
+        program = torch.export.export(_Drawings(), example, dynamic_shapes=free, strict=False)
+        model = translate(program)
+    simplify(model)
+    for node in model.graph:
+        node.name = f"sampling/{node.name}"
+        for value in node.outputs:
+            value.name = f"sampling/{value.name}"
+            if value.shape is not None:  # names of free sizes mean something else in another graph
+                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
+    return model.graph
+
+
+def expand_sampling(model: ir.Model, dtype: torch.dtype) -> None:
+    """Replaces the mark ``DrawNodes``, if there is one.
+
+    Args:
+        model: The traced graph; changed in place.
+        dtype: The type of its logits.
+
+    Raises:
+        ExportError: The size of the vocabulary isn't known.
+    """
+    for mark in [node for node in model.graph if node.domain == MARK_DOMAIN and node.op_type == "DrawNodes"]:
+        logits = mark.inputs[0]
+        vocab_size = logits.shape[2] if logits is not None and logits.shape is not None else None
+        if not isinstance(vocab_size, int):
+            raise ExportError("The size of the vocabulary got lost while the model was traced.")
+        _splice(model.graph, mark, _traced(vocab_size, dtype).clone())
+
+
+def _splice(graph: ir.Graph, mark: ir.Node, part: ir.Graph) -> None:
+    """Moves all of ``part`` into the place of a mark."""
+    inputs = [value for value in mark.inputs if value is not None]
+    for value, instead in zip(part.inputs, inputs, strict=True):
+        ir.convenience.replace_all_uses_with(value, instead)
+    for name, value in list(part.initializers.items()):
+        del part.initializers[name]
+        value.name = f"sampling/{name}"
+        graph.register_initializer(value)
+    nodes = list(part)
+    results = list(part.outputs)
+    part.outputs.clear()
+    part.remove(nodes)
+    ir.convenience.replace_nodes_and_values(graph, mark, [mark], nodes, mark.outputs, results)

@@ -1,0 +1,277 @@
+"""From a ``MedusaStep`` to an ONNX graph in which every layer but the first of its kind is a mark.
+
+``onnx_layers`` then replaces the marks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer, values
+from torch import Tensor, nn
+
+from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
+from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
+from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
+from medusa_export.step.step import MedusaStep, StepOutput
+from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
+
+OPSET_VERSION = 24
+MARK_DOMAIN = "medusa_export"
+
+
+def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
+    """An operator of our own domain, which no finished graph holds."""
+    types = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int64", "int32", "bool")]
+    parameter, variadic = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Variadic
+    kinds = {"port": onnx.defs.OpSchema.AttrType.STRING}
+    of_outputs = [f"T{i}" for i in range(outputs)]
+    schema = onnx.defs.OpSchema(
+        name,
+        MARK_DOMAIN,
+        1,
+        inputs=[parameter("inputs", "T", param_option=variadic, is_homogeneous=False)],
+        outputs=[parameter(f"output{i}", of_type) for i, of_type in enumerate(of_outputs)],
+        type_constraints=[(of_type, types, "") for of_type in ("T", *of_outputs)],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(attribute, kinds.get(attribute, onnx.defs.OpSchema.AttrType.INT), "")
+            for attribute in attributes
+        ],
+    )
+    return values.Op(values.Opset(MARK_DOMAIN, 1), name, schema)
+
+
+def _translations() -> dict[Any, Any]:
+    """How our custom ops become ONNX nodes."""
+    onnx_op = values.Opset("", OPSET_VERSION)
+    boundary = _mark("LayerBoundary", "layer", "port")
+    layer_op = _mark("DecoderLayer", "layer", "like")
+    blocks_op = _mark("ConcatBlocks")
+    draw_op = _mark("DrawNodes", outputs=5)
+
+    def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
+        return onnx_op.TensorScatter(cache, update, write_indices, axis=2)
+
+    def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float) -> Any:
+        return onnx_op.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
+
+    def layer_boundary(tensor: Any, layer: int, port: str) -> Any:
+        return boundary(tensor, layer=layer, port=port)
+
+    def decoder_layer(inputs: Any, layer: int, like: int) -> Any:
+        return layer_op(*inputs, layer=layer, like=like)
+
+    def concat_blocks(blocks: Any) -> Any:
+        return blocks_op(*blocks)
+
+    def draw_nodes(logits: Any, best: Any, nodes: Any, above: Any, given: Any) -> Any:
+        return draw_op(logits, best, nodes, above, *given)
+
+    def number(value: float) -> Any:  # of the rank that it meets: else TensorRT takes a layer to give it that
+        return onnx_op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, (1, 1, 1), (value,)))
+
+    def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
+        axis, none = onnx_op.Constant(value_ints=[-1]), number(0.0)
+        end = onnx_op.Expand(number(LEAST_LOGIT), onnx_op.Shape(mass))
+        for width in HALVINGS:
+            middle = onnx_op.Add(end, number(width))
+            above = onnx_op.ReduceSum(onnx_op.Where(onnx_op.Greater(scaled, middle), weights, none), axis)
+            end = onnx_op.Where(onnx_op.Less(above, mass), end, middle)
+        kept = onnx_op.Where(onnx_op.Greater(scaled, end), scaled, none)
+        return onnx_op.ReduceMin(kept, axis)
+
+    ops = torch.ops.medusa_export
+    return {
+        ops.cache_scatter.default: cache_scatter,
+        ops.attention.default: attention,
+        ops.draw_nodes.default: draw_nodes,
+        ops.nucleus_end.default: nucleus_end,
+        ops.layer_boundary.default: layer_boundary,
+        ops.decoder_layer.default: decoder_layer,
+        ops.concat_blocks.default: concat_blocks,
+    }
+
+
+def _named(out: StepOutput) -> dict[str, Tensor]:
+    """What a traced step gives besides the caches, by the names of the graph."""
+    named = {
+        "tokens": out.tokens,
+        "count": out.count,
+        "next_input_ids": out.next_input_ids,
+        "next_cache_lengths": out.next_cache_lengths,
+        "logits": out.logits,
+        "accepted_path": out.accepted_path,
+        "chosen": out.chosen,
+        "finite": out.finite,
+        "head_logits": out.head_logits,
+        "next_pending_kv": out.next_pending_kv,
+        "logprobs": out.logprobs,
+    }
+    if out.sampled is not None:
+        named |= {f"sampled/{name}": value for name, value in vars(out.sampled).items() if name != "chosen"}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+class _TracedStep(nn.Module):
+    """A step with one cache pair and one pending block standing for those of all layers.
+
+    Args:
+        step: The step.
+        note: Told the names of what a run gives, but for the caches.
+    """
+
+    def __init__(self, step: MedusaStep, note: Callable[[Sequence[str]], None]) -> None:
+        super().__init__()
+        self.step = step
+        self.num_caches = step.cache_shape.num_caches
+        self._note = note
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        num_tokens: Tensor,
+        is_prefill: Tensor,
+        cache_lengths: Tensor,
+        sampling: dict[str, Tensor] | None,
+        past: Tensor,
+        pending: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        pendings = [] if pending is None else [pending] * self.num_caches
+        given = None if sampling is None else SamplingInputs(**sampling)
+        past_of_all = [past] * self.num_caches
+        out = self.step.run(input_ids, num_tokens, is_prefill, cache_lengths, given, pendings, past_of_all)
+        named = _named(out)
+        self._note(list(named))
+        return (*named.values(), *out.present)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the tracer's and the optimizer's own chatter from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def trace(step: MedusaStep) -> ir.Model:
+    """Traces a step.
+
+    Returns:
+        A graph whose inputs are those of ``_TracedStep``, and so are its outputs, which are named; layers beyond the
+        first of each kind are ``DecoderLayer`` nodes, and the first are enclosed by ``LayerBoundary`` nodes.
+
+    Raises:
+        ModelNotSupportedError: The model does something that a step can't honour.
+        ExportError: The model's code can't be traced.
+    """
+    shape = step.cache_shape
+    heads, head_dim = shape.num_key_value_heads, shape.head_dim
+    # Free dimensions, of sizes that nothing else has: the tracer takes equal sizes for the same one.
+    batch, capacity, dtype = 3, 251, step.model.dtype
+    tokens = next(size for size in (37, 41, 43) if size not in (step.tree.size, shape.head_dim, heads))
+    draws = next(size for size in (53, 59, 61) if size not in (step.tree.size, shape.head_dim, heads))
+    margin = step.tree.max_depth
+    example: dict[str, Any] = {
+        "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
+        "num_tokens": torch.ones(batch, dtype=torch.int64),
+        "is_prefill": torch.zeros(batch, dtype=torch.bool),
+        "cache_lengths": torch.ones(batch, dtype=torch.int64),
+        "sampling": example_sampling(batch, draws, step.vocab_size) if step.sampling else None,
+        "past": torch.zeros(batch, heads, capacity, head_dim, dtype=dtype),
+    }
+    if margin:
+        example["pending"] = torch.zeros(batch, heads, margin, head_dim, dtype=dtype)
+    dynamic = torch.export.Dim.DYNAMIC
+    free: dict[str, Any] = {name: {0: dynamic} for name in example}
+    free["input_ids"] = {0: dynamic, 1: dynamic}
+    free["sampling"] = {name: {0: dynamic} for name in example["sampling"]} if step.sampling else None
+    if step.sampling:
+        free["sampling"]["exponentials"] = {0: dynamic, 1: dynamic}
+    free["past"] = {0: dynamic, 2: dynamic}
+
+    names: list[str] = []
+
+    def note(given: Sequence[str]) -> None:
+        names[:] = given
+
+    traced = _TracedStep(step, note)
+    layers = decoder_layers(step.model)
+    like = kinds_of(layers)
+    with torch.no_grad(), quiet():
+        while True:
+            try:
+                with reusing_layers(layers, like):
+                    program = torch.export.export(traced, (), example, dynamic_shapes=free, strict=False)
+                break
+            except AnotherKindError as error:
+                like[error.layer] = error.layer
+            except ModelNotSupportedError:
+                raise
+            except Exception as error:
+                raise ExportError(f"Tracing the model failed: {first_line(error)}") from error
+        model = translate(program)
+    for name, value in zip(names, model.graph.outputs, strict=False):
+        value.name = name
+    return model
+
+
+def translate(program: torch.export.ExportedProgram) -> ir.Model:
+    """An exported program in ONNX, with marks of ours.
+
+    Raises:
+        ExportError: Some operator can't be translated.
+    """
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET_VERSION,
+            custom_translation_table=_translations(),
+        )
+    except Exception as error:
+        raise ExportError(f"Translating the traced model to ONNX failed: {first_line(error)}") from error
+    if exported is None:
+        raise ExportError("Translating the traced model to ONNX gave no graph.")
+    model: ir.Model = exported.model
+    return model
+
+
+def simplify(model: ir.Model) -> None:
+    """Folds constants, but none that comes from a weight: copies of a layer must find their own weights."""
+    weights = {name: value for name, value in model.graph.initializers.items() if name.startswith("step.model.")}
+    tensors = {name: value.const_value for name, value in weights.items()}
+    for value in weights.values():
+        value.const_value = None
+    try:
+        with quiet():  # it remarks on each weight that it can't see
+            optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
+    finally:
+        for name, value in weights.items():
+            value.const_value = tensors[name]
+
+
+def example_sampling(batch: int, draws: int, vocab_size: int) -> dict[str, Tensor]:
+    """The graph's inputs for sampling, in its order."""
+    sizes = {"batch": batch, "draws": draws}
+    return {
+        spec.name: torch.ones(fixed_shape(spec, sizes), dtype=getattr(torch, spec.dtype))
+        for spec in sampling_inputs(vocab_size)
+    }

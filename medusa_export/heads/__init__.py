@@ -1,0 +1,1 @@
+"""MEDUSA heads: modules, files of every published format, and their writer."""

@@ -1,0 +1,1 @@
+"""Base models: checkpoints, GGUF files, and which models are supported."""

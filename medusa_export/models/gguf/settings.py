@@ -1,0 +1,396 @@
+"""What a GGUF file's metadata says of its model, as settings of transformers' configuration.
+
+transformers reads the sizes of a model from the metadata, and leaves out much else: how positions are scaled, the part
+of a head that they rotate, caps on logits, windows, the tokens that end a turn. Here every key of a supported
+architecture is read, known to change nothing, or refused by its name:
+
+* ``Architecture.direct``: a setting of the configuration takes the value as it is;
+* ``_ROTARY``, ``_END_TOKENS`` and ``Architecture.own``: rules of this module, after llama.cpp's;
+* ``_HARMLESS``: they say nothing about the result;
+* ``_NEUTRAL``: they may be there with a value that switches the feature off;
+* all others under the architecture's name are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import LlamaConfig, PreTrainedConfig
+
+from medusa_export.common.errors import CheckpointError, ModelNotSupportedError
+
+ROPE_FREQS = "rope_freqs.weight"
+_LONGROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
+
+_SIZES = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+}
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_REQUIRED = ("context_length", "block_count", "embedding_length", "attention.head_count")
+
+_ROTARY = frozenset(
+    {
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scale_linear",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.attn_factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.yarn_ext_factor",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+    }
+)
+_HARMLESS = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
+# With one of these values a feature is off.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "residual_scale": (0, 1),
+    "rope.scaling.alpha": (0, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
+# The tokens after which llama.cpp ends: of a text, of a turn, and of a message that calls a tool.
+_END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_OTHER_TOKENS = {"bos_token_id": "tokenizer.ggml.bos_token_id", "pad_token_id": "tokenizer.ggml.padding_token_id"}
+_TOKENIZER = (*_END_TOKENS, *_OTHER_TOKENS.values(), "tokenizer.ggml.model")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the metadata and the tensors of one of llama.cpp's architectures are read.
+
+    Attributes:
+        direct: Keys of which the value is that of a setting, by the setting's name.
+        rotary: Whether positions are rotary embeddings.
+        rotary_part: Whether these may cover a part of each head.
+        own: Keys with a rule of their own.
+        interleaved: Whether the rows of q and k alternate between the two halves of each head.
+        norm_offset: What llama.cpp adds to the weights of norms.
+        transposed: Names of weights that are stored the other way round.
+    """
+
+    direct: Mapping[str, str]
+    rotary: bool = True
+    rotary_part: bool = False
+    own: frozenset[str] = frozenset()
+    interleaved: bool = False
+    norm_offset: int = 0
+    transposed: tuple[str, ...] = ()
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(_SIZES | _RMS, interleaved=True),
+    "qwen2": Architecture(_SIZES | _RMS),
+    "qwen3": Architecture(_SIZES | _RMS),
+    "phi3": Architecture(_SIZES | _RMS | _WINDOW, rotary_part=True),
+    "gemma2": Architecture(
+        _SIZES
+        | _RMS
+        | _WINDOW
+        | {
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        norm_offset=1,
+    ),
+    "gemma3": Architecture(
+        _SIZES | _RMS | _WINDOW | {"final_logit_softcapping": "final_logit_softcapping"},
+        own=frozenset({"rope.freq_base_swa", "attention.sliding_window_pattern"}),
+        norm_offset=1,
+    ),
+    "starcoder2": Architecture(_SIZES | {"attention.layer_norm_epsilon": "norm_epsilon"}),
+    "gpt2": Architecture(
+        {
+            "context_length": "n_positions",
+            "block_count": "n_layer",
+            "embedding_length": "n_embd",
+            "feed_forward_length": "n_inner",
+            "attention.head_count": "n_head",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "vocab_size": "vocab_size",
+        },
+        rotary=False,
+        transposed=("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The metadata of a GGUF file, and the names of its tensors.
+
+    Attributes:
+        source: The file, for messages.
+        values: All keys with their values; of the tokenizer's only those of ``_TOKENIZER``.
+        tensors: The names of the tensors.
+        rope_freqs: What each frequency is divided by, [rotated // 2]; None if the file has no such tensor.
+    """
+
+    source: str
+    values: Mapping[str, Any]
+    tensors: frozenset[str]
+    rope_freqs: NDArray[np.float32] | None = None
+    architecture: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "architecture", str(self.values.get("general.architecture")))
+
+    @classmethod
+    def of(cls, source: str, reader: Any) -> Metadata:
+        """That of a file opened by ``gguf.GGUFReader``."""
+        values = {key: entry.contents() for key, entry in reader.fields.items() if not key.startswith("tokenizer.")}
+        values |= {key: reader.fields[key].contents() for key in _TOKENIZER if key in reader.fields}
+        factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE_FREQS), None)
+        return cls(
+            source,
+            values,
+            frozenset(tensor.name for tensor in reader.tensors),
+            None if factors is None else np.array(factors, np.float32).reshape(-1),
+        )
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key of the architecture."""
+        return self.values.get(f"{self.architecture}.{name}", default)
+
+    def error(self, words: str) -> CheckpointError:
+        """An error about this file."""
+        return CheckpointError(
+            f"The GGUF file {self.source} {words}. Give the model's folder in Hugging Face's layout instead."
+        )
+
+
+def check_readable(metadata: Metadata) -> None:
+    """Refuses what is no model, a part of one, or of an architecture that isn't read here.
+
+    Raises:
+        CheckpointError: It says which.
+    """
+    kind = metadata.values.get("general.type", "model")
+    if kind != "model":
+        adapter = " Merge it into its base model first." if kind == "adapter" else ""
+        raise CheckpointError(f"The GGUF file {metadata.source} holds no model, but is of the type {kind!r}.{adapter}")
+    parts = metadata.values.get("split.count", 1)
+    if parts > 1:
+        raise CheckpointError(
+            f"The GGUF file {metadata.source} is one of {parts} parts: join them first, with llama-gguf-split --merge."
+        )
+    if metadata.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise metadata.error(f"is of the architecture {metadata.architecture!r}; those that can be read are {known}")
+    for key in (*ARCHITECTURES[metadata.architecture].direct, *_ROTARY):
+        value = metadata.get(key)
+        if isinstance(value, list):
+            raise metadata.error(f"has a {metadata.architecture}.{key} for each layer: {_short(value)}")
+
+
+def apply_settings(config: PreTrainedConfig, metadata: Metadata) -> PreTrainedConfig:
+    """Completes a configuration that transformers made from a GGUF file.
+
+    Returns:
+        The configuration, changed in place, or one in its stead.
+
+    Raises:
+        CheckpointError: A key of the metadata has a meaning that can't be kept. It is named.
+        ModelNotSupportedError: The model needs something that the step can't serve.
+    """
+    architecture = ARCHITECTURES[metadata.architecture]
+    _check_keys(metadata, architecture)
+    if config.model_type == "mistral":  # transformers' choice by the name of the model; its layers are a llama's
+        config = LlamaConfig.from_dict({**config.to_dict(), "model_type": "llama"})
+    for key in _REQUIRED:
+        if metadata.get(key) is None:
+            raise metadata.error(f"lacks {metadata.architecture}.{key}")
+    for key, setting in architecture.direct.items():
+        value = metadata.get(key)
+        if value is not None:
+            setattr(config, setting, value)
+    if "attention.head_count_kv" in architecture.direct and metadata.get("attention.head_count_kv") is None:
+        config.num_key_value_heads = metadata.get("attention.head_count")
+    for setting, tensor in _BIASES.items():
+        if hasattr(config, setting):
+            setattr(config, setting, tensor in metadata.tensors)
+    if architecture.rotary:
+        _apply_rotary(config, metadata, architecture)
+    special = _SPECIAL.get(metadata.architecture)
+    if special is not None:
+        special(config, metadata)
+    _apply_end_tokens(config, metadata)
+    for setting, key in _OTHER_TOKENS.items():
+        token = metadata.values.get(key)
+        setattr(config, setting, token if token is not None and 0 <= token < config.vocab_size else None)
+    return config
+
+
+# Settings that say whether layers have biases, and a tensor that is there if they have.
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias", "use_bias": "blk.0.attn_q.bias"}
+
+
+def _check_keys(metadata: Metadata, architecture: Architecture) -> None:
+    prefix = f"{metadata.architecture}."
+    rotary = _ROTARY if architecture.rotary else frozenset()
+    known = {*architecture.direct, *architecture.own, *rotary, *_HARMLESS}
+    for key, value in metadata.values.items():
+        name = key.removeprefix(prefix)
+        if not key.startswith(prefix) or name in known or metadata.get(name) in _NEUTRAL.get(name, ()):
+            continue
+        if name == "attention.sliding_window" and not 0 < value < metadata.get("context_length", 0):
+            continue
+        raise metadata.error(f"says {key} = {_short(value)}, which is a setting that can't be kept here")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _apply_rotary(config: Any, metadata: Metadata, architecture: Architecture) -> None:
+    """The size of heads, the part of each that is rotated, by which frequencies, and how these are scaled."""
+    for tensor in _LONGROPE:
+        if tensor in metadata.tensors:
+            raise ModelNotSupportedError("rotary embeddings that change with the length of the sequence ('longrope')")
+    head_dim = metadata.get("attention.key_length", config.hidden_size // config.num_attention_heads)
+    if metadata.get("attention.value_length", head_dim) != head_dim:
+        raise ModelNotSupportedError("keys and values of more than one size")
+    config.head_dim = head_dim
+    rotated = metadata.get("rope.dimension_count", head_dim)
+    if rotated != head_dim and not architecture.rotary_part:
+        raise metadata.error(f"rotates {rotated} of {head_dim} channels of a head (rope.dimension_count)")
+    parameters = {"rope_theta": float(metadata.get("rope.freq_base", 10000.0)), **_scaling(metadata, rotated)}
+    if architecture.rotary_part:
+        part = rotated / head_dim
+        # transformers rounds the product down.
+        parameters["partial_rotary_factor"] = part if int(head_dim * part) == rotated else math.nextafter(part, 2)
+    config.rope_parameters = parameters
+
+
+def _scaling(metadata: Metadata, rotated: int) -> dict[str, Any]:
+    """How positions are scaled, as ``rope_parameters`` without the base."""
+    factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0)) or 1.0)
+    kind = metadata.get("rope.scaling.type", "linear")
+    attention = float(metadata.get("rope.scaling.attn_factor", 1.0))
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise metadata.error(f"scales positions in a way that isn't known here (rope.scaling.type {kind!r})")
+    if kind == "longrope":
+        raise ModelNotSupportedError("rotary embeddings that change with the length of the sequence ('longrope')")
+    if attention != 1 and kind != "yarn":
+        raise metadata.error(f"says rope.scaling.attn_factor = {attention} for {kind!r} positions")
+    scaled = kind != "none" and factor != 1
+    if metadata.rope_freqs is not None and not np.all(metadata.rope_freqs == 1):
+        if scaled:
+            raise metadata.error(f"scales positions twice, by rope.scaling and by {ROPE_FREQS}")
+        return _llama3(metadata, rotated)
+    if not scaled:
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    extrapolation = metadata.get("rope.scaling.yarn_ext_factor", 1.0)
+    if extrapolation not in (1.0, -1.0):  # below 0 is 'as usual'
+        raise metadata.error(f"says rope.scaling.yarn_ext_factor = {extrapolation}; only 1 can be kept")
+    # llama.cpp multiplies its factor by what transformers takes for the whole.
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": int(
+            metadata.get("rope.scaling.original_context_length") or metadata.get("context_length")
+        ),
+        "attention_factor": attention * (1 + 0.1 * math.log(factor)) if factor > 1 else attention,
+        "beta_fast": float(metadata.get("rope.scaling.yarn_beta_fast", 32.0)),
+        "beta_slow": float(metadata.get("rope.scaling.yarn_beta_slow", 1.0)),
+    }
+
+
+def _llama3(metadata: Metadata, rotated: int) -> dict[str, Any]:
+    """The settings of Llama 3.1's scaling that give a file's ``rope_freqs``, which are made from them."""
+    given = metadata.rope_freqs
+    assert given is not None
+    if len(given) != rotated // 2:
+        raise metadata.error(f"has {len(given)} factors in {ROPE_FREQS} for {rotated // 2} frequencies")
+    theta = float(metadata.get("rope.freq_base", 10000.0))
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
+    factor, low, high = float(given.max()), 1.0, 4.0  # as all published models have the last two
+    for original in (2**exponent for exponent in range(4, 24)):
+        smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), given, rtol=1e-5, atol=0):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise metadata.error(f"divides frequencies by factors that aren't those of Llama 3.1's scaling ({ROPE_FREQS})")
+
+
+def _gemma2(config: Any, metadata: Metadata) -> None:
+    _gemma_scale(config, metadata, layers_of_27b=46)
+
+
+def _gemma3(config: Any, metadata: Metadata) -> None:
+    _gemma_scale(config, metadata, layers_of_27b=62)
+    full = config.rope_parameters
+    if full["rope_type"] not in ("default", "linear"):
+        raise metadata.error(f"scales positions by {full['rope_type']}, which gemma3 has not")
+    local = float(metadata.get("rope.freq_base_swa", 10000.0))
+    config.rope_parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        "full_attention": full,
+    }
+    pattern = metadata.values.get("gemma3.attention.sliding_window_pattern", 6)
+    layers = config.num_hidden_layers
+    if not metadata.get("attention.sliding_window"):
+        slides = [False] * layers
+    elif isinstance(pattern, list):
+        slides = [bool(entry) for entry in pattern]
+    else:
+        slides = [pattern > 0 and (layer + 1) % pattern != 0 for layer in range(layers)]
+    if len(slides) != layers:
+        raise metadata.error(f"says of {len(slides)} layers whether they slide, and has {layers}")
+    config.layer_types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+
+
+def _gemma_scale(config: Any, metadata: Metadata, *, layers_of_27b: int) -> None:
+    """What attention is scaled by, which no key says: llama.cpp knows the one size that differs by its layers."""
+    if config.num_hidden_layers == layers_of_27b:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    else:
+        config.query_pre_attn_scalar = config.head_dim
+
+
+_SPECIAL: Mapping[str, Callable[[Any, Metadata], None]] = {"gemma2": _gemma2, "gemma3": _gemma3}
+
+
+def _apply_end_tokens(config: Any, metadata: Metadata) -> None:
+    named = [metadata.values.get(key) for key in _END_TOKENS]
+    if named[0] is None and metadata.values.get("tokenizer.ggml.model") == "llama":
+        named[0] = 2  # llama.cpp's for a vocabulary of SentencePiece
+    # Some files say "none" by an id that there isn't.
+    found = list(dict.fromkeys(token for token in named if token is not None and 0 <= token < config.vocab_size))
+    config.eos_token_id = found[0] if len(found) == 1 else found or None

@@ -1,0 +1,85 @@
+"""A GGUF file's tensors under transformers' names and in its layout, without transformers' own reader.
+
+llama.cpp stores some weights otherwise than transformers does. Each change is undone here:
+
+* llama: the rows of q and k alternate between the two halves of each head;
+* gemma: the weights of norms are larger by one;
+* gpt2: matrices are transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from medusa_export.models.gguf.settings import ARCHITECTURES, ROPE_FREQS, Architecture
+
+# llama.cpp passes over the second too.
+_NO_WEIGHTS = (ROPE_FREQS, ".attn_rot_embd")
+
+
+def architecture_of(reader: Any) -> str:
+    """The architecture that a file names."""
+    return str(reader.fields["general.architecture"].contents())
+
+
+def tensor_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
+    """The weight of a model that each tensor of a GGUF file stands for, by the tensor's name."""
+    gguf: Any = import_module("gguf")
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    names = {}
+    for name in model.state_dict():
+        stem, dot, suffix = name.rpartition(".")
+        found = known.get_name(stem)
+        if found is not None:
+            names[f"{found}{dot}{suffix}"] = name
+    return names
+
+
+def unread_tensors(reader: Any, model: PreTrainedModel) -> set[str]:
+    """The tensors of a file that no weight of the model stands for."""
+    names = tensor_names(architecture_of(reader), model)
+    return {
+        tensor.name
+        for tensor in reader.tensors
+        if tensor.name not in names and not any(part in tensor.name for part in _NO_WEIGHTS)
+    }
+
+
+def stored_tensors(reader: Any, model: PreTrainedModel) -> Iterator[tuple[str, str | None, NDArray[np.float32]]]:
+    """Each tensor of a file, dequantized and laid out as the model has it.
+
+    Yields:
+        Its name in the file, the name of the model's weight or None, and its values.
+    """
+    gguf: Any = import_module("gguf")
+    architecture = ARCHITECTURES[architecture_of(reader)]
+    names = tensor_names(architecture_of(reader), model)
+    for tensor in reader.tensors:
+        if not any(part in tensor.name for part in _NO_WEIGHTS):
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            yield tensor.name, names.get(tensor.name), _laid_out(values, tensor.name, architecture, model.config)
+
+
+def _laid_out(values: NDArray[Any], name: str, architecture: Architecture, config: Any) -> NDArray[Any]:
+    if architecture.interleaved and ".attn_q." in name:
+        return _halves(values, config.num_attention_heads)
+    if architecture.interleaved and ".attn_k." in name:
+        return _halves(values, config.num_key_value_heads)
+    if architecture.norm_offset and name.endswith("norm.weight"):
+        return values - architecture.norm_offset
+    if architecture.transposed and name.endswith(architecture.transposed):
+        return values.T
+    return values
+
+
+def _halves(values: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows that alternate between two halves of a head, with the halves one after the other."""
+    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)

@@ -1,0 +1,61 @@
+"""How the tokenizer of a GGUF file splits text into words, which ``tokenizer.ggml.pre`` names.
+
+transformers knows some of the names, and splits as GPT-2 does by all others. Here the names of llama.cpp that mean
+another split are read, and those that are known to neither are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from medusa_export.common.errors import CheckpointError
+
+_AS_GPT2 = frozenset(
+    {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "mellum"}
+)
+# Each digit by itself, the rest as GPT-2 does.
+_DIGITS_APART = frozenset({"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"})
+_AS_OTHERS = {"stablelm2": "qwen2", "hunyuan": "qwen2", "solar-open": "qwen2"}
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, reader: Any, source: str) -> None:
+    """Has a tokenizer that transformers made from a GGUF file split text as the file says.
+
+    Args:
+        tokenizer: The tokenizer; changed in place.
+        reader: The file, opened by ``gguf.GGUFReader``.
+        source: The file's name, for messages.
+
+    Raises:
+        CheckpointError: The file splits text in a way that isn't known here.
+    """
+    if _field(reader, "tokenizer.ggml.model") != "gpt2":
+        return  # the others have one way to split each
+    name = _field(reader, "tokenizer.ggml.pre")
+    backend: Any = tokenizer
+    if name in _DIGITS_APART:
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True), words]
+        backend.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    elif name in _AS_OTHERS:
+        split = GGUF_PRE_TOKENIZER_SPLITS[_AS_OTHERS[name]]
+        backend.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    elif name not in _AS_GPT2 and name not in GGUF_PRE_TOKENIZER_SPLITS:
+        said = "doesn't say how its tokenizer splits text" if name is None else f"splits text as {name!r} does"
+        raise CheckpointError(
+            f"The GGUF file {source} {said} (tokenizer.ggml.pre), which isn't known here: give the model's folder in "
+            "Hugging Face's layout, or export with --no-tokenizer."
+        )
+
+
+def _field(reader: Any, key: str) -> Any:
+    return reader.fields[key].contents() if key in reader.fields else None

@@ -1,0 +1,198 @@
+"""The two tensor operations that a decoder layer hands to us, as torch custom ops.
+
+Both are opaque to the tracer and become one standard ONNX node each (``TensorScatter`` and
+``Attention`` of opset 24, see ``onnx_export``). Their eager bodies are the PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from medusa_export.common.errors import ModelNotSupportedError
+
+ATTENTION_NAME = "medusa_export"
+
+# What layers pass to an attention function besides what changes its result.
+_HARMLESS = frozenset({
+    "dropout", "position_ids", "position_embeddings", "use_cache", "cache_position", "output_attentions",
+    "output_hidden_states", "return_dict", "is_causal", "layer_idx", "training", "deterministic",
+})  # fmt: skip
+
+
+@torch.library.custom_op("medusa_export::cache_scatter", mutates_args=())
+def cache_scatter(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    """Writes one contiguous block per row into a cache.
+
+    Args:
+        cache: [B, num_key_value_heads, C, head_dim].
+        update: [B, num_key_value_heads, N, head_dim].
+        write_indices: [B], the slot of each row's first entry.
+    """
+    rows = write_indices[:, None] + torch.arange(update.shape[2], device=update.device)
+    index = rows[:, None, :, None].expand_as(update)
+    return cache.scatter(2, index, update)
+
+
+@cache_scatter.register_fake
+def _(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+@torch.library.custom_op("medusa_export::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Grouped-query attention under a boolean mask, softmax in fp32; a soft cap of 0 means none.
+
+    Args:
+        query: [B, num_attention_heads, S, head_dim].
+        key: [B, num_key_value_heads, C, head_dim].
+        value: As ``key``.
+        mask: [B, 1, S, C], True where a query may look.
+        scale: What scores are multiplied with.
+        softcap: Scores s become softcap · tanh(s / softcap).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), value)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+class StepMasks:
+    """What new tokens may look at, for layers with and without a sliding window.
+
+    Args:
+        full: [B, 1, S, C] boolean.
+        distances: Gives [B, S, C], how far a new token lies behind an entry; called only if a layer has a window.
+    """
+
+    def __init__(self, full: Tensor, distances: Callable[[], Tensor]) -> None:
+        self.full = full
+        self._distances = distances
+        self._windows: dict[int, Tensor] = {}
+
+    def for_window(self, window: int | None) -> Tensor:
+        """The mask of a layer that looks back over ``window`` tokens, itself included; None is all."""
+        if window is None:
+            return self.full
+        if window not in self._windows:
+            self._windows[window] = self.full & (self._distances() < window).unsqueeze(1)
+        return self._windows[window]
+
+
+@torch.library.custom_op("medusa_export::concat_blocks", mutates_args=())
+def concat_blocks(blocks: list[Tensor]) -> Tensor:
+    """All layers' blocks side by side: [B, 2L * num_key_value_heads, N, head_dim]."""
+    return torch.cat(blocks, dim=1)
+
+
+@concat_blocks.register_fake
+def _(blocks: list[Tensor]) -> Tensor:
+    batch, heads, length, head_dim = blocks[0].shape
+    return blocks[0].new_empty(batch, heads * len(blocks), length, head_dim)
+
+
+class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
+    """The ``past_key_values`` of one step: commits each layer's block and hands back the whole cache.
+
+    Args:
+        past: Key and value caches, alternating, each [B, num_key_value_heads, C, head_dim].
+        pending: For each cache the entries accepted last, [B, num_key_value_heads, M, head_dim]; none if M is 0.
+        write_indices: [B], where each row's block begins.
+        masks: What the new tokens may look at.
+        first_layer: The index of the layer that the first two caches belong to.
+
+    Attributes:
+        blocks: What was written to each cache, [B, num_key_value_heads, M + S, head_dim].
+        present: The caches after that.
+    """
+
+    def __init__(
+        self,
+        past: Sequence[Tensor],
+        pending: Sequence[Tensor],
+        write_indices: Tensor,
+        masks: StepMasks,
+        *,
+        first_layer: int = 0,
+    ) -> None:
+        self.layers: list[object] = []  # transformers looks here for layers of other kinds: there are none
+        self.past = past
+        self.pending = pending
+        self.write_indices = write_indices
+        self.masks = masks
+        self.first_layer = first_layer
+        self.blocks: dict[int, Tensor] = {}
+        self.present: dict[int, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        index = 2 * (operator.index(layer_idx) - self.first_layer)
+        return self._commit(index, key_states), self._commit(index + 1, value_states)
+
+    def _commit(self, index: int, new: Tensor) -> Tensor:
+        if index in self.present:
+            raise ModelNotSupportedError("several attention layers that share one KV cache")
+        self.blocks[index] = torch.cat([self.pending[index], new], dim=2) if self.pending else new
+        self.present[index] = cache_scatter(self.past[index], self.blocks[index], self.write_indices)
+        return self.present[index]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        raise ModelNotSupportedError("positions taken from the length of the cache instead of position_ids")
+
+
+_active: list[StepMasks] = []
+
+
+@contextmanager
+def attending(masks: StepMasks) -> Iterator[None]:
+    """Makes ``masks`` those that our attention function uses."""
+    _active.append(masks)
+    try:
+        yield
+    finally:
+        _active.pop()
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The attention function that Hugging Face layers call through ``AttentionInterface``.
+
+    The mask comes from the step, not from the model: ``attention_mask`` is None here, because
+    transformers builds none for an attention implementation that it has no mask function for.
+    """
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
+    if unknown:
+        raise ModelNotSupportedError(f"attention with {', '.join(unknown)}")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise ModelNotSupportedError("attention that is not causal")
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    mask = _active[-1].for_window(sliding_window)
+    output = attention(query, key, value, mask, scale, float(softcap or 0.0))
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)

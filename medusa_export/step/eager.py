@@ -1,0 +1,116 @@
+"""``MedusaStep`` in PyTorch behind the runtime's own interface: the reference that compiled graphs are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medusa_export.step.sampling import SamplingInputs
+from medusa_export.step.step import MedusaStep, StepOutput
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
+from medusa_runtime.sampling import Draws, SamplingRows
+
+
+class EagerBackend:
+    """Runs steps in PyTorch; a ``medusa_runtime`` backend.
+
+    Args:
+        step: The step.
+        rows: Sequences held at a time.
+
+    Attributes:
+        output: All that the last step gave; None before the first.
+    """
+
+    def __init__(self, step: MedusaStep, *, rows: int = 1) -> None:
+        self._step = step
+        self._shape = step.cache_shape
+        self._rows = rows
+        self._lengths = torch.zeros(rows, dtype=torch.int64)
+        self._caches: list[Tensor] = []
+        self._drafts = np.zeros((rows, step.tree.size), np.int64)
+        self._sampling = SamplingRows(rows)
+        self._pending: Tensor | None = None
+        if margin := step.tree.max_depth:
+            heads = self._shape.num_caches * self._shape.num_key_value_heads
+            self._pending = torch.zeros(rows, heads, margin, self._shape.head_dim, dtype=step.model.dtype)
+        self.output: StepOutput | None = None
+
+    @property
+    def name(self) -> str:
+        return f"torch {torch.__version__}, CPU"
+
+    @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
+    def capacity(self) -> int:
+        return self._caches[0].shape[2] if self._caches else 0
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None
+
+    @property
+    def drafts(self) -> NDArray[np.int64]:
+        return self._drafts
+
+    def reserve(self, capacity: int) -> None:
+        if capacity <= self.capacity:
+            return
+        shape = (self._rows, self._shape.num_key_value_heads, capacity, self._shape.head_dim)
+        grown = [torch.zeros(shape, dtype=self._step.model.dtype) for _ in range(self._shape.num_caches)]
+        for new, old in zip(grown, self._caches, strict=False):
+            new[:, :, : old.shape[2]] = old
+        self._caches = grown
+
+    def reset(self, row: int) -> None:
+        self._lengths[row] = 0
+
+    def scrub(self, row: int) -> None:
+        margin, length = self._step.tree.max_depth, int(self._lengths[row])
+        for cache in self._caches:
+            cache[row, :, :margin] = 0
+            cache[row, :, margin + length :] = 0
+        if self._pending is not None:
+            self._pending[row, :, : max(0, margin - length)] = 0
+
+    def assign(self, row: int, draws: Draws | None) -> None:
+        self._sampling.assign(row, draws)
+
+    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+        prompts = prompts or {}
+        ids = torch.zeros(self._rows, size, dtype=torch.int64)
+        num_tokens = torch.full((self._rows,), size)
+        for row in range(self._rows):
+            given = prompts.get(row, self._drafts[row, :size])
+            ids[row, : len(given)] = torch.as_tensor(np.asarray(given))
+            if row in prompts:
+                num_tokens[row] = len(given)
+        is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
+        sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
+        with torch.no_grad():
+            output = self._step(ids, num_tokens, is_prefill, self._lengths, sampling, self._pending, self._caches)
+        self._caches, self._pending = output.present, output.next_pending_kv
+        self._lengths = output.next_cache_lengths
+        self._drafts[:] = output.next_input_ids.numpy()
+        self.output = output
+        logprobs = None if output.logprobs is None else output.logprobs.numpy()
+        return StepResult(output.tokens.numpy(), output.count.numpy(), logprobs)
+
+    def _sampling_inputs(self, size: int, prompts: Mapping[int, Sequence[int]]) -> SamplingInputs:
+        width = self._sampling.width(size, prompts, range(self._rows))
+        shape = fixed_shape(sampling_inputs(self._step.vocab_size)[0], {"batch": self._rows, "draws": width})
+        exponentials = np.ones(shape, np.float32)
+        self._sampling.write(exponentials, self._lengths.numpy(), prompts)
+        inputs = {name: torch.from_numpy(array.copy()) for name, array in self._sampling.inputs.items()}
+        return SamplingInputs(exponentials=torch.from_numpy(exponentials), **inputs)
+
+    def close(self) -> None:
+        self._caches = []

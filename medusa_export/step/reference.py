@@ -1,0 +1,61 @@
+"""The PyTorch side of a bundle: the same weights, heads and tree, computed in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from medusa_export.common.errors import VerificationError
+from medusa_export.heads.files import load_heads
+from medusa_export.heads.modules import MedusaHeads
+from medusa_export.models.checkpoints import load_model
+from medusa_export.step.attention import ATTENTION_NAME
+from medusa_export.step.step import MedusaStep
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.text.tokenizer import Tokenizer
+
+
+def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
+    """The step that a bundle was exported from, rounded to the bundle's dtype and computing in fp32.
+
+    Raises:
+        CheckpointError: The model or the heads can't be read.
+        VerificationError: The bundle has trained heads and none are given, or the other way round.
+    """
+    base = load_model(model, dtype=getattr(torch, bundle.dtype), attn_implementation=ATTENTION_NAME)
+    attached: MedusaHeads | None = None
+    if bundle.heads is None or bundle.tree.max_depth == 0:
+        if heads is not None:
+            raise VerificationError("This bundle has no heads: drop --heads.")
+    elif heads is not None:
+        attached = load_heads(heads, base)
+    elif bundle.heads.trained:
+        raise VerificationError("This bundle has trained heads: give the file that it was exported with as --heads.")
+    else:
+        attached = MedusaHeads.fresh(bundle.heads.num_heads, base.get_output_embeddings())
+    if attached is not None:
+        assert bundle.heads is not None
+        if attached.config.num_heads < bundle.heads.num_heads:
+            raise VerificationError(
+                f"These are {attached.config.num_heads} heads, but the bundle was exported with "
+                f"{bundle.heads.num_heads}: give those."
+            )
+        attached = attached.truncated(bundle.heads.num_heads).float()
+    return MedusaStep(base.float(), attached, bundle.tree).eval()
+
+
+def prompt_ids(bundle: Bundle, texts: Sequence[str], *, chosen: bool) -> list[list[int]]:
+    """Prompts as token ids; without a tokenizer random ones stand for those that nobody chose.
+
+    Raises:
+        VerificationError: Texts were chosen, but the bundle has no tokenizer.
+    """
+    tokenizer = Tokenizer.load(bundle.listed)
+    if tokenizer is not None:
+        return [tokenizer.encode(text) for text in texts]
+    if chosen:
+        raise VerificationError("This bundle has no tokenizer to read prompts with: drop --prompts.")
+    rng = np.random.default_rng(0)
+    return [rng.integers(bundle.model.vocab_size, size=9 + 5 * i).tolist() for i in range(len(texts))]

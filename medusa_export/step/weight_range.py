@@ -1,0 +1,64 @@
+"""Whether all weights of a step are finite numbers in the type that they are exported in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medusa_export.common.errors import CheckpointError, ExportError
+from medusa_export.models.files import Place
+from medusa_export.models.stored_weights import stored_weights
+from medusa_export.step.step import MedusaStep
+
+
+def check_weights(step: MedusaStep, source: str) -> None:
+    """Refuses a model or heads with a weight that is no finite number.
+
+    A number beyond the range of a type becomes infinity when a checkpoint is loaded in that type. All answers would
+    then be empty, or NaN.
+
+    Args:
+        step: The step to export.
+        source: What its model was loaded from: a folder, a hub id or a GGUF file.
+
+    Raises:
+        ExportError: It names the weight, its value in the checkpoint where that can be told, and the remedy.
+    """
+    for name, weight in step.named_parameters():
+        if not weight.numel():
+            continue
+        low, high = torch.aminmax(weight.detach())  # NaN if there is any
+        if not (low.isfinite() and high.isfinite()):
+            raise _refusal(step, source, name, weight.detach())
+
+
+def _refusal(step: MedusaStep, source: str, name: str, weight: Tensor) -> ExportError:
+    flat = int((~weight.isfinite()).flatten().int().argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), weight.shape)]
+    owner, _, own_name = name.partition(".")
+    stored = _stored_value(step, source, own_name, weight, flat) if owner == "model" else None
+    dtype, largest = str(weight.dtype).removeprefix("torch."), torch.finfo(weight.dtype).max
+    subject = f"The weight {own_name} of the {'model' if owner == 'model' else 'heads'}"
+    if stored is not None and torch.isfinite(torch.tensor(stored)):
+        return ExportError(
+            f"{subject} is {stored:g} at {index}, and the largest number of {dtype} is {largest:g}. Export it with "
+            "--dtype fp32 or bf16."
+        )
+    words = f"{subject} is {weight.flatten()[flat].item()} at {index}"
+    if stored is not None or weight.dtype is torch.float32:
+        return ExportError(f"{words} in its file, which no --dtype mends: get the file again, or train it again.")
+    return ExportError(
+        f"{words} in {dtype}, whose largest number is {largest:g}. Export it with --dtype fp32 or bf16; if that is "
+        "refused too, the file holds no number there."
+    )
+
+
+def _stored_value(step: MedusaStep, source: str, name: str, weight: Tensor, flat: int) -> float | None:
+    """What a file of the checkpoint holds at a place of a weight; None if it stores that weight in another form."""
+    try:
+        for stored_name, own_name, values in stored_weights(Place.of(source), step.model):
+            if name in (stored_name, own_name) and values.shape == weight.shape:
+                return float(values.flatten()[flat])
+    except CheckpointError:
+        return None
+    return None

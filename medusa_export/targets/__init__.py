@@ -1,0 +1,1 @@
+"""What a graph is written for: a bundle, ONNX Runtime, TensorRT."""

@@ -1,0 +1,144 @@
+"""Write a bundle: graph, weights, tokenizer, generation config and the description of them all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_export.common.errors import ExportError
+from medusa_export.common.files import atomic_folder, check_target
+from medusa_export.models.checkpoints import save_tokenizer
+from medusa_export.models.end_tokens import EndTokens
+from medusa_export.models.generation_settings import kept_settings
+from medusa_export.step.cache_shape import CacheShape
+from medusa_export.step.step import MedusaStep
+from medusa_export.targets.onnxruntime.batch import fuse_batch_for_onnxruntime
+from medusa_export.targets.onnxruntime.fusions import fuse_for_onnxruntime
+from medusa_runtime.bundles.bundle import (
+    DESCRIPTION,
+    GRAPH,
+    ONNXRUNTIME_BATCH_GRAPH,
+    ONNXRUNTIME_GRAPH,
+    WEIGHTS,
+    Acceptance,
+    Bundle,
+    HeadFacts,
+    ModelFacts,
+)
+from medusa_runtime.bundles.listed_folder import FileFacts
+from medusa_runtime.errors import BundleError
+from medusa_runtime.text.tokenizer import Tokenizer
+
+# Tensors of no more bytes stay within the graph, as constants of the step do.
+EXTERNAL_THRESHOLD = 2048
+
+
+def model_facts(model: PreTrainedModel, shape: CacheShape, name: str, eos_token_ids: tuple[int, ...]) -> ModelFacts:
+    """What the runtime has to know of a model.
+
+    Raises:
+        ExportError: The model doesn't say how many positions it holds.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
+    return ModelFacts(
+        name=name,
+        model_type=config.model_type,
+        **asdict(shape),
+        hidden_size=config.hidden_size,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        max_positions=positions,
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def write_bundle(
+    graph: ir.Model,
+    step: MedusaStep,
+    tokenizer: PreTrainedTokenizerBase | None,
+    target: Path,
+    *,
+    name: str,
+    tree_name: str,
+    acceptance: Acceptance,
+    trained: bool,
+    replace_existing: bool = False,
+    end_tokens: EndTokens | None = None,
+) -> Bundle:
+    """Writes a bundle; it appears whole or not at all.
+
+    Args:
+        graph: The step's graph, by ``onnx_export.build_graph``.
+        step: What it was traced from.
+        tokenizer: Its tokenizer, or None.
+        target: The folder to write.
+        name: What to call the model.
+        tree_name: What to call the tree.
+        acceptance: How likely its nodes are to be accepted.
+        trained: Whether the heads are more than freshly initialised.
+        replace_existing: Replace a bundle that is there.
+        end_tokens: What ends the model's answers; found here if None.
+
+    Raises:
+        ExportError: The folder can't be written, or the model's files name an end token that is none.
+    """
+    heads = step.heads
+    ends = end_tokens or EndTokens(step.model, tokenizer)
+    bundle = Bundle(
+        folder=target,
+        model=model_facts(step.model, step.cache_shape, name, ends.ids),
+        dtype=str(step.model.dtype).removeprefix("torch."),
+        tree=step.tree,
+        acceptance=acceptance,
+        heads=HeadFacts(heads.config.num_heads, heads.config.variant, trained) if heads is not None else None,
+        sampling=step.sampling,
+        tree_name=tree_name,
+        end_tokens=ends.found,
+        generation=kept_settings(step.model.generation_config),
+        producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
+    )
+    try:
+        check_target(target, replace_existing=replace_existing)
+        with atomic_folder(target) as folder:
+            ir.save(graph, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD)
+            derived = ir.load(folder / GRAPH)
+            positions = bundle.model.max_positions
+            if fuse_for_onnxruntime(derived, margin=step.tree.max_depth, max_positions=positions):
+                ir.save(derived, folder / ONNXRUNTIME_GRAPH)  # its weights stay references to those of the first
+            derived = ir.load(folder / GRAPH)
+            if fuse_batch_for_onnxruntime(derived, margin=step.tree.max_depth):
+                ir.save(derived, folder / ONNXRUNTIME_BATCH_GRAPH)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, folder)
+                _check_tokenizer(folder, target)
+            if step.model.generation_config is not None:
+                # Its own save_pretrained refuses settings that contradict each other, as many published ones do.
+                text = step.model.generation_config.to_json_string()
+                (folder / "generation_config.json").write_text(text, encoding="utf-8")
+            files = {
+                str(path.relative_to(folder)): FileFacts.of(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+            bundle = replace(bundle, files=files)
+            (folder / DESCRIPTION).write_text(bundle.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"The bundle can't be written to {target}: {error}.") from error
+    return bundle
+
+
+def _check_tokenizer(folder: Path, target: Path) -> None:
+    """Refuses a tokenizer that the runtime would refuse, such as one with a chat template that can't be compiled."""
+    try:
+        Tokenizer.load(folder)
+    except BundleError as error:
+        reason = str(error).replace(str(folder), str(target))
+        raise ExportError(
+            f"The runtime can't read this tokenizer. {reason} Mend the model's files, or export with --no-tokenizer."
+        ) from error

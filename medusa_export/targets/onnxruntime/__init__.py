@@ -1,0 +1,1 @@
+"""Graphs derived for ONNX Runtime."""

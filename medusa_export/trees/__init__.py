@@ -1,0 +1,1 @@
+"""Draft trees: by name, by search, and the calibrations that they are chosen by."""

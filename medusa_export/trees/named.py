@@ -1,0 +1,71 @@
+"""Draft trees by name, from a file, or by default."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from medusa_export.trees.calibration import Calibration
+from medusa_export.trees.search import search_tree
+from medusa_runtime.bundles.json_file import parse_json
+from medusa_runtime.bundles.listed_folder import read_file
+from medusa_runtime.bundles.tree import RankPath, Tree
+from medusa_runtime.errors import TreeError
+
+MAX_TREE_BYTES = 2**22
+TREE_REMEDY = "A tree is a list of rank paths such as [[0], [0, 0], [1]]."
+_DEFAULT = "mc_sim_7b_63"
+
+
+@dataclass(frozen=True)
+class NamedTree:
+    """A tree and what to call it."""
+
+    name: str
+    tree: Tree
+
+
+def reference_trees() -> list[str]:
+    """Names of the trees that come with MEDUSA's reference implementation."""
+    return sorted(entry.name.removesuffix(".json") for entry in (files("medusa_export") / "data" / "trees").iterdir())
+
+
+def load_tree(
+    spec: str, *, num_heads: int, top_k: int, calibration: Calibration | None = None, size: int = 64
+) -> NamedTree:
+    """A tree for a number of heads.
+
+    Args:
+        spec: The name of a reference tree, a JSON file of rank paths, or ``default``: the reference's
+            general tree, without the nodes that are too deep for the heads; with a calibration the best
+            tree for these heads.
+        num_heads: The deepest that a node may lie.
+        top_k: The number of candidates per head; a rank lies below it.
+        calibration: How often the heads are right, where that was measured.
+        size: Nodes of the tree that is searched by it.
+
+    Raises:
+        TreeError: There is no such tree, or it can't be used with these heads; the message names the path.
+    """
+    if spec == "default" and calibration is not None:
+        found = search_tree(calibration, size)
+        return NamedTree("calibrated", Tree.from_paths(found.paths, max_depth=num_heads, top_k=top_k))
+    if spec == "default":
+        paths = [path for path in _reference(_DEFAULT) if len(path) <= num_heads and max(path) < top_k]
+        return NamedTree("default", Tree.from_paths(paths))
+    names = reference_trees()
+    if spec in names:
+        return NamedTree(spec, Tree.from_paths(_reference(spec), max_depth=num_heads, top_k=top_k))
+    path = Path(spec)
+    if not path.is_file():
+        raise TreeError(f"There is no tree {spec!r}: give 'default', a JSON file, or one of {', '.join(names)}.")
+    data = read_file(path, at_most=MAX_TREE_BYTES, error=TreeError)
+    paths = parse_json(data, list[RankPath], path, remedy=TREE_REMEDY, error=TreeError)
+    return NamedTree(path.stem, Tree.from_paths(paths, max_depth=num_heads, top_k=top_k))
+
+
+def _reference(name: str) -> list[RankPath]:
+    text = (files("medusa_export") / "data" / "trees" / f"{name}.json").read_text(encoding="utf-8")
+    return [tuple(path) for path in json.loads(text)]

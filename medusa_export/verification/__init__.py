@@ -1,0 +1,1 @@
+"""Parity of bundles, backends and weights with PyTorch."""

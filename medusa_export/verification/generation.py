@@ -1,0 +1,119 @@
+"""Whole generations of an engine against transformers: greedy tokens, and drawn ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from medusa_export.step.sampling import lags
+from medusa_export.step.step import MedusaStep
+from medusa_export.verification.checks import Check, Progress, Tolerances
+from medusa_export.verification.reference import Prompt, with_own_attention
+from medusa_runtime.engine import MedusaEngine
+from medusa_runtime.errors import NotFiniteError
+from medusa_runtime.sampling import Draws, SamplingParams
+
+TEMPERATURE = 0.8  # of sampled answers
+
+
+def generation_checks(
+    engine: MedusaEngine,
+    step: MedusaStep,
+    prompts: Sequence[Prompt],
+    sizes: Sequence[int],
+    chunks: Sequence[int],
+    tolerances: Tolerances,
+    progress: Progress,
+) -> Iterator[Check]:
+    """Whole generations of the engine, as a service runs them: greedy ones, and sampled ones if the bundle can."""
+    for size in sizes:
+        progress(f"generating with tree size {size}")
+        check = Check(f"tokens, tree size {size}")
+        steps = emitted = 0
+        for chunk in chunks:
+            for number, prompt in enumerate(prompts):
+                try:
+                    result = engine.generate(
+                        prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, prefill_chunk=chunk
+                    )
+                except NotFiniteError as error:
+                    _note_failure(check, number, error)
+                    continue
+                _compare_tokens(check, step, number, prompt, result.token_ids, tolerances)
+                steps += result.stats.steps
+                emitted += result.stats.completion_tokens - 1
+        check.figures["tokens_per_step"] = emitted / max(steps, 1)
+        yield check
+    yield from _sampling_checks(engine, step, prompts, sizes, tolerances)
+
+
+def _note_failure(check: Check, number: int, error: NotFiniteError) -> None:
+    check.compared += 1
+    check.mismatches += 1
+    check.notes.append(f"prompt {number}: {error}")
+
+
+def _compare_tokens(
+    check: Check, step: MedusaStep, number: int, prompt: Prompt, tokens: Sequence[int], tolerances: Tolerances
+) -> None:
+    expected = prompt.expected
+    same = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), None)
+    check.compared += len(expected) if same is None else same + 1
+    if same is None and len(tokens) == len(expected):
+        return
+    place = len(tokens) if same is None else same
+    with torch.no_grad(), with_own_attention(step):
+        logits = step.model(torch.tensor([[*prompt.ids, *expected[:place]]])).logits[0, -1].float()
+    got = int(tokens[place]) if place < len(tokens) else None
+    margin = float("inf") if got is None else float(logits.max() - logits[got])
+    words = f"prompt {number}, token {place}: got {got}, expected {expected[place] if place < len(expected) else None}"
+    if margin <= tolerances.margin:
+        check.notes.append(f"tie: {words}; the reference's margin is {margin:.2g}")
+        return
+    check.mismatches += 1
+    check.notes.append(f"{words}; the reference's margin is {margin:.3g}")
+
+
+def _sampling_checks(
+    engine: MedusaEngine, step: MedusaStep, prompts: Sequence[Prompt], sizes: Sequence[int], tolerances: Tolerances
+) -> list[Check]:
+    """Samples answers with trees of several sizes, and looks at each token by itself; none if it is greedy only.
+
+    Tokens win a race among all, so one is right if in the reference it is the winner, or as near to it as logits are in
+    a tie. Log probabilities have to be as close as logits.
+    """
+    if not engine.bundle.sampling:
+        return []
+    check = Check("sampled tokens")
+    furthest = 0.0
+    for number, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=TEMPERATURE, seed=number)
+        size, length = sizes[number % len(sizes)], len(prompt.ids)
+        try:
+            result = engine.generate(
+                prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, sampling=params, logprobs=True
+            )
+        except NotFiniteError as error:
+            _note_failure(check, number, error)
+            continue
+        tokens = np.array(result.token_ids)
+        with torch.no_grad(), with_own_attention(step):
+            logits = step.model(torch.tensor([[*prompt.ids, *result.token_ids]])).logits[0, length - 1 : -1].float()
+        numbers = Draws(params, length, logits.shape[1]).numbers(length, len(tokens))
+        behind = lags(logits, numbers, TEMPERATURE, result.token_ids).numpy()
+        wrong = np.flatnonzero(~(behind <= tolerances.margin / TEMPERATURE))
+        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens)[:, None])[:, 0].numpy()
+        furthest = float(np.maximum(furthest, np.abs(expected - np.array(result.logprobs)).max()))
+        check.compared += len(tokens)
+        check.mismatches += len(wrong)
+        check.notes += [
+            f"prompt {number}, token {place}: {tokens[place]} is {behind[place]:.2g} behind the one that is drawn"
+            for place in wrong[:2]
+        ]
+    check.figures["logprob_max_abs"] = furthest
+    if not furthest <= tolerances.max_abs:  # NaN fails, too
+        check.mismatches += 1
+        check.notes.append(f"a log probability is {furthest:.2g} from the reference's")
+    return [check]

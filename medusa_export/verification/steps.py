@@ -1,0 +1,244 @@
+"""A backend and the eager module side by side, step by step: numbers, and the integers that a step gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from medusa_export.common.errors import VerificationError
+from medusa_export.step.eager import EagerBackend
+from medusa_export.step.step import MedusaStep, StepOutput
+from medusa_export.verification.checks import Check, Tolerances
+from medusa_export.verification.oracle import oracle_tree
+from medusa_export.verification.reference import Prompt
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
+
+# A row that left its reference is compared no further, so each scenario is short and there are several.
+STEPS_PER_SCENARIO = 8
+
+
+def graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> StepChecks:
+    """The checks of a bundle's graph in ONNX Runtime, logits included."""
+    contract = graph == GRAPH
+    # The derived graph keeps head logits to itself, in a branch; what they lead to is compared all the same.
+    extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
+    data = _with_outputs(bundle.folder / graph, extra)
+    backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
+    return StepChecks(bundle, step, graph, backend, extra, tolerances)
+
+
+def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
+    """A graph with named inner values as outputs too."""
+    model = onnx.load(path, load_external_data=False)
+    inner = {name for node in model.graph.node for name in node.output}
+    missing = [name for name in names if name not in inner]
+    if missing:
+        raise VerificationError(f"The graph {path} has no value named {missing[0]}: export the bundle again.")
+    kind = next(value.type.tensor_type.elem_type for value in model.graph.input if value.name == "past_key_0")
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name in names)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+class StepChecks:
+    """Runs a backend and the eager module side by side.
+
+    Args:
+        bundle: The bundle.
+        step: The reference.
+        name: What runs, for the names of checks.
+        compiled: The backend; closed at the end.
+        extra: Inner values that it gives as ``extra_output``.
+        tolerances: What passes.
+    """
+
+    def __init__(
+        self, bundle: Bundle, step: MedusaStep, name: str, compiled: Any, extra: Sequence[str], tolerances: Tolerances
+    ) -> None:
+        self._bundle, self._step, self._tolerances = bundle, step, tolerances
+        self._tree = bundle.tree
+        self._rows = compiled.rows
+        self._compiled = compiled
+        self._eager = EagerBackend(step, rows=self._rows)
+        self._logits = {value: _Logits(f"{name}: {value.replace('_', ' ')}", tolerances) for value in extra}
+        self._integers = Check(f"{name}: integers of a step")
+        self._accepted: Counter[int] = Counter()
+        self._turns: Counter[int] = Counter()  # of depths
+
+    def run(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> list[Check]:
+        """All scenarios: groups of prompts by tree size and chunk."""
+        try:
+            self._run_all(prompts, sizes, chunks)
+        finally:
+            self._compiled.close()
+        self._integers.figures = {f"accepted_{length}": times for length, times in sorted(self._accepted.items())}
+        self._require_all_lengths()
+        return [*(logits.check for logits in self._logits.values()), self._integers]
+
+    def _run_all(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> None:
+        rng = np.random.default_rng(0)
+        groups = [prompts[i : i + self._rows] for i in range(0, len(prompts), self._rows)]
+        for number, group in enumerate(group for group in groups if len(group) == self._rows):
+            size, chunk = sizes[number % len(sizes)], chunks[number // len(sizes) % len(chunks)]
+            self._scenario(group, size, chunk, rng)
+            self._scenario(group, self._tree.size, min(chunks), rng)
+        if 0 < len(prompts) < self._rows:
+            self._scenario([prompts[0]] * self._rows, self._tree.size, min(chunks), rng)
+
+    def _require_all_lengths(self) -> None:
+        unseen = set(range(1, self._tree.max_depth + 2)) - set(self._accepted)
+        if unseen and self._integers.passed:
+            self._integers.notes.append(
+                f"No step accepted {', '.join(map(str, sorted(unseen)))} tokens: give longer answers or more prompts."
+            )
+            self._integers.mismatches += 1
+
+    def _scenario(self, prompts: Sequence[Prompt], size: int, chunk: int, rng: np.random.Generator) -> None:
+        """Prefills in chunks, then decodes with drafts that are right to a depth drawn at random."""
+        depth = self._tree.max_depth
+        left = [list(prompt.ids) for prompt in prompts]
+        emitted: list[list[int]] = [[] for _ in prompts]
+        for backend in (self._compiled, self._eager):
+            longest = max(map(len, left))
+            widest = max(size, min(chunk, longest))
+            backend.reserve(depth + longest + STEPS_PER_SCENARIO * (depth + 1) + widest + self._tree.size)
+            for row in range(self._rows):
+                backend.reset(row)
+        for _ in range(STEPS_PER_SCENARIO + -(-max(map(len, left)) // chunk)):
+            parts = {row: rest[:chunk] for row, rest in enumerate(left) if rest}
+            width = max([size, *(len(part) for part in parts.values())])
+            for row, prompt in enumerate(prompts):
+                rest = prompt.expected[len(emitted[row]) :]
+                if row in parts or not emitted[row]:
+                    continue
+                if len(rest) <= depth:  # the reference ends here
+                    return
+                node = self._next_node(min(width, self._tree.size), rng)
+                draft = oracle_tree(self._tree, emitted[row][-1], rest, node, self._bundle.model.vocab_size)
+                for backend in (self._compiled, self._eager):
+                    backend.drafts[row] = draft
+            if not self._compare_step(width, parts):
+                return
+            output = self._eager.output
+            assert output is not None
+            for row in range(self._rows):
+                if row in parts:
+                    left[row] = left[row][chunk:]
+                if not left[row]:
+                    count = int(output.count[row])
+                    if row not in parts:
+                        self._accepted[count] += 1
+                    emitted[row] += output.tokens[row, :count].tolist()
+
+    def _next_node(self, size: int, rng: np.random.Generator) -> int:
+        """The node that the next draft is right up to, of the depth with the fewest turns, the deepest first."""
+        depths = self._tree.depths[:size]
+        depth = min(range(int(depths.max()) + 1), key=lambda depth: (self._turns[depth], -depth))
+        self._turns[depth] += 1
+        return int(rng.choice(np.flatnonzero(depths == depth)))
+
+    def _compare_step(self, width: int, parts: dict[int, list[int]]) -> bool:
+        """One step of both; whether they still go the same way."""
+        got = self._compiled.step(width, parts)
+        lengths = np.array(self._compiled.lengths)
+        self._eager.step(width, parts)
+        output = self._eager.output
+        assert output is not None
+        for name, logits in self._logits.items():
+            expected = getattr(output, name)
+            logits.add(self._compiled.extra_output(name), expected.float().numpy())
+        parted = [self._compare_row(row, width, got, int(lengths[row]), output) for row in range(self._rows)]
+        return not any(parted)
+
+    def _compare_row(self, row: int, width: int, got: StepResult, length: int, output: StepOutput) -> bool:
+        """Compares the integers of a row, and notes what is wrong; whether the two go another way from here on."""
+        count, reachable = int(output.count[row]), min(width, self._tree.size)
+        found: list[tuple[str, Any, Any]] = [
+            # What a step emits, what becomes of it, and what the heads make of that: each follows from the one before.
+            ("tokens", got.tokens[row, : got.count[row]].tolist(), output.tokens[row, :count].tolist()),
+            ("next_cache_lengths", length, int(output.next_cache_lengths[row])),
+            (
+                "next_input_ids",
+                self._compiled.drafts[row, :reachable].tolist(),
+                output.next_input_ids[row, :reachable].tolist(),
+            ),
+        ]
+        self._integers.compared += count + 2 + reachable
+        wrong = next(((name, a, b) for name, a, b in found if a != b), None)
+        if wrong is None:
+            return False
+        name, a, b = wrong
+        margin = self._margin(name, row, output, a, b)
+        if margin <= self._tolerances.margin and (name != "next_input_ids" or a[0] == b[0]):
+            self._integers.notes.append(f"tie: {name} of row {row} differ where the reference's margin is {margin:.2g}")
+        else:
+            self._integers.mismatches += 1
+            self._integers.notes.append(f"{name} of row {row}: got {a}, expected {b}")
+        return True
+
+    def _margin(self, name: str, row: int, output: StepOutput, got: Any, expected: Any) -> float:
+        """How close the reference's choice was that a difference may come from; infinite where none could."""
+        if name == "tokens":  # the base model's, after the node that both accepted last
+            place = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
+            if place is None:
+                return float("inf")
+            best = output.logits[row, output.accepted_path[row, place]].float().topk(2).values
+            return float(best[0] - best[1])
+        if name == "next_input_ids" and output.head_logits is not None and output.head_logits.numel():
+            # Candidates change places where two of the best lie close together.
+            best = output.head_logits[row].float().topk(self._tree.top_k + 1, dim=-1).values
+            return float((best[..., :-1] - best[..., 1:]).min())
+        return float("inf")
+
+
+class _Logits:
+    """Gathers how close logits are; what is NaN stays NaN in every figure."""
+
+    def __init__(self, name: str, tolerances: Tolerances) -> None:
+        self.check = Check(name)
+        self._tolerances = tolerances
+        self._max_abs, self._cosine, self._ratio, self._agree = 0.0, 1.0, 0.0, 0
+        self._not_finite = 0
+
+    def add(self, got: NDArray[Any], expected: NDArray[np.float32]) -> None:
+        """Compares [..., V] with [..., V]."""
+        got = got.astype(np.float64).reshape(-1, got.shape[-1])
+        reference = expected.astype(np.float64).reshape(-1, expected.shape[-1])
+        if not len(got):
+            return
+        norms = np.linalg.norm(got, axis=1), np.linalg.norm(reference, axis=1)
+        cosine = (got * reference).sum(1) / np.maximum(norms[0] * norms[1], 1e-30)
+        distance = np.abs(got - reference).max(1)
+        ratio = np.abs(norms[0] / np.maximum(norms[1], 1e-30) - 1)
+        self._max_abs = float(np.maximum(self._max_abs, distance.max()))
+        self._cosine = float(np.minimum(self._cosine, cosine.min()))
+        self._ratio = float(np.maximum(self._ratio, ratio.max()))
+        same = got.argmax(1) == reference.argmax(1)
+        close = (
+            np.take_along_axis(reference, got.argmax(1)[:, None], 1)[:, 0] >= reference.max(1) - self._tolerances.margin
+        )
+        self._agree += int(same.sum())
+        limits = self._tolerances
+        right = (distance <= limits.max_abs) & (cosine >= limits.cosine) & (ratio <= limits.norm_ratio) & close
+        self.check.compared += len(got)
+        self.check.mismatches += int((~right).sum())
+        self._note_not_finite(int((~np.isfinite(got).all(1)).sum()))
+        self.check.figures = {
+            "max_abs": self._max_abs,
+            "cosine": self._cosine,
+            "norm_ratio_error": self._ratio,
+            "argmax_agreement": self._agree / self.check.compared,
+        }
+
+    def _note_not_finite(self, rows: int) -> None:
+        self._not_finite += rows
+        if self._not_finite:
+            self.check.notes = [f"{self._not_finite} rows of logits hold NaN or infinity"]

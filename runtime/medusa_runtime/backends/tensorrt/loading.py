@@ -1,0 +1,184 @@
+"""Open a compiled engine: everything that can be wrong with it is found, and said, before the first step."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa_runtime.backends.tensorrt.cuda import Cuda, Device
+from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, error_log
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
+from medusa_runtime.bundles.contract import cache_name, fixed_shape
+from medusa_runtime.bundles.listed_folder import keep_own, read_own
+from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
+
+MAX_KERNELS_BYTES = 2**30
+
+
+class KernelCache:
+    """The kernels that TensorRT-RTX compiled for a GPU, kept beside the engine from one process to the next.
+
+    Args:
+        path: The file; one that can't be read, or is of another GPU or version, is as none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+
+    def attach(self, config: Any) -> None:
+        """Has contexts of a runtime configuration take their kernels from here, and leave them here."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            kept = read_own(self._path, at_most=MAX_KERNELS_BYTES)
+            if kept is not None:
+                self._cache.deserialize(kept)
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Writes it, if the folder can be written to; a service may well mount it read-only."""
+        if self._cache is None:
+            return
+        data = self._cache.serialize()
+        if data is not None:  # otherwise it can't be written down, and is made again
+            keep_own(self._path, memoryview(data))
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine on the device.
+
+    Attributes:
+        description: What ``engine.json`` says.
+        library: The TensorRT that runs it.
+        device: The GPU.
+        engine: TensorRT's ``ICudaEngine``.
+        log: Its logger, which keeps errors.
+        kernels: What was compiled for this GPU so far, where the flavor compiles at run time.
+    """
+
+    description: CompiledEngine
+    library: TensorRTLibrary
+    device: Device
+    engine: Any
+    log: Any
+    kernels: KernelCache
+
+    @property
+    def scratch_size(self) -> int:
+        """Bytes of scratch memory that a step of any profile needs."""
+        profiles = range(self.engine.num_optimization_profiles)
+        return max(int(self.engine.get_device_memory_size_for_profile_v2(index)) for index in profiles)
+
+    def new_context(self, *, eager: bool) -> Any:
+        """An execution context without scratch memory of its own.
+
+        Args:
+            eager: Have kernels for its shapes compiled at once, where the flavor compiles at run time. Otherwise they
+                are compiled beside the steps, which suits shapes that come once.
+        """
+        trt = self.library.trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kinds = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kinds is None:
+            context = self.engine.create_execution_context(strategy)
+        else:
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if eager else kinds.LAZY
+            self.kernels.attach(config)
+            context = self.engine.create_execution_context(config)
+        if context is None:
+            raise BackendError(f"TensorRT made no execution context: {self.words()}")
+        return context
+
+    def words(self) -> str:
+        """What TensorRT complained of last; forgets it."""
+        text = " ".join(self.log.errors[-3:]) or "it gave no reason."
+        self.log.errors.clear()
+        return text
+
+
+def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLibrary, cuda: Cuda) -> LoadedEngine:
+    """Deserialises an engine and holds it against the contract.
+
+    Raises:
+        OutOfDeviceMemoryError: The GPU has no memory for its weights.
+        BackendError: It is of another version or GPU, it can't be read, or it is not what the contract says.
+    """
+    if library.version != description.version:
+        raise BackendError(
+            f"The engine in {description.folder} was built by {description.flavor} {description.version}, but "
+            f"{library.version} is installed. {REBUILD}"
+        )
+    device = cuda.device
+    if device.architecture not in description.targets:
+        raise BackendError(
+            f"This GPU, {device.name}, is {device.architecture}; the engine in {description.folder} was built for "
+            f"{', '.join(description.targets)}. Build it again here, or with --target {device.architecture}."
+        )
+    log = error_log(library.trt)
+    runtime = library.trt.Runtime(log)
+    data = description.engine.read_bytes()
+    _check_validity(library.trt, runtime, data, description)
+    engine = runtime.deserialize_cuda_engine(data)
+    kernels = KernelCache(description.folder / f".kernels.{device.architecture}.cache")
+    loaded = LoadedEngine(description, library, device, engine, log, kernels)
+    if engine is None:
+        words = loaded.words()
+        if re.search(r"out ?of ?memory", words, re.IGNORECASE):
+            raise OutOfDeviceMemoryError(
+                f"{device.name} has no memory for the weights in {description.engine} ({len(data) / 2**20:,.0f} MiB): "
+                f"{words} End what else uses the GPU, or take one with more memory."
+            )
+        raise BackendError(
+            f"{description.flavor} {library.version} can't load {description.engine} on {device.name}: {words} "
+            f"{REBUILD}"
+        )
+    _check_tensors(loaded, bundle)
+    return loaded
+
+
+def _check_validity(trt: Any, runtime: Any, data: bytes, description: CompiledEngine) -> None:
+    """Asks TensorRT-RTX, which can tell before it loads an engine."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    validity, diagnostics = runtime.get_engine_validity(data)
+    if validity != trt.EngineValidity.INVALID:
+        return
+    reasons = trt.EngineInvalidityDiagnostics.__members__.items()
+    names = [name for name, reason in reasons if int(diagnostics) & int(reason)]
+    raise BackendError(
+        f"{description.flavor} says that {description.engine} can't run here: {', '.join(names) or 'no reason given'}. "
+        f"{REBUILD}"
+    )
+
+
+def _check_tensors(loaded: LoadedEngine, bundle: Bundle) -> None:
+    trt, engine = loaded.library.trt, loaded.engine
+    capacity = loaded.description.limits.capacity
+    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    for specs, mode in ((bundle.inputs, trt.TensorIOMode.INPUT), (bundle.outputs, trt.TensorIOMode.OUTPUT)):
+        for spec in specs:
+            expected = fixed_shape(spec, {"capacity": capacity})
+            if spec.name not in names or not (
+                engine.get_tensor_mode(spec.name) == mode
+                and engine.get_tensor_dtype(spec.name) == getattr(trt, spec.dtype)
+                and _fits(tuple(engine.get_tensor_shape(spec.name)), expected)
+            ):
+                raise BackendError(
+                    f"The engine in {loaded.description.folder} is not what its description says: {spec.name} should "
+                    f"be {spec.dtype} {list(expected)}. {REBUILD}"
+                )
+    for index in range(2 * bundle.model.num_layers):
+        past, present = cache_name("past", index), cache_name("present", index)
+        if engine.get_aliased_input_tensor(present) != past:
+            raise BackendError(f"The engine in {loaded.description.folder} doesn't update {past} in place. {REBUILD}")
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a shape is as expected; where -1 is, any size will do, as one that all profiles share may be given."""
+    return len(shape) == len(expected) and all(ours in (-1, size) for size, ours in zip(shape, expected, strict=True))

@@ -1,0 +1,1 @@
+"""Bundles and compiled engines on disk, and the contract of their graphs."""

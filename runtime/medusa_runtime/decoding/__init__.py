@@ -1,0 +1,1 @@
+"""Decoding: which requests run, which tree each step verifies, and the steps themselves."""

@@ -1,0 +1,216 @@
+"""One request on its way: what is left of its prompt, what it has generated, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self, TypeGuard, cast
+
+import numpy as np
+
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.decoding.lookup import TokenLookup
+from medusa_runtime.errors import RequestError
+from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
+from medusa_runtime.sampling import GREEDY, Draws, SamplingParams
+from medusa_runtime.text.limits import bounded, shown
+from medusa_runtime.text.prompts import encode_prompt
+from medusa_runtime.text.stop_strings import check_stop
+from medusa_runtime.text.stream import TextStream
+from medusa_runtime.text.tokenizer import Tokenizer
+
+
+class TokenSequence:
+    """A prompt and the tokens that follow it.
+
+    Args:
+        prompt_ids: The prompt.
+        max_new_tokens: Tokens to generate at most.
+        stop_token_ids: Tokens that end it.
+        text: Decodes the completion and finds stop strings; None without a tokenizer.
+        draws: What its row draws with; None if it is greedy and nobody asks for log probabilities.
+        logprobs: Whether log probabilities are asked for.
+        lookup: Finds what of the text may come again; None if nobody asks.
+
+    Attributes:
+        prefilled: Tokens of the prompt that the cache holds.
+        token_ids: The completion so far, a stop token included.
+        finish_reason: ``stop`` or ``length`` once it has ended, else None.
+        draws: As given.
+        stats: How it goes.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        stop_token_ids: frozenset[int],
+        text: TextStream | None,
+        draws: Draws | None = None,
+        logprobs: bool = False,
+        lookup: TokenLookup | None = None,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.max_new_tokens = max_new_tokens
+        self.prefilled = 0
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stats = Stats(prompt_tokens=len(prompt_ids))
+        self.draws = draws
+        self._logprobs: list[float] | None = [] if logprobs else None
+        self._stop_token_ids = stop_token_ids
+        self._text = text
+        self._lookup = lookup
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        tokenizer: Tokenizer | None,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        sampling: SamplingParams | None = None,
+        logprobs: bool = False,
+        lookup: bool = True,
+    ) -> Self:
+        """Checks what a request asks of a bundle.
+
+        Raises:
+            RequestError: The request can't be served as it stands.
+        """
+        stops, stop_ids = check_stop(stop), _stop_ids(bundle, stop_token_ids)
+        prompt_ids = encode_prompt(bundle, tokenizer, prompt)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
+        if stops and tokenizer is None:
+            raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
+        _check_length(bundle, len(prompt_ids), max_new_tokens)
+        logprobs = check_flag("logprobs", logprobs)
+        sampling = _check_sampling(bundle, sampling, logprobs)
+        text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
+        drawn = not sampling.greedy or logprobs
+        draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
+        lookup = check_flag("lookup", lookup)
+        # Typical acceptance takes guesses that are merely likely: those from the text would make it repeat itself.
+        index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
+        return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether some of the prompt is left."""
+        return self.prefilled < len(self.prompt_ids)
+
+    @property
+    def tokens_left(self) -> int:
+        """How many it may still generate."""
+        return self.max_new_tokens - len(self.token_ids)
+
+    def next_chunk(self, limit: int) -> Sequence[int]:
+        """The next tokens of the prompt, ``limit`` at most."""
+        return self.prompt_ids[self.prefilled : self.prefilled + limit]
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether ``guess`` may ever find anything."""
+        return self._lookup is not None
+
+    def guess(self, count: int) -> list[int]:
+        """The next ``count`` tokens, if the text so far lets guess them."""
+        return self._lookup.guess(count) if self._lookup is not None else []
+
+    def accept(self, emitted: Sequence[int], logprobs: Sequence[float] | None = None) -> Chunk:
+        """Takes the tokens of a step and gives what of them belongs to the completion; it may have ended with that."""
+        tokens, reason = self._until_stop(list(emitted))
+        text = ""
+        if self._text is not None:
+            before = self._text.consumed
+            text = self._text.push(tokens)
+            if reason is not None and self._text.stopped_by is None:
+                text += self._text.finish()  # which may complete a stop string, too
+            if self._text.stopped_by is not None:
+                tokens = tokens[: self._text.consumed - before]
+                reason = "stop"
+        self.finish_reason = reason
+        self.token_ids += tokens
+        if self._lookup is not None:
+            self._lookup.extend(tokens)
+        self.stats.completion_tokens = len(self.token_ids)
+        if self._logprobs is None or logprobs is None:
+            return Chunk(text, tuple(tokens))
+        self._logprobs += logprobs[: len(tokens)]
+        return Chunk(text, tuple(tokens), tuple(logprobs[: len(tokens)]))
+
+    def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
+        """Cuts a step's tokens behind a stop token or at the length asked for; says which it was."""
+        left = self.tokens_left
+        for place, token in enumerate(tokens[:left]):
+            if token in self._stop_token_ids:
+                return tokens[: place + 1], "stop"
+        return tokens[:left], "length" if len(tokens) >= left else None
+
+    def result(self) -> GenerationResult:
+        """The whole, once it has ended."""
+        assert self.finish_reason is not None
+        text = self._text.text if self._text is not None else ""
+        logprobs = None if self._logprobs is None else tuple(self._logprobs)
+        return GenerationResult(text, tuple(self.token_ids), self.finish_reason, self.stats, logprobs)
+
+
+def _stop_ids(bundle: Bundle, asked_for: object) -> frozenset[int]:
+    """The tokens that end a request: the model's own, and those asked for."""
+    vocab_size = bundle.model.vocab_size
+    one = not isinstance(asked_for, Iterable) or isinstance(asked_for, str)
+    given = cast("Iterable[object]", (asked_for,) if one else asked_for)
+    tokens: list[Any] = bounded("stop_token_ids", given, vocab_size)
+    for token in tokens:
+        check_integer("One of stop_token_ids", token, at_least=0)
+        if token >= vocab_size:
+            raise RequestError(f"One of stop_token_ids is {shown(token)}: token ids go up to {vocab_size - 1}.")
+    return frozenset((*bundle.model.eos_token_ids, *map(int, tokens)))
+
+
+def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> None:
+    limit = bundle.model.max_positions
+    if prompt_tokens + max_new_tokens > limit:
+        raise RequestError(
+            f"The prompt's {prompt_tokens} tokens and {shown(max_new_tokens)} new ones exceed the {limit} tokens that "
+            "this model holds. Shorten the prompt or lower max_new_tokens."
+        )
+
+
+def _check_sampling(bundle: Bundle, sampling: object, logprobs: bool) -> SamplingParams:
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling is {shown(sampling)}: give SamplingParams(temperature=…, seed=…), or None.")
+    chosen = sampling or GREEDY
+    if not bundle.sampling and (logprobs or not chosen.greedy):
+        what = "give log probabilities" if chosen.greedy else "sample"
+        raise RequestError(f"This bundle is greedy only and can't {what}: export it without --greedy-only.")
+    return chosen
+
+
+def check_tree_size(bundle: Bundle, tree_size: object) -> int:
+    """A number of nodes; raises ``RequestError`` unless the bundle's tree has as many."""
+    largest = bundle.tree.size
+    if not _is_integer(tree_size) or not 1 <= tree_size <= largest:
+        raise RequestError(f"tree_size is {shown(tree_size)}: this bundle's tree allows 1 to {largest}, or 'auto'.")
+    return int(tree_size)
+
+
+def check_integer(name: str, value: object, *, at_least: int | None = None) -> int:
+    """A value as Python's integer, which never overflows; raises ``RequestError`` unless it is one of at least that."""
+    if not _is_integer(value) or (at_least is not None and value < at_least):
+        least = "" if at_least is None else f" of at least {at_least}"
+        raise RequestError(f"{name} is {shown(value)}: expected an integer{least}.")
+    return int(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """A value as Python's bool; raises ``RequestError`` unless it is one, or NumPy's."""
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"{name} is {shown(value)}: expected True or False.")
+    return bool(value)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -1,0 +1,301 @@
+"""Chats as the text that a model was trained to continue: Jinja templates, in a sandbox, over plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cache, lru_cache, partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medusa_runtime.errors import BackendError, BundleError, RequestError
+from medusa_runtime.text.chat_content import checked_content
+from medusa_runtime.text.limits import MAX_CHAT_VALUES, MAX_DEPTH, MAX_MESSAGES, MAX_TEXT_BYTES, shown
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from medusa_runtime.text.template_sandbox import BoundedEnvironment
+
+MAX_TEMPLATE_TOKENS = 30_000  # the largest published template has 8,000
+MAX_REFUSAL = 1000  # characters of a template's own message
+
+# The keys under which clients send a model's reasoning; templates read the first, gpt-oss's the second.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+# Options of transformers' apply_chat_template that a template would silently ignore.
+_NOT_TEMPLATE_VARIABLES = frozenset(
+    {
+        "continue_final_message",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+
+
+def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as plain data, without keys that hold None, the reasoning under the keys templates read.
+
+    Raises:
+        RequestError: They are no list of messages.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError(f"The messages must be a list of objects, but got {type(messages).__name__}.")
+    if not messages:
+        raise RequestError("The chat is empty: send at least one message.")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"The chat has {len(messages):,} messages, but {MAX_MESSAGES:,} are read at most.")
+    plain = _Plain("The chat")
+    return [_checked_message(message, number, plain) for number, message in enumerate(messages)]
+
+
+def _checked_message(message: object, number: int, rebuilt: _Plain) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(
+            f"Message {number} must be an object with a role and a content, but got {type(message).__name__}."
+        )
+    given = {key: value for key, value in message.items() if value is not None}
+    if "content" in given:
+        given["content"] = checked_content(given["content"], number)
+    plain = {key: rebuilt(value) for key, value in given.items()}
+    if not isinstance(plain.get("role"), str):
+        raise RequestError(f"Message {number} has no role: name one, such as 'user' or 'assistant'.")
+    reasoning = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
+    if reasoning is None:
+        return plain
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template reads besides, as plain data; ``tools`` and ``documents`` are None where there are none.
+
+    Raises:
+        RequestError: One is an option of transformers and no variable, or of the wrong kind.
+    """
+    for name in sorted(_NOT_TEMPLATE_VARIABLES & variables.keys()):
+        raise RequestError(f"{name} is an option of transformers and not a template variable: leave it out.")
+    for name in ("tools", "documents"):
+        value = variables.get(name)
+        if value is not None and not (
+            isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+        ):
+            raise RequestError(f"{name} must be a list of objects, but got {shown(value)}.")
+    tools = variables.get("tools")
+    plain = {name: _Plain(name)(value) for name, value in variables.items()}
+    return {"documents": None} | plain | {"tools": None if tools is None else list(plain["tools"])}
+
+
+def render(template: str, **context: Any) -> str:
+    """What a template makes of its variables.
+
+    Raises:
+        BundleError: The chat template has a syntax error.
+        BackendError: Jinja, which renders chats, is not installed.
+        RequestError: The template refuses the chat, or fails.
+    """
+    compiled = _compiled(template)
+    from medusa_runtime.text.template_work import TooMuchWorkError, bounded_work
+
+    try:
+        with bounded_work():
+            return compiled.render(**context)
+    except _ChatRefusedError as e:
+        raise RequestError(f"The chat template refused these messages: {e}") from e
+    except TooMuchWorkError as e:
+        raise RequestError(
+            f"The chat template does too much work for these messages: {e}. Send fewer or shorter messages; if it does "
+            "so for any, give another template."
+        ) from e
+    except Exception as e:  # a template is a program: it may fail on odd messages with any error
+        raise RequestError(
+            f"The chat template could not render these messages ({type(e).__name__}: {e!s:.500}): "
+            "check that each has the keys and types the model expects."
+        ) from e
+
+
+def check_template(template: str) -> None:
+    """Compiles a template, so that damage is found before a request comes.
+
+    Raises:
+        BundleError: The chat template has a syntax error.
+    """
+    with contextlib.suppress(BackendError):  # without Jinja all is well but chats
+        _compiled(template)
+
+
+class _Plain:
+    """Rebuilds values from plain JSON types, within bounds, so that a template gets no object with methods of its own.
+
+    Args:
+        name: What the values belong to, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._values = self._characters = 0
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        self._count(value, depth)
+        if value is None or isinstance(value, bool):
+            return value
+        for kind, rebuilt in _REBUILT.items():
+            if isinstance(value, kind):
+                return rebuilt(value, partial(self, depth=depth + 1))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = dataclasses.fields(value)
+            return {field.name: self(getattr(value, field.name), depth + 1) for field in fields}
+        return f"<{type(value).__name__}>"
+
+    def _count(self, value: object, depth: int) -> None:
+        self._values += 1
+        self._characters += len(value) if isinstance(value, str) else 0
+        if depth > MAX_DEPTH:
+            raise RequestError(f"{self._name} holds values nested more than {MAX_DEPTH} deep: flatten it.")
+        if self._values > MAX_CHAT_VALUES:
+            raise RequestError(f"{self._name} holds more than {MAX_CHAT_VALUES:,} values: shorten it.")
+        if self._characters > MAX_TEXT_BYTES:
+            raise RequestError(f"{self._name} holds more than {MAX_TEXT_BYTES:,} characters: shorten it.")
+
+
+# The first kind that fits counts; a subclass, such as an enum, loses what it adds.
+_REBUILT: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    str: lambda value, _: str.__str__(value),
+    int: lambda value, _: int.__int__(value),
+    float: lambda value, _: float.__float__(value),
+    list: lambda values, again: [again(value) for value in values],
+    tuple: lambda values, again: tuple(again(value) for value in values),
+    Mapping: lambda values, again: {again(key): again(value) for key, value in values.items()},
+    np.generic: lambda value, again: again(value.item()),
+}
+
+
+class _ChatRefusedError(Exception):
+    """What ``raise_exception`` in a template raises."""
+
+
+def _raise_exception(message: object) -> None:
+    raise _ChatRefusedError(str(message)[:MAX_REFUSAL])
+
+
+def _strftime_now(layout: str) -> str:
+    if len(layout) > MAX_REFUSAL:
+        raise ValueError("the layout of a date is too long")
+    return datetime.now().strftime(layout)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is: Jinja's own filter escapes HTML."""
+    from medusa_runtime.text.template_work import work
+
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    pieces = []
+    for piece in encoder.iterencode(value):  # indentations and separators multiply
+        work().spend(len(piece))
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=64)
+def _compiled(template: str) -> jinja2.Template:
+    environment = _environment()
+    from jinja2 import TemplateSyntaxError
+
+    from medusa_runtime.text.template_work import bounded_work
+
+    try:
+        # Jinja takes kilobytes for each token.
+        too_long = next(islice(environment.lex(template), MAX_TEMPLATE_TOKENS, None), None) is not None
+        with bounded_work():
+            compiled = None if too_long else environment.from_string(template)
+    except TemplateSyntaxError as e:
+        raise BundleError(f"The chat template has a syntax error on line {e.lineno}: {e.message}.") from e
+    except Exception as e:  # Jinja's parser and Python's compiler have limits of their own, such as nested loops
+        raise BundleError(f"The chat template can't be compiled ({type(e).__name__}: {e}).") from e
+    if compiled is None:
+        raise BundleError(f"The chat template has more than the {MAX_TEMPLATE_TOKENS:,} tokens that are compiled.")
+    return compiled
+
+
+@cache
+def _environment() -> BoundedEnvironment:
+    """Jinja as chat templates expect it, in a sandbox: a template is code that came with the model."""
+    try:
+        from jinja2 import nodes
+        from jinja2.exceptions import SecurityError
+        from jinja2.ext import Extension
+        from jinja2.parser import Parser
+        from jinja2.utils import Namespace
+
+        from medusa_runtime.text.template_sandbox import BoundedEnvironment
+    except ImportError as e:
+        raise BackendError("Chats are rendered by Jinja, which is not installed: pip install 'jinja2>=3.1.6'.") from e
+
+    class GenerationTag(Extension):
+        """``{% generation %}`` marks the assistant's words for training; here its body just stands."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    class Dict:
+        """``dict(…)`` without the attributes of the class."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+            return dict.fromkeys(keys, value)
+
+    class SafeNamespace(Namespace):
+        """``namespace(…)`` without attributes that start with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:  # no named parameter: `namespace(self=…)` is allowed
+            attributes = dict(*args[1:], **kwargs)
+            for name in attributes:
+                _check(name)
+            Namespace.__init__(args[0], attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check(name)
+            super().__setitem__(name, value)
+
+        def __repr__(self) -> str:  # what namespaces hold may hold them in turn
+            return "<Namespace>"
+
+    def _check(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace may not hold {name!r}")
+
+    environment = BoundedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": Dict(),
+        "namespace": SafeNamespace,
+    }
+    environment.charge_filters()
+    return environment

@@ -1,0 +1,122 @@
+"""Models that the step can't honour are refused by the name of what they need."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+from medusa_export.common.errors import ExportError, ModelNotSupportedError
+from medusa_export.models.supported import check_supported
+from medusa_export.step.attention import ATTENTION_NAME
+from medusa_export.step.cache_shape import CacheShape
+from support.tiny_models import REFUSED_FAMILIES, SUPPORTED_FAMILIES, tiny_model
+
+FEATURES = {
+    "t5": "encoder",
+    "bart": "encoder",
+    "mamba": "recurrent",
+    "jamba": "recurrent",
+    "lfm2": "convolution",
+    "qwen3_next": "linear-attention",
+    "gpt_oss": "sinks",
+    "llama_dynamic_rope": "'dynamic'",
+    "gemma3_dynamic_rope": "'dynamic'",
+    "gemma3_bidirectional": "not causal",
+    "phi3_longrope": "'longrope'",
+    "gemma3n": "share",
+    "llama4": "chunked",
+    "deepseek_v3": "latent",
+    "mixtral": "mixture-of-experts",
+    "qwen3_moe": "mixture-of-experts",
+    "glm4_moe": "mixture-of-experts",
+    "bloom": "ALiBi",
+    "falcon_alibi": "ALiBi",
+    "mpt": "ALiBi",
+}
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_supported_families_pass(family: str) -> None:
+    check_supported(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", REFUSED_FAMILIES)
+def test_refused_families_are_named(family: str) -> None:
+    with pytest.raises(ModelNotSupportedError, match=FEATURES[family]) as refusal:
+        check_supported(tiny_model(family))
+    assert FEATURES[family] in refusal.value.feature
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_types": ["full_attention", "compressed_sparse_attention"]}, "'compressed_sparse_attention'"),
+        ({"is_causal": False}, "not causal"),
+        ({"num_kv_shared_layers": 1}, "share"),
+        ({"attention_chunk_size": 8}, "chunked"),
+        ({"kv_lora_rank": 8}, "latent"),
+        ({"position_embedding_type": "relative_key"}, "relative position"),
+    ],
+)
+def test_a_setting_is_enough(change: dict[str, object], words: str) -> None:
+    model = tiny_model("llama")
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ModelNotSupportedError, match=words):
+        check_supported(model)
+
+
+def test_layers_with_caches_of_different_sizes_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1] = tiny_model("llama", num_key_value_heads=4).model.layers[1]
+    with pytest.raises(ModelNotSupportedError, match="more than one size"):
+        check_supported(model)
+
+
+def test_a_model_that_fails_on_shapes_is_an_export_error() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Expected inputs of BF16 type.\nAnd so on.")
+
+    model = tiny_model("llama")
+    model.set_attn_implementation(ATTENTION_NAME)
+    model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(ExportError, match=r"Llama.* can't be run on shapes: RuntimeError: Expected .* type\.$"):
+        CacheShape.of(model)
+
+
+def test_no_output_embeddings() -> None:
+    with pytest.raises(ModelNotSupportedError, match="output embeddings"):
+        check_supported(tiny_model("llama").model)
+
+
+def test_stateful_layers_are_seen_without_layer_types() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mixer = type("TinyMambaMixer", (nn.Module,), {})()
+    with pytest.raises(ModelNotSupportedError, match="recurrent"):
+        check_supported(model)
+
+
+def test_layer_types_outweigh_the_class_of_a_hybrid() -> None:
+    """Some checkpoints of hybrid architectures hold attention layers alone."""
+    model = tiny_model("llama")
+    type(model)._is_stateful, before = True, type(model)._is_stateful
+    try:
+        model.config.layer_types = ["full_attention"] * 2
+        check_supported(model)
+        model.config.layer_types = None
+        with pytest.raises(ModelNotSupportedError, match="recurrent"):
+            check_supported(model)
+    finally:
+        type(model)._is_stateful = before
+
+
+def test_a_multimodal_wrapper_is_refused() -> None:
+    text = tiny_model("gemma3_text").config
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    with pytest.raises(ModelNotSupportedError, match="several models in one"):
+        check_supported(model)

@@ -1,0 +1,564 @@
+"""The TensorRT backend's buffers and state, on a stand-in for the GPU (see ``stand_in_cuda``): no GPU has run this."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medusa_export.verification.backend import verify_backend
+from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
+from medusa_runtime.backends import cuda as cuda_module
+from medusa_runtime.backends import open_backend
+from medusa_runtime.backends import tensorrt as backend_module
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
+from medusa_runtime.backends.tensorrt.cuda import Cuda
+from medusa_runtime.backends.tensorrt.library import TensorRTLibrary
+from medusa_runtime.bundles.compiled import CompiledEngine
+from medusa_runtime.bundles.contract import fixed_shape
+from medusa_runtime.decoding.lookup import TokenLookup
+from medusa_runtime.errors import OutOfDeviceMemoryError
+from medusa_runtime.sampling import Draws, SamplingParams
+from support.decoding import TREE, decode, greedy, guessing_heads, make_step
+from support.stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, StandInTensorRT, cudaError_t
+from support.tiny_models import tiny_model
+
+PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6, 20))]
+
+
+class Machine:
+    """A stand-in GPU with an engine for it."""
+
+    def __init__(self, bundle: Bundle, engine: CompiledEngine, graph: Path | None = None, **device: object) -> None:
+        self.cuda = StandInCuda(**device)
+        limits = engine.limits
+        self.trt = StandInTensorRT(bundle, self.cuda, limits.capacity, (bundle.tree.size, limits.max_prefill), graph)
+        self.library = TensorRTLibrary("tensorrt-rtx", self.trt)
+        self.description = replace(engine, version=self.trt.__version__)
+        self.bundle = bundle
+
+    def backend(self, rows: int = 1) -> TensorRTBackend:
+        return TensorRTBackend(self.bundle, self.description, rows=rows, library=self.library, cuda=Cuda(self.cuda))
+
+
+@pytest.fixture
+def machine(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> Machine:
+    return Machine(tiny_bundle, tiny_engine)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    model = tiny_model("llama")
+    return [greedy(model, prompt, 40) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("capturable", [True, False])
+def test_rows_side_by_side_give_the_tokens_of_transformers(
+    machine: Machine, expected: list[list[int]], rows: int, capturable: bool
+) -> None:
+    machine.trt.capturable = capturable
+    backend = machine.backend(rows)
+    for size, chunk, seed in ((9, 5, 0), (9, 32, None), (4, 7, 1), (1, 13, None)):
+        result = decode(backend, TREE, PROMPTS[:rows], expected[:rows], size=size, chunk=chunk, count=40, seed=seed)
+        assert result.tokens == expected[:rows]
+        if seed is not None:
+            assert len(result.accepted) > 2
+    assert (machine.cuda.calls["cudaGraphLaunch"] > 20) == capturable
+    assert set(backend.uncaptured) == (set() if capturable else {(9, 0), (4, 0), (1, 0)})
+    assert {batch for batch, _ in machine.trt.executed} == {rows}
+
+
+def test_a_size_is_captured_once_and_replayed(machine: Machine) -> None:
+    backend = machine.backend()
+    backend.step(13, {0: PROMPTS[0]})
+    for size in (4, 9, 4, 4, 9, 4):
+        backend.step(size)
+    assert machine.cuda.calls["cudaStreamBeginCapture"] == 2
+    assert machine.cuda.calls["cudaGraphLaunch"] == 4
+    assert [size for _, size in machine.trt.executed] == [13, 4, 9, 4, 4, 9, 4]
+    before = dict(machine.cuda.calls)
+    backend.step(4)
+    added = {name: n - before.get(name, 0) for name, n in machine.cuda.calls.items() if n != before.get(name, 0)}
+    # A step in its stride: one launch, one copy to the host, and the wait for it.
+    assert added == {"cudaGraphLaunch": 1, "cudaMemcpyAsync": 1, "cudaEventRecord": 1, "cudaEventSynchronize": 1}
+
+
+@pytest.mark.parametrize("where", ["cudaStreamEndCapture", "cudaGraphInstantiate", "cudaStreamBeginCapture"])
+def test_a_refused_capture_falls_back(machine: Machine, expected: list[list[int]], where: str) -> None:
+    backend = machine.backend()
+    machine.cuda.fail[where] = cudaError_t.cudaErrorStreamCaptureUnsupported
+    result = decode(backend, TREE, PROMPTS[:1], expected[:1], size=9, chunk=32, count=40, seed=3)
+    assert result.tokens == expected[:1]
+    assert machine.cuda.calls["cudaGraphLaunch"] == 0
+    assert where in backend.uncaptured[9, 0]
+    assert "cudaErrorStreamCaptureUnsupported" in backend.uncaptured[9, 0]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_step_that_turns_out_to_be_uncapturable_falls_back(
+    machine: Machine, expected: list[list[int]], raises: bool
+) -> None:
+    """As in TensorRT for all GPUs, whose contexts can't tell beforehand: the stream loses its capture."""
+    machine.trt.capturable, machine.trt.raises = None, raises
+    backend = machine.backend()
+    result = decode(backend, TREE, PROMPTS[:1], expected[:1], size=9, chunk=32, count=40, seed=3)
+    assert result.tokens == expected[:1]
+    assert machine.cuda.calls["cudaStreamBeginCapture"] == 1
+    assert machine.cuda.calls["cudaGraphLaunch"] == 0
+    assert "a step that waits can't be captured" in backend.uncaptured[9, 0]
+    backend.close()
+    assert not machine.cuda.graphs
+
+
+def test_a_refusal_with_sampling_is_none_without(machine: Machine) -> None:
+    backend = machine.backend()
+    backend.assign(0, Draws(SamplingParams(seed=1), 13, 101))
+    backend.step(13, {0: PROMPTS[0]})
+    machine.trt.capturable = False
+    for _ in range(3):
+        backend.step(4)
+    ((size, draws),) = backend.uncaptured
+    assert size == 4 and draws > 0
+    machine.trt.capturable = True
+    backend.assign(0, None)
+    for _ in range(3):
+        backend.step(4)
+    assert machine.cuda.calls["cudaGraphLaunch"] == 2
+    assert set(backend.uncaptured) == {(4, draws)}
+
+
+def test_a_step_that_fails_while_captured_is_run_without(machine: Machine) -> None:
+    backend, other = machine.backend(), machine.backend()
+    for each in (backend, other):
+        each.step(13, {0: PROMPTS[0]})
+        each.step(9)
+    machine.trt.fails = "no kernel of that kind can be captured"
+    assert backend.step(9).tokens.tolist() == other.step(9).tokens.tolist()
+    assert "no kernel of that kind" in backend.uncaptured[9, 0]
+    assert not machine.cuda.captures
+    backend.step(4)
+    backend.step(4)
+    assert machine.cuda.calls["cudaGraphLaunch"] == 2  # the other's, and the one of another size
+
+
+def test_the_next_step_may_be_submitted_before_the_last_is_read(machine: Machine, expected: list[list[int]]) -> None:
+    backend = machine.backend()
+    tokens = backend.step(20, {0: PROMPTS[0]}).tokens[0, :1].tolist()
+    backend.submit(4)
+    ran = len(machine.trt.executed)
+    for _ in range(15):
+        backend.submit(4)
+        assert len(machine.trt.executed) == ran  # nothing has waited for it
+        step = backend.collect()
+        ran += 1
+        assert len(machine.trt.executed) == ran
+        tokens += step.tokens[0, : step.count[0]].tolist()
+    assert tokens[:16] == expected[0][:16]
+    assert len(tokens) <= backend.lengths[0] - len(PROMPTS[0]) + 4
+    backend.collect()  # the lengths of a step under way don't take it from whoever collects it
+    backend.submit(1)
+    backend.submit(1)
+    with pytest.raises(BackendError, match="2 steps are under way"):
+        backend.submit(1)
+    backend.collect()
+    backend.collect()
+    with pytest.raises(BackendError, match="No step was submitted"):
+        backend.collect()
+
+
+@settings(max_examples=15, deadline=None)
+@given(actions=st.lists(st.sampled_from([("reset",), *[("decode", n) for n in (1, 3, 9)], ("prefill", 7), ("draft",)])))
+def test_whatever_the_order_it_agrees_with_onnx_runtime(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, actions: list[tuple[object, ...]]
+) -> None:
+    ours = Machine(tiny_bundle, tiny_engine).backend(2)
+    theirs = OnnxRuntimeBackend(tiny_bundle, rows=2, threads=1)
+    theirs.reserve(128)
+    rng = np.random.default_rng(len(actions))
+    for backend in (ours, theirs):
+        backend.step(13, {0: PROMPTS[0], 1: PROMPTS[1]})
+    for action, *size in actions[:12]:
+        row = int(rng.integers(2))
+        guesses = rng.integers(101, size=TREE.size)
+        results = []
+        for backend in (ours, theirs):
+            if action == "reset":
+                backend.reset(row)
+                results.append(backend.step(9, {row: PROMPTS[2][:8]}))
+            elif action == "draft":
+                backend.drafts[row, 1:] = guesses[1:]
+                results.append(backend.step(9))
+            elif action == "prefill":
+                results.append(backend.step(9, {row: PROMPTS[2][: int(size[0])]}))
+            else:
+                results.append(backend.step(int(size[0])))
+        for mine, other in pairwise(results):
+            np.testing.assert_array_equal(mine.count, other.count)
+            for at in range(2):
+                count = int(other.count[at])
+                assert mine.tokens[at, :count].tolist() == other.tokens[at, :count].tolist()
+        np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+
+
+def test_an_engine_folder_is_loaded_like_a_bundle(
+    machine: Machine, tiny_engine: CompiledEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.trt.__version__ = tiny_engine.version
+    monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    with MedusaEngine.load(tiny_engine.folder) as engine:
+        assert engine.backend.name == f"tensorrt-rtx {tiny_engine.version}, a stand-in"
+        for size in (1, 5, 9):
+            result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size)
+            assert list(result.token_ids) == expected[0]
+        assert engine.generate("Hi", max_new_tokens=5).text
+        # 128 slots: to the last one, and no further; longer prompts go in chunks that the engine takes
+        longest = tiny_engine.limits.longest_sequence(TREE.size, TREE.max_depth)
+        prompt = PROMPTS[0] * 5
+        result = engine.generate(prompt, max_new_tokens=longest - len(prompt), tree_size=9)
+        assert len(result.token_ids) == longest - len(prompt)
+        with pytest.raises(BackendError, match="--max-seq-len 129"):
+            engine.generate(prompt, max_new_tokens=longest - len(prompt) + 1, tree_size=9)
+        for other in ("tensorrt", "onnxruntime"):
+            with pytest.raises(BackendError, match="holds an engine of tensorrt-rtx"):
+                MedusaEngine.load(tiny_engine.folder, other)
+    assert not machine.cuda.blocks
+    assert not machine.cuda.pinned
+    assert not machine.cuda.streams
+    assert not machine.cuda.graphs
+    assert not machine.cuda.events
+
+
+def logged(backend: TensorRTBackend) -> list[str]:
+    """What is called of a backend from now on."""
+    log: list[str] = []
+    for name in ("submit", "collect", "reset"):
+        call = getattr(backend, name)
+        setattr(backend, name, lambda *given, call=call, name=name: (log.append(name), call(*given))[1])
+    return log
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_the_engine_submits_steps_ahead(machine: Machine, expected: list[list[int]], size: int) -> None:
+    """And none that the number of tokens asked for makes useless; where they wait for no guess from the text."""
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    for count in (1, 2, 5, 6, 40):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=count, tree_size=size, lookup=False)
+        assert list(result.token_ids) == expected[0][:count]
+        steps = log[log.index("reset") + 3 :]  # behind the prompt, a step that is waited for
+        assert steps.count("submit") == steps.count("collect") == result.stats.steps
+    assert steps[:5] == ["submit", "submit", "collect", "submit", "collect"]
+    assert steps[-2:] == ["submit", "collect"] or steps[-3:] == ["submit", "collect", "collect"]
+    assert backend.lengths[0] - len(PROMPTS[0]) < 40 + min(size, TREE.max_depth + 1)
+
+
+def test_a_step_ahead_of_a_stop_is_discarded(machine: Machine, expected: list[list[int]]) -> None:
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    stop = expected[0][7]
+    until = expected[0][: expected[0].index(stop) + 1]
+    for size in (1, 4, 9):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size, stop_token_ids=[stop], lookup=False)
+        assert list(result.token_ids) == until
+        assert result.finish_reason == "stop"
+        assert log.count("submit") == log.count("collect") + 1
+        # what comes next begins with an empty row
+        assert (
+            list(engine.generate(PROMPTS[1], max_new_tokens=20, tree_size=size, lookup=False).token_ids)
+            == expected[1][:20]
+        )
+    stream = engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=False)
+    next(stream), next(stream)  # left with a step under way
+    assert list(engine.generate(PROMPTS[2], max_new_tokens=20, tree_size=9, lookup=False).token_ids) == expected[2][:20]
+    ran = log.count("submit")
+    with pytest.raises(RequestError, match="begun another request"):
+        next(stream)
+    assert log.count("submit") == ran
+    engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=False).__next__()
+    engine.close()
+    assert not machine.cuda.blocks
+
+
+def test_guesses_from_the_text_go_to_the_device(
+    machine: Machine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right ones fill each step, whatever the heads drafted."""
+    backend = machine.backend()
+    engine = MedusaEngine(machine.bundle, backend, None)
+    log = logged(backend)
+    told = [*PROMPTS[0], *expected[0]]
+    monkeypatch.setattr(TokenLookup, "guess", lambda self, count: told[len(self._tokens) :][:count])
+    for size in (4, 9):
+        log.clear()
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size)
+        assert list(result.token_ids) == expected[0][:40]
+        deep = sum(group[0] < size for group in TREE.spine)
+        assert result.stats.steps == -(-39 // (1 + deep))
+        assert ["submit", "submit"] not in [log[i : i + 2] for i in range(len(log))]
+
+
+def test_kernels_compiled_at_run_time_are_kept(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path
+) -> None:
+    """As in TensorRT-RTX: at once for steps that come again, beside them for chunks, and kept for the next process."""
+    folder = shutil.copytree(tiny_engine.folder, tmp_path / "engine")
+    for known in (b"", b"kernels"):
+        machine = Machine(tiny_bundle, replace(tiny_engine, folder=folder))
+        machine.trt.compile_at_run_time()
+        backend = machine.backend()
+        backend.step(13, {0: PROMPTS[0]})
+        backend.step(9)
+        backend.close()
+        assert [config.cache.loaded for config in machine.trt.configs] == [known, known]
+        strategies = [config.dynamic_shapes_kernel_specialization_strategy.name for config in machine.trt.configs]
+        assert strategies == ["LAZY", "EAGER"]
+    assert (folder / ".kernels.sm89.cache").read_bytes() == b"kernels"
+    CompiledEngine.load(folder)
+    machine.trt.invalid = EngineInvalidityDiagnostics.OLD_CUDA_DRIVER
+    with pytest.raises(BackendError, match=r"can't run here: OLD_CUDA_DRIVER\. Build it again"):
+        machine.backend()
+
+
+Break = Callable[[Machine], None]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda m: setattr(m.cuda, "architecture", (9, 0)), "is sm90; .* was built for sm89.*--target sm90"),
+        (lambda m: setattr(m.trt, "__version__", "2.0"), "was built by tensorrt-rtx .*, but 2.0 is installed"),
+        (lambda m: m.cuda.fail.update(cudaGetDevice=cudaError_t.cudaErrorInsufficientDriver), "NVIDIA driver"),
+        (lambda m: setattr(m.trt, "capacity", 64), "past_key_0 should be float32 .*128"),
+    ],
+)  # fmt: skip
+def test_engines_that_are_not_for_this_machine(machine: Machine, spoil: Break, words: str) -> None:
+    spoil(machine)
+    with pytest.raises(BackendError, match=words):
+        machine.backend()
+
+
+def test_an_engine_that_can_not_be_loaded(machine: Machine) -> None:
+    """As where digests weren't compared, or agree with a file that was cut off before it was written; or too large."""
+    machine.trt.unloadable = "Magic tag does not match"
+    with pytest.raises(BackendError, match=r"can't load .*model\.engine on a stand-in: Magic tag .* Build it again"):
+        machine.backend()
+    machine.trt.unloadable = "Requested amount of GPU memory could not be allocated: out of memory"
+    with pytest.raises(OutOfDeviceMemoryError, match=r"no memory for the weights .* MiB\).* one with more memory"):
+        machine.backend()
+    assert not machine.cuda.blocks
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (cudaError_t.cudaErrorInsufficientDriver, "Install an NVIDIA driver, or a newer one"),
+        (cudaError_t.cudaErrorNoDevice, "check nvidia-smi and CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_driver_that_is_missing_or_too_old(
+    tiny_engine: CompiledEngine, monkeypatch: pytest.MonkeyPatch, code: cudaError_t, words: str
+) -> None:
+    cuda = StandInCuda()
+    monkeypatch.setattr(cuda_module, "import_cudart", lambda: cuda)
+    cuda.fail["cudaGetDeviceCount"] = code
+    with pytest.raises(BackendError, match=f"looking for a GPU: cudaGetDeviceCount gave {code.name} .*{words}"):
+        MedusaEngine.load(tiny_engine.folder)
+
+
+def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
+    machine = Machine(tiny_bundle, tiny_engine, memory_limit=100_000)
+    with pytest.raises(OutOfDeviceMemoryError, match=r"3 sequences of 128 tokens .* smaller --max-seq-len") as raised:
+        machine.backend(3)
+    assert "cudaMalloc gave cudaErrorMemoryAllocation" in str(raised.value)
+    machine.cuda.fail["cudaMemsetAsync"] = cudaError_t.cudaErrorInvalidValue
+    with pytest.raises(BackendError, match="for input_ids"):
+        machine.backend()
+    assert not machine.cuda.blocks
+    assert not machine.cuda.pinned
+
+
+def device_state(machine: Machine, backend: TensorRTBackend) -> dict[str, np.ndarray]:
+    """Caches and pending entries of all rows, as they lie on the device."""
+    sizes = {"batch": backend.rows, "capacity": backend.capacity}
+    return {
+        spec.name: machine.cuda.array(backend._address[spec.name], fixed_shape(spec, sizes), spec.dtype)
+        for spec in machine.bundle.inputs
+        if spec.name.startswith(("past", "pending"))
+    }
+
+
+@settings(max_examples=10, deadline=None)
+@given(length=st.integers(0, 30), row=st.integers(0, 1), steps=st.integers(0, 3))
+def test_a_scrubbed_row_holds_its_committed_entries_and_zeros(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, length: int, row: int, steps: int
+) -> None:
+    """Whatever else was there: the row goes on as if nothing had been, and the other row keeps every bit."""
+    machine, twin = (Machine(tiny_bundle, tiny_engine) for _ in range(2))
+    ours, theirs = machine.backend(2), twin.backend(2)
+    depth, text = TREE.max_depth, (PROMPTS[0] * 3)[:length]
+    for backend in (ours, theirs):
+        backend.step(13, {1 - row: PROMPTS[1]})
+        backend.reset(row)  # of what it has decoded beside the other
+        if text:
+            backend.step(max(length, 4), {row: text})
+            for _ in range(steps):
+                backend.step(9)
+    state = device_state(machine, ours)
+    kept = int(ours.lengths[row])
+    held = np.arange(ours.capacity)
+    committed = (held >= depth) & (held < max(kept, depth))  # the last of them are pending
+    for name, array in state.items():
+        if name == "pending_kv":
+            array[row][:, : max(depth - kept, 0)] = np.nan
+        else:
+            array[row][:, ~committed] = np.nan
+    others = {name: array[1 - row].copy() for name, array in state.items()}
+    before = {name: array[row].copy() for name, array in state.items()}
+    ours.scrub(row)
+    for name, array in state.items():
+        np.testing.assert_array_equal(array[1 - row], others[name])
+        assert np.array_equal(array[row], np.nan_to_num(before[name], nan=0.0))
+    chunks = {} if kept else {row: PROMPTS[2][:8]}
+    for size in (9, 1, 4):
+        step, other = ours.step(size, chunks), theirs.step(size, chunks)
+        assert [step.emitted(at) for at in range(2)] == [other.emitted(at) for at in range(2)]
+        chunks = {}
+    for backend in (ours, theirs):
+        backend.close()
+
+
+def test_steps_under_way_are_collected_before_a_row_is_scrubbed(machine: Machine) -> None:
+    backend = machine.backend()
+    backend.step(13, {0: PROMPTS[0]})
+    backend.submit(4)
+    with pytest.raises(BackendError, match="collect them before"):
+        backend.scrub(0)
+    backend.collect()
+    backend.scrub(0)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_what_an_earlier_request_left_does_not_reach_the_next(
+    machine: Machine, expected: list[list[int]], lookup: bool
+) -> None:
+    """Through the engine, which submits steps ahead where it looks nothing up."""
+    backend = machine.backend()
+    with MedusaEngine(machine.bundle, backend, None) as engine:
+        engine.generate(PROMPTS[1], max_new_tokens=10)
+        for array in device_state(machine, backend).values():
+            array[...] = np.nan
+        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=lookup)
+        assert list(result.token_ids) == expected[0]
+        assert machine.cuda.calls["cudaMemset2DAsync"]
+
+
+def test_steps_that_do_not_fit(machine: Machine) -> None:
+    backend = machine.backend()
+    for size, prompts, words in (
+        (10, None, "verifies up to 9 at a time"),
+        (33, {0: [1] * 33}, "larger --max-prefill"),
+        (0, None, "step of 0 tokens"),
+    ):
+        with pytest.raises(BackendError, match=words):
+            backend.step(size, prompts)
+    for _ in range(3):
+        backend.step(32, {0: [1] * 32})
+    with pytest.raises(BackendError, match=r"32 tokens after 96 .* 128 slots"):
+        backend.step(32, {0: [1] * 32})
+    backend.step(28, {0: [1] * 28})
+    backend.reset(0)
+    backend.step(32, {0: [1] * 32})
+    with pytest.raises(BackendError, match=r"1 to 3 sequences, not 4.*--max-batch 4"):
+        machine.backend(4)
+
+
+def test_failures_of_a_step_name_it(machine: Machine) -> None:
+    backend = machine.backend(2)
+    machine.trt.fails = "the tactic went missing"
+    with pytest.raises(BackendError, match="step of 5 tokens over 2 rows: the tactic went missing"):
+        backend.step(5, {0: [1, 2]})
+    machine.cuda.fail["cudaEventSynchronize"] = cudaError_t.cudaErrorInvalidValue
+    with pytest.raises(BackendError, match=r"cudaEventSynchronize gave cudaErrorInvalidValue \(1\)"):
+        backend.step(5)
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.step(5)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_verify_tells_a_right_engine_from_a_wrong_one(
+    tiny_bundle: Bundle,
+    tiny_engine: CompiledEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    right: bool,
+) -> None:
+    model = tiny_model("llama")
+    step = make_step(model.float(), guessing_heads(model))
+    graph = None
+    if not right:
+        graph = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "other")) / tiny_bundle.graph.name
+        weights = graph.with_name("model.onnx.data")
+        np.fromfile(weights, np.float32)[::-1].tofile(weights)
+    machine = Machine(tiny_bundle, tiny_engine, graph)
+    machine.trt.__version__ = tiny_engine.version
+    monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    outcome = verify_backend(Bundle.load(tiny_engine.folder), "tensorrt-rtx", step, PROMPTS * 2, max_new_tokens=24)
+    assert outcome.not_run is None
+    assert [check.name.split(":")[-1].strip() for check in outcome.checks] == [
+        "integers of a step", "tokens, tree size 1", "tokens, tree size 5", "tokens, tree size 9",
+        "sampled tokens",
+    ]  # fmt: skip
+    assert all(check.compared > 50 for check in outcome.checks) or not right
+    assert outcome.passed == right
+    assert not machine.cuda.blocks
+
+
+def test_a_bundle_is_not_an_engine(tiny_bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match="compile it with 'medusa-export trt'"):
+        open_backend("tensorrt-rtx", tiny_bundle)
+    with pytest.raises(BackendError, match="There is no backend 'cudnn'"):
+        open_backend("cudnn", tiny_bundle)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_sample_as_they_do_in_onnx_runtime(machine: Machine, tiny_bundle: Bundle, ahead: bool) -> None:
+    """Policies side by side; also where a step is submitted before it is known how far the one before it came."""
+    policies = [SamplingParams(seed=1), None, SamplingParams(seed=2, temperature=2.0, top_p=0.9, acceptance="typical")]
+    emitted = []
+    for backend in (OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1), machine.backend(3)):
+        backend.reserve(128)
+        for row, params in enumerate(policies):
+            backend.assign(row, None if params is None else Draws(params, 13, 101))
+        results = [backend.step(13, dict.fromkeys(range(3), PROMPTS[0])).emitted(row) for row in range(3)]
+        under_way = 0
+        for _ in range(11 if isinstance(backend, OnnxRuntimeBackend) or not ahead else 12):
+            if ahead and isinstance(backend, TensorRTBackend):
+                backend.submit(9)
+                if under_way == 0:
+                    under_way = 1
+                    continue
+                result = backend.collect()
+            else:
+                result = backend.step(9)
+            results += [result.emitted(row) for row in range(3)]
+        emitted.append(results)
+        backend.close()
+    for (tokens, logprobs), (wanted, expected) in zip(emitted[1], emitted[0], strict=True):
+        assert tokens == wanted
+        assert logprobs == pytest.approx(expected, abs=1e-4)

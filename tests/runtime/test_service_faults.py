@@ -1,0 +1,385 @@
+"""A backend that fails in any call: only the requests whose fault it is end, and the service goes on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medusa_runtime import (
+    BackendError,
+    Bundle,
+    CallbackError,
+    Chunk,
+    MedusaEngine,
+    MedusaService,
+    Metrics,
+    QueueFullError,
+    RequestError,
+    ServiceClosedError,
+)
+from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.common.steady_clock import SteadyClock
+from support.gate import Gate
+
+PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
+SHARED = [(11 * i + 1) % 100 + 1 for i in range(40)]
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Bundle) -> MedusaEngine:
+    return MedusaEngine.load(tiny_bundle.folder, threads=1)
+
+
+class Fragile:
+    """A backend one call of which fails: each time that ``due`` says so, before or after it has done its work."""
+
+    def __init__(self, bundle: Bundle, name: str, error: Exception, when: str) -> None:
+        self.inner = OnnxRuntimeBatchBackend(bundle, rows=3, threads=1)
+        self.due: Callable[[], bool] = lambda: False
+        self._name, self._error, self._when = name, error, when
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.inner, name)
+        if name != self._name:
+            return value
+        if not callable(value):
+            if self.due():
+                raise self._error
+            return value
+
+        def call(*arguments: Any) -> Any:
+            if not self.due():
+                return value(*arguments)
+            if self._when == "after":
+                value(*arguments)
+            raise self._error
+
+        return call
+
+
+CALLS = ["step", "arrange", "approach", "copy", "assign", "reset", "lengths", "drafts"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "error", [BackendError("broken"), MemoryError(), RuntimeError("odd"), StopIteration()], ids=repr
+)
+def test_a_call_that_fails_now_and_then(
+    tiny_bundle: Bundle, engine: MedusaEngine, name: str, error: Exception, when: str
+) -> None:
+    """Each request is answered as alone, or ends with an error of ours; the next ones are answered."""
+    fragile = Fragile(tiny_bundle, name, error, when)
+    prompts = [[*SHARED, *range(5 + number)] for number in range(6)]
+    expected = [engine.generate(prompt, max_new_tokens=12).token_ids for prompt in prompts]
+    with MedusaService(tiny_bundle, fragile, None, tree_size=4, prefill_chunk=16) as service:
+        for every in (2, 3, 7, 19):
+            count = iter(range(10**9))
+            fragile.due = lambda every=every, count=count: next(count) % every == every - 1
+            handles = [service.submit(prompt, max_new_tokens=12) for prompt in prompts]
+            for handle, tokens in zip(handles, expected, strict=True):
+                try:
+                    assert handle.result(30).token_ids == tokens
+                except BackendError:
+                    assert [token for chunk in handle_chunks(handle) for token in chunk.token_ids] == list(
+                        tokens[: handle.stats.completion_tokens]
+                    )
+        fragile.due = lambda: False
+        assert service.state == "ready"
+        handles = [service.submit(prompt, max_new_tokens=12) for prompt in prompts]
+        assert [handle.result(30).token_ids for handle in handles] == expected
+
+
+def handle_chunks(handle: Any) -> Iterator[Chunk]:
+    try:
+        yield from handle
+    except BackendError:
+        return
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_always_fails_for_a_while(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
+    """No request waits for ever, and none kills the service."""
+    fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
+    with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
+        running = service.submit(SHARED, max_new_tokens=300)
+        next(running)
+        fragile.due = lambda: True
+        handles = [running, *(service.submit([*SHARED, number], max_new_tokens=12) for number in range(5))]
+        for handle in handles:
+            try:
+                handle.result(30)
+            except BackendError as error:
+                assert "odd" in str(error)  # noqa: PT017  # it may also be answered
+        assert service.drain(30) and service.failure is None
+        fragile.due = lambda: False
+        with service._thread.changed:
+            service._thread._accepting = True
+        assert (
+            service.generate(PROMPT, max_new_tokens=9).token_ids == engine.generate(PROMPT, max_new_tokens=9).token_ids
+        )
+
+
+@pytest.mark.parametrize("name", ["copy", "assign"])
+def test_the_fault_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
+    fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
+    with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
+        running = service.submit(SHARED, max_new_tokens=300)
+        next(running)
+        fragile.due = lambda: True
+        with pytest.raises(BackendError, match=f"failed in {name}: RuntimeError"):
+            service.generate([*SHARED, 7], max_new_tokens=9)
+        fragile.due = lambda: False
+        assert running.result(30).token_ids == engine.generate(SHARED, max_new_tokens=300).token_ids
+
+
+@pytest.mark.parametrize("name", ["arrange", "approach", "lengths"])
+def test_what_is_nobodys_fault_is_tried_again(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
+    """A single failure, wherever rows are moved, ends nothing; nor does one before a step of several rows."""
+    prompts = [[5] * 30, [7] * 11]
+    fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
+    with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
+        handles = [service.submit(prompt, max_new_tokens=300) for prompt in prompts]
+        for handle in handles:
+            next(handle)
+        once = iter([True])
+        fragile.due = lambda: next(once, False)
+        for handle, prompt in zip(handles, prompts, strict=True):
+            assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=300).token_ids
+
+
+def test_a_failure_that_is_nobodys_ends_what_runs(
+    tiny_bundle: Bundle, engine: MedusaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(tiny_bundle, rows=2)
+    with MedusaService(tiny_bundle, gate, None, tree_size=4) as service:
+        gate.open.clear()
+        handles = [service.submit([5 + number] * 30, max_new_tokens=40) for number in range(3)]
+        assert gate.entered.acquire(timeout=30)
+        with monkeypatch.context() as patch:
+            faults = iter([1 / 1, 0])
+            decoding = service._thread.scheduler.decoding
+            patch.setattr(service._thread.scheduler, "decoding", lambda: (1 / next(faults, 1), decoding())[1])
+            gate.open.set()
+            for handle in handles[:2]:
+                with pytest.raises(BackendError, match="has ended what was running: ZeroDivisionError"):
+                    handle.result(30)
+            expected = engine.generate([7] * 30, max_new_tokens=40).token_ids
+            assert handles[2].result(30).token_ids == expected
+        assert service.state == "ready"
+        assert service.generate([5] * 30, max_new_tokens=40).finish_reason == "length"
+
+
+def test_a_failure_with_nothing_to_end_is_the_services(tiny_bundle: Bundle) -> None:
+    class Clock:
+        broken = False
+
+        def __call__(self) -> float:
+            if self.broken and threading.current_thread().name == "medusa-service":
+                raise OSError("no clock")
+            return 0.0
+
+    clock = Clock()
+    service = MedusaService(tiny_bundle, Gate(tiny_bundle, rows=2), None, tree_size=4, clock=clock)
+    clock.broken = True
+    with service._thread.changed:
+        handles = [service.submit(PROMPT) for _ in range(2)]
+    for handle in handles:
+        with pytest.raises(BackendError, match="OSError"):
+            handle.result(30)
+    service._thread.thread.join(30)
+    assert service.state == "failed" and isinstance(service.failure, OSError)
+    with pytest.raises(ServiceClosedError, match="no clock"):
+        service.submit(PROMPT)
+
+
+def test_a_hook_that_calls_exit(tiny_bundle: Bundle) -> None:
+    class Exiting(Metrics):
+        def ended(self, *_: object) -> None:
+            sys.exit(1)
+
+        def rejected(self) -> None:
+            sys.exit(1)
+
+    gate = Gate(tiny_bundle, rows=1)
+    with MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=Exiting(), max_queue=0) as service:
+        gate.open.clear()
+        handle = service.submit(PROMPT, max_new_tokens=5)
+        assert gate.entered.acquire(timeout=30)
+        with pytest.raises(QueueFullError):
+            service.submit(PROMPT)
+        gate.open.set()
+        assert handle.result(30).finish_reason == "length"
+        assert service.generate(PROMPT, max_new_tokens=5).finish_reason == "length"
+        assert service.state == "ready"
+
+
+def test_whatever_ends_the_thread_ends_all(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = MedusaService(tiny_bundle, Gate(tiny_bundle, rows=2), None, tree_size=4)
+    monkeypatch.setattr(service._thread.scheduler, "remove", lambda *_: sys.exit(1))
+    handles = [service.submit(PROMPT, max_new_tokens=5) for _ in range(4)]
+    for handle in handles:
+        with pytest.raises(BackendError, match="SystemExit"):
+            handle.result(30)
+    assert service.state == "failed"
+    assert service.drain(30)
+    with pytest.raises(ServiceClosedError, match="SystemExit"):
+        service.submit(PROMPT)
+
+
+def test_a_hook_that_waits_for_its_own_service(tiny_bundle: Bundle) -> None:
+    refused: list[str] = []
+
+    class Waiting(Metrics):
+        def step(self, *_: object) -> None:
+            for call in (service.drain, lambda: service.generate(PROMPT)):
+                try:
+                    call()
+                except RequestError as error:
+                    refused.append(str(error))
+
+    with MedusaService(tiny_bundle, Gate(tiny_bundle, rows=2), None, tree_size=4, metrics=Waiting()) as service:
+        assert service.generate(PROMPT, max_new_tokens=5).finish_reason == "length"
+        assert all("wait for its own service" in message for message in refused) and len(refused) >= 2
+        assert service.state == "ready"
+
+
+@pytest.mark.parametrize("raised", [SystemExit(2), KeyboardInterrupt(), ValueError("no")], ids=repr)
+def test_a_callback_that_raises_anything_ends_its_request(tiny_bundle: Bundle, raised: BaseException) -> None:
+    def bad(_: Chunk) -> None:
+        raise raised
+
+    with MedusaService.load(tiny_bundle.folder, rows=2, threads=1, tree_size=4) as service:
+        handle = service.submit(PROMPT, max_new_tokens=490, on_chunk=bad)
+        with pytest.raises(CallbackError) as caught:
+            handle.result(30)
+        assert caught.value.__cause__ is raised
+
+
+def test_threads_that_cannot_start(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose callback has no thread ends; a service without one is not made."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ended: list[str] = []
+    metrics = Metrics()
+    metrics.ended = lambda outcome, stats: ended.append(outcome)
+    gate = Gate(tiny_bundle, rows=2)
+    with MedusaService(tiny_bundle, gate, None, tree_size=4, metrics=metrics) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(CallbackError, match="no thread to run in"):
+                service.submit(PROMPT, max_new_tokens=490, on_chunk=print)
+        assert service.generate(PROMPT, max_new_tokens=5).finish_reason == "length"
+        assert service.drain(30)
+        assert ended == ["CallbackError", "length"]
+    gate = Gate(tiny_bundle, rows=2)
+    gate.inner.reserve(64)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(BackendError, match="thread can't be started"):
+        MedusaService(tiny_bundle, gate, None, tree_size=4)
+    assert gate.inner.capacity == 0
+
+
+def test_a_service_whose_measurements_fail_is_not_made(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(tiny_bundle, rows=2)
+    gate.fail = lambda *_: 1 / 0
+    monkeypatch.setattr("medusa_runtime.decoding.latency._read", lambda *_: {})
+    with pytest.raises(BackendError, match="failed in step: ZeroDivisionError"):
+        MedusaService(tiny_bundle, gate, None)
+    assert gate.inner.capacity == 0
+
+
+def test_options_of_numpys_types(tiny_bundle: Bundle) -> None:
+    """Unsigned ones wrap where they are negated or added to."""
+    gate = Gate(tiny_bundle, rows=1)
+    service = MedusaService(
+        tiny_bundle, gate, None, max_queue=np.uint8(255), tree_size=np.int64(4), prefill_chunk=np.uint8(200)
+    )
+    with service:
+        gate.open.clear()
+        first = service.submit([5] * 300, max_new_tokens=np.uint8(2), timeout=np.float32(60))
+        assert gate.entered.acquire(timeout=30)
+        flags = {"lookup": np.bool_(True), "logprobs": np.bool_(True), "stop_token_ids": np.array([3])}
+        priorities = (0, np.uint8(5), np.int8(-128), np.uint64(2**63))
+        handles = [
+            first,
+            *(service.submit(PROMPT, max_new_tokens=2, priority=priority, **flags) for priority in priorities),
+        ]
+        order = [job.priority for job in service._thread.scheduler.waiting]
+        assert order == [2**63, 5, 0, -128] and {type(priority) for priority in order} == {int}
+        gate.open.set()
+        assert all(handle.result(np.float32(30)).finish_reason for handle in handles)
+        with pytest.raises(RequestError, match="timeout is nan"):
+            first.result(float("nan"))
+        assert handles[1].result(1e300) and handles[1].result(float("inf"))
+        assert service.drain(np.float64(30))
+
+
+def test_options_of_numpys_types_in_an_engine(engine: MedusaEngine) -> None:
+    expected = engine.generate([5] * 300, max_new_tokens=20).token_ids
+    result = engine.generate(
+        [5] * 300,
+        max_new_tokens=np.uint8(20),
+        tree_size=np.int64(4),
+        prefill_chunk=np.uint8(200),
+        lookup=np.bool_(True),
+    )
+    assert result.token_ids == expected
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_threads_that_are_no_number(tiny_bundle: Bundle, threads: object) -> None:
+    for kind in (MedusaEngine, MedusaService):
+        with pytest.raises(RequestError, match="threads is"):
+            kind.load(tiny_bundle.folder, threads=threads)
+
+
+def test_a_clock_that_jumps_adds_up_what_goes_forwards() -> None:
+    now = [100.0]
+    clock = SteadyClock(lambda: now[0])
+    times = []
+    for seen in (100.0, 101.0, 50.0, 51.0, 1e6, 0.0, 2.0):
+        now[0] = seen
+        times.append(clock())
+    assert times == [100.0, 101.0, 101.0, 102.0, 102.0 + 1e6 - 51, 102.0 + 1e6 - 51, 104.0 + 1e6 - 51]
+
+
+def test_a_deadline_counts_on_after_the_clock_was_set_back(tiny_bundle: Bundle) -> None:
+    now = [1e6]
+    gate = Gate(tiny_bundle, rows=2)
+    with MedusaService(tiny_bundle, gate, None, tree_size=1, clock=lambda: now[0]) as service:
+        gate.open.clear()
+        handle = service.submit(PROMPT, max_new_tokens=400, timeout=5)
+        assert gate.entered.acquire(timeout=30)
+        now[0] = 0.0
+        gate.open.set()
+        next(handle)
+        for _ in range(2000):
+            now[0] += 3
+            if handle.done:
+                break
+            next(handle, None) if not handle.done else None
+        with pytest.raises(TimeoutError, match="not answered in 5 s"):
+            list(handle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", ["0.002", "0.02"])
+def test_chaos(tiny_bundle: Bundle, rate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself, on a few hundred requests."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import chaos
+    from click.testing import CliRunner
+
+    arguments = [str(tiny_bundle.folder), "--requests", "200", "--requests-per-life", "100", "--rate", rate]
+    result = CliRunner().invoke(chaos.main, arguments)
+    assert result.exit_code == 0, result.output

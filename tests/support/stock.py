@@ -1,0 +1,60 @@
+"""What takes long to make, and is read only: each made once for all processes that test side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from medusa_export.step.step import MedusaStep
+from medusa_runtime import Bundle, Tree
+from support.decoding import export, guessing_heads, make_step
+from support.tiny_models import tiny_model
+from support.tiny_tokenizer import make_tokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    step: MedusaStep
+    bundle: Bundle
+
+
+@dataclass(frozen=True)
+class Stock:
+    root: Path
+
+    def folder(self, name: str, fill: Callable[[Path], object]) -> Path:
+        """A folder by name; ``fill`` makes it where it isn't there."""
+        folder = self.root / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                part = self.root / f"{name}.part"
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    def export(
+        self,
+        family: str = "llama",
+        seed: int = 0,
+        *,
+        dtype: str = "float32",
+        heads: bool = True,
+        sampling: bool = True,
+        **overrides: object,
+    ) -> Exported:
+        """A random model, a step of it with three guessing heads and nine nodes, and its bundle.
+
+        A model without heads, or with options of its own, comes without a tokenizer.
+        """
+        model = tiny_model(family, seed, **overrides).to(getattr(torch, dtype))
+        step = make_step(model, guessing_heads(model)) if heads else make_step(model, None, Tree())
+        step.sampling = sampling
+        tokenizer = None if overrides or not heads else make_tokenizer()
+        facts = {"seed": seed, "dtype": dtype, "heads": heads, "sampling": sampling} | overrides
+        name = "-".join([family, *(f"{key}_{value}" for key, value in facts.items())])
+        folder = self.folder(name, lambda out: export(step, out, tokenizer=tokenizer, trained=heads))
+        return Exported(step, Bundle.load(folder))

@@ -1,0 +1,433 @@
+"""Real builds by TensorRT-RTX, ahead of time, of random models; what is asked for in vain; what an engine folder is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import Comparator, CompareFunc
+
+from medusa_export.cli import main
+from medusa_export.common.errors import EngineBuildError
+from medusa_export.targets.tensorrt import rewrites as tensorrt_rewrites
+from medusa_export.targets.tensorrt.build import (
+    BuildOptions,
+    EngineBuilder,
+    choose_limits,
+    known_targets,
+    parse_targets,
+    profiles_for,
+    updated_in_place,
+    write_engine,
+)
+from medusa_export.targets.tensorrt.messages import build_error, remedy
+from medusa_export.targets.tensorrt.rewrites import REWRITES, graph_for_tensorrt
+from medusa_runtime import BackendError, Bundle, BundleError
+from medusa_runtime.backends.tensorrt.backend import library as libraries
+from medusa_runtime.backends.tensorrt.library import import_tensorrt
+from medusa_runtime.bundles.bundle import DESCRIPTION
+from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, EngineLimits
+from medusa_runtime.sampling import GREEDY, SamplingParams
+from support.decoding import TREE
+from support.stock import Stock
+from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families
+
+LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
+TARGETS = ("sm80", "sm89", "sm120")
+# Layers that the parser makes of the tiny llama with its tree; more of them means that a rewrite no longer applies.
+MOST_LAYERS = {"float32": 550, "float16": 565}
+SAMPLING_LAYERS = 500
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    if result.exception is not None:
+        assert isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("family", families("llama", others=SUPPORTED_FAMILIES))
+def test_families_build_for_several_targets(family: str, stock: Stock) -> None:
+    """In fp16, for three architectures at once; ``parse`` holds the network against ``medusa.json``."""
+    bundle = stock.export(family, dtype="float16").bundle
+    builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(LIMITS, TARGETS, opt_level=0))
+    reached: list[float] = []
+    built = builder.build(reached.append)
+    assert built.data.nbytes > 100_000
+    assert built.targets == TARGETS
+    assert reached == sorted(reached) and reached[-2] > 0.8 and reached[-1] == 1.0
+    trt, network = builder.library.trt, builder.network
+    inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    assert list(inputs) == [spec.name for spec in bundle.inputs]
+    assert tuple(inputs["past_key_0"].shape) == (-1, bundle.model.num_key_value_heads, 96, bundle.model.head_dim)
+    assert inputs["past_key_0"].dtype == trt.float16
+    assert inputs["input_ids"].dtype == trt.int64
+    assert inputs["is_prefill"].dtype == trt.bool
+    pairs = updated_in_place(trt, network)
+    assert pairs == {name: name.replace("present", "past") for name in pairs}
+    assert len(pairs) == 2 * bundle.model.num_layers == built.layers["KV_CACHE_UPDATE"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sampling"),
+    [
+        ("float32", False),
+        ("float16", True),
+        pytest.param("float32", True, marks=pytest.mark.slow),
+        pytest.param("float16", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_graph_stays_small(stock: Stock, dtype: str, sampling: bool) -> None:
+    """Its greedy part, and what sampling adds, which is the same for all models."""
+    bundle = stock.export(dtype=dtype, sampling=sampling).bundle
+    builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(LIMITS, TARGETS))
+    builder.parse()
+    layers = builder.layer_counts()
+    assert sum(layers.values()) == builder.network.num_layers <= MOST_LAYERS[dtype] + sampling * SAMPLING_LAYERS
+
+
+def test_each_rewrite_takes_place(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
+    """But for soft caps, which this model has none of."""
+    bundle = stock.export(dtype="float16").bundle
+    model = ir.load(bundle.graph)
+    tensorrt_rewrites.freeze_capacity(model, LIMITS.capacity)
+    counts = []
+    for rewrite in REWRITES:
+        assert rewrite(model) > 0 or rewrite is tensorrt_rewrites.spell_out_soft_caps
+        tensorrt_rewrites.passes.RemoveUnusedNodesPass()(model)
+        counts.append(len(model.graph))
+    caplog.clear()
+    data = graph_for_tensorrt(bundle, LIMITS.capacity)
+    assert caplog.text == ""  # the graph is complete: every value that has a shape has a type
+    assert len(onnx.load_from_string(data).graph.node) == counts[-1]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Polygraphy's figures, of zeros
+@pytest.mark.parametrize(
+    "family", families("llama", "gemma3_text", others=("gpt_neox", "qwen2", "qwen3", "gemma2", "cohere"))
+)
+def test_rewrites_change_no_result(family: str, stock: Stock, tmp_path: Path) -> None:
+    """The rewritten graph is standard ONNX: ONNX Runtime gives the same for it, caches included."""
+    exported = stock.export(family, SEEDS.get(family, 0)).bundle
+    bundle = Bundle.load(Path(shutil.copytree(exported.folder, tmp_path / "bundle")))
+    rewritten = tmp_path / "bundle" / "for-tensorrt.onnx"
+    rewritten.write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity))
+    onnx.checker.check_model(str(rewritten))
+    feeds = [random_inputs(bundle, size, draws) for size in (1, 4, TREE.size, 20) for draws in (0, size)]
+    runners = [OnnxrtRunner(SessionFromOnnx(str(graph))) for graph in (bundle.graph, rewritten)]
+    results = Comparator.run(runners, data_loader=feeds)
+    # integers differ by 1 at least
+    (outcome,) = Comparator.compare_accuracy(results, compare_func=CompareFunc.simple(atol=1e-4, rtol=0))
+    assert outcome
+    (compared,) = outcome.values()
+    assert [set(outputs) for outputs in compared] == [{spec.name for spec in bundle.outputs}] * len(feeds)
+
+
+def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray]:
+    """Inputs of a step of two rows, of which one prefills, or both do beyond the tree; so many numbers to draw with."""
+    rng = np.random.default_rng(size)
+    sizes = {"batch": 2, "capacity": LIMITS.capacity, "sequence": size, "draws": draws}
+    feed = {}
+    for spec in bundle.inputs:
+        shape = [part if isinstance(part, int) else sizes[part] for part in spec.shape]
+        feed[spec.name] = (
+            rng.standard_normal(shape, np.float32) if spec.dtype == "float32" else rng.integers(0, 101, shape)
+        )
+    feed["num_tokens"] = np.array([size, max(size - 1, 1)])
+    feed["is_prefill"] = np.array([size > TREE.size, True])
+    feed["cache_lengths"] = np.array([30, 7])
+    feed["exponentials"] = rng.standard_exponential(feed["exponentials"].shape, np.float32)
+    rows = [SamplingParams(temperature=0.8, top_k=20, top_p=0.9).row_inputs(), GREEDY.row_inputs()]
+    feed |= {name: np.array([row[name] for row in rows], feed[name].dtype) for name in rows[0]}
+    return feed
+
+
+def test_plain_decoding_and_one_row_build(stock: Stock) -> None:
+    bundle = stock.export(heads=False).bundle
+    limits = choose_limits(bundle, max_batch=1, max_seq_len=64)
+    assert limits == EngineLimits(1, 64, 64)
+    assert profiles_for(bundle, limits)[0].sequence == (1, 1, 1)
+    options = BuildOptions(limits, ("sm86",), opt_level=0)
+    assert EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, options).build().data.nbytes > 100_000
+
+
+def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    arguments = ("trt", tiny_bundle.folder, "-o", out, "--target", "sm80,sm_89", "--max-seq-len", 64, "--opt-level", 0)
+    code, output = run(*arguments)
+    assert code == 0, output
+    assert "for sm80, sm89; up to 4 sequences of 53 tokens" in output
+    assert "weights and caches will be fp32" in output
+    engine = CompiledEngine.load(out)
+    assert engine.targets == ("sm80", "sm89")
+    assert (engine.flavor, engine.limits) == ("tensorrt-rtx", EngineLimits(4, 64, 60))
+    assert [profile.name for profile in engine.profiles] == ["decode", "prefill"]
+    assert engine.profiles[0].sequence == (1, 9, 9)
+    opened = Bundle.load(out)
+    assert opened.tree == TREE
+    assert opened.model == tiny_bundle.model
+    assert {"tokenizer.json", DESCRIPTION, ENGINE} <= set(engine.files)
+    assert not list(out.glob("model.onnx*"))
+    data = json.loads((out / "engine.json").read_text())
+    assert data["network_layers"]["total"] == sum(engine.layers.values()) > 100
+    assert data["bundle"]["files"]["model.onnx"] == tiny_bundle.files["model.onnx"].sha256
+    code, output = run("inspect", out)
+    assert code == 0
+    assert "tensorrt-rtx" in output and "up to 4 sequences of 53 tokens, 60 per step" in output
+    assert json.loads(run("inspect", out, "--json")[1])["engine"] == data
+    code, output = run(*arguments)
+    assert code == 1
+    assert "There is an engine at" in output and "--overwrite" in output
+    assert run(*arguments, "--overwrite", "-q") == (0, "")
+    code, output = run("trt", out, "-o", tmp_path / "again", "--target", "sm89")
+    assert code == 1
+    assert "holds an engine, which has no graph" in output
+    code, output = run("trt", tiny_bundle.folder, "-o", tiny_bundle.folder, "--overwrite", "--target", "sm89")
+    assert code == 1
+    assert "holds other files and no engine" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--target", "sm90"), "can't build for 'sm90': it knows sm75, sm80"),
+        (("--target", "ampere"), "can't build for 'ampere'"),
+        (("--target", ","), "names no architecture"),
+        (("--target", "sm89", "--max-seq-len", "11"), "--max-seq-len 11 is smaller than a step: the tree has 9 nodes"),
+        (("--target", "sm89", "--max-prefill", "8"), "--max-prefill 8 is smaller than the tree of 9"),
+        (("--target", "sm89", "--max-prefill", "62", "--max-seq-len", "64"), "Give at most 60"),
+        (("--flavor", "tensorrt", "--target", "sm89"), "pip install 'medusa-export[tensorrt]'"),
+        (("--target", "sm89", "--timing-cache", "cache"), "does nothing with a timing cache"),
+        (("--target", "sm89", "--timing-cache", "cache"), "Drop --timing-cache."),
+    ],
+)
+def test_what_can_not_be_built(tiny_bundle: Bundle, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    code, output = run("trt", tiny_bundle.folder, "-o", tmp_path / "out", *arguments)
+    assert code != 0
+    assert words in output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")
+def test_without_a_gpu_a_target_is_needed(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    code, output = run("trt", tiny_bundle.folder, "-o", tmp_path / "out", "-q")
+    assert code == 1
+    assert "--target: sm75, sm80" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_which_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "tensorrt-rtx" in libraries.installed_flavors()
+    monkeypatch.setattr(libraries, "installed_flavors", lambda: ["tensorrt", "tensorrt-rtx"])
+    with pytest.raises(BackendError, match="are both installed: say which one with --flavor"):
+        import_tensorrt()
+    assert import_tensorrt("tensorrt-rtx").version
+    monkeypatch.setattr(libraries, "installed_flavors", list)
+    with pytest.raises(BackendError, match="TensorRT is not installed"):
+        import_tensorrt()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BackendError, match=r"medusa-export\[tensorrt-rtx\]"):
+        import_tensorrt("tensorrt-rtx")
+
+
+def test_a_timing_cache(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a flavor that measures does with one; TensorRT-RTX, in its place here, has the same calls and ignores it."""
+    library = libraries.TensorRTLibrary("tensorrt", import_tensorrt("tensorrt-rtx").trt)
+    path = tmp_path / "cache"
+    options = BuildOptions(EngineLimits(1, 64, 16), ("sm89",), opt_level=0, timing_cache=path)
+    write_engine(library, tiny_bundle, options, tmp_path / "engine")
+    assert path.stat().st_size > 0
+    assert CompiledEngine.load(tmp_path / "engine").flavor == "tensorrt"
+    builder = EngineBuilder(library, tiny_bundle, options)
+    builder._config()  # reads it again
+    for answers in ({"create_timing_cache.return_value": None}, {"set_timing_cache.return_value": False}):
+        config = Mock(**answers)
+        builder._builder = Mock(**{"create_builder_config.return_value": config})
+        builder.log.errors[:] = ["Skipping timing cache: it is of another device."]
+        with pytest.raises(EngineBuildError, match=r"cache can't be used: .* of another device") as raised:
+            builder._config()
+        assert "delete it, or give another file" in str(raised.value.remedy)
+    folder = replace(options, timing_cache=tmp_path)
+    with pytest.raises(EngineBuildError, match="can't be read"):
+        EngineBuilder(library, tiny_bundle, folder)._config()
+
+
+def test_a_flavor_that_builds_for_the_gpu_at_hand_only() -> None:
+    class Config:
+        pass
+
+    class Module:
+        IBuilderConfig = Config
+        __version__ = "10.15"
+
+    library = libraries.TensorRTLibrary("tensorrt", Module)
+    assert known_targets(library) == ()
+    with pytest.raises(EngineBuildError, match="drop --target"):
+        parse_targets(library, "sm89")
+
+
+def test_a_refused_node_is_named(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(bundle: Bundle, capacity: int) -> bytes:
+        model = onnx.load_from_string(graph_for_tensorrt(bundle, capacity))
+        node = next(node for node in model.graph.node if node.op_type == "Softmax" or node.op_type == "Sigmoid")
+        node.op_type, node.name = "Bernoulli", "the_odd_one"
+        return model.SerializeToString()
+
+    monkeypatch.setattr("medusa_export.targets.tensorrt.build.graph_for_tensorrt", spoil)
+    code, output = run("trt", tiny_bundle.folder, "-o", tmp_path / "out", "--target", "sm89", "-q")
+    assert code == 1
+    assert "'the_odd_one' (Bernoulli)" in output
+    assert "doesn't know the operator: update it" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_builder_failures_name_the_node_and_the_remedy(tiny_bundle: Bundle) -> None:
+    """Chunks longer than the caches: ``choose_limits`` refuses them, so the builder is asked directly."""
+    limits = EngineLimits(max_batch=2, capacity=32, max_prefill=64)
+    builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), tiny_bundle, BuildOptions(limits, ("sm89",)))
+    with pytest.raises(EngineBuildError, match="Raise --max-seq-len, or lower --max-prefill") as raised:
+        builder.build()
+    assert raised.value.node is not None and "cache_scatter" in raised.value.node
+    for said, helps in (
+        ("cudaError 35: CUDA driver version is insufficient", "update the driver"),
+        ("Requested amount of GPU memory could not be allocated: out of memory", "lower --max-batch or --max-seq-len"),
+        ("Cuda Runtime (cudaError 2: out of memory)", "lower --max-batch or --max-seq-len"),
+        ("Timing cache data is corrupted", "delete it, or give another file"),
+    ):
+        assert helps in str(remedy(said))
+    assert build_error([], ()).remedy is None
+    driver = "[checkMacros.cpp::catchCudaError::250] Error Code 1 (cudaError 35: CUDA driver version is insufficient)"
+    refused = build_error([f"the node is odd\n{driver}"], ["node"])
+    assert refused.remedy is None and "driver" not in str(refused)
+
+
+def test_engines_that_were_altered(tiny_engine: CompiledEngine, tmp_path: Path) -> None:
+    def spoiled(name: str) -> Path:
+        return Path(shutil.copytree(tiny_engine.folder, tmp_path / name))
+
+    cut = spoiled("cut")
+    with (cut / ENGINE).open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(BundleError, match="altered or cut off"):
+        CompiledEngine.load(cut, check_digests=False)
+    flipped = spoiled("flipped")
+    data = bytearray((flipped / ENGINE).read_bytes())
+    data[5000] ^= 1
+    (flipped / ENGINE).write_bytes(data)
+    with pytest.raises(BundleError, match="does not match the digest"):
+        CompiledEngine.load(flipped)
+    for name, change, words in (
+        ("newer", {"contract_version": 4}, "follows contract version 4"),
+        ("other", {"bundle": {"sha256": "0" * 64}}, "was built from another bundle"),
+        ("less", {"limits": {"max_batch": 1}}, "'limits.capacity' is missing"),
+        (
+            "shapes",
+            {"profiles": [{"name": "decode", "batch": [1], "sequence": [1, 2, 3]}]},
+            "batch': expected `array` of length 3",
+        ),
+    ):
+        folder = spoiled(name)
+        description = json.loads((folder / "engine.json").read_text())
+        (folder / "engine.json").write_text(json.dumps({**description, **change}))
+        with pytest.raises(BundleError, match=words):
+            CompiledEngine.load(folder)
+    (cut / "engine.json").write_text("{")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        CompiledEngine.load(cut)
+    assert CompiledEngine.load(tiny_engine.folder) == replace(tiny_engine)
+
+
+@pytest.mark.parametrize("overwrite", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_interrupted_build_leaves_nothing(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path, overwrite: bool
+) -> None:
+    """And what was there as it was."""
+    out = tmp_path / "out"
+    command = ["trt", str(tiny_bundle.folder), "-o", str(out), "--target", "sm89"]
+    if overwrite:
+        shutil.copytree(tiny_engine.folder, out)
+        command.append("--overwrite")
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from medusa_export.cli import main; main(prog_name='medusa-export')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "building for" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        errors = process.stderr.read()
+        process.wait(60)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert "Aborted" in errors
+    assert list(tmp_path.iterdir()) == ([out] if overwrite else [])
+    if overwrite:
+        assert CompiledEngine.load(out) == replace(tiny_engine, folder=out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it is run")
+def test_verify_says_that_it_was_not_run(tiny_model_folder: Path, untrained_bundle: Bundle, tmp_path: Path) -> None:
+    """Exit code 3, in every report, and no failure."""
+    bundle, engine = untrained_bundle.folder, tmp_path / "engine"
+    assert run("trt", bundle, "-o", engine, "--target", "sm89", "--opt-level", 0, "-q") == (0, "")
+    reports = tmp_path / "report.json", tmp_path / "report.xml"
+    for folder, backend, words in (
+        (engine, "tensorrt-rtx", "CUDA failed while looking for a GPU"),
+        (engine, "tensorrt", "holds an engine of tensorrt-rtx"),
+        (bundle, "onnxruntime-cuda", "has no CUDAExecutionProvider"),
+    ):
+        code, output = run(
+            "verify", folder, "--model", tiny_model_folder, "--backend", backend, "-q",
+            "--json", reports[0], "--junit", reports[1],
+        )  # fmt: skip
+        assert code == 3
+        assert output.startswith("not run: ") and words in output
+        report = json.loads(reports[0].read_text())
+        assert report["passed"] is False and words in report["not_run"]
+        assert "<skipped" in reports[1].read_text() and "<failure" not in reports[1].read_text()
+    code, output = run("verify", engine, "--model", tiny_model_folder, "-q")
+    assert code == 1
+    assert "holds an engine, which has no graph" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "target_sets", "most"),
+    [
+        ((), [("sm80",), ("sm86", "sm89"), TARGETS], 1.17),
+        (("--greedy-only",), [TARGETS], 1.11),
+    ],
+    ids=["default", "greedy only"],
+)
+def test_smollm2_is_built_within_its_bounds(
+    smollm2_gguf: str, tmp_path: Path, options: tuple[str, ...], target_sets: list[tuple[str, ...]], most: float
+) -> None:
+    """Layers, and bytes per byte of weights; docs/gpu.md says what comes on top of these."""
+    heads = Path(__file__).parents[2] / "scripts/smollm2_heads"
+    code, output = run(
+        "onnx", smollm2_gguf, "--heads", heads, "--calibration", heads / "calibration.json", "--dtype", "fp16",
+        *options, "-o", tmp_path / "bundle", "-q",
+    )  # fmt: skip
+    assert code == 0, output
+    bundle = Bundle.load(tmp_path / "bundle", check_digests=False)
+    limits = choose_limits(bundle, max_batch=4, max_seq_len=2048)
+    for targets in target_sets:
+        built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, targets)).build()
+        assert sum(built.layers.values()) < 3000
+        assert built.data.nbytes < most * bundle.files["model.onnx.data"].size

@@ -1,0 +1,435 @@
+"""Features and Medusa-1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from medusa_export.cli import main
+from medusa_export.common.errors import TrainingError
+from medusa_export.heads.files import load_heads
+from medusa_export.heads.modules import MedusaHeads
+from medusa_export.heads.writer import save_heads
+from medusa_export.training.calibrate import target_places
+from medusa_export.training.conversations import Sample
+from medusa_export.training.features import Features, _left, hidden_states, positions_of
+from medusa_export.training.job import SETTINGS
+from medusa_export.training.medusa1 import HeadLoss, _Positions, places
+from medusa_export.training.run import Schedule, run_training
+from medusa_export.training.teacher import Teacher
+from medusa_export.trees.calibration import Calibration
+from medusa_runtime import Bundle, MedusaEngine
+from medusa_runtime.decoding.lookup import DEEPEST_GUESS
+from support.full_disk import no_file_larger_than
+from support.tiny_models import tiny_model
+
+
+def test_positions() -> None:
+    sample = Sample([10, 11, 12, 13, 14, 15, 16], [False, False, True, True, True, False, True])
+    positions, targets = positions_of(sample, 3)
+    # From 11 the model says 12 and the heads 13 and 14; beyond that the turn has ended.
+    assert positions == [1, 2]
+    assert targets == [[13, 14, -1], [14, -1, -1]]
+
+
+def test_soft_targets_are_the_base_models_distribution_at_the_targets_place() -> None:
+    """With the base model's own projection, a head that knew the state ahead would have the least loss possible."""
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 16)
+    lm_head, embedding = torch.nn.Linear(16, 30, bias=False), torch.nn.Embedding(30, 16)
+    left = torch.tensor(_left([0, 1, 2, 3, 7, 8, 9, 10, 11]))
+    features = Features(hidden, torch.arange(9), torch.randint(30, (9, 2)), left)
+    assert features.left.tolist() == [3, 2, 1, 0, 4, 3, 2, 1, 0]
+    ahead = _Positions(features, ahead=True).__getitems__(range(9))["ahead"]
+    assert torch.equal(ahead[0], hidden[1:3])
+    assert ahead[3].isnan().all()
+    assert torch.equal(ahead[2, 0], hidden[3]) and ahead[2, 1].isnan().all()
+    loss = HeadLoss(MedusaHeads.fresh(2, lm_head), embedding, 30, teacher=lm_head, soft=1.0).train()
+    teacher = torch.softmax(lm_head(hidden[1:3]), -1)
+    own = torch.log_softmax(lm_head(hidden[0]), -1)  # a fresh head copies the base model
+    got = loss(hidden[:1], features.next_tokens[:1], features.targets[:1], ahead[:1])["loss"]
+    torch.testing.assert_close(got, -(teacher * own).sum(-1) @ torch.tensor([0.8, 0.64]))  # head k counts 0.8^k
+
+
+def test_a_batch_reaches_the_projection_as_one_product() -> None:
+    """Given other strides, torch copies the projection's weight for each row: 14 GB for a batch of 2,048."""
+    lm_head = torch.nn.Linear(64, 300, bias=False)
+    heads = MedusaHeads.fresh(3, lm_head, conditioned=True, token_map=torch.arange(200))
+    seen: list[torch.Tensor] = []
+    assert heads.common_projection is not None
+    heads.common_projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    states = torch.randn(128, 64)
+    assert heads(states, states).shape == (128, 3, 200)
+    assert seen[0].is_contiguous()
+
+
+def test_places() -> None:
+    logits = torch.tensor([[[0.1, 0.9, 0.5], [1.0, 2.0, 3.0]]])
+    assert places(logits, torch.tensor([[1, 0]]), torch.tensor([[5, 6]])).tolist() == [[0, 2]]
+    # A target outside of the draft vocabulary counts as missed; one that doesn't exist does not count.
+    assert places(logits, torch.tensor([[-1, -1]]), torch.tensor([[5, -1]])).tolist() == [[10, -1]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--conditioned", "--num-layers", 2, "--draft-vocab", 40, "--soft", 0.5),
+        pytest.param(("--plain",), marks=pytest.mark.slow),
+        pytest.param(("--plain", "--own-projections", "--draft-vocab", 60), marks=pytest.mark.slow),
+    ],
+)
+def test_trained_heads_learn_and_decode_losslessly(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    out = tmp_path / "heads"
+    arguments = [
+        "train", tiny_model_folder, "--data", data, "-o", out, "--num-heads", 2, "--epochs", 12, "--batch-size", 16,
+        "-q", *options,
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    losses = [entry["loss"] for entry in json.loads((out / "training.json").read_text())["training"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert (out / "training.png").stat().st_size > 1000
+    model = tiny_model("llama")
+    heads = load_heads(out, model)
+    assert heads.config.conditioned == ("--conditioned" in options)
+    bundle = tmp_path / "bundle"
+    arguments = ["onnx", tiny_model_folder, "--heads", out, "--top-k", 4, "-o", bundle, "-q"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    with MedusaEngine.load(bundle) as engine:
+        tokens = [
+            engine.generate("A prompt", max_new_tokens=32, tree_size=size).token_ids
+            for size in (1, 3, engine.bundle.tree.size)
+        ]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["train", tiny_model_folder, "--data", data, "--num-heads", 2, "--batch-size", 16, "-q"]
+
+    def train(folder: Path, epochs: int) -> dict[str, torch.Tensor]:
+        command = [str(a) for a in (*arguments, "-o", folder, "--epochs", epochs)]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return dict(load_heads(folder, tiny_model("llama")).state_dict())
+
+    whole = train(tmp_path / "whole", 2)
+    checkpoints = sorted((tmp_path / "whole" / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    assert len(checkpoints) == 2
+    # As after a kill in the second epoch.
+    (tmp_path / "again" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / SETTINGS, tmp_path / "again")
+    checkpoints[0].rename(tmp_path / "again" / "checkpoints" / checkpoints[0].name)
+    again = train(tmp_path / "again", 2)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, msg=name)
+
+
+def test_a_training_goes_on_as_the_same_one_only(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """It would take the checkpoints of the one before for its own, and pass its heads off as trained anew."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((data / "train.jsonl").read_text() + (data / "heldout.jsonl").read_text())
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(rows.read_text().split("\n", 3)[3])
+    out = tmp_path / "out"
+
+    def train(*options: object) -> Result:
+        command = ["train", tiny_model_folder, "-o", out, "--batch-size", 16, *options]
+        return CliRunner().invoke(main, [*map(str, command), "--epochs", "2", "-q"])
+
+    sources = ("--data", rows, "--heldout", 0.3)
+    first = (*sources, "--num-heads", 2)
+    assert train(*first).exit_code == 0
+    assert train(*first, "--save-dtype", "fp32").exit_code == 0
+    for options, words in [
+        ((*first, "--learning-rate", 0.5), "learning_rate = 0.002, not 0.5"),
+        ((*first, "--draft-vocab", 30), "draft_vocab = None, not 30"),
+        ((*sources, "--heads", out), "heads = "),
+        ((*first, "--heldout", 0.4), "heldout = 0.3, not 0.4"),
+        (("--data", fewer, *first[2:]), "data = "),
+    ]:
+        result = train(*options)
+        assert result.exit_code == 1
+        assert f"was begun with {words}" in result.output
+    (out / SETTINGS).unlink()
+    result = train(*first)
+    assert result.exit_code == 1
+    assert "holds checkpoints but no settings.json" in result.output
+    for checkpoint in (out / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)  # as where a training failed before it wrote any: nothing depends on its options
+    result = train(*first, "--learning-rate", 0.01)
+    assert result.exit_code == 0, result.output
+
+
+def test_another_chat_template_is_other_data(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model_folder, model)
+    command = ["train", model, "--data", data, "-o", out, "--num-heads", 2, "--epochs", 1, "-q"]
+    assert CliRunner().invoke(main, [*map(str, command)]).exit_code == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{%", "!{%", 1))
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 1
+    assert "was begun with data = " in result.output
+
+
+def test_what_comes_with_heads_is_not_asked_for(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path, "--heads", tmp_path, "--plain"]
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 2
+    assert "leave --conditioned and --plain out" in result.output
+
+
+def test_heads_do_not_go_where_a_model_is(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Said before hours are spent."""
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    command = ["train", tmp_path / "model", "--data", data, "-o", tmp_path / "model", "-q"]
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 1
+    assert "is the configuration of a llama model" in result.output
+    assert not (tmp_path / "model" / "features").exists()
+
+
+def test_a_loss_that_is_no_number_is_an_error(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["train", tiny_model_folder, "--data", data, "-o", out, "--num-heads", 2, "--learning-rate", 1e38, "-q"]
+    result = CliRunner().invoke(main, [*map(str, command), "--batch-size", "16", "--epochs", "4"])
+    assert result.exit_code == 1
+    assert "no longer a number" in result.output
+    assert not (out / "medusa_lm_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "granite", "gemma2"])
+def test_the_teacher_says_what_the_model_says(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.tensor([[5, 9, 33, 7]])
+    everywhere = torch.ones_like(ids)
+    with torch.no_grad():
+        hidden, logits = hidden_states(model, ids, everywhere, everywhere.bool())
+        torch.testing.assert_close(Teacher(model, None)(hidden[0]), logits[0].float(), rtol=1e-4, atol=1e-6)
+        few = torch.tensor([3, 20, 21])
+        torch.testing.assert_close(Teacher(model, few)(hidden[0]), logits[0][:, few].float(), rtol=1e-4, atol=1e-6)
+
+
+def test_no_teacher_and_no_rank_comes_from_logits_that_are_no_numbers() -> None:
+    model = tiny_model("llama")
+    heads = MedusaHeads.fresh(2, model.get_output_embeddings())
+    torch.nn.init.constant_(heads.layers[0].weight, torch.nan)
+    features = Features(torch.ones(3, 64), torch.ones(3), torch.ones(3, 2), torch.zeros(3))
+    features = replace(features, next_tokens=features.next_tokens.long(), targets=features.targets.int())
+    with pytest.raises(TrainingError, match="heads' logits are not finite numbers"):
+        target_places(heads, model.get_input_embeddings(), model.get_output_embeddings(), features)
+    model.model.norm.weight[0] = torch.nan
+    with pytest.raises(TrainingError, match="gives logits that are not finite numbers"):
+        Teacher(model, None)
+
+
+def test_a_model_that_no_teacher_is_known_for_is_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda _, __, logits: 3 * logits)
+    with pytest.raises(TrainingError, match="without --soft"):
+        Teacher(model, None)
+
+
+class Scale(torch.nn.Module):
+    """As little as there is to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = (self.weight * targets - 1).square().mean()
+        return {"loss": loss} if self.training else {"loss": loss, "places": targets}
+
+
+def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many it sees: transformers would give each of them a batch."""
+
+    def with_two(**options: Any) -> TrainingArguments:
+        arguments = TrainingArguments(**options)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr("medusa_export.training.run.TrainingArguments", with_two)
+    assert scaled(Scale(), tmp_path, epochs=1)[-1]["step"] == 4
+
+
+def scaled(module: Scale, checkpoints: Path, *, epochs: float) -> list[dict[str, Any]]:
+    """Four steps per epoch."""
+    return run_training(
+        module,
+        [torch.tensor([0.5])] * 16,
+        [torch.tensor([0.5])] * 4,
+        Schedule(epochs=epochs, learning_rate=0.1, batch_size=4),
+        checkpoints,
+        collate=lambda batch: {"targets": torch.stack(batch)},
+        metrics=lambda *_: {},
+        device=torch.device("cpu"),
+        quiet=True,
+    )
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 2])
+def test_a_finished_training_is_as_it_was(tmp_path: Path, epochs: float) -> None:
+    first, again = Scale(), Scale()
+    history = scaled(first, tmp_path, epochs=epochs)
+    assert [entry["epoch"] for entry in history if "eval_loss" in entry] == [0, *range(1, int(epochs)), epochs]
+    assert first.weight != 1
+    assert scaled(again, tmp_path, epochs=epochs) == [entry for entry in history if "train_runtime" not in entry]
+    assert again.weight == first.weight
+
+
+def test_soft_targets_need_hidden_states_that_are_kept(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path / "out", "--soft", 0.5, "-q"]
+    result = CliRunner().invoke(main, [*map(str, command), "--hidden-states", "online"])
+    assert result.exit_code == 1
+    assert "--soft" in result.output
+    # As the sentence says, in the same folder: nothing there depends on other options yet.
+    result = CliRunner().invoke(main, [*map(str, command), "--epochs", "1", "--hidden-states", "cached"])
+    assert result.exit_code == 0, result.output
+
+
+def test_more_tokens_than_there_are_are_refused(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path / "out", "--draft-vocab", 10**6, "-q"]
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 1
+    assert "can't propose 1,000,000 tokens" in result.output
+
+
+# Sizes are such that the first file to reach the limit is the one named.
+@pytest.mark.parametrize(
+    ("limit", "words", "options"),
+    [
+        (20_000, "000000.safetensors can't be written", ()),
+        # Its weights, by safetensors.
+        pytest.param(60_000, "A checkpoint can't be written", (), marks=pytest.mark.slow),
+        (90_000, "A checkpoint can't be written", ("--hidden-states", "online")),  # its optimizer, by torch
+        pytest.param(
+            180_000, "The model can't be written", ("--recipe", "medusa2", "--lora-rank", 1), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_training_with_no_room_goes_on(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, limit: int, words: str, options: tuple[object, ...]
+) -> None:
+    def train(folder: Path) -> Result:
+        command = ["train", tiny_model_folder, "--data", data, "-o", folder, "--num-heads", 2, "--epochs", 2, *options]
+        return CliRunner().invoke(main, [*map(str, command), "-q"])
+
+    with no_file_larger_than(limit):
+        result = train(tmp_path / "full")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert words in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not list((tmp_path / "full").rglob("*.partial*"))
+    assert all((checkpoint / "trainer_state.json").is_file() for checkpoint in tmp_path.rglob("checkpoint-*"))
+    for folder in ("full", "whole"):
+        result = train(tmp_path / folder)
+        assert result.exit_code == 0, (result.output, result.exception)
+    expected = load_file(tmp_path / "whole" / "medusa_lm_head.safetensors")
+    for name, tensor in load_file(tmp_path / "full" / "medusa_lm_head.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def flip_a_byte(path: Path) -> None:
+    """In its last quarter, where a file of tensors holds their values."""
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 4] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(cut, marks=pytest.mark.slow)])
+def test_damage_to_what_a_training_keeps_is_found(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    out = tmp_path / "out"
+    command = ["train", tiny_model_folder, "--data", data, "-o", out, "--num-heads", 2, "--epochs", 2, "-q"]
+
+    def train() -> Result:
+        return CliRunner().invoke(main, list(map(str, command)))
+
+    assert train().exit_code == 0
+    shard = next((out / "features").glob("train-*/000000.safetensors"))
+    damage(shard)
+    result = train()
+    assert result.exit_code == 1
+    assert f"{shard} is damaged" in result.output
+    shard.unlink()
+    assert train().exit_code == 0
+    last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+    cut(last / "model.safetensors")
+    result = train()
+    assert result.exit_code == 1
+    assert f"{last} is damaged" in result.output
+    shutil.rmtree(last)
+    (before,) = (out / "checkpoints").iterdir()
+    for name, content in (("optimizer.pt", None), ("optimizer.pt", b""), ("rng_state.pth", b"")):
+        whole = (before / name).read_bytes()
+        (before / name).write_bytes(whole[:-100] if content is None else content)
+        result = train()
+        assert result.exit_code == 1
+        assert f"{before} is damaged" in result.output
+        (before / name).write_bytes(whole)
+    assert train().exit_code == 0
+
+
+def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    heads = MedusaHeads.fresh(2, tiny_model("llama").lm_head)
+    save_heads(heads, tmp_path / "heads", base_model_name_or_path="base")
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    common = ("calibrate", tiny_model_folder, "--heads", tmp_path / "heads", "-q")
+    run(*common, "--data", data, "-o", tmp_path / "once.json", "--plot", tmp_path / "c.png")
+    run(*common, "--data", data, "--data", data, "-o", tmp_path / "twice.json")
+    run(*common, "--data", data, "--no-lookup", "-o", tmp_path / "alone.json")
+    run(*common, "--data", data, "--no-lookup", "--dtype", "bf16", "--device", "cpu", "-o", tmp_path / "bf16.json")
+    rounded = Calibration.load(tmp_path / "bf16.json").accuracies
+    once, twice, alone = (Calibration.load(tmp_path / f"{name}.json") for name in ("once", "twice", "alone"))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "to and fro, " * 9}]
+    (tmp_path / "again.jsonl").write_text(json.dumps({"messages": turns}))
+    run(*common, "--data", tmp_path / "again.jsonl", "-o", tmp_path / "again.json")
+    again = Calibration.load(tmp_path / "again.json")
+    assert 0 < again.guess_share < 1 and not alone.guessed
+    assert again.guessed[(0,) * DEEPEST_GUESS] > 0.5 > again.guessed.get((1,), 0)
+    assert alone.accuracies == once.accuracies
+    assert np.abs(np.array(rounded) - np.array(once.accuracies)).max() < 0.05
+    assert twice.positions == 2 * once.positions
+    assert twice.accuracies == once.accuracies
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    assert "tokens" in run("tree", tmp_path / "once.json", "--size", 6, "-o", tmp_path / "tree.json", "-q")
+    run("onnx", tiny_model_folder, "--heads", tmp_path / "heads", "--calibration", tmp_path / "once.json",
+        "--tree", tmp_path / "tree.json", "-o", tmp_path / "bundle", "-q")  # fmt: skip
+    acceptance = Bundle.load(tmp_path / "bundle").acceptance
+    assert acceptance.source == "calibrated"
+    assert acceptance.node_values[0] == 1 and len(acceptance.node_values) == 6
+    save_heads(MedusaHeads.fresh(3, tiny_model("llama").lm_head), tmp_path / "three", base_model_name_or_path="base")
+    arguments = ["onnx", tiny_model_folder, "--heads", tmp_path / "three", "--calibration", tmp_path / "once.json"]
+    result = CliRunner().invoke(main, [*map(str, arguments), "-o", str(tmp_path / "other"), "-q"])
+    assert result.exit_code == 2
+    assert "is of 2 heads, but these are 3" in result.output
+    # No other path was ever right, and a tree says so where it is smaller than was asked for.
+    result = CliRunner().invoke(main, ["tree", str(tmp_path / "once.json"), "--size", "100000", "-q"])
+    assert "nodes, not 100000" in result.output

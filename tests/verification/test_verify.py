@@ -1,0 +1,415 @@
+"""``verify`` passes what is right, and catches what is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import helper, numpy_helper
+from transformers import GenerationConfig
+
+from medusa_export.cli import main
+from medusa_export.common.errors import VerificationError
+from medusa_export.heads.modules import MedusaHeads
+from medusa_export.step.step import MedusaStep
+from medusa_export.verification.bundle import verify_bundle
+from medusa_export.verification.checks import Check, Tolerances, Verification
+from medusa_export.verification.reference import Prompt, reference_tokens
+from medusa_export.verification.report import as_json, as_junit
+from medusa_export.verification.steps import StepChecks, _Logits, graph_checks
+from medusa_runtime import Bundle, Tree
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH, GRAPHS, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.listed_folder import FileFacts
+from support.decoding import TREE, guessing_heads, make_step
+from support.stock import Stock
+from support.tiny_models import SEEDS, families, tiny_model
+
+PROMPTS = [[(7 * i * i + 3) % 101 for i in range(13)], [(5 * i * i + 11 * i + 1) % 101 for i in range(22)]]
+
+
+@pytest.fixture(scope="module")
+def step() -> MedusaStep:
+    model = tiny_model("llama")
+    return make_step(model, guessing_heads(model))
+
+
+@pytest.fixture
+def copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+
+
+def redescribe(folder: Path) -> Bundle:
+    """The bundle with the digests of what its files hold now."""
+    path = folder / DESCRIPTION
+    data = json.loads(path.read_text())
+    for name in data["files"]:
+        facts = FileFacts.of(folder / name)
+        data["files"][name] = {"size": facts.size, "sha256": facts.sha256}
+    path.write_text(json.dumps(data))
+    return Bundle.load(folder)
+
+
+def failed(outcome: Verification) -> set[str]:
+    return {check.name for check in outcome.checks if not check.passed}
+
+
+def verify(bundle: Bundle, step: MedusaStep) -> Verification:
+    return verify_bundle(bundle, step, PROMPTS, max_new_tokens=40)
+
+
+def test_a_right_bundle_passes(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    outcome = verify(tiny_bundle, step)
+    assert outcome.passed, [(check.name, check.notes) for check in outcome.checks]
+    names = [check.name for check in outcome.checks]
+    assert names == [
+        "model.onnx: logits",
+        "model.onnx: head logits",
+        "model.onnx: integers of a step",
+        "model.onnxruntime.onnx: logits",
+        "model.onnxruntime.onnx: integers of a step",
+        "model.onnxruntime.batch.onnx: logits",
+        "model.onnxruntime.batch.onnx: integers of a step",
+        "tokens, tree size 1",
+        "tokens, tree size 5",
+        "tokens, tree size 9",
+        "sampled tokens",
+    ]
+    integers = outcome.checks[2]
+    assert set(integers.figures) == {"accepted_1", "accepted_2", "accepted_3", "accepted_4", "accepted_5"}
+
+
+def test_depths_take_turns_whatever_small_trees_reach() -> None:
+    checks = StepChecks.__new__(StepChecks)
+    checks._tree, checks._turns = Tree(tuple((0,) * depth for depth in range(1, 9))), Counter()
+    rng = np.random.default_rng(0)
+    for size in (1, 4, 1, 4, 1, 4):
+        assert checks._next_node(size, rng) < size
+    assert [checks._next_node(9, rng) for _ in range(5)] == [8, 7, 6, 5, 4]
+
+
+def edit(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Bundle:
+    path = folder / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    return redescribe(folder)
+
+
+def test_a_wrong_weight_is_caught(copy: Path, step: MedusaStep) -> None:
+    data = copy / "model.onnx.data"
+    raw = np.fromfile(data, np.float32)
+    raw[len(raw) // 2 : len(raw) // 2 + 64] += 1.0
+    raw.tofile(data)
+    wrong = failed(verify(redescribe(copy), step))
+    assert {"model.onnx: logits", "model.onnxruntime.onnx: logits"} <= wrong
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_graph_that_gives_no_numbers_is_caught(copy: Path, step: MedusaStep, tmp_path: Path, value: float) -> None:
+    """NaN is neither larger nor smaller than a tolerance: it fails every check, and no figure hides it."""
+    data = copy / "model.onnx.data"
+    raw = np.fromfile(data, np.float32)
+    raw[len(raw) // 2] = value
+    raw.tofile(data)
+    outcome = verify(redescribe(copy), step)
+    assert failed(outcome) == {check.name for check in outcome.checks}
+    checks = {check.name: check for check in outcome.checks}
+    for graph in GRAPHS:
+        logits = checks[f"{graph}: logits"]
+        assert np.isnan(logits.figures["cosine"])
+        assert any("rows of logits hold NaN or infinity" in note for note in logits.notes)
+    for name in ("tokens, tree size 1", "sampled tokens"):
+        assert any("are not finite numbers" in note for note in checks[name].notes)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    written = json.loads(as_json(outcome), parse_constant=refuse)
+    assert written["passed"] is False
+    assert written["checks"][0]["figures"]["cosine"] is None
+    assert "NaN or infinity" in as_junit(outcome)
+
+
+@pytest.mark.parametrize("worst", [0.0, np.nan])
+def test_no_figure_loses_a_nan_that_came_first_or_last(worst: float) -> None:
+    rows = [np.ones((1, 4), np.float32), np.full((1, 4), np.nan, np.float32), np.ones((1, 4), np.float32)]
+    for reference_too in (False, True):
+        logits = _Logits("logits", Tolerances.of("float32"))
+        for row in rows[1:] if np.isnan(worst) else rows:
+            logits.add(row, row if reference_too else rows[0])
+        assert logits.check.mismatches == 1
+        assert all(np.isnan(logits.check.figures[name]) for name in ("max_abs", "cosine", "norm_ratio_error"))
+
+
+def test_a_wrong_mask_bit_is_caught(copy: Path, step: MedusaStep) -> None:
+    size = 9
+
+    def change(model: onnx.ModelProto) -> None:
+        tables = [
+            t
+            for t in model.graph.initializer
+            if t.data_type == onnx.TensorProto.BOOL and list(t.dims) == [size * (size + 2)]
+        ]
+        (table,) = tables
+        values = numpy_helper.to_array(table).copy()
+        place = 4 * (size + 2) + 1 + 1  # node 4, (0, 0, 0), no longer sees node 1, its ancestor (0,)
+        assert values[place]
+        values[place] = False
+        table.CopyFrom(numpy_helper.from_array(values, table.name))
+
+    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
+
+
+def test_a_wrong_position_is_caught(copy: Path, step: MedusaStep) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        tables = [
+            t
+            for t in model.graph.initializer
+            if t.data_type == onnx.TensorProto.INT64 and np.array_equal(numpy_helper.to_array(t), TREE.depths)
+        ]
+        (table,) = tables
+        values = numpy_helper.to_array(table).copy()
+        values[4] += 1
+        table.CopyFrom(numpy_helper.from_array(values, table.name))
+
+    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
+
+
+def test_a_wrong_commit_index_is_caught(copy: Path, step: MedusaStep) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if "next_pending_kv" in node.output)
+        model.graph.initializer.append(numpy_helper.from_array(np.array(1), "one_off"))
+        place = list(model.graph.node).index(node)
+        model.graph.node.insert(place, helper.make_node("Sub", [node.input[1], "one_off"], ["wrong_rows"]))
+        model.graph.node[place + 1].input[1] = "wrong_rows"
+
+    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
+
+
+def test_a_wrong_derived_graph_is_caught(copy: Path, step: MedusaStep) -> None:
+    path = copy / "model.onnxruntime.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            next(a for a in node.attribute if a.name == "epsilon").f = 0.5
+    path.write_bytes(model.SerializeToString())
+    wrong = failed(verify(redescribe(copy), step))
+    assert "model.onnxruntime.onnx: logits" in wrong
+    assert "model.onnx: logits" not in wrong
+
+
+def test_a_wrong_draw_is_caught(copy: Path, step: MedusaStep) -> None:
+    path = copy / "model.onnxruntime.onnx"
+    model = onnx.load(path, load_external_data=False)
+
+    def mistake(graph: onnx.GraphProto) -> int:
+        """Takes p * E for p / E in both races."""
+        count = 0
+        numbers = {node.output[0] for node in graph.node if node.op_type == "Gather"}
+        for node in graph.node:
+            if node.op_type == "Div" and node.input[1] in numbers:
+                node.op_type = "Mul"
+                count += 1
+            count += sum(mistake(attribute.g) for attribute in node.attribute if attribute.type == attribute.GRAPH)
+        return count
+
+    assert mistake(model.graph) == 2
+    path.write_bytes(model.SerializeToString())
+    assert failed(verify(redescribe(copy), step)) == {"sampled tokens"}
+
+
+def test_wrong_heads_are_caught(tiny_bundle: Bundle) -> None:
+    model = tiny_model("llama")
+    other = make_step(model, guessing_heads(model, seed=6))
+    wrong = failed(verify(tiny_bundle, other))
+    assert {"model.onnx: head logits", "model.onnx: integers of a step"} <= wrong
+
+
+def test_nothing_compared_is_a_failure(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    assert not Check("empty").passed
+    assert not Verification([], verify(tiny_bundle, step).tolerances).passed
+    assert not verify_bundle(tiny_bundle, step, [], max_new_tokens=8).passed
+
+
+def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    with pytest.raises(VerificationError, match="number of layers"):
+        verify(tiny_bundle, make_step(model, guessing_heads(model)))
+
+
+def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:
+    """Two tokens with one and the same row of lm_head: whichever is taken, the margin is 0."""
+    bundle = stock.export(heads=False).bundle
+    other = tiny_model("llama")
+    weight = other.get_output_embeddings().weight
+    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], max_new_tokens=12)
+    assert outcome.passed
+    # A twin of the first token: the reference now prefers it, by less than the margin.
+    token = reference_tokens(make_step(other, None, Tree()), PROMPTS[0], 1)[0]
+    weight[0 if token else 1] = weight[token] * (1 + 1e-6)
+    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], max_new_tokens=12)
+    tokens = outcome.checks[-2]
+    assert tokens.passed
+    assert any(note.startswith("tie: ") for note in tokens.notes)
+
+
+class OneBehind(OnnxRuntimeBackend):
+    """Forgets an entry where a step accepted two tokens or more, in one row."""
+
+    def step(self, size: int, prompts: Any = None) -> StepResult:
+        result = super().step(size, prompts)
+        if result.count[1] > 1 and 1 not in (prompts or {}):
+            self._lengths[1] -= 1
+        return result
+
+
+class Reordered(OnnxRuntimeBackend):
+    """Drafts another root than it emits."""
+
+    def step(self, size: int, prompts: Any = None) -> StepResult:
+        result = super().step(size, prompts)
+        self.drafts[:, 0] = (self.drafts[:, 0] + 1) % 101
+        return result
+
+
+@pytest.mark.parametrize(("kind", "words"), [(OneBehind, "next_cache_lengths of row 1"), (Reordered, "next_input_ids")])
+def test_a_wrong_integer_is_no_tie(tiny_bundle: Bundle, step: MedusaStep, kind: Any, words: str) -> None:
+    """However close some logits may be: the margins of half precision are found everywhere."""
+    backend = kind(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph)
+    prompts = [Prompt(ids, reference_tokens(step, ids, 40)) for ids in PROMPTS]
+    checks = StepChecks(tiny_bundle, step, "wrong", backend, [], Tolerances.of("float16"))
+    (integers,) = checks.run(prompts, [9], [5])
+    assert not integers.passed
+    assert any(note.startswith(words) for note in integers.notes)
+
+
+def test_the_graph_for_several_rows_is_held_against_several(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    tolerances = Tolerances.of("float32")
+    rows = {name: graph_checks(tiny_bundle, step, name, tolerances)._rows for name in GRAPHS}
+    assert rows == {GRAPH: 2, ONNXRUNTIME_GRAPH: 1, ONNXRUNTIME_BATCH_GRAPH: 2}
+
+
+def test_room_is_asked_for_as_much_as_prompts_need(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    """An engine may have no more, however long its chunks may be."""
+    asked: list[int] = []
+
+    class Small(OnnxRuntimeBackend):
+        def reserve(self, capacity: int) -> None:
+            asked.append(capacity)
+            super().reserve(capacity)
+
+    backend = Small(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph)
+    prompts = [Prompt(ids, reference_tokens(step, ids, 40)) for ids in PROMPTS]
+    checks = StepChecks(tiny_bundle, step, "small", backend, [], Tolerances.of("float32"))
+    assert checks.run(prompts, [9], [507])[0].passed
+    assert max(asked) < 150
+
+
+def test_prompts_alone_are_not_enough(stock: Stock) -> None:
+    """Where each answer ends with its first token, no decoding step is compared."""
+    exported = stock.export(heads=False)
+    backend = OnnxRuntimeBackend(exported.bundle, rows=2, threads=1, graph=exported.bundle.graph)
+    prompts = [Prompt(ids, reference_tokens(exported.step, ids, 1)) for ids in PROMPTS]
+    checks = StepChecks(exported.bundle, exported.step, "short", backend, [], Tolerances.of("float32"))
+    (integers,) = checks.run(prompts, [1], [64])
+    assert not integers.passed
+    assert "No step accepted 1 tokens" in integers.notes[-1]
+
+
+def test_the_reference_is_greedy_whatever_the_model_is_used_to(step: MedusaStep) -> None:
+    expected = reference_tokens(step, PROMPTS[0], 40)
+    own = step.model.generation_config
+    step.model.generation_config = GenerationConfig(
+        repetition_penalty=1.5, no_repeat_ngram_size=2, num_beams=3, temperature=0.2, do_sample=True, min_new_tokens=5
+    )
+    try:
+        assert reference_tokens(step, PROMPTS[0], 40) == expected
+        assert step.model.generation_config.repetition_penalty == 1.5
+    finally:
+        step.model.generation_config = own
+
+
+@pytest.mark.parametrize("family", families("llama", others=("qwen3",)))
+def test_without_heads(stock: Stock, family: str) -> None:
+    exported = stock.export(family, SEEDS.get(family, 0), heads=False)
+    assert verify_bundle(exported.bundle, exported.step, PROMPTS, max_new_tokens=12).passed
+
+
+def test_half_precision(stock: Stock) -> None:
+    exported = stock.export(dtype="float16")
+    bundle, reference = exported.bundle, exported.step.float()
+    assert bundle.dtype == "float16"
+    outcome = verify_bundle(bundle, reference, PROMPTS, max_new_tokens=24)
+    assert all(check.compared for check in outcome.checks)
+    wrong = [(c.name, c.notes) for c in outcome.checks if not c.passed and "No step accepted" not in str(c.notes)]
+    assert not wrong
+
+
+def test_command_writes_reports(tiny_model_folder: Path, untrained_bundle: Bundle, tmp_path: Path) -> None:
+    runner = CliRunner()
+    bundle = Path(shutil.copytree(untrained_bundle.folder, tmp_path / "bundle"))
+    report, junit = tmp_path / "out" / "report.json", tmp_path / "junit.xml"
+    arguments = [
+        "verify",
+        str(bundle),
+        "--model",
+        str(tiny_model_folder),
+        "-n",
+        "40",
+        "--json",
+        str(report),
+        "--junit",
+        str(junit),
+    ]
+    result = runner.invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads(report.read_text())
+    assert data["passed"] is True
+    assert {check["name"] for check in data["checks"]} >= {"model.onnx: logits", "tokens, tree size 1"}
+    suite = ElementTree.parse(junit).getroot()
+    assert int(suite.get("tests", 0)) == len(data["checks"])
+    assert suite.get("failures") == "0"
+
+    raw = np.fromfile(bundle / "model.onnx.data", np.float32)
+    raw[: len(raw) // 2] *= 1.5
+    raw.tofile(bundle / "model.onnx.data")
+    redescribe(bundle)
+    result = runner.invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "error: " in result.output
+    assert json.loads(report.read_text())["passed"] is False
+    assert ElementTree.parse(junit).getroot().get("failures") != "0"
+
+
+def test_trained_heads_have_to_be_given(tiny_bundle: Bundle, tiny_model_folder: Path) -> None:
+    result = CliRunner().invoke(main, ["verify", str(tiny_bundle.folder), "--model", str(tiny_model_folder), "-q"])
+    assert result.exit_code == 1
+    assert "--heads" in result.output
+
+
+def test_fresh_heads_are_made_again() -> None:
+    model = tiny_model("llama")
+    first, second = (MedusaHeads.fresh(2, model.get_output_embeddings()) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2_gguf: str, tmp_path: Path) -> None:
+    runner = CliRunner()
+    bundle = str(tmp_path / "bundle")
+    assert runner.invoke(main, ["onnx", smollm2_gguf, "--init-heads", "4", "-o", bundle, "-q"]).exit_code == 0
+    result = runner.invoke(
+        main, ["verify", bundle, "--model", smollm2_gguf, "-n", "24", "--tree-sizes", "1,4,10,full", "-q"]
+    )
+    assert result.exit_code == 0, result.output
