@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_tokenizer import CHATML, LLAMA2, byte_level
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from medusa_export.cli import main
@@ -21,8 +20,10 @@ from medusa_export.verification.bundle import verify_bundle
 from medusa_export.verification.reference import reference_tokens
 from medusa_runtime import Bundle, MedusaEngine, Tree
 from support.decoding import make_step
+from support.template_texts import CHATML, LLAMA2
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import make_tokenizer
+from support.tokenizer_kinds import byte_level
 
 
 def turns(user: str, assistant: str, opening: str, *, start: str = "", end: str = "", system: str = "") -> str:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from test_tensorrt_backend import PROMPTS, Machine
 
 from medusa_runtime import Bundle
-from medusa_runtime.backends import tensorrt as backend_module
+from medusa_runtime.backends.tensorrt import backend as backend_module
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.bundles.compiled import CompiledEngine
 from support.decoding import guessing_heads, make_step

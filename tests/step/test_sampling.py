@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from medusa_export.step import sampling
 from medusa_export.step.eager import EagerBackend
 from medusa_export.step.sampling import SamplingInputs, sample
-from medusa_export.step.step import MedusaStep, sampling
+from medusa_export.step.step import MedusaStep
 from medusa_runtime import Bundle, BundleError, MedusaEngine, RequestError, SamplingParams, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend

@@ -36,7 +36,7 @@ from medusa_export.targets.tensorrt.build import (
 from medusa_export.targets.tensorrt.messages import build_error, remedy
 from medusa_export.targets.tensorrt.rewrites import REWRITES, graph_for_tensorrt
 from medusa_runtime import BackendError, Bundle, BundleError
-from medusa_runtime.backends.tensorrt.backend import library as libraries
+from medusa_runtime.backends.tensorrt import library as libraries
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
 from medusa_runtime.bundles.bundle import DESCRIPTION
 from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, EngineLimits

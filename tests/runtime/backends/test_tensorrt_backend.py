@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from medusa_export.verification.backend import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
-from medusa_runtime.backends import cuda as cuda_module
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends import tensorrt as backend_module
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.backends.tensorrt import backend as backend_module
+from medusa_runtime.backends.tensorrt import cuda as cuda_module
 from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa_runtime import Bundle, latency
+from medusa_runtime import Bundle
+from medusa_runtime.decoding import latency
 
 
 class Machine:

@@ -12,7 +12,6 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import KINDS, SENTENCES, byte_fallback, byte_level, plain_words, unigram, word_piece
 from tokenizers import decoders
 
 from medusa_runtime import Bundle, MedusaEngine
@@ -22,6 +21,7 @@ from medusa_runtime.text.limits import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from medusa_runtime.text.stop_strings import StopFinder, check_stop
 from medusa_runtime.text.stream import TextStream, _CleanUp
 from medusa_runtime.text.tokenizer import Tokenizer, clean_up_spaces
+from support.tokenizer_kinds import KINDS, SENTENCES, byte_fallback, byte_level, plain_words, unigram, word_piece
 
 REPLACEMENT = "\ufffd"
 
