@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from test_tensorrt_backend import PROMPTS, Machine
 
 from medusa_runtime import Bundle
 from medusa_runtime.backends.tensorrt import backend as backend_module
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.bundles.compiled import CompiledEngine
 from support.decoding import guessing_heads, make_step
+from support.machine import PROMPTS, Machine
 from support.script import load_script
 from support.tiny_models import tiny_model
 

@@ -21,32 +21,15 @@ from medusa_runtime.backends.tensorrt import backend as backend_module
 from medusa_runtime.backends.tensorrt import cuda as cuda_module
 from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 from medusa_runtime.backends.tensorrt.cuda import Cuda
-from medusa_runtime.backends.tensorrt.library import TensorRTLibrary
 from medusa_runtime.bundles.compiled import CompiledEngine
 from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.decoding.lookup import TokenLookup
 from medusa_runtime.errors import OutOfDeviceMemoryError
 from medusa_runtime.sampling import Draws, SamplingParams
 from support.decoding import TREE, decode, greedy, guessing_heads, make_step
-from support.stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, StandInTensorRT, cudaError_t
+from support.machine import PROMPTS, Machine
+from support.stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, cudaError_t
 from support.tiny_models import tiny_model
-
-PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6, 20))]
-
-
-class Machine:
-    """A stand-in GPU with an engine for it."""
-
-    def __init__(self, bundle: Bundle, engine: CompiledEngine, graph: Path | None = None, **device: object) -> None:
-        self.cuda = StandInCuda(**device)
-        limits = engine.limits
-        self.trt = StandInTensorRT(bundle, self.cuda, limits.capacity, (bundle.tree.size, limits.max_prefill), graph)
-        self.library = TensorRTLibrary("tensorrt-rtx", self.trt)
-        self.description = replace(engine, version=self.trt.__version__)
-        self.bundle = bundle
-
-    def backend(self, rows: int = 1) -> TensorRTBackend:
-        return TensorRTBackend(self.bundle, self.description, rows=rows, library=self.library, cuda=Cuda(self.cuda))
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -14,15 +12,7 @@ from medusa_export.step.step import MedusaStep
 from medusa_export.trees.named import load_tree, reference_trees
 from medusa_export.verification.oracle import oracle_tree
 from medusa_runtime import Tree, TreeError
-
-ALL = [path for depth in (1, 2, 3) for path in itertools.product(range(3), repeat=depth)]
-
-
-@st.composite
-def rank_paths(draw: st.DrawFn) -> list[tuple[int, ...]]:
-    chosen = draw(st.lists(st.sampled_from(ALL), min_size=1, max_size=14, unique=True))
-    closed = {path[:depth] for path in chosen for depth in range(1, len(path) + 1)}
-    return draw(st.permutations(sorted(closed)))
+from support.trees import rank_paths
 
 
 @given(rank_paths())

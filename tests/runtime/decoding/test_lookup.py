@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tree import rank_paths
 
 from medusa_export.training.calibrate import below_heads, step_starts, text_guesses, with_guesses
 from medusa_export.training.conversations import Sample
@@ -20,6 +19,7 @@ from medusa_runtime.decoding.lookup import LONGEST_MATCH, PLACES, SHORTEST_MATCH
 from medusa_runtime.handle import RequestHandle
 from support.decoding import TREE, greedy
 from support.tiny_models import tiny_model
+from support.trees import rank_paths
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
