@@ -1,10 +1,11 @@
 """Damages every file that the runtime reads, and loads what is left: only our own errors may come of it.
 
-Each case damages one file of a bundle, of a compiled engine's folder or of the exporter's inputs, loads it with digests
-off, and uses what could be loaded: text is encoded and decoded, chats are rendered, trees are chosen. It fails if
-anything but a ``MedusaError`` is raised, if it takes more than 5 seconds of CPU time or 200 MB of memory, or if the
-process ends. Chats are encoded whole if the bounds for a context of 512 tokens let them through (64 KiB); what a longer
-context takes is not measured. Cases run in child processes; SEED and number name a case, and ``--only`` runs it alone.
+Each case damages one file of a bundle, of a compiled engine's folder or of the exporter's inputs, loads it with
+digests off, and uses what could be loaded: text is encoded and decoded, chats are rendered, trees are chosen. It
+fails if anything but a ``MedusaError`` is raised, if it takes more than 5 seconds of CPU time or 200 MB of memory, if
+the process ends, or if something is printed to standard output. Chats are encoded whole if the bounds for a context
+of 512 tokens let them through (64 KiB). What a longer context takes is not measured. Cases run in child processes;
+SEED and number name a case, and ``--only`` runs it alone.
 
 Without a BUNDLE it exports a tiny random model.
 """
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import numpy as np
@@ -64,7 +65,8 @@ class Outcome:
     Attributes:
         case: Its number.
         file: Which file was damaged.
-        kind: ``loaded``, or the name of the exception; ``memory``, ``time`` or ``ended`` for what no error may be.
+        kind: ``loaded``, or the name of the exception; ``memory``, ``time``, ``printed`` or ``ended`` for what no error
+            may be.
         wrong: Whether that is a failure.
         detail: The message, or the trace of a failure.
     """
@@ -208,15 +210,18 @@ def damage(folder: Path, case: int, seed: int, *, graphs: bool) -> str:
 
 
 class Watch:
-    """Memory and CPU time of this process, from one case to the next."""
+    """Memory, CPU time and standard output of this process, from one case to the next."""
 
     def __init__(self) -> None:
+        self._printed = os.memfd_create("printed")
+        os.dup2(self._printed, 1)
         self._page = resource.getpagesize()
         self._present = 0
         self._began = 0.0
 
     def begin(self) -> None:
         """A case begins. One that runs for too long ends the process, by SIGPROF."""
+        self._take_printed()
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is from now on
         self._present = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * self._page
@@ -231,7 +236,18 @@ class Watch:
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024 - self._present
         if seconds > MOST_SECONDS:
             return f"time: {seconds:.1f} s"
-        return f"memory: {peak / 1e6:.0f} MB" if peak > MOST_BYTES else None
+        if peak > MOST_BYTES:
+            return f"memory: {peak / 1e6:.0f} MB"
+        printed = self._take_printed()
+        return f"printed: {printed!r:.300}" if printed else None
+
+    def _take_printed(self) -> bytes:
+        """What was printed since the last call, by libraries in C too."""
+        sys.stdout.flush()
+        printed = os.pread(self._printed, 2**20, 0)
+        os.ftruncate(self._printed, 0)
+        os.lseek(self._printed, 0, os.SEEK_SET)
+        return printed
 
 
 def run_case(originals: Path, folder: Path, case: int, seed: int, *, graphs: bool, watch: Watch) -> Iterator[Outcome]:
@@ -281,16 +297,22 @@ def use(folder: Path, file: str) -> None:
 
 
 def child(scratch: Path, start: int, stop: int, seed: int, graphs: bool) -> None:
-    """Runs cases in this process, a line of JSON before and after each."""
+    """Runs cases in this process, with a line of JSON to standard output before and after each."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results:  # apart from what is printed
+        run_cases(scratch, range(start, stop), seed, graphs=graphs, results=results)
+
+
+def run_cases(scratch: Path, cases: range, seed: int, *, graphs: bool, results: TextIO) -> None:
+    """Runs cases in this process, and writes a line of JSON before and after each."""
     watch, originals = Watch(), scratch / "files"
     for top in ("exporter/tree.json", "bundle/model.onnx", "engine/engine.json", "tokenizers/words/tokenizer.json"):
         use(originals, top)  # so that what is imported and kept is there before
     shutil.rmtree(scratch / "case", ignore_errors=True)
     shutil.copytree(originals, scratch / "case")
-    for case in range(start, stop):
+    for case in cases:
         for outcome in run_case(originals, scratch / "case", case, seed, graphs=graphs, watch=watch):
-            print(json.dumps(asdict(outcome)), flush=True)
+            print(json.dumps(asdict(outcome)), file=results, flush=True)
 
 
 @contextmanager

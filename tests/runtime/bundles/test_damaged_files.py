@@ -17,8 +17,8 @@ from huggingface_hub.file_download import _create_symlink
 from medusa_export.common.errors import ExportError, SettingsError
 from medusa_export.heads.writer import check_config
 from medusa_export.training.settings import read_settings
-from medusa_runtime import Bundle, BundleError, MedusaEngine, MedusaError, Tree
-from medusa_runtime.bundles.bundle import DESCRIPTION, MAX_DESCRIPTION_BYTES
+from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, MedusaError, Tree
+from medusa_runtime.bundles.bundle import DESCRIPTION, MAX_DESCRIPTION_BYTES, ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.json_file import MAX_VALUES, parse_json
 from medusa_runtime.bundles.listed_folder import ListedFolder, keep_own, read_file
 from medusa_runtime.decoding.latency import CACHE_FILE, LatencyTable
@@ -376,6 +376,17 @@ def test_a_template_that_nobody_could_serve_is_not_exported(tmp_path: Path) -> N
     with pytest.raises(ExportError, match=r"syntax error on line 1.* --no-tokenizer"):
         export(make_step(model, None, Tree()), tmp_path / "out", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_graph_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime would print to the program's output, and try again."""
+    graph = folder / ONNXRUNTIME_GRAPH
+    data = graph.read_bytes()
+    assert b"GroupQueryAttention" in data
+    graph.write_bytes(data.replace(b"GroupQueryAttention", b"GroupQueryAttentio\xdf"))
+    with pytest.raises(BackendError, match=r"can't load .*utf-8"):
+        MedusaEngine.load(folder, check_digests=False)
+    assert capfd.readouterr().out == ""
 
 
 def test_several_templates_keep_their_order_of_rank(folder: Path) -> None:

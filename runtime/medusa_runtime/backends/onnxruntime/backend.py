@@ -403,6 +403,7 @@ def _open_session(ort: Any, bundle: Bundle, graph: Path | bytes, threads: int, p
             options,
             providers=[(provider, _PROVIDER_OPTIONS.get(provider, {}))],
             disabled_optimizers=["EliminateSlice"],  # there is none to eliminate, and it warns about the others
+            enable_fallback=0,  # else it prints to standard output, and tries again on the CPU
         )
     except Exception as error:  # its exceptions share no base of their own
         named = bundle.graph if isinstance(graph, bytes) else graph
