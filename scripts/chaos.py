@@ -29,7 +29,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import FaultyBackend, JumpyClock
-from soak import Consumer, Ends, Outcome, Request, Weather, bundle_folder, corpus, verdict
+from soak import Consumer, Ends, Outcome, Request, Weather, corpus, verdict
+from tiny_bundle import bundle_folder
 
 from medusa_export.common.progress import progress_bar
 from medusa_runtime import Bundle, Chunk, ForkError, MedusaEngine, MedusaError, MedusaService

@@ -25,7 +25,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -47,6 +46,7 @@ from medusa_runtime.text.tokenizer import Tokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 from file_mutations import mutated_bytes, mutated_json, mutated_template, replace_file
 from fuzz_originals import list_files, prepare
+from tiny_bundle import bundle_folder
 
 MOST_BYTES = 200 * 10**6
 MOST_SECONDS = 5
@@ -315,24 +315,6 @@ def run_cases(scratch: Path, cases: range, seed: int, *, graphs: bool, results: 
             print(json.dumps(asdict(outcome)), file=results, flush=True)
 
 
-@contextmanager
-def bundle_folder(folder: Path | None) -> Iterator[Path]:
-    """The bundle to damage: the one given, or a tiny one."""
-    if folder is not None:
-        yield folder
-        return
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    # They need torch.
-    from support.decoding import export, guessing_heads, make_step  # noqa: PLC0415
-    from support.tiny_models import tiny_model  # noqa: PLC0415
-    from support.tiny_tokenizer import make_tokenizer  # noqa: PLC0415
-
-    with tempfile.TemporaryDirectory() as scratch:
-        model = tiny_model("llama")
-        step = make_step(model, guessing_heads(model))
-        yield export(step, Path(scratch) / "bundle", tokenizer=make_tokenizer(), trained=True).folder
-
-
 @click.command()
 @click.argument("cases", type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
@@ -341,7 +323,7 @@ def bundle_folder(folder: Path | None) -> Iterator[Path]:
 @click.option("--bundle", "folder", type=click.Path(path_type=Path, file_okay=False), help="The bundle to damage.")
 def main(cases: int, seed: int, only: int | None, graphs: bool, folder: Path | None) -> None:
     """Run CASES cases and report; exit code 1 if any fails."""
-    with bundle_folder(folder) as bundle:
+    with bundle_folder(folder, tokenizer=True) as bundle:
         numbers = range(cases) if only is None else range(only, only + 1)
         kinds: Counter[str] = Counter()
         failed = 0

@@ -15,12 +15,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import click
 import numpy as np
 import psutil
+from tiny_bundle import bundle_folder
 
 from medusa_export.common.progress import progress_bar
 from medusa_runtime import (
@@ -247,21 +247,6 @@ def main(
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if report["wrong"] or report["lost"] or report["ended"] != requests or not report["drained"]:
         sys.exit(1)
-
-
-@contextmanager
-def bundle_folder(folder: Path | None) -> Iterator[Path]:
-    """The bundle to run: the one given, or a tiny one."""
-    if folder is not None:
-        yield folder
-        return
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from support.decoding import export, guessing_heads, make_step  # noqa: PLC0415  # needs torch
-    from support.tiny_models import tiny_model  # noqa: PLC0415
-
-    with tempfile.TemporaryDirectory() as scratch:
-        model = tiny_model("llama")
-        yield export(make_step(model, guessing_heads(model)), Path(scratch) / "bundle", trained=True).folder
 
 
 def corpus(folder: Path, seed: int) -> list[int]:
