@@ -58,6 +58,10 @@ class EagerBackend:
         return None
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self._lengths.numpy()
+
+    @property
     def drafts(self) -> NDArray[np.int64]:
         return self._drafts
 
@@ -73,6 +77,14 @@ class EagerBackend:
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
+    def truncate(self, row: int, length: int) -> None:
+        if self._pending is not None and length:
+            margin, newest = self._step.tree.max_depth, int(self._lengths[row])
+            for cache, pending in zip(self._caches, self._pending.chunk(len(self._caches), dim=1), strict=True):
+                cache[row, :, newest : newest + margin] = pending[row]
+                pending[row] = cache[row, :, length : length + margin]
+        self._lengths[row] = length
+
     def scrub(self, row: int) -> None:
         margin, length = self._step.tree.max_depth, int(self._lengths[row])
         for cache in self._caches:
@@ -84,8 +96,11 @@ class EagerBackend:
     def assign(self, row: int, draws: Draws | None) -> None:
         self._sampling.assign(row, draws)
 
-    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
-        prompts = prompts or {}
+    def step(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> StepResult:
+        idle = [] if rows is None else [row for row in range(self._rows) if row not in rows]
+        prompts = {**(prompts or {}), **dict.fromkeys(idle, ())}  # an idle row takes in a chunk of no tokens
         ids = torch.zeros(self._rows, size, dtype=torch.int64)
         num_tokens = torch.full((self._rows,), size)
         for row in range(self._rows):
@@ -99,7 +114,8 @@ class EagerBackend:
             output = self._step(ids, num_tokens, is_prefill, self._lengths, sampling, self._pending, self._caches)
         self._caches, self._pending = output.present, output.next_pending_kv
         self._lengths = output.next_cache_lengths
-        self._drafts[:] = output.next_input_ids.numpy()
+        taking_part = [row for row in range(self._rows) if row not in idle]
+        self._drafts[taking_part] = output.next_input_ids.numpy()[taking_part]
         self.output = output
         logprobs = None if output.logprobs is None else output.logprobs.numpy()
         return StepResult(output.tokens.numpy(), output.count.numpy(), logprobs)

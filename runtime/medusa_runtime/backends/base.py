@@ -1,14 +1,24 @@
-"""What the engine asks of whatever runs the graph.
+"""The interface of backends: what a bundle's graph is run by.
 
-A backend holds the state of ``rows`` sequences: caches, pending entries, the drafted trees. The host
-sees of a step only the emitted tokens and how many they are.
+A backend holds the state of a fixed number of rows: their caches, pending entries and drafted trees. The host sees the
+tokens that a step emits, and how many entries each row has committed.
+
+``Backend`` is what every backend does. Its capabilities are protocols of their own, and each has a function that tells
+whether a backend has it:
+
+=================  =====================  ==============================================================
+``StepsAhead``     ``can_step_ahead``     A step is submitted before the one before it has ended.
+``MovesRows``      ``can_move_rows``      Rows that step together are brought together; others cost nothing.
+``CopiesRows``     ``can_copy_rows``      A row takes over the first entries of another one.
+``GivesOutputs``   ``can_give_outputs``   Values inside the graph can be read after a step.
+=================  =====================  ==============================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +28,11 @@ from medusa_runtime.sampling import Draws
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step emitted.
+    """The tokens that one step emitted.
 
     Attributes:
-        tokens: [rows, M + 1]; row b holds ``count[b]`` valid ones. The views are valid until the next step.
-        count: [rows]. A row whose logits are not finite has 0: it emits nothing and keeps the state that it had.
+        tokens: [rows, M + 1]; the first ``count[b]`` of row b are valid. The arrays are overwritten by the next step.
+        count: [rows]. It is 0 for a row whose logits are not finite: that row emits nothing and keeps its state.
         logprobs: [rows, M + 1], log p of these tokens by the base model's own distribution, for rows that were
             assigned ``Draws``; None if the bundle is greedy only.
     """
@@ -39,16 +49,22 @@ class StepResult:
 
 
 class Backend(Protocol):
-    """Runs steps of one bundle over a fixed number of rows."""
+    """Runs steps of one bundle over a fixed number of rows.
+
+    **Room.** A step of S tokens needs M + L + S slots in every row that it writes to, L being the row's length
+    (``SlotLayout.capacity``). Many backends compute all rows in every step and write S values behind the committed
+    entries of rows that don't take part, too. So the caller reserves room for the longest of *all* rows before a step,
+    unless the backend moves rows (``can_move_rows``): then for the longest row that takes part.
+    """
 
     @property
     def name(self) -> str:
-        """What runs the graph, for people and for the key of measured latencies."""
+        """Library, version and device, for people and as the key of measured step times."""
         ...
 
     @property
     def rows(self) -> int:
-        """How many sequences it holds (B)."""
+        """The number of sequences that the backend holds (B)."""
         ...
 
     @property
@@ -58,16 +74,21 @@ class Backend(Protocol):
 
     @property
     def max_tokens(self) -> int | None:
-        """The most tokens of a prompt that a step takes (S); None for any number."""
+        """The most tokens of a prompt that one step takes in (S); None if there is no limit."""
+        ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Committed entries of each row, [rows], in host memory; only to be read."""
         ...
 
     @property
     def drafts(self) -> NDArray[np.int64]:
-        """The tree that each row verifies next, [rows, T]; whoever knows better may write other guesses here."""
+        """The tree that each row verifies next, [rows, T]; the caller may write other tokens to all nodes."""
         ...
 
     def reserve(self, capacity: int) -> None:
-        """Makes the caches at least so large, keeping what is in them.
+        """Makes sure that every row has at least ``capacity`` slots; all rows keep their entries.
 
         Raises:
             BackendError: There is no memory for it, or the capacity is fixed and smaller.
@@ -78,35 +99,52 @@ class Backend(Protocol):
         """Empties a row."""
         ...
 
+    def truncate(self, row: int, length: int) -> None:
+        """Cuts a row to its first ``length`` entries. Its next step has to be a prefill, as its draft is lost.
+
+        Args:
+            row: The row.
+            length: Entries to keep, at most as many as the row has.
+
+        Raises:
+            BackendError: The device failed.
+        """
+        ...
+
     def scrub(self, row: int) -> None:
-        """Overwrites with zeros what a row holds besides its committed entries.
+        """Overwrites everything that a row holds besides its committed entries with zeros.
 
         Attention reads slots that hold no committed entry with weight 0, and 0 · NaN is NaN. So a value that is not
-        finite, of a rejected draft or of an earlier request, would reach the next step.
+        finite, from a rejected draft or an earlier request, would spoil the next step.
 
-        Entry i of a row lies in slot M + i. With L committed entries, slots from M + L on and the first M are zeroed,
-        and pending entries from before the row's first.
+        With L committed entries these are the first M slots, all slots from M + L on, and the pending entries from
+        before entry 0.
         """
         ...
 
     def assign(self, row: int, draws: Draws | None) -> None:
-        """How a row draws its tokens from its next step on; None if it is greedy, as it is at first.
+        """Sets how a row draws its tokens from its next step on. None stands for greedy, as rows are at first.
 
         Raises:
             BackendError: The bundle is greedy only.
         """
         ...
 
-    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+    def step(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> StepResult:
         """Runs one step.
 
         Args:
-            size: S: rows in ``prompts`` prefill up to S tokens, all others verify the first S nodes of
-                the tree that they drafted (at most T).
-            prompts: Chunks of prompt by row, each of at most S tokens.
+            size: Tokens per row (S). Rows in ``prompts`` take in up to S tokens; all other rows that take part verify
+                the first S nodes of the tree that they drafted, at most T.
+            prompts: Chunks of prompts by row, each of at most S tokens; only of rows that take part.
+            rows: The rows that take part, all if None. The other rows keep their length, entries, pending entries and
+                drafts; their places in the result mean nothing.
 
         Raises:
-            BackendError: The graph failed.
+            BackendError: A row has no room for the step, or the graph failed. Unless the device itself has failed, all
+                rows are as they were before the step.
         """
         ...
 
@@ -115,54 +153,47 @@ class Backend(Protocol):
         ...
 
 
-class AheadBackend(Backend, Protocol):
-    """A backend whose next step can be put into the device's queue before the last one has been looked at.
+class StepsAhead(Backend, Protocol):
+    """A backend that takes the next step into the device's queue before the last one has been looked at.
 
-    ``step`` and ``reset`` wait for what is under way, and discard what it emits.
+    Two steps may be in flight. ``step``, ``reset``, ``truncate`` and ``copy`` wait for them and discard their tokens.
     """
 
-    def submit(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> None:
-        """The first half of ``step``: puts a step behind those under way, without waiting for any.
-
-        Two steps may be under way.
+    def submit(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> None:
+        """The first half of ``step``: puts a step behind those in flight, without waiting for any.
 
         Raises:
-            BackendError: The step doesn't fit, there are two already, or it can't be launched.
+            BackendError: The step has no room, there are two in flight already, or it can't be launched.
         """
         ...
 
     def collect(self) -> StepResult:
-        """The other half: waits for the oldest step under way, and gives what it emitted, until two more are submitted.
+        """The second half of ``step``: waits for the oldest step in flight.
+
+        Returns:
+            The tokens that it emitted; valid until two more steps have been submitted.
 
         Raises:
-            BackendError: None is under way, or the device failed.
+            BackendError: No step is in flight, or the device failed.
         """
         ...
 
 
-def can_step_ahead(backend: Backend) -> TypeGuard[AheadBackend]:
-    """Whether a backend has ``submit`` and ``collect``."""
-    return hasattr(backend, "submit")
+class MovesRows(Backend, Protocol):
+    """A backend that brings rows together that step together, so that a step costs nothing for the other rows.
 
-
-class BatchBackend(Backend, Protocol):
-    """A backend that runs some of its rows while others wait: what a service needs.
-
-    A step that fails leaves all rows as they were.
+    ``step`` moves rows by itself where it has to. These methods let the caller choose when, and how much at a time.
     """
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Committed entries per row, [rows]."""
-        ...
-
     def arrange(self, rows: Sequence[int], capacity: int) -> int:
-        """Prepares for steps of these rows together, with room for so many slots in each; no row loses anything.
+        """Brings rows together, with room for at least ``capacity`` slots in each; all rows keep their entries.
 
-        It may move rows, and give back what none needs any more.
+        It may move other rows too, and give back memory that no row needs any more.
 
         Returns:
-            How many entries were moved for it.
+            The number of entries that were moved.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.
@@ -170,36 +201,63 @@ class BatchBackend(Backend, Protocol):
         ...
 
     def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
-        """Does some of what ``arrange`` would take long for, about as long as it takes to move so many entries.
+        """Prepares a long ``arrange`` in part: takes about as long as moving ``at_most`` entries.
 
-        Rows may go on meanwhile, each where it is.
+        Rows may step meanwhile, each where it is.
 
         Returns:
-            Whether ``arrange`` would be done soon; else it takes more such calls.
+            True if ``arrange`` would take little time now; False if ``approach`` has to be called again first.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.
         """
         ...
 
-    def step(
-        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
-    ) -> StepResult:
-        """Runs one step of some rows; the others keep their state, and their place in the result means nothing.
 
-        Args:
-            size: As for ``Backend``.
-            prompts: As for ``Backend``; of rows that take part.
-            rows: Rows that take part, all if None; ``arrange`` was called for them.
-
-        Raises:
-            BackendError: The graph failed.
-        """
-        ...
+class CopiesRows(Backend, Protocol):
+    """A backend that copies entries from one row to another."""
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Makes the first ``length`` entries of one row those of another, where they have room; it has to prefill next.
+        """Makes the first ``length`` entries of ``source`` those of ``target``, whose next step has to be a prefill.
 
-        Both may be the same row, which then keeps no more than these.
+        Args:
+            source: A row with at least ``length`` entries; it keeps its state.
+            target: A row with room for them; what it held is lost. If it is ``source`` itself, the row is truncated.
+            length: Entries to copy; 0 empties ``target``.
+
+        Raises:
+            BackendError: The device failed.
         """
         ...
+
+
+class GivesOutputs(Backend, Protocol):
+    """A backend that was opened with names of further outputs of its graph, and keeps their values after a step."""
+
+    def extra_output(self, name: str) -> NDArray[Any]:
+        """The value of one further output in the last step, [rows, …]; only after a step of all rows."""
+        ...
+
+
+def can_step_ahead(backend: Backend) -> TypeGuard[StepsAhead]:
+    """True if a backend has ``submit`` and ``collect``."""
+    return hasattr(backend, "submit")
+
+
+def can_move_rows(backend: Backend) -> TypeGuard[MovesRows]:
+    """True if a backend has ``arrange`` and ``approach``."""
+    return hasattr(backend, "arrange")
+
+
+def can_copy_rows(backend: Backend) -> TypeGuard[CopiesRows]:
+    """True if a backend has ``copy``."""
+    return hasattr(backend, "copy")
+
+
+def can_give_outputs(backend: Backend) -> TypeGuard[GivesOutputs]:
+    """True if a backend has ``extra_output``."""
+    return hasattr(backend, "extra_output")
+
+
+class BatchBackend(MovesRows, CopiesRows, Protocol):
+    """What the service's runner still asks for: a backend that moves and copies rows."""

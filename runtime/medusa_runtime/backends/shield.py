@@ -35,6 +35,10 @@ def _typed(name: str) -> Iterator[None]:
         yield
     except MedusaError:
         raise
+    except AttributeError as error:
+        if error.name == name:  # a capability that the backend doesn't have
+            raise
+        raise BackendError(f"The backend failed in {name}: {error!r}.") from error
     except Exception as error:
         raise BackendError(f"The backend failed in {name}: {error!r}.") from error
 

@@ -15,6 +15,7 @@ from msgspec import Meta
 from medusa_runtime.bundles.contract import CONTRACT_VERSION, TensorSpec, step_inputs, step_outputs
 from medusa_runtime.bundles.json_file import Name, Share, brief, parse_json
 from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder, read_file
+from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.bundles.tree import MAX_NODES, RankPath, Tree
 from medusa_runtime.errors import BundleError, TreeError
 
@@ -166,6 +167,11 @@ class Bundle:
     def listed(self) -> ListedFolder:
         """Its files, as far as its description lists them."""
         return ListedFolder(self.folder, self.files, self.digests_checked, DESCRIPTION, "bundle")
+
+    @property
+    def slots(self) -> SlotLayout:
+        """Where entries are in the caches, and how many slots a step takes."""
+        return SlotLayout(self.tree.max_depth)
 
     @property
     def drafting_size(self) -> int:

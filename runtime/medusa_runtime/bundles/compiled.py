@@ -26,6 +26,7 @@ from medusa_runtime.bundles.bundle import (
 from medusa_runtime.bundles.contract import CONTRACT_VERSION
 from medusa_runtime.bundles.json_file import Count, Name, parse_json
 from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder
+from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.errors import BundleError
 
 ENGINE = "model.engine"
@@ -55,7 +56,7 @@ class EngineLimits:
 
         The last step begins with at most two tokens less in the cache (docs/contract.md: Slots).
         """
-        return self.capacity - tree_depth - tree_size + 2
+        return SlotLayout(tree_depth).longest_sequence(self.capacity, tree_size)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from medusa_runtime import BackendError
-from medusa_runtime.backends.onnxruntime.row_store import CAPACITY_STEP, SPARE, RowStore
+from medusa_runtime.backends.onnxruntime.row_store import RowStore
+from medusa_runtime.tuning import CAPACITY_STEP, SPARE_SLOTS
 
 MARGIN = 2
 
@@ -36,7 +37,7 @@ class Laws(RuleBasedStateMachine):
         window = self.store.arrange(rows, needed)
         assert sorted(window.rows) == sorted(rows)
         assert window.caches.shape[1] == len(rows)
-        assert needed <= window.block.capacity <= max(2 * needed + SPARE, 2 * CAPACITY_STEP)
+        assert needed <= window.block.capacity <= max(2 * needed + SPARE_SLOTS, 2 * CAPACITY_STEP)
         for place, row in enumerate(window.rows):
             new = [float(self.written + i) for i in range(count)]
             self.written += count

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.backends.onnxruntime.row_store import CAPACITY_STEP
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle
 from medusa_runtime.bundles.contract import cache_name, fixed_shape
 from medusa_runtime.bundles.listed_folder import leaves, open_regular
+from medusa_runtime.bundles.slots import rounded_capacity
 from medusa_runtime.common.cpus import usable_cpus
 from medusa_runtime.common.processes import keep_in_children
 from medusa_runtime.errors import BackendError
@@ -184,7 +184,7 @@ class OnnxRuntimeBackend:
             self._resize(capacity)
 
     def _resize(self, capacity: int) -> None:
-        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        capacity = rounded_capacity(capacity)
         model = self._bundle.model
         shape = (2 * model.num_layers, self._rows, model.num_key_value_heads, capacity, model.head_dim)
         try:
@@ -204,6 +204,20 @@ class OnnxRuntimeBackend:
     def reset(self, row: int) -> None:
         self._lengths[row] = 0
 
+    def truncate(self, row: int, length: int) -> None:
+        if length and self._pending is not None:
+            self._caches[:, row], self._pending[row] = self._cut(self._caches[:, row], self._pending[row], row, length)
+        self._lengths[row] = length
+
+    def _cut(
+        self, caches: NDArray[Any], pending: NDArray[Any], row: int, length: int
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A row's caches with its pending entries in place, and what is pending once the row is cut to a length."""
+        slots = self._bundle.slots
+        newest = caches[:, :, slots.pending(int(self.lengths[row]))]
+        newest[...] = pending.reshape(newest.shape)
+        return caches, caches[:, :, slots.pending(length)].reshape(pending.shape)
+
     def scrub(self, row: int) -> None:
         if self._capacity:
             scrub_caches(self._caches[:, row], self._bundle.tree.max_depth, int(self._lengths[row]))
@@ -220,11 +234,16 @@ class OnnxRuntimeBackend:
         elif draws is not None:
             raise BackendError("This bundle was exported with --greedy-only: it can't sample.")
 
-    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
-        rows = range(self._rows)
+    def step(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> StepResult:
+        rows = range(self._rows) if rows is None else rows
         inputs = self._write_inputs(size, prompts or {}, rows)
+        if len(rows) < self._rows:  # an idle row takes in a chunk of no tokens
+            idle = [row for row in range(self._rows) if row not in rows]
+            inputs["input_ids"][idle], self._is_prefill[idle], self._num_tokens[idle] = 0, True, 0
         self._run(self._bindings(), size, inputs)
-        self._carry_over(slice(None))
+        self._carry_over(slice(None) if len(rows) == self._rows else list(rows))
         if self._path is not None:
             for row in rows:
                 self._move_accepted(self._path, row, self._caches[:, row])

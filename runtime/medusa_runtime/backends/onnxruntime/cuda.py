@@ -126,6 +126,20 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         lengths[row] = 0
         self._state["cache_lengths"].now.update_inplace(lengths)
 
+    def truncate(self, row: int, length: int) -> None:
+        # By way of the host, as ONNX Runtime copies no part of a value on a device.
+        if length and "pending_kv" in self._state:
+            for index, cache in enumerate(self._caches):
+                if (value := self._on_device.get(cache_name("past", index))) is not None:
+                    cache[row] = value.numpy()[row]
+            kept = self._state["pending_kv"].now
+            entries = kept.numpy()
+            _, entries[row] = self._cut(self._caches[:, row], entries[row], row, length)
+            kept.update_inplace(entries)
+        lengths = self.lengths
+        lengths[row] = length
+        self._state["cache_lengths"].now.update_inplace(lengths)
+
     def scrub(self, row: int) -> None:
         # By way of the host, as ONNX Runtime sets no part of a value on a device; it is seldom needed.
         margin, length = self._bundle.tree.max_depth, int(self.lengths[row])

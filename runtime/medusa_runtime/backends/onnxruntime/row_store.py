@@ -17,13 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medusa_runtime.bundles.slots import rounded_capacity
 from medusa_runtime.errors import BackendError
-
-# Blocks have a multiple of this many slots per row.
-CAPACITY_STEP = 64
-LITTLE = 8  # a part of what is copied at a time that may be copied besides
-# Slots per row that are not worth moving rows for, to give them back.
-SPARE = 128
+from medusa_runtime.tuning import LAST_MOVE, SPARE_SLOTS
 
 
 @dataclass(eq=False)
@@ -180,7 +176,7 @@ class RowStore:
         # All slots count: memory that is new is cleared in pages, whatever is written to them.
         before = self.moved
         self._copy_some(growth, -(-at_most * self._num_caches // growth.block.capacity))
-        return growth.copied == len(rows) * self._num_caches and self.moved - before <= at_most // LITTLE
+        return growth.copied == len(rows) * self._num_caches and self.moved - before <= at_most // LAST_MOVE
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Gives a row, which has room for it, the first entries of another one."""
@@ -293,7 +289,7 @@ class RowStore:
     def _allocated(self, places: int, needed: int) -> Block:
         failure = None
         for capacity in (needed + needed // 4, needed):
-            slots = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+            slots = rounded_capacity(capacity)
             shape = (self._num_caches, places, self._heads, slots, self._head_dim)
             try:
                 # Slots that no token has reached are attended with weight 0, so they must hold numbers. Zeros take no
@@ -354,4 +350,4 @@ class RowStore:
 
 def _fits(block: Block, capacity: int) -> bool:
     """Whether a block has so many slots, and not so many more that steps would waste their time on them."""
-    return capacity <= block.capacity <= 2 * capacity + SPARE
+    return capacity <= block.capacity <= 2 * capacity + SPARE_SLOTS

@@ -172,6 +172,7 @@ class TensorRTBackend:
         self._num_tokens = self._pin((rows,), _ID)
         self._is_prefill = self._pin((rows,), np.bool_)
         self._drafts = self._pin((rows, tree.size), _ID)
+        self._length = self._pin((1,), _ID)
         if self._sampling is not None:
             self._exponentials = self._pin(self._exponentials_shape(self._draws), np.float32)
             for name, array in self._sampling.inputs.items():
@@ -246,6 +247,54 @@ class TensorRTBackend:
         address = self._address["cache_lengths"] + row * _ID.itemsize
         self._stream.zero(address, _ID.itemsize, f"resetting row {row}")
 
+    def truncate(self, row: int, length: int) -> None:
+        self.copy(row, row, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        if length == 0:
+            self.reset(target)
+            return
+        self._settle()
+        doing = f"copying {length} entries of row {source} to row {target}"
+        layout, newest = self._bundle.slots, int(self._lengths[source])
+        margin = layout.margin
+        for index in range(2 * self._bundle.model.num_layers):
+            cache = cache_name("past", index)
+            if margin:  # the newest entries come to their places, as the next step would write them
+                pending = self._entries("pending_kv", source, 0, index)
+                self._copy_entries(self._entries(cache, source, newest), pending, margin, doing)
+            if target != source:
+                there, here = (self._entries(cache, row, layout.slot(0)) for row in (target, source))
+                self._copy_entries(there, here, length, doing)
+            if margin:
+                pending = self._entries("pending_kv", target, 0, index)
+                self._copy_entries(pending, self._entries(cache, source, length), margin, doing)
+        self._length[:] = self._lengths[target] = length
+        self._stream.upload(self._address["cache_lengths"] + target * _ID.itemsize, self._length, doing)
+        self._stream.synchronize(doing)
+
+    def _entries(self, name: str, row: int, slot: int, index: int = 0) -> tuple[int, int]:
+        """The address of a slot of a row in a tensor [B, heads, slots, d], and the bytes from head to head.
+
+        Args:
+            name: The tensor.
+            row: The row.
+            slot: The slot, of the first head.
+            index: For pending entries, the cache that they belong to.
+        """
+        spec = self._specs[name]
+        _, heads, slots, _ = fixed_shape(spec, {"batch": self._rows, "capacity": self._limits.capacity})
+        row_size = self._size(spec) // self._rows
+        pitch = row_size // heads
+        first = index * self._bundle.model.num_key_value_heads
+        return self._address[name] + row * row_size + first * pitch + slot * (pitch // slots), pitch
+
+    def _copy_entries(self, target: tuple[int, int], source: tuple[int, int], count: int, doing: str) -> None:
+        """Copies ``count`` slots of every head of one cache within the device."""
+        model = self._bundle.model
+        width = self._size(self._specs[cache_name("past", 0)], 1) // (model.num_key_value_heads * self._limits.capacity)
+        self._stream.copy_rows(*target, *source, count * width, model.num_key_value_heads, doing)
+
     def scrub(self, row: int) -> None:
         if self._submitted:
             raise BackendError("Steps are under way: collect them before a row is scrubbed.")
@@ -280,13 +329,19 @@ class TensorRTBackend:
         self._sampling.assign(row, draws)
         self._sampling_changed = True
 
-    def step(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
+    def step(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> StepResult:
         self._settle()
-        self.submit(size, prompts)
+        self.submit(size, prompts, rows)
         return self.collect()
 
-    def submit(self, size: int, prompts: Mapping[int, Sequence[int]] | None = None) -> None:
+    def submit(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> None:
         prompts = prompts or {}
+        if rows is not None and len(rows) < self._rows:
+            raise BackendError("This backend runs all its rows in every step.")
         self._check_step(size, prompts)
         if self._drafts_shown:
             self._stream.upload(self._address["next_input_ids"], self._drafts, "storing the drafted trees")

@@ -1,0 +1,59 @@
+"""Slots of K/V caches: where a row's entries are, and how much capacity a step takes.
+
+A cache has a margin of M slots, M being the depth of the tree; entry i of a row is in slot M + i. A step of S tokens
+over a row of L entries writes one block at slot L: the last M committed entries again, then S new ones. A graph that
+keeps no pending entries writes the S new ones only, at slot M + L (docs/contract.md: Slots).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medusa_runtime.tuning import CAPACITY_STEP
+
+# Tokens of a finished sequence that its last step doesn't find in the cache: the root of its tree, which that step
+# writes, and the last token, which no step writes.
+_NOT_CACHED = 2
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """The arithmetic of slots for one tree.
+
+    Attributes:
+        margin: Slots in front of entry 0 (M).
+    """
+
+    margin: int
+
+    def slot(self, entry: int) -> int:
+        """The slot of an entry. The slot of entry ``length`` is the first one behind the committed entries."""
+        return self.margin + entry
+
+    def committed(self, length: int) -> slice:
+        """The slots of a row's committed entries."""
+        return slice(self.margin, self.margin + length)
+
+    def pending(self, length: int) -> slice:
+        """The slots of the M newest entries of a row, which the next step writes again.
+
+        For a row of fewer than M entries, the first of these slots are in the margin and hold no entry.
+        """
+        return slice(length, length + self.margin)
+
+    def capacity(self, length: int, size: int = 0) -> int:
+        """Slots that a row of ``length`` entries needs for a step of ``size`` tokens: M + L + S."""
+        return self.margin + length + size
+
+    def sequence_capacity(self, tokens: int, size: int) -> int:
+        """Slots that a sequence of ``tokens``, prompt and answer, needs if its last step verifies ``size`` nodes."""
+        return self.capacity(tokens - _NOT_CACHED, size)
+
+    def longest_sequence(self, capacity: int, size: int) -> int:
+        """The most tokens of prompt and answer in caches of ``capacity`` slots; inverse of ``sequence_capacity``."""
+        return capacity - self.capacity(0, size) + _NOT_CACHED
+
+
+def rounded_capacity(capacity: int) -> int:
+    """The next multiple of ``CAPACITY_STEP``: the slots to allocate for ``capacity`` slots."""
+    return -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
