@@ -9,4 +9,4 @@ lint-imports --no-logo
 mypy
 MEDUSA_SMOLLM2_GGUF=$(scripts/smollm2.sh)
 export MEDUSA_SMOLLM2_GGUF
-pytest --numprocesses "${MEDUSA_TEST_WORKERS:-2}" "$@"
+pytest --numprocesses "${MEDUSA_TEST_WORKERS:-2}" --durations=20 "$@"
