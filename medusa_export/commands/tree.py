@@ -57,26 +57,26 @@ def command(calibration: Path, output: Path | None, size: int, measure: Path | N
             seconds = LatencyTable.measured(engine.bundle, engine.backend).seconds
             sizes = sorted({*sizes, *(s for s in seconds if s <= tree.size)})
     console = Console()
-    kinds = {"": None} if not expected.guessed_values else {"": None, "\nwith a guess": True, "\nwithout": False}
+    kinds = {"": None} if not expected.hit_values else {"": None, "\nwith a lookup hit": True, "\nwithout": False}
     table = Table("nodes", *(f"expected tokens/step{kind}" for kind in kinds), box=box.SIMPLE_HEAD)
     for header in ("ms/step", "expected tokens/s") if seconds else ():
         table.add_column(header)
     for nodes in sizes:
         tokens = expected.expected_tokens(nodes)
         cells = [str(nodes)]
-        for guessed in kinds.values():
-            tokens_of = tokens if guessed is None else sum(expected.values(guessed=guessed)[:nodes])
+        for hit in kinds.values():
+            tokens_of = tokens if hit is None else sum(expected.values(hit=hit)[:nodes])
             cells.append(f"{tokens_of:.2f}")
         if nodes in seconds:
             cells += [f"{seconds[nodes] * 1e3:.1f}", f"{tokens / seconds[nodes]:.1f}"]
         table.add_row(*cells)
     console.print(table)
-    if expected.guessed_values:
-        console.print(f"{expected.guess_share:.0%} of steps have a guess from the text.")
+    if expected.hit_values:
+        console.print(f"{expected.hit_share:.0%} of steps have a lookup hit.")
     if seconds:
         usable = LatencyTable({nodes: taken for nodes, taken in seconds.items() if nodes <= tree.size})
-        without, with_guess = TreeChoice(expected, tree, {1: usable}).sizes[1]
-        also = f", {with_guess} in steps that have a guess from the text" if expected.guessed_values else ""
+        without, with_hit = TreeChoice(expected, tree, {1: usable}).sizes[1]
+        also = f", {with_hit} in steps that have a lookup hit" if expected.hit_values else ""
         console.print(f"Fastest on this machine: {without} nodes{also}.")
     if draw:
         console.print(tree.draw(), highlight=False)

@@ -1,7 +1,7 @@
-"""Run heads over held-out positions, and note where their targets stand among their candidates.
+"""Runs heads over held-out text and counts the ranks of the targets among the heads' candidates.
 
-The runtime puts guesses from the text in front of the heads' candidates (``medusa_runtime.decoding.lookup``), so it is
-noted as well where targets stand then: that is what a tree may expect.
+The runtime puts lookup hits before the heads' candidates (``medusa_runtime.decoding.lookup``). So the ranks are also
+counted among the candidates with lookup hits before them: they determine how many nodes a step will accept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ _BATCH = 1024
 
 
 def depth_of(heads: MedusaHeads, *, lookup: bool) -> int:
-    """How many tokens ahead are looked at: guesses from the text go deeper than heads."""
+    """How many tokens ahead to count. Lookup hits reach deeper than heads.
+
+    Args:
+        heads: The heads.
+        lookup: Whether to count lookup hits.
+    """
     return max(heads.config.num_heads, DEEPEST_GUESS) if lookup else heads.config.num_heads
 
 
@@ -40,36 +45,46 @@ def counted(
     lookup: bool,
     names: Mapping[str, str],
 ) -> Calibration:
-    """What the heads of a model come to.
+    """The calibration of heads on held-out text.
 
     Args:
         heads: The heads.
-        model: Their base model.
-        features: Positions on held-out text, with targets to the depth of ``depth_of``.
-        texts: The conversations that they are of, in the same order.
-        lookup: Count guesses from the text, too.
-        names: Of ``model`` and ``heads``, to keep.
+        model: The heads' base model.
+        features: Positions of held-out text, with ``depth_of`` targets each.
+        texts: The conversations that hold these positions, in the same order.
+        lookup: Whether to count lookup hits.
+        names: The names ``model`` and ``heads`` that the calibration keeps.
 
     Raises:
-        DatasetError: A head has no target at all.
+        DatasetError: A head has no target.
     """
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     num_heads, targets = heads.config.num_heads, features.targets.numpy()
     places = tried = target_places(heads, *layers, replace(features, targets=features.targets[:, :num_heads]))
-    guesses = np.full(targets.shape, -1)
+    proposed = np.full(targets.shape, -1)
     if lookup:
-        guesses = text_guesses(texts, targets.shape[1]).numpy()
-        guessed = target_places(heads, *layers, replace(features, targets=torch.tensor(guesses[:, :num_heads])))
-        tried = with_guesses(below_heads(places, targets), below_heads(guessed, guesses), guesses, targets)
+        proposed = lookup_tokens(texts, targets.shape[1]).numpy()
+        ranks = target_places(heads, *layers, replace(features, targets=torch.tensor(proposed[:, :num_heads])))
+        tried = with_hits(below_heads(places, targets), below_heads(ranks, proposed), proposed, targets)
     starts = step_starts(tried, features.left.numpy())
-    return Calibration.count(places, TOP[-1], steps=tried[starts], guessed=guesses[starts, 0] >= 0, **names)
+    return Calibration.count(places, TOP[-1], steps=tried[starts], hits=proposed[starts, 0] >= 0, **names)
 
 
 @torch.inference_mode()
 def target_places(
     heads: MedusaHeads, embedding: nn.Module, lm_head: nn.Linear, features: Features
 ) -> NDArray[np.int64]:
-    """The rank of each target among its head's candidates, [N, K]; see ``Calibration.count``."""
+    """The rank of each target among its head's candidates, [N, K]; see ``Calibration.count``.
+
+    Args:
+        heads: The heads.
+        embedding: The base model's embedding of tokens.
+        lm_head: The base model's output layer.
+        features: N positions with K targets each.
+
+    Raises:
+        TrainingError: The heads' logits are not finite.
+    """
     loss = HeadLoss(heads, embedding, lm_head.out_features).eval()
     device, dtype = lm_head.weight.device, lm_head.weight.dtype
     found = []
@@ -80,21 +95,21 @@ def target_places(
             output = loss(*(tensor.to(device) for tensor in given))
         if not output["loss"].isfinite():
             raise TrainingError(
-                "The heads' logits are not finite numbers, so that their ranks mean nothing. Check the weights of the "
-                "heads and of the model, or take --dtype fp32."
+                "The heads' logits are not finite, so their candidates can't be ranked. Check the weights of the "
+                "heads and of the model, or use --dtype fp32."
             )
         found.append(output["places"].cpu().numpy())
     places: NDArray[np.int64] = np.concatenate(found)
     return places
 
 
-def text_guesses(samples: Iterable[Sample], num_heads: int) -> Tensor:
-    """What the runtime would guess from the text at each position of these samples, [N, K]; -1 where it would not."""
+def lookup_tokens(samples: Iterable[Sample], num_heads: int) -> Tensor:
+    """The tokens that the runtime's lookup proposes at each position of these samples, [N, K]; -1 without a hit."""
     rows: list[list[int]] = []
     for sample in samples:
         lookup, known = TokenLookup(), 0
         for position in positions_of(sample, num_heads)[0]:
-            # The base model has chosen the next token by then.
+            # At this position the base model has already chosen the next token.
             lookup.extend(sample.input_ids[known : position + 2])
             known = position + 2
             rows.append(lookup.guess(num_heads) or [-1] * num_heads)
@@ -102,36 +117,38 @@ def text_guesses(samples: Iterable[Sample], num_heads: int) -> Tensor:
 
 
 def below_heads(places: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places [N, K] of targets [N, D], D > K, where no head has a candidate for those further down: [N, D]."""
+    """Extends places [N, K] to all targets [N, D], D > K: no head has a candidate for the deeper targets."""
     deeper = targets[:, places.shape[1] :]
     return np.concatenate([places, np.where(deeper >= 0, TOP[-1], -1)], axis=1)
 
 
-def with_guesses(
-    places: NDArray[np.int64], guessed: NDArray[np.int64], guesses: NDArray[np.int64], targets: NDArray[np.int64]
+def with_hits(
+    places: NDArray[np.int64], ranks: NDArray[np.int64], proposed: NDArray[np.int64], targets: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The rank of each target among candidates with guesses from the text in front of the heads', [N, K].
+    """The rank of each target when the tokens of lookup hits stand before the heads' candidates, [N, K].
 
     Args:
-        places: [N, K], its rank among the heads' alone.
-        guessed: [N, K], the rank of each guess among these.
-        guesses: [N, K], as ``text_guesses`` gives them.
-        targets: [N, K].
+        places: [N, K], the rank of each target among the heads' candidates alone.
+        ranks: [N, K], the rank of each proposed token among the heads' candidates.
+        proposed: [N, K], the tokens that the lookup proposes, as ``lookup_tokens`` returns them.
+        targets: [N, K], the targets.
     """
-    there = (guesses >= 0) & (places >= 0)
-    # A guess that a head has ranked behind the target, or not at all, moves it up one place.
-    merged = np.where(there & (guesses == targets), 0, places + (there & (guessed > places)))
-    # Guesses stand one below the other: the second is in the tree below the first only.
+    there = (proposed >= 0) & (places >= 0)
+    # A proposed token that a head ranks behind the target, or not at all, moves the target back by one rank.
+    merged = np.where(there & (proposed == targets), 0, places + (there & (ranks > places)))
+    # Proposed tokens form a chain: in the tree, the second exists only below the first.
     on_spine = np.cumprod(np.column_stack([np.ones(len(places), np.int64), merged[:, :-1] == 0]), axis=1) > 0
     return np.where(on_spine, merged, places)
 
 
 def step_starts(places: NDArray[np.int64], left: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where steps begin that verify the best candidates: where many tokens are right, there are few steps.
+    """Indices of the positions at which steps begin, if steps verify the best candidates.
+
+    Where many candidates are right, steps emit many tokens, so fewer steps begin there.
 
     Args:
         places: [N, K], the rank of each target.
-        left: [N], how many of the rows that follow are the next positions of the same turn.
+        left: [N], the number of following positions that belong to the same turn.
     """
     right = np.cumprod(places == 0, axis=1).sum(1)
     jumps = 1 + np.minimum(right, left)

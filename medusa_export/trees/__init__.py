@@ -1,1 +1,1 @@
-"""Draft trees: by name, by search, and the calibrations that they are chosen by."""
+"""Draft trees by name and by search, and the calibrations that the search uses."""

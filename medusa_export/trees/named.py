@@ -1,4 +1,4 @@
-"""Draft trees by name, from a file, or by default."""
+"""Draft trees: by name, from a file, or the default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEFAULT = "mc_sim_7b_63"
 
 @dataclass(frozen=True)
 class NamedTree:
-    """A tree and what to call it."""
+    """A tree and its name."""
 
     name: str
     tree: Tree
@@ -35,19 +35,19 @@ def reference_trees() -> list[str]:
 def load_tree(
     spec: str, *, num_heads: int, top_k: int, calibration: Calibration | None = None, size: int = 64
 ) -> NamedTree:
-    """A tree for a number of heads.
+    """Loads a tree for a number of heads.
 
     Args:
-        spec: The name of a reference tree, a JSON file of rank paths, or ``default``: the reference's
-            general tree, without the nodes that are too deep for the heads; with a calibration the best
-            tree for these heads.
-        num_heads: The deepest that a node may lie.
-        top_k: The number of candidates per head; a rank lies below it.
-        calibration: How often the heads are right, where that was measured.
-        size: Nodes of the tree that is searched by it.
+        spec: The name of a reference tree, a JSON file of rank paths, or ``default``. With a calibration, the default
+            is the best tree for these heads. Otherwise it is MEDUSA's general tree, without the nodes that are too
+            deep for the heads or use ranks that they don't have.
+        num_heads: The number of heads: the greatest depth of a node.
+        top_k: The number of candidates per head: ranks are smaller.
+        calibration: Measured frequencies of the heads; None if they were not measured.
+        size: The most nodes of the best tree.
 
     Raises:
-        TreeError: There is no such tree, or it can't be used with these heads; the message names the path.
+        TreeError: There is no such tree, or one of its paths can't be used with these heads.
     """
     if spec == "default" and calibration is not None:
         found = search_tree(calibration, size)

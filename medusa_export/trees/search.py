@@ -7,42 +7,47 @@ import heapq
 from medusa_export.trees.calibration import Calibration
 from medusa_runtime.bundles.tree import RankPath, Tree
 
-# The first nodes of a tree are those for steps that have no guess from the text: most have none, and for them a large
-# tree doesn't pay.
-UNGUESSED = 4
+# The first nodes of a tree are chosen for steps without a lookup hit. Most steps have none, and a large tree costs
+# them more time than it saves.
+WITHOUT_HIT = 4
 
 
 def search_tree(calibration: Calibration, size: int) -> Tree:
-    """Adds the node that is most likely to be accepted, again and again: every prefix is the best of its size.
+    """Searches the tree with the most expected tokens per step; every prefix of it is the best tree of its size.
 
-    A node is no more likely than its parent, but by chance where paths were hardly ever counted, so no node that is
-    still out of reach can be better than those in reach. Where guesses from the text were counted, prefixes up to
-    ``UNGUESSED`` nodes are the best for steps without one, and what is added to them the best for steps of both kinds.
+    The search adds the node that is most likely to be accepted until the tree is full. This greedy choice is optimal:
+    a node is at most as likely as its parent, so no later node can be better than those that can be added now. (Paths
+    that were counted only a few times may violate this by chance.) If lookup hits were counted, the first
+    ``WITHOUT_HIT`` nodes are the best for steps without a hit, and later nodes are the best for the average over all
+    steps.
 
     Args:
-        calibration: How likely nodes are.
-        size: Nodes, the root included, at most; a node that was never right is not added.
+        calibration: Measured frequencies of the heads.
+        size: The most nodes, the root included. A node that was never right is not added.
     """
-    first = _grown((), size if not calibration.guessed else min(size, UNGUESSED), calibration, guessed=False)
-    return Tree(_grown(first, size, calibration, guessed=None))
+    first = _grown((), size if not calibration.hit_paths else min(size, WITHOUT_HIT), calibration, hit=False)
+    return Tree(_grown(first, size, calibration, hit=None))
 
 
 def _grown(
-    paths: tuple[RankPath, ...], size: int, calibration: Calibration, *, guessed: bool | None
+    paths: tuple[RankPath, ...], size: int, calibration: Calibration, *, hit: bool | None
 ) -> tuple[RankPath, ...]:
-    """Adds nodes to those that are there, the most likely ones for steps of a kind first."""
+    """The paths of a tree to which the most likely nodes were added, until it has ``size`` nodes with the root.
+
+    ``hit`` chooses the kind of steps, as in ``Calibration.value``.
+    """
     nodes = list(paths)
-    # Among equals the shallower node comes first, then the lower rank.
+    # Of equally likely nodes the shallower one comes first, then the one of lower rank.
     reach: list[tuple[float, int, RankPath]] = []
 
     def open_children(path: RankPath) -> None:
         if len(path) < len(calibration.accuracies):
             ranks = calibration.top_k
-        else:  # below the heads only the path of best candidates goes on, and no further than guesses were counted
+        else:  # below the heads, lookup hits extend only the path of best candidates, as deep as they were counted
             ranks = int(not any(path) and len(path) < calibration.max_depth)
         for rank in range(ranks):
             child = (*path, rank)
-            value = calibration.value(child, guessed=guessed)
+            value = calibration.value(child, hit=hit)
             if value > 0 and child not in paths:
                 heapq.heappush(reach, (-value, len(child), child))
 

@@ -12,9 +12,9 @@ from typing import Self
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend, StepResult
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.common.closing import Closing, State
-from medusa_runtime.common.processes import Resident, close_at_exit, keep_in_children, native_work
-from medusa_runtime.common.section import Section
+from medusa_runtime.common.closeable import Closeable, State
+from medusa_runtime.common.critical_section import CriticalSection
+from medusa_runtime.common.processes import ProcessBound, close_at_exit, keep_in_children, native_work
 from medusa_runtime.decoding.latency import LatencyTable
 from medusa_runtime.decoding.retry import retried
 from medusa_runtime.decoding.sequence import TokenSequence, check_integer, check_tree_size
@@ -30,7 +30,7 @@ PREFILL_CHUNK = 512
 Emitted = tuple[list[int], list[float] | None]
 
 
-class MedusaEngine(Closing):
+class MedusaEngine(Closeable):
     """Generates text from a bundle, one request at a time.
 
     Threads may share an engine. ``generate`` calls run one after the other. A newer stream or answer ends an older
@@ -54,7 +54,7 @@ class MedusaEngine(Closing):
         self._failure: Exception | None = None
         self._turn = 0  # counts who may use the backend: the newest stream
         self._requests = threading.RLock()  # held by who begins a request, and by ``generate`` to its end
-        self._backend_use = Section("This engine")
+        self._backend_use = CriticalSection("This engine")
         keep_in_children(backend)
         close_at_exit(self)
 
@@ -306,7 +306,7 @@ class MedusaEngine(Closing):
     @property
     def failure(self) -> Exception | None:
         """Why the state is ``failed``; None if it is not."""
-        return self.fork_error if self.is_abroad else self._failure
+        return self.fork_error if self.in_forked_child else self._failure
 
     def close(self) -> None:
         """Gives the backend's memory back, once the step that runs has ended; a stream that is left fails."""
@@ -317,7 +317,7 @@ class MedusaEngine(Closing):
             self.backend.close()  # else this call interrupts a step of this thread, which closes it at its end
 
 
-class GenerationStream(Iterator[Chunk], Resident):
+class GenerationStream(Iterator[Chunk], ProcessBound):
     """A running request: iterate over it for chunks; ``result()`` runs it to its end.
 
     Threads may share it: each chunk goes to one of them. Its calls block, as those of its engine. In a child made by
@@ -329,12 +329,12 @@ class GenerationStream(Iterator[Chunk], Resident):
         engine: Who runs them.
     """
 
-    def __init__(self, sequence: TokenSequence, steps: Iterator[Emitted], engine: Resident) -> None:
+    def __init__(self, sequence: TokenSequence, steps: Iterator[Emitted], engine: ProcessBound) -> None:
         super().__init__()
         self._sequence = sequence
         self._steps = steps
         self._engine = engine
-        self._reading = Section("This stream")
+        self._reading = CriticalSection("This stream")
         self._failure: Exception | None = None  # what ended it early
 
     @property

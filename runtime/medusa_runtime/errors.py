@@ -1,13 +1,13 @@
-"""The exceptions that the runtime and the exporter raise on purpose.
+"""Exceptions of the runtime, and the base of the exporter's exceptions.
 
-Every message is one sentence or two: what was wrong, what was expected, how to fix it.
+Every message says what was wrong, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
 
 
 class MedusaError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of all exceptions that this project defines."""
 
 
 class TreeError(MedusaError):
@@ -15,35 +15,35 @@ class TreeError(MedusaError):
 
 
 class BundleError(MedusaError):
-    """A bundle that can't be served: missing, altered, from a newer contract, or unreadable."""
+    """A bundle that can't be served: missing, altered, unreadable, or of a newer contract version."""
 
 
 class BackendError(MedusaError):
-    """A backend that is not installed, or that refused to load or run the graph."""
+    """A backend that is not installed, or failed to load or run the graph."""
 
 
 class RequestError(MedusaError, ValueError):
-    """A request that can't be served as it stands: empty, too long, or of the wrong kind."""
+    """A request that can't be served: empty, too long, or of the wrong type."""
 
 
 class OutOfDeviceMemoryError(BackendError):
-    """A GPU has no memory for what a backend must hold."""
+    """A GPU with too little free memory for a backend's weights or caches."""
 
 
 class NotFiniteError(BackendError):
-    """A request whose logits are NaN or infinite: some weight or activation exceeds the range of its type."""
+    """A request with NaN or infinite logits: a weight or an activation exceeds the range of its type."""
 
 
 class DoubtfulRowsError(BackendError):
-    """A step that failed halfway. Its requests end, as their rows are no longer what they were before it."""
+    """A step that failed halfway and may have changed its rows. The requests in these rows end."""
 
 
 class QueueFullError(MedusaError):
-    """A service whose queue is full: try again later."""
+    """A request to a service whose queue is full: try again later."""
 
 
 class ServiceClosedError(MedusaError):
-    """A service that is closed, or that takes no more requests because it is about to be."""
+    """A request to a service that is closed or about to close."""
 
 
 class ForkError(MedusaError):
@@ -51,12 +51,12 @@ class ForkError(MedusaError):
 
 
 class RequestCancelledError(MedusaError):
-    """A request that somebody cancelled."""
+    """A request that was cancelled."""
 
 
 class DeadlineError(MedusaError, TimeoutError):
-    """A request that was not answered in the time it was given."""
+    """A request that was not answered before its deadline."""
 
 
 class CallbackError(MedusaError):
-    """A request whose callback raised; the cause says what."""
+    """A request whose callback raised an exception, which is this exception's ``__cause__``."""

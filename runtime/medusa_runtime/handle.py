@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from medusa_runtime.common.closing import Closing
+from medusa_runtime.common.closeable import Closeable
 from medusa_runtime.errors import MedusaError, RequestError
 from medusa_runtime.request import Chunk, GenerationResult, Stats
 from medusa_runtime.sampling import number_of
 
 
-class RequestHandle(Closing):
+class RequestHandle(Closeable):
     """A submitted request.
 
     Iterate over it for chunks, with ``for`` or ``async for``, or ask for the whole with ``result()`` or ``aresult()``.

@@ -1,4 +1,4 @@
-"""How a request draws its tokens, and the numbers that it draws them with."""
+"""Sampling parameters of requests, and the random numbers that they draw tokens with."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from medusa_runtime.bundles.contract import MAX_TOP_K, POLICY_INPUTS, numbers_pe
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.errors import RequestError
 
-_PART = 16  # tokens whose numbers are made together
-_PARTS_KEPT = 8  # behind the newest
-_LEAST_NUMBER = 1e-30  # a weight of 1 divided by it is a number in fp32 still
+_PART = 16  # tokens per part: their numbers are made together
+_PARTS_KEPT = 8  # parts before the newest one that are kept
+_LEAST_NUMBER = 1e-30  # 1 divided by it is still finite in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw tokens from what the base model gives.
+    """Parameters for drawing tokens from the base model's distribution.
 
-    Its distribution is divided by the temperature and cut off by top-k, top-p and min-p, in this order.
-    An object never changes, so that requests and threads may share it.
+    The logits are divided by the temperature. Then top-k, top-p and min-p remove tokens, in this order. Objects are
+    immutable, so requests and threads may share them.
 
     Attributes:
-        temperature: Up to 1000; 0 is greedy decoding, whatever else is said.
-        top_k: Keep so many of the best tokens, 256 at most; 0 keeps all.
-        top_p: Keep the best tokens that together have this probability; 1 keeps all.
-        min_p: Keep tokens that have at least this part of the best one's probability; 0 keeps all.
-        seed: The same seed gives the same tokens; None takes another one each time.
-        acceptance: ``exact``: tokens are distributed as if the base model decoded alone, whatever the tree.
-            ``typical``: drafts are accepted wherever they are likely enough [2.3.1], which takes fewer steps and
-            changes the distribution.
+        temperature: 0, or up to 1000. At 0 decoding is greedy, and all other parameters have no effect.
+        top_k: Keep this number of the most likely tokens, at most 256; 0 keeps all.
+        top_p: Keep the most likely tokens that together have this probability; 1 keeps all.
+        min_p: Keep tokens with at least this share of the most likely token's probability; 0 keeps all.
+        seed: Seed of the random numbers. The same seed gives the same tokens. None takes a new seed for each request.
+        acceptance: The acceptance rule. ``exact``: tokens are distributed as in plain decoding, with any tree.
+            ``typical``: a drafted token is accepted if it is likely enough [2.3.1]. This takes fewer steps and changes
+            the distribution.
         typical_epsilon: ε, above 0: a drafted token x is accepted if p(x) > min(ε, alpha exp(-H(p))).
         typical_alpha: alpha; the square root of ε if None.
 
     Raises:
-        RequestError: A value makes no sense.
+        RequestError: A value is out of range or of the wrong type.
     """
 
     temperature: float = 1.0
@@ -52,9 +52,9 @@ class SamplingParams:
     typical_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        heat = number_of(self.temperature)  # beyond these bounds fp32 knows it as 0, or tokens as equally likely
+        heat = number_of(self.temperature)  # beyond these bounds fp32 rounds it to 0, or all tokens are equally likely
         self._check("temperature", heat == 0 or 1e-30 <= heat <= 1e3, "0, or a number from 1e-30 to 1000")
-        self._check("top_k", 0 <= _integer(self.top_k) <= MAX_TOP_K, f"an integer from 0, which is off, to {MAX_TOP_K}")
+        self._check("top_k", 0 <= _integer(self.top_k) <= MAX_TOP_K, f"an integer from 0 (off) to {MAX_TOP_K}")
         self._check("top_p", 0 < number_of(self.top_p) <= 1, "a number above 0, up to 1")
         self._check("min_p", 0 <= number_of(self.min_p) <= 1, "a number from 0 to 1")
         self._check("seed", self.seed is None or _integer(self.seed) >= 0, "an integer, 0 or above, or None")
@@ -72,16 +72,16 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """True if tokens are chosen without random numbers."""
         return self.temperature == 0
 
     @property
     def typical(self) -> bool:
-        """Whether drafts are accepted that are merely likely."""
+        """True if the acceptance rule is ``typical``, and decoding is not greedy."""
         return self.acceptance == "typical" and not self.greedy
 
     def row_inputs(self) -> dict[str, float]:
-        """A row's values for the inputs of the graph, but for ``exponentials``."""
+        """A row's values of the graph's sampling inputs, without ``exponentials``."""
         alpha = math.sqrt(self.typical_epsilon) if self.typical_alpha is None else self.typical_alpha
         return {
             "temperature": self.temperature,
@@ -94,12 +94,12 @@ class SamplingParams:
 
 
 def _integer(value: object) -> float:
-    """An integer; NaN, which no comparison holds for, if it is none."""
+    """The value, if it is an integer; otherwise NaN, for which every comparison is false."""
     return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else math.nan
 
 
 def number_of(value: object) -> float:
-    """A number; NaN, which no comparison holds for, if it is none."""
+    """The value, if it is a number; otherwise NaN, for which every comparison is false."""
     try:
         return float(value if isinstance(value, float | np.floating) else _integer(value))
     except OverflowError:
@@ -110,12 +110,12 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Draws:
-    """How one request draws: its parameters, and the numbers of each token that it will have.
+    """The sampling parameters of one request, and the random numbers of each of its tokens.
 
     Args:
-        params: The parameters; ``GREEDY`` for a request that wants log probabilities only.
-        first: The place of its first token in the text: the length of its prompt.
-        vocab_size: Of the model.
+        params: The parameters; ``GREEDY`` for a greedy request that asks for log probabilities.
+        first: Position of the request's first drawn token: the length of its prompt.
+        vocab_size: Size of the model's vocabulary.
     """
 
     def __init__(self, params: SamplingParams, first: int, vocab_size: int) -> None:
@@ -126,9 +126,14 @@ class Draws:
         self._parts: dict[int, NDArray[np.float32]] = {}
 
     def numbers(self, place: int, count: int) -> NDArray[np.float32]:
-        """The numbers [count, blocks + 256] of so many tokens from a place in the text on; those of the prompt get any.
+        """Random numbers for consecutive tokens, [count, blocks + 256], exponentially distributed.
 
-        They are exponentially distributed. The same seed and the same place after the prompt give the same ones.
+        The same seed and the same position after the prompt give the same numbers. Positions inside the prompt are not
+        drawn: they get those of the first drawn token.
+
+        Args:
+            place: Position of the first token in the text.
+            count: Number of tokens.
         """
         start = max(place - self._first, 0)
         first = start // _PART
@@ -146,18 +151,21 @@ class Draws:
 
 
 def draws_ahead(tree: Tree) -> int:
-    """Tokens per row, W, whose numbers do for any step of a tree, and for the one after it before its end is known."""
+    """Number of tokens per row that have random numbers in a step, W.
+
+    They suffice for any step of the tree, and for the next step while the number of accepted tokens is still unknown.
+    """
     return max(tree.size, 2 * (tree.max_depth + 1))
 
 
 class SamplingRows:
-    """The graph's inputs for sampling, over the rows of a backend.
+    """The graph's sampling inputs, for all rows of a backend.
 
     Args:
-        rows: How many.
+        rows: Number of rows.
 
     Attributes:
-        inputs: [rows] for each input but ``exponentials``, by name.
+        inputs: The values of each input by name, [rows]; without ``exponentials``.
     """
 
     def __init__(self, rows: int) -> None:
@@ -167,13 +175,24 @@ class SamplingRows:
             self.assign(row, None)
 
     def assign(self, row: int, draws: Draws | None) -> None:
-        """How a row draws from its next step on; None if it is greedy and nobody asks for log probabilities."""
+        """Sets how a row draws from its next step on.
+
+        Args:
+            row: The row.
+            draws: The row's parameters and numbers; None for a greedy row without log probabilities.
+        """
         self._draws[row] = draws
         for name, value in (draws.params if draws is not None else GREEDY).row_inputs().items():
             self.inputs[name][row] = value
 
     def width(self, size: int, prefilling: Collection[int], rows: Sequence[int]) -> int:
-        """For how many tokens a step of ``size`` needs numbers in each of its rows: none if none of them draws."""
+        """Number of tokens per row that need random numbers in a step; 0 if none of its rows draws.
+
+        Args:
+            size: Number of nodes that the step verifies.
+            prefilling: Rows that take in a chunk of their prompt.
+            rows: All rows of the step.
+        """
         if all(self._draws[row] is None for row in rows):
             return 0
         return 1 if all(row in prefilling for row in rows) else size
@@ -184,17 +203,18 @@ class SamplingRows:
         lengths: Sequence[int] | NDArray[np.int64],
         prompts: Mapping[int, Sequence[int]],
     ) -> None:
-        """Writes the numbers of a step.
+        """Writes the random numbers of a step.
 
         Args:
-            exponentials: [rows, W, blocks + 256]; those of the token at place q are written to q mod W.
+            exponentials: Array to write to, [rows, W, blocks + 256]. The numbers of the token at position q are written
+                to index q mod W.
             lengths: Committed entries per row.
-            prompts: Chunks of prompt by row.
+            prompts: Chunks of prompts, by row.
         """
         width = exponentials.shape[1]
         for row, draws in enumerate(self._draws):
             if draws is None or draws.params.greedy:
-                exponentials[row] = 1  # any number that can be divided by
+                exponentials[row] = 1  # not used, but the graph divides by it
             elif width:
                 place = int(lengths[row]) + (len(prompts[row]) if row in prompts else 1)
                 exponentials[row, (place + np.arange(width)) % width] = draws.numbers(place, width)

@@ -17,7 +17,7 @@ from typing import Any, Self, TypedDict, Unpack
 from medusa_runtime.backends import open_batch_backend
 from medusa_runtime.backends.base import BatchBackend
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.common.closing import Closing, State
+from medusa_runtime.common.closeable import Closeable, State
 from medusa_runtime.common.processes import close_at_exit, keep_in_children, native_work
 from medusa_runtime.common.steady_clock import SteadyClock
 from medusa_runtime.decoding.runner import BatchRunner
@@ -53,7 +53,7 @@ class _CheckedOptions(TypedDict):
     prefill_chunk: int
 
 
-class MedusaService(Closing):
+class MedusaService(Closeable):
     """Answers many requests at a time.
 
     Any thread and any event loop may call all methods at any time. Those that wait block a thread; an event loop calls
@@ -306,12 +306,12 @@ class MedusaService(Closing):
         ``ready``: takes it. ``draining`` and ``closed``: refuses it, as somebody has called ``drain`` or ``close``.
         ``failed``: refuses it, as the service has died by itself, or as this is a forked child; see ``failure``.
         """
-        return "failed" if self.is_abroad else self._thread.state
+        return "failed" if self.in_forked_child else self._thread.state
 
     @property
     def failure(self) -> Exception | None:
         """Why the state is ``failed``; None if it is not."""
-        return self.fork_error if self.is_abroad else self._thread.failure
+        return self.fork_error if self.in_forked_child else self._thread.failure
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests and waits for those that it has.

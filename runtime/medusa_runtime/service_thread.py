@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
-from medusa_runtime.common.closing import State
+from medusa_runtime.common.closeable import State
 from medusa_runtime.decoding.runner import BatchRunner
 from medusa_runtime.decoding.scheduler import Job, Scheduler
 from medusa_runtime.decoding.turns import ServiceTurns

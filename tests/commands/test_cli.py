@@ -185,10 +185,10 @@ def test_an_unusable_request(tiny_bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("paths", "words"),
     [
-        ([[0], [1, 0]], "[1, 0] is there but its parent [1] is not"),
+        ([[0], [1, 0]], "it has [1, 0], but not its parent [1]"),
         ([[0], [0, 0], [0, 0, 1]], "[0, 0, 1] is 3 deep, but there are 2 heads"),
         ([[0], [12]], "[12] uses rank 12"),
-        ([[0], [0]], "[0] stands twice"),
+        ([[0], [0]], "[0] is listed twice"),
         ({"a": 1}, "A tree is a list of rank paths"),
     ],
 )

@@ -291,7 +291,7 @@ def test_unusable_bundles(tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes((folder / "model.onnx").read_bytes())
     (folder / "model.onnx").unlink()
     (folder / "model.onnx").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BundleError, match="leads outside: refused where no digest vouches"):
+    with pytest.raises(BundleError, match="leads outside the folder"):
         Bundle.load(folder, check_digests=False)
     assert Bundle.load(folder).files == tiny_bundle.files
     for key in ("model", "dtype", "tree", "files", "inputs"):

@@ -15,7 +15,7 @@ import pytest
 
 from medusa_runtime import Bundle, MedusaEngine, MedusaError
 from medusa_runtime.common import processes as processes_module
-from medusa_runtime.common.processes import Resident, native_work
+from medusa_runtime.common.processes import ProcessBound, native_work
 
 SERVICE = """
 import asyncio, os, signal, sys, threading, time
@@ -242,9 +242,9 @@ def test_native_work_is_refused_once_the_process_ends(monkeypatch: pytest.Monkey
 
 
 def test_the_error_names_both_processes() -> None:
-    item = Resident()
+    item = ProcessBound()
     item._process += 1
-    assert item.is_abroad
+    assert item.in_forked_child
     assert str(os.getpid()) in str(item.fork_error) and str(item._process) in str(item.fork_error)
 
 

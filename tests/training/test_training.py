@@ -412,8 +412,8 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     (tmp_path / "again.jsonl").write_text(json.dumps({"messages": turns}))
     run(*common, "--data", tmp_path / "again.jsonl", "-o", tmp_path / "again.json")
     again = Calibration.load(tmp_path / "again.json")
-    assert 0 < again.guess_share < 1 and not alone.guessed
-    assert again.guessed[(0,) * DEEPEST_GUESS] > 0.5 > again.guessed.get((1,), 0)
+    assert 0 < again.hit_share < 1 and not alone.hit_paths
+    assert again.hit_paths[(0,) * DEEPEST_GUESS] > 0.5 > again.hit_paths.get((1,), 0)
     assert alone.accuracies == once.accuracies
     assert np.abs(np.array(rounded) - np.array(once.accuracies)).max() < 0.05
     assert twice.positions == 2 * once.positions

@@ -37,9 +37,9 @@ def test_only_targets_that_exist_are_counted() -> None:
 
 def test_where_only_guesses_from_the_text_are_right() -> None:
     places = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [9, 9, 9, -1], [9, 9, 9, -1]])
-    calibration = Calibration.count(places[:, :3], 4, steps=places, guessed=np.array([True, True, False, False]))
-    assert not calibration.paths and calibration.guessed[(0,) * 4] == 1
-    assert calibration.value((0,), guessed=False) == 0
+    calibration = Calibration.count(places[:, :3], 4, steps=places, hits=np.array([True, True, False, False]))
+    assert not calibration.paths and calibration.hit_paths[(0,) * 4] == 1
+    assert calibration.value((0,), hit=False) == 0
     assert search_tree(calibration, 10).max_depth == 4
 
 

@@ -22,18 +22,18 @@ from medusa_runtime.errors import BundleError, TreeError
 DESCRIPTION = "medusa.json"
 GRAPH = "model.onnx"
 WEIGHTS = f"{GRAPH}.data"
-# Derived from the graph, of the same weights: for one row, and for several.
+# Derived graphs, which share the weights: for one row, and for several rows.
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 ONNXRUNTIME_BATCH_GRAPH = "model.onnxruntime.batch.onnx"
 GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
-# Beside a bundle's description, this one says that the folder holds a compiled engine in place of the graphs.
+# A folder with this file beside medusa.json holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
 REEXPORT = "Export the bundle again."
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-# A description is mostly inputs and outputs: about 200 bytes for each of two caches of a layer.
+# Inputs and outputs take most of a description: about 200 bytes for each of the two caches of a layer.
 MAX_DESCRIPTION_BYTES = 2**22
-# Ten times what the largest published models have, and more.
+# These bounds are at least ten times what the largest published models have.
 Layers = Annotated[int, Meta(ge=1, le=1024)]
 Width = Annotated[int, Meta(ge=1, le=2**20)]
 VocabSize = Annotated[int, Meta(ge=1, le=2**24)]
@@ -44,7 +44,7 @@ NumHeads = Annotated[int, Meta(ge=0, le=64)]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a runtime has to know of the base model."""
+    """The sizes and end tokens of the base model."""
 
     name: Name
     model_type: Name
@@ -63,7 +63,7 @@ class EndToken:
 
     Attributes:
         id: The token's id.
-        text: The token's name in the tokenizer, None without a tokenizer.
+        text: The token's name in the tokenizer; None without a tokenizer.
         sources: The parts of the model that name it: ``generation config``, ``config``, ``tokenizer`` or
             ``chat template``.
     """
@@ -78,11 +78,11 @@ class EndToken:
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """What is known of the heads.
+    """Number and kind of the heads.
 
     Attributes:
-        num_heads: K, after dropping those deeper than the tree.
-        variant: Their kind in words.
+        num_heads: K, without the heads that are deeper than the tree.
+        variant: The kind of head, in words.
         trained: False for heads that ``--init-heads`` made.
     """
 
@@ -91,57 +91,57 @@ class HeadFacts:
     trained: bool
 
 
-@dataclass(frozen=True)
-class Acceptance:
-    """How likely each node of the tree is to be accepted.
+class Acceptance(msgspec.Struct, frozen=True):
+    """Acceptance estimates: the probability that each node of the tree is accepted.
 
     Attributes:
         source: ``calibrated`` (measured for these heads), ``prior`` (typical of MEDUSA heads) or ``untrained``.
-        node_values: For each node its chance, [T]; 1 for the root.
-        guessed_values: The same for steps that have a guess from the text; empty if that is not known apart.
-        guess_share: Of all steps so many do.
+        node_values: The probability of each node, [T]; 1 for the root. If ``hit_values`` is given, these hold for
+            steps without a lookup hit; otherwise for all steps.
+        hit_values: The same for steps with a lookup hit, [T]; empty if both kinds of steps share ``node_values``.
+        hit_share: Share of the steps that have a lookup hit.
     """
 
     source: Name
     node_values: tuple[Share, ...]
-    guessed_values: tuple[Share, ...] = ()
-    guess_share: Share = 0.0
+    hit_values: tuple[Share, ...] = msgspec.field(default=(), name="guessed_values")
+    hit_share: Share = msgspec.field(default=0.0, name="guess_share")
 
-    def values(self, *, guessed: bool) -> tuple[float, ...]:
-        """The chance of each node, [T], in steps with or without a guess from the text."""
-        return self.guessed_values if guessed and self.guessed_values else self.node_values
+    def values(self, *, hit: bool) -> tuple[float, ...]:
+        """The probability of each node, [T], in steps with or without a lookup hit."""
+        return self.hit_values if hit and self.hit_values else self.node_values
 
     @property
     def hopeless(self) -> bool:
-        """Whether there is nothing to gain: untrained heads, or a tree of one node."""
+        """Whether no draft is expected to be accepted: the heads are untrained, or the tree has one node."""
         return self.expected_tokens(len(self.node_values)) <= 1.0
 
     def expected_tokens(self, size: int) -> float:
-        """Expected tokens per step with the first ``size`` nodes [2.3.3], over steps of both kinds."""
-        with_guess, without = (sum(self.values(guessed=guessed)[:size]) for guessed in (True, False))
-        return self.guess_share * with_guess + (1 - self.guess_share) * without
+        """Expected tokens per step with the first ``size`` nodes [2.3.3], over steps with and without a lookup hit."""
+        with_hit, without = (sum(self.values(hit=hit)[:size]) for hit in (True, False))
+        return self.hit_share * with_hit + (1 - self.hit_share) * without
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's description, and where it lies.
+    """A bundle's folder, and the content of its description.
 
     It never changes: threads, event loops and children made by ``fork`` may share it.
 
     Attributes:
-        folder: Where it lies.
+        folder: The folder that holds ``medusa.json``.
         model: The base model.
-        dtype: Of weights and caches.
+        dtype: Type of weights and caches.
         tree: The draft tree.
-        acceptance: How likely its nodes are to be accepted.
-        heads: The heads; None without.
-        sampling: Whether requests may sample and ask for log probabilities; all are greedy otherwise.
-        tree_name: What the tree is called.
-        files: What belongs to it.
-        producer: Versions of what made it.
-        end_tokens: Where each of the model's end tokens comes from; empty in older bundles.
-        generation: The model's generation config, as far as it is set; empty in older bundles.
-        digests_checked: Whether its files were compared with their digests.
+        acceptance: Acceptance estimates of the tree's nodes.
+        heads: The heads; None without heads.
+        sampling: Whether requests may sample and ask for log probabilities. Otherwise all requests are greedy.
+        tree_name: The tree's name.
+        files: Size and digest of each of the bundle's files, by name.
+        producer: Versions of the software that made the bundle, by name.
+        end_tokens: The model's end tokens and the source of each; empty in older bundles.
+        generation: The values that the model's generation config sets; empty in older bundles.
+        digests_checked: Whether the files were compared with their digests.
     """
 
     folder: Path
@@ -160,12 +160,12 @@ class Bundle:
 
     @property
     def graph(self) -> Path:
-        """The ONNX file."""
+        """Path of the graph's ONNX file."""
         return self.folder / GRAPH
 
     @property
     def listed(self) -> ListedFolder:
-        """Its files, as far as its description lists them."""
+        """The bundle's folder, of which only the listed files are read."""
         return ListedFolder(self.folder, self.files, self.digests_checked, DESCRIPTION, "bundle")
 
     @property
@@ -175,17 +175,17 @@ class Bundle:
 
     @property
     def drafting_size(self) -> int:
-        """Tokens of a step in which all heads draft: one of S tokens drafts at most S - 1 deep."""
+        """Tokens that a step needs so that all heads draft: a step of S tokens drafts at most S - 1 deep."""
         return 1 + (self.heads.num_heads if self.heads is not None else 0)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The graph's inputs by contract."""
+        """The graph's inputs according to the contract."""
         return step_inputs(**self._shape(), vocab_size=self.model.vocab_size, dtype=self.dtype)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The graph's outputs by contract."""
+        """The graph's outputs according to the contract."""
         return step_outputs(**self._shape(), tree_size=self.tree.size, dtype=self.dtype)
 
     def _shape(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class Bundle:
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
             "tree": {"name": self.tree_name, "paths": self.tree.paths},
-            "acceptance": asdict(self.acceptance),
+            "acceptance": msgspec.to_builtins(self.acceptance),
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
         }
@@ -220,11 +220,11 @@ class Bundle:
         """Reads and checks a bundle.
 
         Args:
-            folder: Where ``medusa.json`` lies.
-            check_digests: Compare every file with its digest, not its size alone.
+            folder: The folder that holds ``medusa.json``.
+            check_digests: Whether to compare every file with its digest. Sizes are always compared.
 
         Raises:
-            BundleError: Something is missing, altered or from a newer contract; the message says what.
+            BundleError: A file is missing or altered, or the bundle follows a newer contract version.
         """
         folder = Path(folder)
         where = folder / DESCRIPTION
@@ -243,7 +243,7 @@ class Bundle:
 
 
 class Versioned(msgspec.Struct):
-    """What is read of a description first: the rest of another version may look different."""
+    """The contract version of a description. It is read first, as other versions may have other keys."""
 
     contract_version: Annotated[int, Meta(ge=1)]
 
@@ -254,7 +254,7 @@ class _TreeFacts(msgspec.Struct):
 
 
 class _Description(msgspec.Struct):
-    """The schema of ``medusa.json``. Keys with a default may be missing: older bundles lack them."""
+    """The schema of ``medusa.json``. Older bundles lack the keys that have a default here."""
 
     model: ModelFacts
     dtype: Dtype
@@ -271,12 +271,17 @@ class _Description(msgspec.Struct):
 
 
 def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes | None:
-    """The text of a folder's description; None if there is none.
+    """Reads the description of a folder; None if the folder has none.
 
-    With digests it may be a link to anywhere: it is what the caller trusts.
+    If digests are checked, the description may be a link that leads outside the folder: the caller trusts it.
+
+    Args:
+        folder: The folder.
+        name: File name of the description.
+        check_digests: Whether the folder's files are compared with their digests.
 
     Raises:
-        BundleError: It can't be read, or it is larger than any description.
+        BundleError: The file can't be read, or is larger than any description.
     """
     if not check_digests:
         return ListedFolder(folder).read(name, at_most=MAX_DESCRIPTION_BYTES)
@@ -288,7 +293,7 @@ def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes |
 def _no_bundle(folder: Path) -> str:
     if not os.path.isdir(folder):  # noqa: PTH112  # Path.is_dir raises for names that no file can have
         return f"There is no bundle at {brief(folder)}: expected the folder that 'medusa-export onnx' wrote."
-    return f"{folder} is no bundle: it has no {DESCRIPTION}. Make one with 'medusa-export onnx'."
+    return f"{folder} is not a bundle: it has no {DESCRIPTION}. Make one with 'medusa-export onnx'."
 
 
 def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bundle:
@@ -297,8 +302,8 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         tree = Tree.from_paths(description.tree.paths, max_depth=heads.num_heads if heads else 0)
     except TreeError as error:
         raise BundleError(f"The tree in {where} can't be used: {error}") from error
-    for key in ("node_values", "guessed_values"):
-        values = getattr(description.acceptance, key)
+    acceptance = description.acceptance
+    for key, values in (("node_values", acceptance.node_values), ("guessed_values", acceptance.hit_values)):
         if len(values) != tree.size and (values or key == "node_values"):
             raise BundleError(f"In {where}, {key!r} holds {len(values)} values for a tree of {tree.size} nodes.")
     bundle = Bundle(
@@ -306,7 +311,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         model=description.model,
         dtype=description.dtype,
         tree=tree,
-        acceptance=description.acceptance,
+        acceptance=acceptance,
         heads=heads,
         sampling=description.sampling,
         tree_name=description.tree.name,
@@ -334,6 +339,11 @@ def _check_files(bundle: Bundle) -> None:
 
 
 def description_text(data: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
-    """The text of a folder's description: contract version, what it says, and the facts of its files."""
+    """The JSON text of a folder's description.
+
+    Args:
+        data: The description's own keys and values.
+        files: Size and digest of each file that belongs to the folder, by name.
+    """
     table = {name: asdict(facts) for name, facts in sorted(files.items())}
     return json.dumps({"contract_version": CONTRACT_VERSION, **data, "files": table}, indent=1) + "\n"

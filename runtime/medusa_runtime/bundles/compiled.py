@@ -1,7 +1,7 @@
 """A compiled engine: the folder that ``medusa-export trt`` writes, described by its ``engine.json``.
 
-Beside the engine lie ``medusa.json`` and the tokenizer of the bundle that it was built from, so that the folder is
-all that a service needs.
+The folder also holds ``medusa.json`` and the tokenizer of the bundle that the engine was built from: a service needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ ENGINE = "model.engine"
 REBUILD = "Build it again with 'medusa-export trt'."
 
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-# Least, usual, most.
+# Smallest, usual and largest size.
 Range = tuple[Count, Count, Count]
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What an engine was built to hold.
+    """Sizes that an engine was built for.
 
     Attributes:
-        max_batch: Rows.
-        capacity: C, the slots per row of its caches.
-        max_prefill: S of the longest chunk of a prompt.
+        max_batch: The most rows, B.
+        capacity: Slots per row, C.
+        max_prefill: The most tokens in a chunk of a prompt, S.
     """
 
     max_batch: Size
@@ -52,22 +52,26 @@ class EngineLimits:
     max_prefill: Size
 
     def longest_sequence(self, tree_size: int, tree_depth: int) -> int:
-        """Tokens of prompt and answer for which a tree of this size finds room to the end.
+        """The most tokens of prompt and answer that leave room for a tree of this size in every step.
 
-        The last step begins with at most two tokens less in the cache (docs/contract.md: Slots).
+        Before the last step the cache holds at most two tokens less than the whole text (docs/contract.md: Slots).
+
+        Args:
+            tree_size: Nodes that a step verifies.
+            tree_depth: Depth of the bundle's tree, M.
         """
         return SlotLayout(tree_depth).longest_sequence(self.capacity, tree_size)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A range of shapes that the engine was optimised for: least, usual, most.
+    """An optimisation profile of the engine: smallest, usual and largest size of each free dimension.
 
     Attributes:
         name: ``decode`` or ``prefill``.
-        batch: Of B.
-        sequence: Of S.
-        draws: Of W, the numbers that a row samples with.
+        batch: Rows, B.
+        sequence: New tokens per row, S.
+        draws: Tokens for which a row has random numbers, W.
     """
 
     name: Name
@@ -78,20 +82,20 @@ class Profile:
 
 @dataclass(frozen=True)
 class CompiledEngine:
-    """An engine's description, and where it lies.
+    """A compiled engine's folder, and the content of its description.
 
     Attributes:
-        folder: The folder.
-        flavor: Which TensorRT built it.
-        version: Of that library.
-        targets: GPU architectures that it runs on, such as sm89; the one of the GPU that it was built on otherwise.
-        bundle_sha256: The digest of the bundle's ``medusa.json``, which holds those of all its files.
-        limits: What it holds.
-        profiles: In the order of the engine's optimisation profiles.
-        layers: Layers of the parsed network by type.
+        folder: The folder that holds ``engine.json``.
+        flavor: Name of the TensorRT library that built the engine.
+        version: Version of that library.
+        targets: GPU architectures that the engine runs on, such as sm89. By default that of the GPU it was built on.
+        bundle_sha256: Digest of the bundle's ``medusa.json``, which in turn holds the digests of the bundle's files.
+        limits: Sizes that the engine was built for.
+        profiles: The engine's optimisation profiles, in the engine's order.
+        layers: Number of layers of the parsed network, by type.
         opt_level: The builder's optimisation level.
-        build_seconds: How long the builder took.
-        files: Digests of the files in the folder.
+        build_seconds: Seconds that the builder took.
+        files: Size and digest of each file in the folder, by name.
     """
 
     folder: Path
@@ -108,16 +112,20 @@ class CompiledEngine:
 
     @property
     def engine(self) -> Path:
-        """The serialised engine."""
+        """Path of the serialised engine."""
         return self.folder / ENGINE
 
     @property
     def backend_name(self) -> str:
-        """What it needs, for people."""
+        """The library and GPUs that the engine needs, in words."""
         return f"{self.flavor} {self.version} on {' or '.join(self.targets)}"
 
     def to_json(self, bundle: Bundle) -> str:
-        """The text of ``engine.json``; ``bundle`` is what the engine was built from."""
+        """The text of ``engine.json``.
+
+        Args:
+            bundle: The bundle that the engine was built from.
+        """
         data = {
             "flavor": self.flavor,
             "version": self.version,
@@ -137,20 +145,20 @@ class CompiledEngine:
 
     @classmethod
     def load(cls, folder: str | Path, *, check_digests: bool = True) -> CompiledEngine:
-        """Reads and checks the description of an engine, its files and that it is of the bundle beside it.
+        """Reads and checks the description of an engine, its files, and that it belongs to the bundle beside it.
 
         Args:
-            folder: Where ``engine.json`` lies.
-            check_digests: Compare every file with its digest, not its size alone.
+            folder: The folder that holds ``engine.json``.
+            check_digests: Whether to compare every file with its digest. Sizes are always compared.
 
         Raises:
-            BundleError: Something is missing, altered or cut off; of another bundle or contract.
+            BundleError: A file is missing, altered or cut off, or the engine is of another bundle or contract version.
         """
         folder = Path(folder)
         where = folder / ENGINE_DESCRIPTION
         data = read_description(folder, ENGINE_DESCRIPTION, check_digests=check_digests)
         if data is None:
-            raise BundleError(f"{folder} holds no engine: it has no {ENGINE_DESCRIPTION}. {REBUILD}")
+            raise BundleError(f"{folder} does not hold an engine: it has no {ENGINE_DESCRIPTION}. {REBUILD}")
         version = parse_json(data, Versioned, where, remedy=REBUILD).contract_version
         if version != CONTRACT_VERSION:
             raise BundleError(
@@ -201,15 +209,15 @@ class _Description(msgspec.Struct):
 
 
 def is_engine(folder: Path) -> bool:
-    """Whether a folder holds a compiled engine rather than a bundle."""
+    """True if a folder holds a compiled engine rather than a bundle."""
     return os.path.lexists(folder / ENGINE_DESCRIPTION)
 
 
 def require_bundle(folder: Path) -> None:
-    """Refuses a folder that holds a compiled engine, where the graph itself is needed.
+    """Refuses a folder without graphs.
 
     Raises:
-        BundleError: It does.
+        BundleError: The folder holds a compiled engine.
     """
     if is_engine(folder):
         raise BundleError(

@@ -1,9 +1,10 @@
 """The graph contract: names, shapes and types of the step's inputs and outputs (version 3).
 
-B is the batch, S the new tokens, C the cache capacity, T the nodes of the tree, M its depth, L the
-layers, N the key/value heads of a layer and d their size. ``docs/contract.md`` says what each means.
+Names of dimensions: B is the batch size, S the number of new tokens, C the cache capacity, T the number of nodes of
+the tree, M its depth, L the number of layers, N the number of key/value heads of a layer, d their size (head_dim).
+``docs/contract.md`` explains every input and output.
 
-Version 1 had no sampling; it is what version 3 is without. Version 2 drew tokens with one number each.
+Version 1 had no sampling: it equals version 3 without sampling. Version 2 drew each token with one random number.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 CONTRACT_VERSION = 3
-MAX_TOP_K = 256  # the most that top-k sampling may leave
-RACE_BLOCK = 256  # tokens that are drawn from together: first a block of the vocabulary is drawn, then one of it
+MAX_TOP_K = 256  # the most tokens that top-k sampling may keep
+RACE_BLOCK = 256  # tokens per block of the vocabulary: a draw chooses a block first, then a token of that block
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of the graph; free dimensions have names."""
+    """An input or output of the graph.
+
+    Attributes:
+        name: The tensor's name.
+        dtype: The type of its elements.
+        shape: Its dimensions: a size, or a name where the size is free.
+    """
 
     name: str
     dtype: str
@@ -26,26 +33,36 @@ class TensorSpec:
 
 
 def fixed_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's shape with named dimensions by their sizes; -1 for those that have none."""
+    """A tensor's shape as numbers.
+
+    Args:
+        spec: The tensor.
+        sizes: Sizes of named dimensions by name. A dimension that is not named here becomes -1.
+    """
     return tuple(size if isinstance(size, int) else sizes.get(size, -1) for size in spec.shape)
 
 
 def cache_name(role: str, index: int) -> str:
-    """``past_key_3`` for role ``past`` and cache 6: keys and values of the layers alternate."""
+    """The name of a cache tensor, such as ``past_key_3`` for role ``past`` and cache 6.
+
+    Args:
+        role: ``past`` for an input, ``present`` for an output.
+        index: Number of the cache, from 0 to 2L - 1. Cache 2i holds the keys of layer i, cache 2i + 1 its values.
+    """
     return f"{role}_{'value' if index % 2 else 'key'}_{index // 2}"
 
 
 def num_blocks(vocab_size: int) -> int:
-    """Blocks of ``RACE_BLOCK`` tokens that a vocabulary has, the last of which may be filled up."""
+    """Number of blocks of ``RACE_BLOCK`` tokens in a vocabulary; the last block may be padded."""
     return -(-vocab_size // RACE_BLOCK)
 
 
 def numbers_per_draw(vocab_size: int) -> int:
-    """How many numbers a token is drawn with: one for each block, and one for each token of a block."""
+    """Random numbers that one draw takes: one for each block, and one for each token of a block."""
     return num_blocks(vocab_size) + RACE_BLOCK
 
 
-# How a row samples.
+# The inputs that hold a row's sampling parameters.
 POLICY_INPUTS = (
     TensorSpec("temperature", "float32", ("batch",)),
     TensorSpec("top_k", "int64", ("batch",)),
@@ -57,7 +74,7 @@ POLICY_INPUTS = (
 
 
 def sampling_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
-    """The inputs that a graph has for sampling."""
+    """The inputs that a graph with sampling has in addition."""
     exponentials = TensorSpec("exponentials", "float32", ("batch", "draws", numbers_per_draw(vocab_size)))
     return (exponentials, *POLICY_INPUTS)
 
@@ -72,7 +89,17 @@ def step_inputs(
     dtype: str,
     sampling: bool,
 ) -> tuple[TensorSpec, ...]:
-    """The inputs of a step graph. ``dtype`` is that of weights and cache; without ``sampling`` it is greedy only."""
+    """The inputs of a step graph, in order.
+
+    Args:
+        num_layers: L.
+        num_key_value_heads: N.
+        head_dim: d.
+        tree_depth: M.
+        vocab_size: Size of the vocabulary.
+        dtype: Type of weights and caches.
+        sampling: Whether the graph can sample. Otherwise it is greedy.
+    """
     caches = 2 * num_layers
     specs = [
         TensorSpec("input_ids", "int64", ("batch", "sequence")),
@@ -98,7 +125,7 @@ def step_outputs(
     dtype: str,
     sampling: bool,
 ) -> tuple[TensorSpec, ...]:
-    """The outputs of a step graph, in order."""
+    """The outputs of a step graph, in order. The arguments are those of ``step_inputs``; ``tree_size`` is T."""
     caches = 2 * num_layers
     specs = [
         TensorSpec("tokens", "int64", ("batch", tree_depth + 1)),

@@ -1,10 +1,9 @@
-"""The draft tree: which guesses one step verifies, and how they hang together.
+"""The draft tree: the nodes that one step verifies, and the parent of each.
 
-A tree is a prefix-closed set of *rank paths* (MEDUSA, arXiv 2401.10774, section 2.1.2): the path
-``(0, 2)`` is the third-best token of head 2 below the best token of head 1. Node 0 is the root, the
-token that the base model has already chosen. Nodes are stored parents first, in the order in which
-they earn their place, so that every prefix of the node list is a tree of its own: a step that feeds
-the first R nodes verifies a tree of R nodes.
+A tree is a prefix-closed set of *rank paths* (MEDUSA, arXiv 2401.10774, section 2.1.2). The path ``(0, 2)`` is the
+third-best token of head 2 below the best token of head 1. Node 0 is the root, the token that the base model has already
+chosen. Nodes are stored parents first, in the order of their value. So every prefix of the node list is a tree of its
+own: a step that takes in the first R nodes verifies a tree of R nodes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from medusa_runtime.errors import TreeError
 
-# The largest tree that is read. One step verifies all nodes, so that trees of 64 are large already.
+# The most nodes of a tree that is read. One step verifies all nodes, so a tree of 64 nodes is already large.
 MAX_NODES = 4096
 MAX_DEPTH = 64
 MAX_RANK = 65_535
@@ -32,7 +31,7 @@ RankPath = Annotated[tuple[Rank, ...], Meta(min_length=1, max_length=MAX_DEPTH)]
 
 
 def _parents_first(paths: Sequence[RankPath]) -> list[RankPath]:
-    """The same paths, each moved behind its ancestors; an order that already is so stays as it is."""
+    """The paths, each moved behind its ancestors. Paths that are in such an order stay as they are."""
     ordered: dict[RankPath, None] = {}
     for path in paths:
         for depth in range(1, len(path) + 1):
@@ -44,7 +43,7 @@ def _checked(path: object) -> RankPath:
     if not isinstance(path, (list, tuple)) or not path:
         raise TreeError(f"A tree path must be a non-empty list of ranks, but got {reprlib.repr(path)}.")
     if len(path) > MAX_DEPTH:
-        raise TreeError(f"A tree path is {len(path)} deep: no more than {MAX_DEPTH} is possible.")
+        raise TreeError(f"A tree path is {len(path)} deep: {MAX_DEPTH} is the most that is possible.")
     for rank in path:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= MAX_RANK:
             raise TreeError(
@@ -72,34 +71,33 @@ class Tree:
         max_depth: int | None = None,
         top_k: int | None = None,
     ) -> Tree:
-        """Checks rank paths and orders them parents first.
+        """Makes a tree of rank paths: checks them and orders them parents first.
 
         Args:
-            paths: Rank paths in any order; in gain order every prefix is the best tree of its size.
-            max_depth: The number of heads: only the path of best candidates can go on below them, for guesses from
-                the text.
-            top_k: The number of candidates kept per head: a rank can't reach it.
+            paths: Rank paths in any order. If the most valuable come first, every prefix is the best tree of its size.
+            max_depth: The number of heads. Below them only the path of best candidates can continue, for lookup hits.
+            top_k: The number of candidates per head: ranks are smaller.
 
         Raises:
-            TreeError: A path is malformed, repeated, without its parent, too deep or ranked too high.
+            TreeError: A path is malformed, repeated, without its parent, too deep, or uses too high a rank.
         """
         checked = [_checked(path) for path in paths]
         if len(checked) >= MAX_NODES:
-            raise TreeError(f"The tree has {len(checked) + 1:,} nodes: no more than {MAX_NODES:,} are possible.")
+            raise TreeError(f"The tree has {len(checked) + 1:,} nodes: at most {MAX_NODES:,} are possible.")
         known = set(checked)
         if len(known) != len(checked):
             repeated = next(path for path, times in Counter(checked).items() if times > 1)
-            raise TreeError(f"The tree path {list(repeated)} stands twice: each node may be listed once.")
+            raise TreeError(f"The tree path {list(repeated)} is listed twice: list each node once.")
         for path in checked:
             if len(path) > 1 and path[:-1] not in known:
                 raise TreeError(
-                    f"The tree is not prefix-closed: {list(path)} is there but its parent {list(path[:-1])} is not. "
+                    f"The tree is not prefix-closed: it has {list(path)}, but not its parent {list(path[:-1])}. "
                     "Add the parent, or drop the path."
                 )
             if max_depth is not None and len(path) > max_depth and (any(path) or not max_depth):
                 raise TreeError(
                     f"The tree path {list(path)} is {len(path)} deep, but there are {max_depth} heads: only the path "
-                    "of best candidates may go on below them. Use a shallower tree or more heads."
+                    "of best candidates may continue below them. Use a shallower tree or more heads."
                 )
             if top_k is not None and max(path) >= top_k:
                 raise TreeError(
@@ -120,7 +118,7 @@ class Tree:
 
     @property
     def top_k(self) -> int:
-        """How many candidates of each head the tree draws on."""
+        """Number of candidates of each head that the tree uses."""
         return max((max(path) for path in self.paths), default=-1) + 1
 
     @cached_property
@@ -141,7 +139,7 @@ class Tree:
 
     @cached_property
     def node_paths(self) -> NDArray[np.int64]:
-        """The nodes from the root to each node, [T, max_depth + 1]; filled up with 0 behind the node."""
+        """The nodes from the root to each node, [T, max_depth + 1]; padded with 0 behind the node."""
         table = np.zeros((self.size, self.max_depth + 1), dtype=np.int64)
         for node in range(1, self.size):
             depth = int(self.depths[node])
@@ -151,7 +149,10 @@ class Tree:
 
     @cached_property
     def spine(self) -> tuple[tuple[int, ...], ...]:
-        """For each depth from 1 on the children, by rank, of the best node above: its own best one is their first."""
+        """The children of each node on the path of best candidates, by depth from 1 on.
+
+        Each entry holds the children in the order of their ranks. The first of them is the next node of the path.
+        """
         groups: list[tuple[int, ...]] = []
         parent = 0
         while found := [node for node in range(1, self.size) if self.parents[node] == parent]:
@@ -159,27 +160,27 @@ class Tree:
             parent = groups[-1][0]
         return tuple(groups)
 
-    def insert(self, guesses: Sequence[int], drafted: NDArray[np.int64], size: int) -> None:
-        """Puts better guesses than the heads' into a drafted tree.
+    def insert(self, proposed: Sequence[int], drafted: NDArray[np.int64], size: int) -> None:
+        """Puts the tokens of a lookup hit into a draft of the heads.
 
-        They become the best candidates, one below the other; those of the heads move up one place, but for a copy of a
-        guess, and the last of them falls out.
+        The tokens become the path of best candidates. At each of its depths the heads' candidates move back by one
+        rank. The last one is dropped, or the one that equals the token.
 
         Args:
-            guesses: The next tokens.
+            proposed: The tokens that the lookup proposes, the next one first.
             drafted: Tokens by node, [T]; changed in place.
-            size: So many nodes are going to be verified; the others stay as they are.
+            size: Number of nodes that will be verified. Later nodes stay as they are.
         """
-        for guess, group in zip(guesses, self.spine, strict=False):
+        for token, group in zip(proposed, self.spine, strict=False):
             nodes = [node for node in group if node < size]
             if not nodes:
                 return
-            others = [token for token in drafted[nodes].tolist() if token != guess]
-            drafted[nodes] = [guess, *others][: len(nodes)]
+            others = [other for other in drafted[nodes].tolist() if other != token]
+            drafted[nodes] = [token, *others][: len(nodes)]
 
     @cached_property
     def ancestor_mask(self) -> NDArray[np.bool_]:
-        """[T, T]; row n is True at n and at its ancestors: what node n attends to."""
+        """The nodes that each node attends to, [T, T]: row n is True at n and at its ancestors."""
         mask = np.eye(self.size, dtype=np.bool_)
         for node in range(1, self.size):
             mask[node] |= mask[self.parents[node]]
@@ -196,7 +197,7 @@ class Tree:
         return Tree(self.paths[: size - 1])
 
     def draw(self) -> str:
-        """The tree as text, a line per node: its rank and its number in the node list."""
+        """The tree as text. A line per node shows its rank and its number in the node list."""
         children: dict[int, list[int]] = {}
         for node in range(1, self.size):
             children.setdefault(int(self.parents[node]), []).append(node)

@@ -1,14 +1,15 @@
-"""How many CPUs this process may keep busy.
+"""Number of CPUs that this process may keep busy.
 
-The answer is the least of what these allow:
+It is the smallest of these limits:
 
 1. the affinity mask (``taskset``, cpusets);
 2. the CPU quota of the process's control group and of every group above it, cgroup v2 and v1
    (``docker run --cpus``, limits of Kubernetes);
-3. ``OMP_NUM_THREADS``, where it holds a number.
+3. ``OMP_NUM_THREADS``, if it holds a number.
 
-A quota is rounded down, but never below one. The threads of a step wait for each other after every operator. With more
-threads than the quota has CPUs, the kernel stops all of them for the rest of each period, and every step with them.
+A quota is rounded down, but never below one. The threads of a step wait for each other after every operator. If there
+are more threads than the quota allows CPUs, the kernel stops all of them for the rest of each period, so that every
+step takes longer.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from pathlib import Path
 
 
 def usable_cpus(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int:
-    """CPUs that this process may keep busy, at least one.
+    """Number of CPUs that this process may keep busy, at least one.
 
     Args:
-        root: Folder with ``proc`` and, below the mount points named there, the control groups' files.
-        environment: Variables by name.
+        root: Root of the file system: it holds ``proc`` and the mounted control groups.
+        environment: Environment variables by name.
     """
     limits = [_affinity(), _openmp_threads(environment)]
     quota = cpu_quota(root)
@@ -43,21 +44,21 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def limit_openmp_threads(environment: MutableMapping[str, str], root: Path = Path("/")) -> None:
-    """Sets ``OMP_NUM_THREADS`` where a quota leaves less than the affinity mask, unless it is set.
+    """Sets ``OMP_NUM_THREADS`` if a quota allows fewer CPUs than the affinity mask, unless it is already set.
 
-    PyTorch and NumPy read it once, when they are imported, and know no quotas themselves.
+    PyTorch and NumPy read the variable once, when they are imported. They don't read quotas themselves.
     """
     if usable_cpus(root, environment) < _affinity():
         environment.setdefault("OMP_NUM_THREADS", str(usable_cpus(root, environment)))
 
 
 def _affinity() -> int:
-    """CPUs that the scheduler may put this process on; all of the machine where the system doesn't say."""
+    """CPUs in this process's affinity mask; all CPUs of the machine if the system has no such mask."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _openmp_threads(environment: Mapping[str, str]) -> int | None:
-    """The number in ``OMP_NUM_THREADS``, the first one of a list; None if there is none."""
+    """The number in ``OMP_NUM_THREADS``, or the first of a list of numbers; None if it holds no number."""
     first = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if re.fullmatch(r"0*[1-9][0-9]{0,5}", first, re.ASCII) else None
 
@@ -69,7 +70,7 @@ class _Mount:
     Attributes:
         root: The group that appears at the mount point.
         point: The mount point.
-        controllers: The controllers of a v1 hierarchy; None for v2.
+        controllers: Names of the controllers of a v1 hierarchy; None for v2.
     """
 
     root: str
@@ -78,7 +79,7 @@ class _Mount:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the groups that may limit this process's CPU time: its own, and those above it."""
+    """Folders of the control groups that may limit this process's CPU time: its own group and those above."""
     mounts = [mount for line in _lines(root / "proc/self/mountinfo") if (mount := _mount(line)) is not None]
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -92,7 +93,7 @@ def _groups(root: Path) -> Iterator[Path]:
 
 
 def _mount(line: str) -> _Mount | None:
-    """What a line of ``mountinfo`` says, if it is about control groups."""
+    """The mount that a line of ``mountinfo`` describes; None if it is not of control groups."""
     before, _, after = line.partition(" - ")
     fields, kind = before.split(" "), after.split(" ")
     if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
@@ -102,12 +103,12 @@ def _mount(line: str) -> _Mount | None:
 
 
 def _unescaped(path: str) -> str:
-    """A path of ``mountinfo``, which has octal numbers in the place of spaces and backslashes."""
+    """A path from ``mountinfo``, with its octal escapes replaced: they stand for spaces and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 def _below(path: str, root: str) -> list[str]:
-    """The names that lead from the mounted group to the process's; none if it lies elsewhere, as seen from here."""
+    """Folder names that lead from the mounted group to the process's group; empty if it is not below the mount."""
     parts, above = ([part for part in full.split("/") if part] for full in (path, root))
     if ".." in (*parts, *above) or parts[: len(above)] != above:
         return []
@@ -115,11 +116,11 @@ def _below(path: str, root: str) -> list[str]:
 
 
 def _quota_of(folder: Path) -> float | None:
-    """CPUs that one group may use at a time; None if it sets no limit."""
+    """CPU time that one group grants, in CPUs; None if it sets no limit."""
     quota, *rest = " ".join(_lines(folder / "cpu.max")).split() or [""]  # cgroup v2: "150000 100000", or "max 100000"
     period = rest[0] if rest else "100000"
     if not quota:
-        quota = "".join(_lines(folder / "cpu.cfs_quota_us"))  # v1; -1 is no limit
+        quota = "".join(_lines(folder / "cpu.cfs_quota_us"))  # v1; -1 means no limit
         period = "".join(_lines(folder / "cpu.cfs_period_us"))
     with contextlib.suppress(ValueError, ArithmeticError):
         if int(quota) > 0 and int(period) > 0:
@@ -128,7 +129,7 @@ def _quota_of(folder: Path) -> float | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file; none if it can't be read."""
+    """The lines of a file; empty if it can't be read."""
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     return []

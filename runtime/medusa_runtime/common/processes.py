@@ -1,11 +1,12 @@
-"""What a process may do with native code when it forks and when it ends.
+"""Rules for native code when a process forks and when it ends.
 
-1. An object belongs to the process that made it. A child made by ``fork`` has no copy of its threads, so that whatever
-   waits for one of them would wait for ever. ``Resident`` refuses instead.
-2. A child doesn't destroy what it inherited either: ONNX Runtime would wait there for its threads, too.
+1. An object belongs to the process that made it. ``fork`` does not copy threads to the child, so a call in the child
+   that waits for a thread would wait for ever. ``ProcessBound`` raises an error instead.
+2. A child doesn't destroy inherited objects either: ONNX Runtime's destructors would wait for threads, too.
    ``keep_in_children`` keeps such objects alive.
-3. The interpreter doesn't end in the middle of native code. A thread that comes back from it to an interpreter that is
-   gone aborts the process. ``native_work`` makes the end wait, and ``close_at_exit`` closes what is open.
+3. The interpreter doesn't end while a thread is in native code. A thread that returned to an interpreter that has
+   ended would abort the process. ``native_work`` makes the end of the process wait; ``close_at_exit`` closes open
+   engines and services.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ from typing import TYPE_CHECKING, Any
 from medusa_runtime.errors import ForkError, MedusaError
 
 if TYPE_CHECKING:
-    from medusa_runtime.common.closing import Closing
+    from medusa_runtime.common.closeable import Closeable
 
 _log = logging.getLogger(__name__)
 
 
-class Resident:
-    """Base of what only the process that made it can use."""
+class ProcessBound:
+    """Base of objects that only the process that made them can use."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
 
     @property
-    def is_abroad(self) -> bool:
-        """Whether this is a child that ``fork`` made of the process that the object belongs to."""
+    def in_forked_child(self) -> bool:
+        """True in a child that ``fork`` made of the process that the object belongs to."""
         return os.getpid() != self._process
 
     @property
     def fork_error(self) -> ForkError:
-        """What to raise where it is abroad."""
+        """The error to raise in a forked child."""
         return ForkError(
             f"This {type(self).__name__} belongs to process {self._process} and can't be used in process "
-            f"{os.getpid()}, which fork made of it: threads don't survive a fork. Load the bundle in the child, or "
-            "start children with multiprocessing's 'spawn' (with gunicorn: without --preload)."
+            f"{os.getpid()}, a fork of it: threads don't survive a fork. Load the bundle in the child, or start "
+            "children with multiprocessing's 'spawn' (with gunicorn: without --preload)."
         )
 
     def check_process(self) -> None:
-        """Raises ``ForkError`` where it is abroad; takes no lock, as a fork may have copied one that is held."""
-        if self.is_abroad:
+        """Raises ``ForkError`` in a forked child. Takes no lock: the fork may have copied a lock that is held."""
+        if self.in_forked_child:
             raise self.fork_error
 
 
@@ -64,13 +65,13 @@ class _NativeWork:
 
 
 _work = _NativeWork()
-_open: weakref.WeakSet[Closing] = weakref.WeakSet()
+_open: weakref.WeakSet[Closeable] = weakref.WeakSet()
 _kept: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @contextmanager
 def native_work() -> Iterator[None]:
-    """Makes the end of the process wait until the block has been left.
+    """A context manager: the process does not end before the block is left.
 
     Raises:
         MedusaError: The process is about to end.
@@ -78,7 +79,7 @@ def native_work() -> Iterator[None]:
     work = _work
     with work.changed:
         if work.is_exiting:
-            raise MedusaError("This Python process is about to end: it takes no more work.")
+            raise MedusaError("This Python process is about to end: it can't start more work.")
         work.count += 1
     try:
         yield
@@ -88,32 +89,32 @@ def native_work() -> Iterator[None]:
             work.changed.notify_all()
 
 
-def close_at_exit(item: Closing) -> None:
-    """Closes something at the end of this process, unless it is gone by then; holds no reference to it."""
+def close_at_exit(item: Closeable) -> None:
+    """Registers an object to be closed when this process ends. Holds no reference to it."""
     _open.add(item)
 
 
 def keep_in_children(item: object) -> None:
-    """Never destroys something in a child made by ``fork``; holds no reference to it in this process."""
+    """Registers an object that children made by ``fork`` never destroy. Holds no reference to it in this process."""
     _kept.add(item)
 
 
 @atexit.register
 def _close_all() -> None:
-    """Waits for native work and closes what this process has opened, as long as threads can still come to an end."""
+    """Waits for native work and closes all registered objects. Runs while threads can still end by themselves."""
     with _work.changed:
         _work.is_exiting = True
         _work.changed.wait_for(lambda: not _work.count)
     for item in list(_open):
-        if not item.is_abroad:
+        if not item.in_forked_child:
             try:
                 item.close()
-            except Exception:  # noqa: BLE001  # the others are to be closed as well
+            except Exception:  # noqa: BLE001  # the other objects must be closed as well
                 _log.exception("A %s could not be closed at exit", type(item).__name__)
 
 
 def _after_fork() -> None:
-    global _work  # noqa: PLW0603  # a lock that another thread held at the fork stays held
+    global _work  # noqa: PLW0603  # replaced, since a lock that another thread held at the fork stays held
     _work = _NativeWork()
     for item in list(_kept):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))

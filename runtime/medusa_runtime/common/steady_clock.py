@@ -1,4 +1,4 @@
-"""A clock that never goes back."""
+"""A clock that never goes backwards."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Callable
 
 
 class SteadyClock:
-    """Adds up the steps that another clock makes forwards; where that one jumps back, this one stands still.
-
-    All threads may ask it.
+    """Follows another clock, but stands still when that clock jumps backwards. Any thread may call it.
 
     Args:
-        clock: The other one; gives seconds.
+        clock: The other clock. Returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -21,7 +19,7 @@ class SteadyClock:
         self._lock = threading.Lock()
 
     def __call__(self) -> float:
-        """Seconds."""
+        """The time in seconds."""
         with self._lock:
             seen = self._clock()
             self._now += max(0.0, seen - self._seen)

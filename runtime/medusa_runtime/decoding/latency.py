@@ -18,7 +18,7 @@ from msgspec import Meta
 from medusa_runtime.backends.base import Backend, BatchBackend
 from medusa_runtime.bundles.bundle import DESCRIPTION, Bundle
 from medusa_runtime.bundles.json_file import Name, parse_json
-from medusa_runtime.bundles.listed_folder import FileFacts, keep_own, read_own
+from medusa_runtime.bundles.listed_folder import FileFacts, read_cache_file, write_cache_file
 from medusa_runtime.errors import BundleError
 
 CACHE_FILE = ".medusa-latency.json"
@@ -85,7 +85,7 @@ def _key(bundle: Bundle, name: str) -> str:
 
 def _read(path: Path, largest: int) -> dict[str, Table]:
     """The tables that are kept, of sizes up to the largest; what isn't one is measured again."""
-    kept = read_own(path, at_most=MAX_CACHE_BYTES)
+    kept = read_cache_file(path, at_most=MAX_CACHE_BYTES)
     tables: dict[str, Table] = {}
     with contextlib.suppress(BundleError):
         for key, data in parse_json(kept or b"{}", dict[Name, msgspec.Raw], path, remedy="").items():
@@ -98,7 +98,7 @@ def _read(path: Path, largest: int) -> dict[str, Table]:
 
 def _write(path: Path, known: dict[str, Table]) -> None:
     """Keeps the tables, if the folder can be written to."""
-    keep_own(path, msgspec.json.format(msgspec.json.encode(known), indent=1) + b"\n")
+    write_cache_file(path, msgspec.json.format(msgspec.json.encode(known), indent=1) + b"\n")
 
 
 def _measure(
@@ -142,7 +142,7 @@ def _measure(
         best = [0.0, 0.0]  # without and with a guess from the text
         for size in sizes:
             taken[size] = seconds(size)
-            rates = [sum(bundle.acceptance.values(guessed=kind)[:size]) / taken[size] for kind in (False, True)]
+            rates = [sum(bundle.acceptance.values(hit=kind)[:size]) / taken[size] for kind in (False, True)]
             best = [*map(max, best, rates)]
             if len(rounds) == WARM_UP and all(rate < HOPELESS * most for rate, most in zip(rates, best, strict=True)):
                 break

@@ -66,7 +66,7 @@ class TreeChoice:
         at_depth = tree.depths[:, None] == np.arange(1, tree.max_depth + 1)
         # The chance that the first so many nodes are right to each depth from 1 on, as calibrated: [T, max_depth].
         self._chances = {
-            guessed: np.cumsum(np.where(at_depth, np.array(acceptance.values(guessed=guessed))[:, None], 0), 0)
+            guessed: np.cumsum(np.where(at_depth, np.array(acceptance.values(hit=guessed))[:, None], 0), 0)
             for guessed in (False, True)
         }
         self._tried = {guessed: _right_of_tried(chances) for guessed, chances in self._chances.items()}

@@ -150,7 +150,7 @@ def chat_templates(folder: ListedFolder, config: TokenizerConfig) -> dict[str, s
     for name, template in found.items():
         if len(template) > MAX_TEMPLATE_BYTES:
             raise BundleError(
-                f"The chat template {name!r} in {folder.path} has {len(template):,} characters, but no more than "
+                f"The chat template {name!r} in {folder.path} has {len(template):,} characters, but at most "
                 f"{MAX_TEMPLATE_BYTES:,} are read. {REMEDY}"
             )
     return found

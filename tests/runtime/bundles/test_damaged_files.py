@@ -20,7 +20,7 @@ from medusa_export.training.settings import read_settings
 from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, MedusaError, Tree
 from medusa_runtime.bundles.bundle import DESCRIPTION, MAX_DESCRIPTION_BYTES, ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.json_file import MAX_VALUES, parse_json
-from medusa_runtime.bundles.listed_folder import ListedFolder, keep_own, read_file
+from medusa_runtime.bundles.listed_folder import ListedFolder, read_file, write_cache_file
 from medusa_runtime.decoding.latency import CACHE_FILE, LatencyTable
 from medusa_runtime.text.tokenizer import Tokenizer
 from medusa_runtime.text.tokenizer_files import MAX_TEMPLATE_BYTES
@@ -95,7 +95,7 @@ def _set(*keys: str | int, to: object) -> Callable[[dict[str, Any]], object]:
         (_set("files", "x" * 300, to={"size": 1, "sha256": ""}), "can't be read: File name too long"),
         (_set("files", "nul\0", to={"size": 1, "sha256": ""}), "nul"),
         (_set("files", "model.onnx", to={"size": -1, "sha256": ""}), "expected `int` >= 0"),
-        (_set("files", ".", to={"size": 1, "sha256": ""}), "no regular file"),
+        (_set("files", ".", to={"size": 1, "sha256": ""}), "not a regular file"),
         (_set("inputs", 0, "shape", to=[[]]), "inputs"),
     ],
 )
@@ -113,7 +113,7 @@ def test_keys_of_newer_versions_are_skipped(folder: Path, tiny_bundle: Bundle) -
 
 def test_a_huge_description_is_refused_unread(folder: Path) -> None:
     os.truncate(folder / DESCRIPTION, 2**40)  # sparse: there is no such memory
-    with pytest.raises(BundleError, match=f"no more than {MAX_DESCRIPTION_BYTES:,} are read"):
+    with pytest.raises(BundleError, match=f"at most {MAX_DESCRIPTION_BYTES:,} are read"):
         Bundle.load(folder)
 
 
@@ -253,7 +253,7 @@ def test_a_hubs_snapshot_leads_to_its_own_blobs_only(tiny_bundle: Bundle, tmp_pa
 
 def test_names_that_lead_outside(tmp_path: Path) -> None:
     for name in ("../x", "/etc/passwd", "a\\..\\b", "a/../../x"):
-        with pytest.raises(BundleError, match="lies outside"):
+        with pytest.raises(BundleError, match="is outside the folder"):
             ListedFolder(tmp_path, {name: None}, description="d").read(name, at_most=1)
 
 
@@ -296,7 +296,7 @@ def test_our_own_file_is_no_way_out(folder: Path, tmp_path: Path, monkeypatch: p
     assert len(json.loads((folder / CACHE_FILE).read_text())) == 1
     (folder / "pipe").mkdir()
     os.mkfifo(folder / "pipe" / CACHE_FILE)
-    keep_own(folder / "pipe" / CACHE_FILE, b"data")
+    write_cache_file(folder / "pipe" / CACHE_FILE, b"data")
     assert (folder / "pipe" / CACHE_FILE).read_bytes() == b"data"
     assert [path.name for path in (folder / "pipe").iterdir()] == [CACHE_FILE]
 
@@ -321,10 +321,10 @@ def test_deep_nesting_elsewhere(tmp_path: Path) -> None:
         ("chat_template.jinja", "{% for %}", "syntax error on line 1"),
         ("chat_template.jinja", "{{ x|nofilter }}", "nofilter"),
         ("chat_template.jinja", "{{ " + "(" * 5000 + ")" * 5000 + " }}", "too deeply|can't be compiled"),
-        ("chat_template.jinja", "x" * (MAX_TEMPLATE_BYTES + 1), "no more than 262,144"),
+        ("chat_template.jinja", "x" * (MAX_TEMPLATE_BYTES + 1), "at most 262,144"),
         ("chat_template.jinja", "{{a}}" * 20_000, "more than the 30,000 tokens"),
         ("tokenizer_config.json", json.dumps({"chat_template": "{% if %}"}), "syntax error"),
-        ("tokenizer_config.json", json.dumps({"chat_template": "x" * (MAX_TEMPLATE_BYTES + 1)}), "no more than"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "x" * (MAX_TEMPLATE_BYTES + 1)}), "at most"),
         ("tokenizer_config.json", json.dumps({"chat_template": {str(i): "" for i in range(65)}}), "more than the 64"),
         ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}), "config"),
         ("tokenizer_config.json", json.dumps({"eos_token": {"content": "x", "lstrip": "yes"}}), "eos_token|lstrip"),

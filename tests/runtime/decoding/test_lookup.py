@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.training.calibrate import below_heads, step_starts, text_guesses, with_guesses
+from medusa_export.training.calibrate import below_heads, lookup_tokens, step_starts, with_hits
 from medusa_export.training.conversations import Sample
 from medusa_export.trees.calibration import Calibration
 from medusa_export.trees.search import search_tree
@@ -166,8 +166,8 @@ def test_what_would_have_been_guessed() -> None:
     ids = [1, 2, 3, 4, 1, 2, 3, 4, 1]
     sample = Sample(ids, [False] * 4 + [True] * 5)
     # The positions 3 to 6 draft after the tokens 1, 2, 3 and 4 of the answer.
-    assert text_guesses([sample], 2).tolist() == [[-1, -1], [3, 4], [4, 1], [1, 2]]
-    assert torch.equal(text_guesses([], 2), torch.zeros(0, 2, dtype=torch.int32))
+    assert lookup_tokens([sample], 2).tolist() == [[-1, -1], [3, 4], [4, 1], [1, 2]]
+    assert torch.equal(lookup_tokens([], 2), torch.zeros(0, 2, dtype=torch.int32))
 
 
 def test_where_targets_stand_behind_guesses() -> None:
@@ -176,7 +176,7 @@ def test_where_targets_stand_behind_guesses() -> None:
     places = np.array([[2, 1], [0, 0], [3, 1], [10, 0], [1, -1]])
     guesses = np.array([[5, 6], [8, 6], [8, 6], [-1, -1], [5, 7]])
     guessed = np.array([[2, 1], [10, 0], [1, 1], [10, 10], [1, 3]])
-    assert with_guesses(places, guessed, guesses, targets).tolist() == [
+    assert with_hits(places, guessed, guesses, targets).tolist() == [
         [0, 0],  # both right
         [1, 0],  # a wrong guess that no head had moves the target up, and leaves what is below it alone
         [3, 1],  # one that stood before the target anyway changes nothing
@@ -203,7 +203,7 @@ def test_paths_are_counted_where_steps_begin() -> None:
     calibration = Calibration.count(places, 4, steps=places[[0, 3]])
     assert calibration.accuracies[0] == (0.5, 0.25, 0.25, 0)
     assert calibration.paths == {(0,): 0.5, (0, 0): 0.5, (1,): 0.5, (1, 0): 0.5}
-    assert not calibration.guessed
+    assert not calibration.hit_paths
 
 
 def test_steps_with_a_guess_are_counted_apart_and_go_deeper_than_heads() -> None:
@@ -212,17 +212,17 @@ def test_steps_with_a_guess_are_counted_apart_and_go_deeper_than_heads() -> None
     steps = below_heads(heads, targets)
     assert steps.tolist() == [[1, 0, 10], [0, 0, 10], [0, 1, 10], [10, -1, -1]]
     steps[1, 2] = 0  # the text knew
-    calibration = Calibration.count(heads, 10, steps=steps, guessed=np.array([False, True, True, False]))
-    assert calibration.guess_share == 0.5
+    calibration = Calibration.count(heads, 10, steps=steps, hits=np.array([False, True, True, False]))
+    assert calibration.hit_share == 0.5
     assert calibration.paths == {(1,): 0.5, (1, 0): 1.0}
-    assert calibration.guessed == {(0,): 1.0, (0, 0): 0.5, (0, 0, 0): 0.5, (0, 1): 0.5}
+    assert calibration.hit_paths == {(0,): 1.0, (0, 0): 0.5, (0, 0, 0): 0.5, (0, 1): 0.5}
     assert calibration.max_depth == 3
     assert calibration.value((0, 0, 0)) == 0.25
     tree = search_tree(calibration, 9)
     assert tree.paths == ((1,), (1, 0), (0,), (0, 0), (0, 1), (0, 0, 0))
     acceptance = calibration.acceptance(tree)
     assert acceptance.node_values == (1, 0.5, 1.0, 0, 0, 0, 0)
-    assert acceptance.guessed_values == (1, 0, 0, 1, 0.5, 0.5, 0.5)
+    assert acceptance.hit_values == (1, 0, 0, 1, 0.5, 0.5, 0.5)
     assert acceptance.expected_tokens(7) == 1 + (1.5 + 2.5) / 2
 
 

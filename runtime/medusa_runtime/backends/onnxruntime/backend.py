@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle
 from medusa_runtime.bundles.contract import cache_name, fixed_shape
-from medusa_runtime.bundles.listed_folder import leaves, open_regular
+from medusa_runtime.bundles.listed_folder import leads_outside, open_regular
 from medusa_runtime.bundles.slots import rounded_capacity
 from medusa_runtime.common.cpus import usable_cpus
 from medusa_runtime.common.processes import keep_in_children
@@ -443,7 +443,7 @@ def _linked_weights(bundle: Bundle) -> mmap.mmap | None:
 
     It copies what it needs of them, so that it takes more memory than it does for a file in the folder.
     """
-    if WEIGHTS not in bundle.files or not bundle.files[WEIGHTS].size or not leaves(bundle.folder, WEIGHTS):
+    if WEIGHTS not in bundle.files or not bundle.files[WEIGHTS].size or not leads_outside(bundle.folder, WEIGHTS):
         return None
     with open_regular(bundle.folder / WEIGHTS) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

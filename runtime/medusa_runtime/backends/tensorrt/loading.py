@@ -12,7 +12,7 @@ from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, error_log
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
 from medusa_runtime.bundles.contract import cache_name, fixed_shape
-from medusa_runtime.bundles.listed_folder import keep_own, read_own
+from medusa_runtime.bundles.listed_folder import read_cache_file, write_cache_file
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
 
 MAX_KERNELS_BYTES = 2**30
@@ -33,7 +33,7 @@ class KernelCache:
         """Has contexts of a runtime configuration take their kernels from here, and leave them here."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            kept = read_own(self._path, at_most=MAX_KERNELS_BYTES)
+            kept = read_cache_file(self._path, at_most=MAX_KERNELS_BYTES)
             if kept is not None:
                 self._cache.deserialize(kept)
         config.set_runtime_cache(self._cache)
@@ -44,7 +44,7 @@ class KernelCache:
             return
         data = self._cache.serialize()
         if data is not None:  # otherwise it can't be written down, and is made again
-            keep_own(self._path, memoryview(data))
+            write_cache_file(self._path, memoryview(data))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Code that one thread at a time may run."""
+"""A critical section: code that one thread at a time may run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from medusa_runtime.errors import RequestError
 
 
-class Section:
-    """A lock that other threads wait for, and that its own thread may not take twice.
+class CriticalSection:
+    """A lock that other threads wait for, and that raises an error if its own thread takes it twice.
 
-    A signal handler or a finalizer may come in the middle of the code, in the same thread. It can't wait for what it
-    interrupts, and may not change what that works on.
+    A signal handler or a finalizer may interrupt the code inside, in the same thread. It can't wait for the code that
+    it interrupts, and may not change that code's data.
 
     Args:
-        what: What is at work inside, for the message: ``This engine``.
+        what: The object that the section protects, as the subject of messages: ``This engine``.
     """
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._lock = threading.Lock()
-        self._inside: int | None = None  # the thread
+        self._inside: int | None = None  # id of the thread inside
 
     def check(self) -> None:
         """Raises ``RequestError`` if this thread is inside already."""
@@ -34,7 +34,7 @@ class Section:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Waits until no other thread is inside.
+        """A context manager that waits until no other thread is inside, and then enters.
 
         Raises:
             RequestError: This thread is inside already.
