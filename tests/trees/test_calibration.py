@@ -62,7 +62,7 @@ def test_round_trip_and_bad_files(tmp_path: Path) -> None:
             Calibration.load(tmp_path / "bad.json")
     with pytest.raises(DatasetError, match="No such file"):
         Calibration.load(tmp_path / "none.json")
-    with pytest.raises(DatasetError, match="of 3 heads and ranks below 10"):
+    with pytest.raises(DatasetError, match="measured 3 heads and ranks below 10"):
         calibration.acceptance(Tree(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0))))
 
 
