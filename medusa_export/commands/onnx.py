@@ -70,6 +70,7 @@ def command(  # noqa: PLR0915  # what it does is a list
 
         from medusa_export.common.files import check_target
         from medusa_export.graph.export import build_graph
+        from medusa_export.heads.base import DraftHeads
         from medusa_export.heads.files import load_heads
         from medusa_export.heads.modules import MedusaHeads
         from medusa_export.models.checkpoints import check_fast, load_model, load_tokenizer
@@ -100,7 +101,7 @@ def command(  # noqa: PLR0915  # what it does is a list
     for warning in (*ends.warnings, *settings_warnings(kept_settings(base.generation_config))):
         click.echo(f"warning: {warning}", err=True)
 
-    attached: MedusaHeads | None = None
+    attached: DraftHeads | None = None
     if heads is not None:
         progress(f"loading heads from {heads}")
         attached = load_heads(heads, base)

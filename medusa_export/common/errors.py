@@ -21,6 +21,10 @@ class ExportError(MedusaError):
     """Tracing, rewriting or writing the graph failed."""
 
 
+class ExtensionError(MedusaError):
+    """An extension that isn't there, can't be loaded, or has the name of another."""
+
+
 class OutputError(MedusaError):
     """A file that can't be written."""
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError
 from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, quiet, simplify, translate
-from medusa_export.step.sampling import SamplingInputs, drawings
+from medusa_export.step.sampling import SamplingInputs, draw
 
 
 class _Drawings(nn.Module):
-    """``drawings`` with all that it takes in a row."""
+    """``draw`` with all that it takes in a row."""
 
     def forward(self, logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        return drawings(logits, best, nodes, above, SamplingInputs(*given))
+        return draw(logits, best, nodes, above, SamplingInputs(*given)).tensors()
 
 
 @functools.cache

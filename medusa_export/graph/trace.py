@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
-from medusa_export.step.step import MedusaStep, StepOutput
+from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
 
 OPSET_VERSION = 24
@@ -55,7 +55,7 @@ def _translations() -> dict[Any, Any]:
     boundary = _mark("LayerBoundary", "layer", "port")
     layer_op = _mark("DecoderLayer", "layer", "like")
     blocks_op = _mark("ConcatBlocks")
-    draw_op = _mark("DrawNodes", outputs=5)
+    draw_op = _mark("DrawNodes", outputs=6)
 
     def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
         return onnx_op.TensorScatter(cache, update, write_indices, axis=2)
@@ -144,10 +144,17 @@ class _TracedStep(nn.Module):
         past: Tensor,
         pending: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        pendings = [] if pending is None else [pending] * self.num_caches
-        given = None if sampling is None else SamplingInputs(**sampling)
-        past_of_all = [past] * self.num_caches
-        out = self.step.run(input_ids, num_tokens, is_prefill, cache_lengths, given, pendings, past_of_all)
+        out = self.step(
+            StepInputs(
+                input_ids=input_ids,
+                num_tokens=num_tokens,
+                is_prefill=is_prefill,
+                cache_lengths=cache_lengths,
+                past=[past] * self.num_caches,
+                pending=[] if pending is None else [pending] * self.num_caches,
+                sampling=None if sampling is None else SamplingInputs(**sampling),
+            )
+        )
         named = _named(out)
         self._note(list(named))
         return (*named.values(), *out.present)

@@ -1,1 +1,1 @@
-"""MEDUSA heads: modules, files of every published format, and their writer."""
+"""Heads: their architectures, their modules, and their files."""

@@ -1,1 +1,1 @@
-"""The decoding step in PyTorch: attention, acceptance, sampling and the layout of its caches."""
+"""The decoding step in PyTorch: attention, sampling, acceptance and the slots of its caches."""

@@ -1,7 +1,7 @@
-"""The two tensor operations that a decoder layer hands to us, as torch custom ops.
+"""The two tensor operations that decoder layers leave to us, as torch custom ops.
 
-Both are opaque to the tracer and become one standard ONNX node each (``TensorScatter`` and
-``Attention`` of opset 24, see ``onnx_export``). Their eager bodies are the PyTorch reference.
+Both are opaque to the tracer. Each becomes one standard ONNX node: ``TensorScatter`` and ``Attention`` of opset 24, see
+``graph.trace``. Their eager bodies are the PyTorch reference.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.step.slots import block_slots
 
 ATTENTION_NAME = "medusa_export"
 
-# What layers pass to an attention function besides what changes its result.
+# Arguments that layers pass to an attention function and that don't change its result.
 _HARMLESS = frozenset({
     "dropout", "position_ids", "position_embeddings", "use_cache", "cache_position", "output_attentions",
     "output_hidden_states", "return_dict", "is_causal", "layer_idx", "training", "deterministic",
@@ -35,8 +36,7 @@ def cache_scatter(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tenso
         update: [B, num_key_value_heads, N, head_dim].
         write_indices: [B], the slot of each row's first entry.
     """
-    rows = write_indices[:, None] + torch.arange(update.shape[2], device=update.device)
-    index = rows[:, None, :, None].expand_as(update)
+    index = block_slots(write_indices, update.shape[2])[:, None, :, None].expand_as(update)
     return cache.scatter(2, index, update)
 
 
@@ -47,15 +47,15 @@ def _(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
 
 @torch.library.custom_op("medusa_export::attention", mutates_args=())
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
-    """Grouped-query attention under a boolean mask, softmax in fp32; a soft cap of 0 means none.
+    """Computes grouped-query attention under a boolean mask, with the softmax in fp32.
 
     Args:
         query: [B, num_attention_heads, S, head_dim].
         key: [B, num_key_value_heads, C, head_dim].
-        value: As ``key``.
-        mask: [B, 1, S, C], True where a query may look.
-        scale: What scores are multiplied with.
-        softcap: Scores s become softcap · tanh(s / softcap).
+        value: [B, num_key_value_heads, C, head_dim].
+        mask: [B, 1, S, C], True where a query attends to an entry.
+        scale: The factor of the scores.
+        softcap: Scores s become softcap · tanh(s / softcap); 0 leaves them as they are.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -72,11 +72,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sof
 
 
 class StepMasks:
-    """What new tokens may look at, for layers with and without a sliding window.
+    """The attention masks of a step, for layers with and without a sliding window.
 
     Args:
-        full: [B, 1, S, C] boolean.
-        distances: Gives [B, S, C], how far a new token lies behind an entry; called only if a layer has a window.
+        full: [B, 1, S, C] boolean, True where a new token attends to an entry in layers without a window.
+        distances: Gives [B, S, C], the distance in positions from an entry up to a new token. It is called only if a
+            layer has a window.
     """
 
     def __init__(self, full: Tensor, distances: Callable[[], Tensor]) -> None:
@@ -85,7 +86,7 @@ class StepMasks:
         self._windows: dict[int, Tensor] = {}
 
     def for_window(self, window: int | None) -> Tensor:
-        """The mask of a layer that looks back over ``window`` tokens, itself included; None is all."""
+        """The mask of a layer with a window of ``window`` tokens, the new one included; None for no window."""
         if window is None:
             return self.full
         if window not in self._windows:
@@ -95,7 +96,7 @@ class StepMasks:
 
 @torch.library.custom_op("medusa_export::concat_blocks", mutates_args=())
 def concat_blocks(blocks: list[Tensor]) -> Tensor:
-    """All layers' blocks side by side: [B, 2L * num_key_value_heads, N, head_dim]."""
+    """Concatenates the blocks of all caches: [B, 2L * num_key_value_heads, N, head_dim]."""
     return torch.cat(blocks, dim=1)
 
 
@@ -106,18 +107,18 @@ def _(blocks: list[Tensor]) -> Tensor:
 
 
 class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
-    """The ``past_key_values`` of one step: commits each layer's block and hands back the whole cache.
+    """The ``past_key_values`` of one step. It commits each layer's block and returns the whole cache.
 
     Args:
         past: Key and value caches, alternating, each [B, num_key_value_heads, C, head_dim].
-        pending: For each cache the entries accepted last, [B, num_key_value_heads, M, head_dim]; none if M is 0.
-        write_indices: [B], where each row's block begins.
-        masks: What the new tokens may look at.
+        pending: For each cache its pending entries, [B, num_key_value_heads, M, head_dim]; empty if M is 0.
+        write_indices: [B], the slot of each row's first entry to write.
+        masks: The attention masks of the step.
         first_layer: The index of the layer that the first two caches belong to.
 
     Attributes:
-        blocks: What was written to each cache, [B, num_key_value_heads, M + S, head_dim].
-        present: The caches after that.
+        blocks: The block written to each cache, [B, num_key_value_heads, M + S, head_dim].
+        present: Each cache with its block.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         *,
         first_layer: int = 0,
     ) -> None:
-        self.layers: list[object] = []  # transformers looks here for layers of other kinds: there are none
+        self.layers: list[object] = []  # transformers looks for layers of other kinds here; there are none
         self.past = past
         self.pending = pending
         self.write_indices = write_indices
@@ -160,7 +161,7 @@ _active: list[StepMasks] = []
 
 @contextmanager
 def attending(masks: StepMasks) -> Iterator[None]:
-    """Makes ``masks`` those that our attention function uses."""
+    """Sets the masks that our attention function uses."""
     _active.append(masks)
     try:
         yield
@@ -181,8 +182,8 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function that Hugging Face layers call through ``AttentionInterface``.
 
-    The mask comes from the step, not from the model: ``attention_mask`` is None here, because
-    transformers builds none for an attention implementation that it has no mask function for.
+    The mask comes from the step, not from the model. ``attention_mask`` is None here, because transformers has no mask
+    function for this attention implementation.
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     if unknown:

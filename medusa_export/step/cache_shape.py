@@ -16,7 +16,13 @@ from medusa_export.step.attention import StepCache, StepMasks, attending
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Layers, key/value heads per layer, and the size of a head; the same for all layers."""
+    """The shape of a model's caches; it is the same for all layers.
+
+    Attributes:
+        num_layers: L, the number of layers.
+        num_key_value_heads: The number of key/value heads per layer.
+        head_dim: The size of a head.
+    """
 
     num_layers: int
     num_key_value_heads: int
@@ -24,19 +30,21 @@ class CacheShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """Looks at what the layers hand to a cache, for configs name these things in many ways, or not at all.
+        """Finds the shape by a run of the model without values.
+
+        Configs name these sizes in many ways, or not at all. So this looks at what each layer gives to a cache.
 
         Args:
-            model: A model whose attention implementation is ours.
+            model: A model with our attention implementation.
 
         Raises:
-            ExportError: It can't be run without values.
-            ModelNotSupportedError: Its keys and values are not all of one size.
+            ExportError: The model can't be run without values.
+            ModelNotSupportedError: Keys and values are not all of one size.
         """
         shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
 
         class Probe(StepCache):
-            """Notes shapes, and hands new keys and values back as if there were no others."""
+            """Records shapes, and returns the new keys and values as if the cache held no others."""
 
             def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
                 shapes[layer_idx] = tuple((t.shape[1], t.shape[3]) for t in (key_states, value_states))
@@ -60,5 +68,5 @@ class CacheShape:
 
     @property
     def num_caches(self) -> int:
-        """Keys and values of each layer."""
+        """2L: the keys and the values of each layer."""
         return 2 * self.num_layers

@@ -1,4 +1,4 @@
-"""``MedusaStep`` in PyTorch behind the runtime's own interface: the reference that compiled graphs are held against."""
+"""A backend that runs ``MedusaStep`` in PyTorch: the reference that compiled graphs are compared with."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medusa_export.step.sampling import SamplingInputs
-from medusa_export.step.step import MedusaStep, StepOutput
+from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
 from medusa_runtime.sampling import Draws, SamplingRows
 
 
 class EagerBackend:
-    """Runs steps in PyTorch; a ``medusa_runtime`` backend.
+    """Runs steps in PyTorch, as a ``medusa_runtime`` backend.
 
     Args:
-        step: The step.
-        rows: Sequences held at a time.
+        step: The step to run.
+        rows: The number of rows.
 
     Attributes:
-        output: All that the last step gave; None before the first.
+        output: The whole output of the last step; None before the first step.
     """
 
     def __init__(self, step: MedusaStep, *, rows: int = 1) -> None:
@@ -111,7 +111,18 @@ class EagerBackend:
         is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
         sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
         with torch.no_grad():
-            output = self._step(ids, num_tokens, is_prefill, self._lengths, sampling, self._pending, self._caches)
+            pending = () if self._pending is None else self._pending.chunk(len(self._caches), dim=1)
+            output = self._step(
+                StepInputs(
+                    input_ids=ids,
+                    num_tokens=num_tokens,
+                    is_prefill=is_prefill,
+                    cache_lengths=self._lengths,
+                    past=self._caches,
+                    pending=pending,
+                    sampling=sampling,
+                )
+            )
         self._caches, self._pending = output.present, output.next_pending_kv
         self._lengths = output.next_cache_lengths
         taking_part = [row for row in range(self._rows) if row not in idle]

@@ -1,4 +1,4 @@
-"""The PyTorch side of a bundle: the same weights, heads and tree, computed in fp32."""
+"""The PyTorch reference of a bundle: the same weights, heads and tree, computed in fp32."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from medusa_export.common.errors import VerificationError
+from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.checkpoints import load_model
@@ -18,14 +19,20 @@ from medusa_runtime.text.tokenizer import Tokenizer
 
 
 def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
-    """The step that a bundle was exported from, rounded to the bundle's dtype and computing in fp32.
+    """Loads the step that a bundle was exported from. Weights are rounded to the bundle's dtype; it computes in fp32.
+
+    Args:
+        bundle: The bundle.
+        model: The base model: a folder, a hub id or a GGUF file.
+        heads: The file of heads; None if the bundle has none, or untrained ones.
 
     Raises:
         CheckpointError: The model or the heads can't be read.
-        VerificationError: The bundle has trained heads and none are given, or the other way round.
+        ExtensionError: An acceptance rule of the bundle isn't registered.
+        VerificationError: The bundle has trained heads and none are given, or heads are given and it has none.
     """
     base = load_model(model, dtype=getattr(torch, bundle.dtype), attn_implementation=ATTENTION_NAME)
-    attached: MedusaHeads | None = None
+    attached: DraftHeads | None = None
     if bundle.heads is None or bundle.tree.max_depth == 0:
         if heads is not None:
             raise VerificationError("This bundle has no heads: drop --heads.")
@@ -47,10 +54,15 @@ def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
 
 
 def prompt_ids(bundle: Bundle, texts: Sequence[str], *, chosen: bool) -> list[list[int]]:
-    """Prompts as token ids; without a tokenizer random ones stand for those that nobody chose.
+    """Encodes prompts; a bundle without a tokenizer gets random token ids instead.
+
+    Args:
+        bundle: The bundle.
+        texts: The prompts.
+        chosen: Whether the user chose the prompts, so that random ones can't replace them.
 
     Raises:
-        VerificationError: Texts were chosen, but the bundle has no tokenizer.
+        VerificationError: The user chose the prompts, but the bundle has no tokenizer.
     """
     tokenizer = Tokenizer.load(bundle.listed)
     if tokenizer is not None:

@@ -1,13 +1,13 @@
-"""Drawing tokens inside a step: the distribution that a row samples from, and a token for each verified node.
+"""Sampling inside a step: the distribution of each row, and a drawn token after each verified node.
 
-The base model's logits are divided by the temperature and cut off by top-k, top-p and min-p, in this order, as
-transformers does it; what is left is the *processed* distribution. One token is drawn from it per node, in a race: the
-best of p / E wins, E being exponentially distributed numbers from the host. Which numbers hangs on the place of the
-token in the text and not on the node or the step: exact sampling gives the same text with every tree, and without one.
-And what rounding does to p changes the winner only where two are as near to each other as that. To invert the
-cumulative sum is to have a border for each token of the vocabulary, all of which move with rounding.
+The base model's logits are divided by the temperature and cut off by top-k, top-p and min-p, in this order, as in
+transformers. What is left is the *processed* distribution p. One token is drawn from it per node, by a race: the token
+with the largest p / E wins. The numbers E are exponentially distributed and come from the host. They depend on the
+place of the token in the text, not on the node or the step. So exact sampling gives the same text with every tree, and
+without one. Rounding changes a winner only if two tokens are as close to each other as the rounding error. A draw by
+the cumulative sum would depend on the rounding of every token.
 
-Nothing here runs over more nodes than the host gave numbers for, so a step without any costs next to nothing.
+No operation here runs over more nodes than the host gave numbers for, so a step without any costs almost nothing.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medusa_export.heads.modules import sym_min
+from medusa_export.heads.sizes import sym_min
 from medusa_export.step.indexing import take_entries, take_rows
 from medusa_runtime.bundles.contract import MAX_TOP_K, RACE_BLOCK, num_blocks
 
-LEAST_LOGIT = -40.0  # below the best: a vocabulary of such tokens weighs less than fp32 can tell
-# Widths of an interval of logits that is halved until no two in fp32 lie between its ends.
+# Below the best logit: a vocabulary of such tokens weighs less than fp32 can resolve.
+LEAST_LOGIT = -40.0
+# The widths of an interval of logits that is halved until no two fp32 numbers lie between its ends.
 HALVINGS = tuple(-LEAST_LOGIT * 0.5**halving for halving in range(1, 27))
 
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """The graph's inputs for sampling; see ``docs/contract.md``.
+    """The inputs of the graph for sampling; see ``docs/contract.md``.
 
     Attributes:
-        exponentials: [B, W, blocks + 256], above 0; the token at place q of a text is drawn with row q mod W: its block
-            of 256 with the first of the row's numbers, the token in it with the others.
+        exponentials: [B, W, blocks + 256], numbers above 0. The token at place q of a text is drawn with row q mod W:
+            its block of 256 tokens with the first numbers of the row, the token in the block with the others.
         temperature: [B]; 0 is greedy.
         top_k: [B]; 0 is off.
         top_p: [B]; 1 is off.
         min_p: [B]; 0 is off.
-        typical_epsilon: [B], of typical acceptance; 0 is exact acceptance.
-        typical_alpha: [B].
+        typical_epsilon: [B], the ε of typical acceptance; 0 is exact acceptance.
+        typical_alpha: [B], the alpha of typical acceptance.
     """
 
     exponentials: Tensor
@@ -52,124 +53,164 @@ class SamplingInputs:
     typical_epsilon: Tensor
     typical_alpha: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All inputs, in the order of the graph."""
+        return list(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn for U nodes.
+
+    Attributes:
+        tokens: [B, U], the token drawn after each node; the best one in greedy rows.
+        typical: [B, U] boolean, True where typical acceptance allows the node's own token after its parent.
+        typical_logprobs: [B, U], log p of that token where it is allowed; 0 elsewhere.
+        log_total: [B, U], log Σ exp(logits); logits minus this are the base model's own log p.
+        beyond: [B, U, 1] boolean, True where the nucleus of top-p holds more than ``MAX_TOP_K`` tokens.
+        nucleus_end: [B, U, 1], there the smallest logit of the nucleus, relative to the best one.
+    """
+
+    tokens: Tensor
+    typical: Tensor
+    typical_logprobs: Tensor
+    log_total: Tensor
+    beyond: Tensor
+    nucleus_end: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All values, in the order of the attributes."""
+        return (
+            self.tokens, self.typical, self.typical_logprobs, self.log_total, self.beyond, self.nucleus_end
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Sampled:
-    """What sampling makes of R verified nodes; nodes beyond those that were drawn for hold what greedy steps need.
+    """What sampling gives for all R verified nodes. Nodes without a draw hold the values of a greedy step.
 
     Attributes:
-        chosen: [B, R], the token that the base model has come to after each node: drawn, or the best one.
-        support: [B, R], log p of each node's own token where typical acceptance allows it, else -inf.
-        log_total: [B, R], the logarithm of the sum of exp(logits): what logits are above log p.
-        beyond: [B, U, 1], where the nucleus of top-p holds more than ``MAX_TOP_K`` tokens.
-        nucleus_end: [B, U, 1], the least logit of it, below the best one, where that is so.
+        chosen: [B, R], the token after each node: a drawn one, or the best one.
+        typical: [B, R], as in ``Drawn``; False without a draw.
+        typical_logprobs: [B, R], as in ``Drawn``; 0 without a draw.
+        log_total: [B, R], as in ``Drawn``; 0 without a draw.
+        beyond: [B, U, 1], as in ``Drawn``.
+        nucleus_end: [B, U, 1], as in ``Drawn``.
     """
 
     chosen: Tensor
-    support: Tensor
+    typical: Tensor
+    typical_logprobs: Tensor
     log_total: Tensor
     beyond: Tensor
     nucleus_end: Tensor
 
 
 def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given: SamplingInputs) -> Sampled:
-    """Draws a token for each of the first U = min(R, W) nodes.
+    """Draws a token after each of the first U = min(R, W) nodes.
 
     Args:
-        logits: [B, R, V], of the base model.
-        nodes: [B, R], the tokens of the verified nodes.
-        parents: [T], the node above each node of the whole tree; what stands for the root is of no importance.
-        places: [B, R], where in its text the token after each node stands.
-        given: What the host gave.
+        logits: [B, R, V], of the base model after each node.
+        nodes: [B, R], the token of each node.
+        parents: [T], the parent of each node of the whole tree.
+        places: [B, R], the place in its text of the token after each node.
+        given: The inputs for sampling.
     """
     size, best = logits.shape[1], logits.argmax(-1)
     width = given.exponentials.shape[1]
-    # A tracer takes the smaller of 1 and W for 1, so the root of a tree without others is drawn for W times.
-    drawn = width if len(parents) == 1 else sym_min(size, width)
-    first = torch.arange(drawn).clamp(max=len(parents) - 1)
+    # A tracer takes min(1, W) for 1. So in a tree of one node the root is drawn for W times.
+    num_drawn = width if len(parents) == 1 else sym_min(size, width)
+    first = torch.arange(num_drawn).clamp(max=len(parents) - 1)
     number = places.index_select(1, first) % torch.full((1,), width, dtype=torch.int64).clamp(min=1)
     own = replace(given, exponentials=take_rows(given.exponentials, number))
-    tokens, support, log_total, beyond, end = draw_nodes(
-        logits.index_select(1, first),
-        best.index_select(1, first),
-        nodes.index_select(1, first),
-        parents.index_select(0, first),
-        list(vars(own).values()),
+    drawn = Drawn(
+        *draw_nodes(
+            logits.index_select(1, first),
+            best.index_select(1, first),
+            nodes.index_select(1, first),
+            parents.index_select(0, first),
+            own.tensors(),
+        )
     )
 
     node = torch.arange(size)
-    or_best = torch.where(node < drawn, node, node + drawn)
-    or_none = node.clamp(max=drawn)
+    or_best = torch.where(node < num_drawn, node, node + num_drawn)
+    or_none = node.clamp(max=num_drawn)
     none = 0 * given.temperature.unsqueeze(1)
     return Sampled(
-        chosen=torch.cat([tokens, best], dim=1).index_select(1, or_best),
-        support=torch.cat([support, none - torch.inf], dim=1).index_select(1, or_none),
-        log_total=torch.cat([log_total, none], dim=1).index_select(1, or_none),
-        beyond=beyond,
-        nucleus_end=end,
+        chosen=torch.cat([drawn.tokens, best], dim=1).index_select(1, or_best),
+        typical=torch.cat([drawn.typical, none > 0], dim=1).index_select(1, or_none),
+        typical_logprobs=torch.cat([drawn.typical_logprobs, none], dim=1).index_select(1, or_none),
+        log_total=torch.cat([drawn.log_total, none], dim=1).index_select(1, or_none),
+        beyond=drawn.beyond,
+        nucleus_end=drawn.nucleus_end,
     )
 
 
-def drawings(
-    logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, given: SamplingInputs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Draws a token for each of U nodes.
+def draw(logits: Tensor, best: Tensor, nodes: Tensor, parents: Tensor, given: SamplingInputs) -> Drawn:
+    """Draws a token after each of U nodes.
 
     Args:
-        logits: [B, U, V].
-        best: [B, U], their best tokens.
-        nodes: [B, U], the tokens of the nodes themselves.
-        above: [U], the node above each.
-        given: What the host gave, with the numbers of each node, [B, U, blocks + 256], as ``exponentials``.
-
-    Returns:
-        The tokens, and what ``Sampled`` has of the nodes in ``support`` and ``log_total``, [B, U], and in ``beyond``
-        and ``nucleus_end``.
+        logits: [B, U, V], of the base model after each node.
+        best: [B, U], the token with the largest logit.
+        nodes: [B, U], the token of each node.
+        parents: [U], the parent of each node.
+        given: The inputs for sampling; ``exponentials`` are those of each node, [B, U, blocks + 256].
     """
-    # From here on what a row has is [B, 1, 1], and what a node has [B, U, 1].
-    given = SamplingInputs(given.exponentials, *(row.view(-1, 1, 1) for row in list(vars(given).values())[1:]))
-    draws, typical = given.temperature > 0, given.typical_epsilon > 0
+    # From here on values of a row are [B, 1, 1], and values of a node [B, U, 1].
+    exponentials, *of_rows = given.tensors()
+    given = SamplingInputs(exponentials, *(values.view(-1, 1, 1) for values in of_rows))
+    draws, is_typical = given.temperature > 0, given.typical_epsilon > 0
     below, log_total = _below_best(logits)
     scaled = below / torch.where(draws, given.temperature, 1.0)
     weights = scaled.exp()
-    least, beyond, end = _least_logit(scaled, weights, given)
-    weights = torch.where(scaled < least, 0.0, weights)
+    cut = _cut_off(scaled, weights, given)
+    weights = torch.where(scaled < cut.least, 0.0, weights)
     total = weights.sum(-1, keepdim=True)
-    bar = torch.where(typical, _typical_bar(scaled, weights, total, given), -torch.inf)
+    bar = torch.where(is_typical, _typical_bar(scaled, weights, total, given), -torch.inf)
     weights = torch.where((scaled > bar) | (scaled == 0), weights, 0.0)
-    tokens = torch.where(draws, _race(weights, given.exponentials), best.unsqueeze(-1))
+    tokens = torch.where(draws, _race(weights, exponentials), best.unsqueeze(-1))
 
-    own = take_entries(scaled, above, nodes).unsqueeze(-1)
-    refused = (own < least.index_select(1, above)) | ~((own > bar.index_select(1, above)) | (own == 0)) | ~typical
-    support = torch.where(refused, -torch.inf, own - total.index_select(1, above).log())
-    return tokens.squeeze(-1), support.squeeze(-1), log_total.squeeze(-1), beyond, end
+    own = take_entries(scaled, parents, nodes).unsqueeze(-1)
+    in_reach = (own >= cut.least.index_select(1, parents)) & ((own > bar.index_select(1, parents)) | (own == 0))
+    typical = in_reach & is_typical
+    logprobs = torch.where(typical, own - total.index_select(1, parents).log(), 0.0)
+    return Drawn(
+        tokens=tokens.squeeze(-1),
+        typical=typical.squeeze(-1),
+        typical_logprobs=logprobs.squeeze(-1),
+        log_total=log_total.squeeze(-1),
+        beyond=cut.beyond,
+        nucleus_end=cut.nucleus_end,
+    )
 
 
 @torch.library.custom_op("medusa_export::draw_nodes", mutates_args=())
 def draw_nodes(
-    logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, given: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``drawings``, as an operator: it is the same in all steps, and a tracer takes as long for it as for the rest."""
-    return drawings(logits, best, nodes, above, SamplingInputs(*given))
+    logits: Tensor, best: Tensor, nodes: Tensor, parents: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``draw`` as one operator. It is the same in all steps, and its trace takes as long as the rest of a step's."""
+    return draw(logits, best, nodes, parents, SamplingInputs(*given)).tensors()
 
 
 @draw_nodes.register_fake
 def _(
-    logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, given: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    support, log_total = (torch.empty_like(best, dtype=torch.float32) for _ in range(2))
+    logits: Tensor, best: Tensor, nodes: Tensor, parents: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logprobs, log_total = (torch.empty_like(best, dtype=torch.float32) for _ in range(2))
     beyond, end = (torch.empty_like(logits[..., :1], dtype=dtype) for dtype in (torch.bool, torch.float32))
-    return torch.empty_like(best), support, log_total, beyond, end
+    typical = torch.empty_like(best, dtype=torch.bool)
+    return Drawn(torch.empty_like(best), typical, logprobs, log_total, beyond, end).tensors()
 
 
 def lags(logits: Tensor, numbers: NDArray[np.float32], temperature: float, tokens: Sequence[int]) -> Tensor:
-    """How far tokens [N] are behind the winners of their races, [N]: by so much p would have to be larger, as log p.
+    """The distance of tokens [N] from the winners of their races, [N]: the increase of log p that each would need.
 
     Args:
-        logits: [N, V].
+        logits: [N, V], of the base model.
         numbers: [N, blocks + 256], as ``Draws`` gives them.
-        temperature: Nothing else shapes the distribution.
-        tokens: [N].
+        temperature: The temperature; nothing else may shape the distribution.
+        tokens: [N], the tokens to look at.
     """
     count, vocab_size = logits.shape
     blocks = num_blocks(vocab_size)
@@ -185,22 +226,35 @@ def lags(logits: Tensor, numbers: NDArray[np.float32], temperature: float, token
 
 
 def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, U, V] in fp32 as far as they lie below the best one, and the logarithm of their sum [B, U, 1]."""
+    """Logits [B, U, V] in fp32, relative to the best one, and log Σ exp(logits) [B, U, 1]."""
     logits = logits.float()
     top = logits.amax(-1, keepdim=True)
     below = logits - top
     return below, below.exp().sum(-1, keepdim=True).log() + top
 
 
-def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The least logit, below the best, that top-k, top-p and min-p leave; with ``beyond`` and ``nucleus_end``.
+@dataclass(frozen=True)
+class _CutOff:
+    """Where top-k, top-p and min-p end.
 
-    Tokens of equal logits stay or go together.
+    Attributes:
+        least: [B, U, 1], the smallest logit that is kept, relative to the best one.
+        beyond: [B, U, 1] boolean, True where the nucleus of top-p holds more than ``MAX_TOP_K`` tokens.
+        nucleus_end: [B, U, 1], the smallest logit of the nucleus where that is so.
+    """
+
+    least: Tensor
+    beyond: Tensor
+    nucleus_end: Tensor
+
+
+def _cut_off(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> _CutOff:
+    """Finds where top-k, top-p and min-p end. Tokens of equal logits are kept or cut off together.
 
     Args:
-        scaled: [B, U, V], below the best one.
-        weights: Their exponentials.
-        given: What the host gave.
+        scaled: [B, U, V], logits relative to the best one.
+        weights: [B, U, V], their exponentials.
+        given: The inputs for sampling, [B, 1, 1] each.
     """
     most = min(MAX_TOP_K, scaled.shape[-1])
     best = scaled.topk(most, dim=-1).values
@@ -211,7 +265,7 @@ def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tupl
     sums = best_weights.cumsum(-1)
     whole = best_weights.sum(-1, keepdim=True)
     mass = given.top_p * torch.where(has_top_k, whole, weights.sum(-1, keepdim=True))
-    # A token is in the nucleus if those before it do not fill it.
+    # A token is in the nucleus unless the tokens before it fill the nucleus.
     kept = kept & ((sums - best_weights < mass) | (rank == 0))
     least = torch.where(kept, best, torch.inf).amin(-1, keepdim=True)
 
@@ -219,20 +273,20 @@ def _least_logit(scaled: Tensor, weights: Tensor, given: SamplingInputs) -> tupl
     end = nucleus_end(scaled, weights, mass)
     least = torch.where(beyond, end, least)
     least = torch.where(has_top_k | has_top_p, least, -torch.inf)
-    return torch.maximum(least, given.min_p.log()), beyond, end
+    return _CutOff(torch.maximum(least, given.min_p.log()), beyond, end)
 
 
 @torch.library.custom_op("medusa_export::nucleus_end", mutates_args=())
 def nucleus_end(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-    """The least logit [B, U, 1] of which those above it weigh less than ``mass``, without sorting them.
+    """Finds the smallest logit [B, U, 1] such that all larger ones weigh less than ``mass``, without sorting.
 
-    ``end`` is the lower bound of an interval that is halved: what lies above it weighs at least ``mass``. It is an
-    operator, since a tracer takes longer for it than for a decoder layer.
+    ``end`` is the lower end of an interval that is halved: the logits above it weigh at least ``mass``. This is one
+    operator because its trace takes longer than that of a decoder layer.
 
     Args:
-        scaled: [B, U, V], below the best one.
-        weights: Their exponentials.
-        mass: [B, U, 1].
+        scaled: [B, U, V], logits relative to the best one.
+        weights: [B, U, V], their exponentials.
+        mass: [B, U, 1], the weight of the nucleus.
     """
     end = torch.full_like(mass, LEAST_LOGIT)
     for width in HALVINGS:
@@ -248,9 +302,10 @@ def _(scaled: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
 
 
 def _typical_bar(scaled: Tensor, weights: Tensor, total: Tensor, given: SamplingInputs) -> Tensor:
-    """What a logit, below the best, has to exceed in typical acceptance [2.3.1].
+    """The typical threshold [2.3.1], as a logit relative to the best one, [B, U, 1].
 
-    p > min(ε, alpha exp(-H(p))) of the processed distribution p, whose weights [B, U, V] have the sum ``total``.
+    A token is typical if p > min(ε, alpha·exp(-H(p))). The processed distribution p is the weights [B, U, V] over their
+    sum ``total``.
     """
     log_total = total.log()
     entropy = log_total - (weights * scaled.clamp(min=-100.0)).sum(-1, keepdim=True) / total
@@ -258,14 +313,15 @@ def _typical_bar(scaled: Tensor, weights: Tensor, total: Tensor, given: Sampling
 
 
 def _race(weights: Tensor, exponentials: Tensor) -> Tensor:
-    """Tokens [B, U, 1], each drawn as often as its part of the weights [B, U, V].
+    """Draws tokens [B, U, 1], each with the probability w / Σ w of its weight w.
 
-    The largest of w / E is that of w with probability w / Σ w, where all E are exponentially distributed. The block of
-    the vocabulary is drawn first, by its sum, then the token in it, which takes fewer numbers than all at once.
+    w / E is the largest of all with that probability if all E are exponentially distributed. The block of the
+    vocabulary is drawn first, by the sum of its weights, then the token in it. That takes fewer numbers than one race
+    of all tokens.
 
     Args:
         weights: [B, U, V], at least 0, not all of them 0.
-        exponentials: [B, U, blocks + 256].
+        exponentials: [B, U, blocks + 256], the numbers E.
     """
     batch, nodes, vocab_size = weights.shape
     blocks = num_blocks(vocab_size)
@@ -279,6 +335,6 @@ def _race(weights: Tensor, exponentials: Tensor) -> Tensor:
 
 
 def _by_race(exponentials: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """The numbers of blocks, and of the tokens in one."""
-    place = torch.arange(blocks + RACE_BLOCK)  # a gather by constants: TensorRT computes the shape of a slice
+    """Splits the numbers into those of the blocks and those of the tokens in a block."""
+    place = torch.arange(blocks + RACE_BLOCK)  # a gather by constants, because TensorRT computes a slice's shape
     return exponentials.index_select(-1, place[:blocks]), exponentials.index_select(-1, place[blocks:])

@@ -1,4 +1,4 @@
-"""Whether all weights of a step are finite numbers in the type that they are exported in."""
+"""Checks that all weights of a step are finite in the dtype that they are exported in."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from medusa_export.step.step import MedusaStep
 
 
 def check_weights(step: MedusaStep, source: str) -> None:
-    """Refuses a model or heads with a weight that is no finite number.
+    """Refuses a model or heads with a weight that is not finite.
 
-    A number beyond the range of a type becomes infinity when a checkpoint is loaded in that type. All answers would
+    A number beyond the range of a dtype becomes infinity when a checkpoint is loaded in that dtype. All answers would
     then be empty, or NaN.
 
     Args:
         step: The step to export.
-        source: What its model was loaded from: a folder, a hub id or a GGUF file.
+        source: The checkpoint of the model: a folder, a hub id or a GGUF file.
 
     Raises:
-        ExportError: It names the weight, its value in the checkpoint where that can be told, and the remedy.
+        ExportError: A weight is not finite. The message names the weight, its value in the checkpoint if that can be
+            found, and the remedy.
     """
     for name, weight in step.named_parameters():
         if not weight.numel():
             continue
-        low, high = torch.aminmax(weight.detach())  # NaN if there is any
+        low, high = torch.aminmax(weight.detach())  # both are NaN if one weight is
         if not (low.isfinite() and high.isfinite()):
             raise _refusal(step, source, name, weight.detach())
 
@@ -46,7 +47,7 @@ def _refusal(step: MedusaStep, source: str, name: str, weight: Tensor) -> Export
         )
     words = f"{subject} is {weight.flatten()[flat].item()} at {index}"
     if stored is not None or weight.dtype is torch.float32:
-        return ExportError(f"{words} in its file, which no --dtype mends: get the file again, or train it again.")
+        return ExportError(f"{words} in its file, which no --dtype repairs: get the file again, or train it again.")
     return ExportError(
         f"{words} in {dtype}, whose largest number is {largest:g}. Export it with --dtype fp32 or bf16; if that is "
         "refused too, the file holds no number there."
@@ -54,7 +55,7 @@ def _refusal(step: MedusaStep, source: str, name: str, weight: Tensor) -> Export
 
 
 def _stored_value(step: MedusaStep, source: str, name: str, weight: Tensor, flat: int) -> float | None:
-    """What a file of the checkpoint holds at a place of a weight; None if it stores that weight in another form."""
+    """The value of one number of a weight in the checkpoint; None if the weight is stored in another form."""
     try:
         for stored_name, own_name, values in stored_weights(Place.of(source), step.model):
             if name in (stored_name, own_name) and values.shape == weight.shape:

@@ -96,7 +96,7 @@ def write_bundle(
         dtype=str(step.model.dtype).removeprefix("torch."),
         tree=step.tree,
         acceptance=acceptance,
-        heads=HeadFacts(heads.config.num_heads, heads.config.variant, trained) if heads is not None else None,
+        heads=HeadFacts(heads.config.num_heads, heads.variant, trained) if heads is not None else None,
         sampling=step.sampling,
         tree_name=tree_name,
         end_tokens=ends.found,

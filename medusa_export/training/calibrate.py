@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.common.errors import TrainingError
-from medusa_export.heads.modules import MedusaHeads
+from medusa_export.heads.base import DraftHeads
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import Features, positions_of
 from medusa_export.training.medusa1 import TOP, HeadLoss
@@ -26,7 +26,7 @@ from medusa_runtime.decoding.lookup import DEEPEST_GUESS, TokenLookup
 _BATCH = 1024
 
 
-def depth_of(heads: MedusaHeads, *, lookup: bool) -> int:
+def depth_of(heads: DraftHeads, *, lookup: bool) -> int:
     """How many tokens ahead to count. Lookup hits reach deeper than heads.
 
     Args:
@@ -37,7 +37,7 @@ def depth_of(heads: MedusaHeads, *, lookup: bool) -> int:
 
 
 def counted(
-    heads: MedusaHeads,
+    heads: DraftHeads,
     model: PreTrainedModel,
     features: Features,
     texts: Iterable[Sample],
@@ -71,9 +71,7 @@ def counted(
 
 
 @torch.inference_mode()
-def target_places(
-    heads: MedusaHeads, embedding: nn.Module, lm_head: nn.Linear, features: Features
-) -> NDArray[np.int64]:
+def target_places(heads: DraftHeads, embedding: nn.Module, lm_head: nn.Linear, features: Features) -> NDArray[np.int64]:
     """The rank of each target among its head's candidates, [N, K]; see ``Calibration.count``.
 
     Args:

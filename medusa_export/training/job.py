@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_export.common.errors import SettingsError, TrainingError
+from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.heads.writer import check_config, save_heads
@@ -100,7 +101,7 @@ class TrainingJob:
         # Of tokens, which depend on the chat template, too.
         self._digests = {name: [digest_of_samples(part) for part in parts] for name, parts in self._samples.items()}
 
-    def begin(self, heads: MedusaHeads, asked: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> None:
+    def begin(self, heads: DraftHeads, asked: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> None:
         """Keeps in the folder what the training is of, or holds it against that of checkpoints that are there.
 
         Args:
@@ -142,7 +143,7 @@ class TrainingJob:
         """How many tokens the assistant wrote in them."""
         return sum(sum(sample.is_label) for sample in self.samples(split))
 
-    def fresh_heads(self, shape: HeadShape) -> MedusaHeads:
+    def fresh_heads(self, shape: HeadShape) -> DraftHeads:
         """Untrained heads, in fp32.
 
         Raises:
@@ -165,7 +166,7 @@ class TrainingJob:
         )
         return self._trainable(heads, projections=shape.own_projections)
 
-    def loaded_heads(self, path: str, *, projections: bool) -> MedusaHeads:
+    def loaded_heads(self, path: str, *, projections: bool) -> DraftHeads:
         """Heads to train on, in fp32; their own projections too, if asked for.
 
         Raises:
@@ -173,15 +174,13 @@ class TrainingJob:
         """
         return self._trainable(load_heads(path, self._model), projections=projections)
 
-    def _trainable(self, heads: MedusaHeads, *, projections: bool) -> MedusaHeads:
+    def _trainable(self, heads: DraftHeads, *, projections: bool) -> DraftHeads:
         heads = heads.float().to(self._processes.device)
-        heads.requires_grad_(True)
-        if heads.projections is not None:
-            heads.projections.requires_grad_(projections)
+        heads.set_trainable(projections=projections)
         return heads
 
     def medusa1(
-        self, heads: MedusaHeads, schedule: Schedule, *, soft: float, hidden_states: str, conversations: int
+        self, heads: DraftHeads, schedule: Schedule, *, soft: float, hidden_states: str, conversations: int
     ) -> History:
         """Trains heads in place; the base model stays as it is.
 
@@ -218,7 +217,7 @@ class TrainingJob:
             quiet=self._quiet,
         )
 
-    def medusa2(self, heads: MedusaHeads, schedule: Schedule, lora: Lora) -> History:
+    def medusa2(self, heads: DraftHeads, schedule: Schedule, lora: Lora) -> History:
         """Trains heads in place, and the base model with LoRA, which is then merged into it.
 
         Raises:
@@ -234,7 +233,7 @@ class TrainingJob:
         )
         return history
 
-    def save(self, heads: MedusaHeads, dtype: torch.dtype) -> None:
+    def save(self, heads: DraftHeads, dtype: torch.dtype) -> None:
         """Writes heads to the folder, and the model to ``model`` within it if it isn't what it was.
 
         Args:
@@ -250,7 +249,7 @@ class TrainingJob:
             save_model(self._model, self._tokenizer, Path(source))
         save_heads(heads, self._folder, base_model_name_or_path=source, dtype=dtype, lm_head=self._lm_head)
 
-    def _joint(self, model: Any, heads: MedusaHeads, schedule: Schedule, checkpoints: str, lora: Lora) -> History:
+    def _joint(self, model: Any, heads: DraftHeads, schedule: Schedule, checkpoints: str, lora: Lora) -> History:
         return train_joint(
             model,
             heads,

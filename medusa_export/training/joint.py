@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from medusa_export.heads.modules import MedusaHeads
+from medusa_export.heads.base import DraftHeads
 from medusa_export.models.checkpoints import quiet_libraries
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import hidden_states, padded, positions_of
@@ -52,14 +52,14 @@ class Lora:
     heads_rate: float = 4.0
 
 
-def adapt(model: PreTrainedModel, heads: MedusaHeads, lora: Lora, *, seed: int = 0) -> PeftModel:
+def adapt(model: PreTrainedModel, heads: DraftHeads, lora: Lora, *, seed: int = 0) -> PeftModel:
     """Puts LoRA on all linear layers of a model, in place.
 
     The ``lm_head`` is left out where something else uses its weight: tied embeddings, or heads that project with it.
     """
     lm_head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    used = heads.config.shared_lm_head or getattr(embedding, "weight", None) is lm_head.weight
+    used = heads.shares_lm_head or getattr(embedding, "weight", None) is lm_head.weight
     names = [
         name
         for name, module in model.named_modules()
@@ -87,7 +87,7 @@ class JointLoss(nn.Module):
         ramp: The share of that in training; held-out losses can be compared, as they count it whole.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, heads: MedusaHeads, *, heads_weight: float = 1.0) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, heads: DraftHeads, *, heads_weight: float = 1.0) -> None:
         super().__init__()
         self.model: Any = model
         self.adapted = isinstance(model, PeftModel)
@@ -208,7 +208,7 @@ def collate(samples: Sequence[Sample], *, num_heads: int, max_length: int) -> di
 
 def train_joint(
     model: PreTrainedModel | PeftModel,
-    heads: MedusaHeads,
+    heads: DraftHeads,
     train: Sequence[Sample],
     heldout: Sequence[Sample],
     schedule: Schedule,

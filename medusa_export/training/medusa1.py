@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from medusa_export.heads.modules import MedusaHeads
+from medusa_export.heads.base import DraftHeads
 from medusa_export.training.features import Features
 from medusa_export.training.run import Schedule, run_training
 from medusa_export.training.teacher import Teacher
@@ -39,7 +39,7 @@ class HeadLoss(nn.Module):
 
     def __init__(
         self,
-        heads: MedusaHeads,
+        heads: DraftHeads,
         embedding: nn.Module,
         vocab_size: int,
         *,
@@ -142,7 +142,7 @@ def accuracies(found: np.ndarray[Any, Any]) -> dict[str, float]:
 
 
 def train_medusa1(
-    heads: MedusaHeads,
+    heads: DraftHeads,
     model: PreTrainedModel,
     train: Features,
     heldout: Features,

@@ -14,7 +14,7 @@ import torch
 from medusa_export.graph import layer_reuse
 from medusa_export.graph import trace as onnx_trace
 from medusa_export.graph.export import build_graph
-from medusa_export.heads.modules import HeadsConfig, MedusaHeads
+from medusa_export.heads.modules import MedusaConfig, MedusaHeads
 from medusa_export.step.eager import EagerBackend
 from medusa_export.targets.onnxruntime.fusions import split_argmax
 from medusa_export.targets.onnxruntime.nodes import IR_VERSION
@@ -50,7 +50,7 @@ def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     expected = [greedy(model, PROMPT, 16)]
     reduced = variant == "reduced vocabulary"
-    config = HeadsConfig(
+    config = MedusaConfig(
         num_heads=3,
         num_layers=2 if variant == "two blocks" else 1,
         hidden_size=64,

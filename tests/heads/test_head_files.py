@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medusa_export.cli import main
 from medusa_export.common.errors import CheckpointError, OutputError
 from medusa_export.heads.files import load_heads, stored_dtype
-from medusa_export.heads.modules import HeadsConfig, MedusaHeads
+from medusa_export.heads.modules import MedusaConfig, MedusaHeads
 from medusa_export.heads.writer import LAYOUTS, save_heads
 from medusa_export.models.checkpoints import load_model
 from support.tiny_models import VOCAB_SIZE, tiny_model
@@ -192,7 +192,7 @@ def test_reduced_vocabulary(tmp_path: Path, full: bool) -> None:
     heads = load_heads(written(tmp_path, {**vllm(reduced), "token_map": token_map.int()}), MODEL)
     assert heads.token_map is not None
     assert heads.token_map.tolist() == token_map.tolist()
-    assert heads.config == HeadsConfig(3, 1, HIDDEN, 5, shared_lm_head=False, reduced_vocab=True)
+    assert heads.config == MedusaConfig(3, HIDDEN, 5, shared_lm_head=False, reduced_vocab=True)
     torch.testing.assert_close(heads(STATE), expected_logits(tensors)[..., token_map])
 
 

@@ -100,14 +100,14 @@ def skip_sampling_where_none_draws(graph: ir.Graph) -> None:
     none_draws = head("Equal", [draws, integers(graph, "scalar_zero", 0)])
     graph.insert_before(graph[0], head.nodes)
 
-    names = ("chosen", "sampled/support", "sampled/log_total")
+    names = ("chosen", "sampled/typical", "sampled/typical_logprobs", "sampled/log_total")
     results = {name: value_named(graph, name) for name in names}
     inner = {name: value_named(graph, f"sampled/{name}") for name in ("beyond", "nucleus_end")}
     make = Builder(graph)
     like = make("Shape", [best])
     filled = [
-        make("Expand", [initializer(graph, name, np.array(number, np.float32)), like])
-        for name, number in (("least_support", -np.inf), ("no_total", 0.0))
+        make("Expand", [initializer(graph, name, np.array(value)), like])
+        for name, value in (("not_typical", False), ("no_logprob", np.float32(0)), ("no_total", np.float32(0)))
     ]
     made = dict(zip(names, [make("Identity", [best]), *filled], strict=True))
     sampling = _branch(graph, "sampling", none_draws, results, made, make.nodes, outside=best)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_export.step.step import MedusaStep
 from medusa_export.trees.named import load_tree, reference_trees
 from medusa_export.verification.oracle import oracle_tree
 from medusa_runtime import Tree, TreeError
@@ -29,39 +27,6 @@ def test_laws(paths: list[tuple[int, ...]]) -> None:
     for node in range(tree.size):
         path = tree.node_paths[node, : tree.depths[node] + 1]
         assert set(path.tolist()) == set(np.flatnonzero(tree.ancestor_mask[node]).tolist())
-
-
-def brute_force(tree: Tree, nodes: list[int], chosen: list[int]) -> int:
-    """The deepest node all of whose steps the base model would have taken; the first of equals."""
-    best = 0
-    for node in range(1, len(nodes)):
-        walk, right = node, True
-        while walk:
-            right &= nodes[walk] == chosen[int(tree.parents[walk])]
-            walk = int(tree.parents[walk])
-        if right and tree.depths[node] > tree.depths[best]:
-            best = node
-    return best
-
-
-@given(rank_paths(), st.data())
-@settings(max_examples=200)
-def test_acceptance_is_that_of_a_brute_force_search(paths: list[tuple[int, ...]], data: st.DataObject) -> None:
-    """Few tokens, so that agreement is frequent; token 0, which fills padded cells, is one of them."""
-    tree = Tree.from_paths(paths)
-    size = data.draw(st.integers(1, tree.size))
-    tokens = st.lists(st.integers(0, 1), min_size=size, max_size=size)
-    nodes, chosen = data.draw(tokens), data.draw(tokens)
-    step = MedusaStep.__new__(MedusaStep)
-    torch.nn.Module.__init__(step)
-    step.tree, step.heads = tree, None
-    step._add_tables(tree)
-    given = torch.tensor([nodes]), torch.tensor([chosen]), torch.ones(1, len(nodes), dtype=torch.bool)
-    best, count = step._accept(*given, torch.tensor([False]), None)
-    assert int(best) == brute_force(tree, nodes, chosen)
-    assert int(count) == tree.depths[int(best)] + 1
-    best, count = step._accept(*given, torch.tensor([True]), None)
-    assert (int(best), int(count)) == (0, 1)
 
 
 @given(rank_paths(), st.data())

@@ -1,0 +1,127 @@
+"""Head architectures by name: how the heads of each are configured, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from medusa_export.common.errors import CheckpointError
+from medusa_export.common.registry import Registry
+from medusa_export.heads.base import DraftHeads, HeadsConfig
+from medusa_export.heads.tensors import TOKEN_MAP, HeadTensors
+
+MAX_HEADS = 64
+
+
+class HeadArchitecture:
+    """A kind of heads.
+
+    By default a file holds the ``state_dict`` of the heads, and their configuration as JSON. A subclass overrides
+    ``read``, ``named_tensors`` and ``config_json`` for files of another format.
+
+    Args:
+        config_type: The class of the heads' configuration.
+        heads_type: The class of the heads. Its ``architecture`` is the name in the registry.
+    """
+
+    def __init__(self, config_type: type[HeadsConfig], heads_type: type[DraftHeads]) -> None:
+        self.config_type = config_type
+        self.heads_type = heads_type
+
+    @property
+    def name(self) -> str:
+        """The name in the registry and in files."""
+        return self.heads_type.architecture
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The file layouts that heads of this architecture can be written in."""
+        return ("own",)
+
+    def read(self, tensors: HeadTensors, lm_head: nn.Linear) -> DraftHeads:
+        """Makes heads from a file.
+
+        Args:
+            tensors: The tensors of the file, all of which must be taken.
+            lm_head: The base model's output projection.
+
+        Raises:
+            CheckpointError: The file is incomplete, or was made for another model.
+        """
+        config = self._read_config(tensors, lm_head)
+        with torch.device("meta"):  # its weights come from the file
+            heads = self.heads_type(config, lm_head)
+        weights = {}
+        for name, wanted in heads.state_dict().items():
+            found = tensors.token_map(lm_head.out_features) if name == TOKEN_MAP else None
+            weights[name] = tensors.take(name, tuple(wanted.shape)) if found is None else found
+        tensors.check_none_left()
+        heads.load_state_dict(weights, assign=True)
+        return heads
+
+    def named_tensors(self, heads: DraftHeads, lm_head: nn.Linear | None, layout: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors to write, by name.
+
+        Args:
+            heads: The heads.
+            lm_head: The base model's output projection, to leave out copies of it; None if it isn't known.
+            layout: One of ``layouts``.
+
+        Raises:
+            CheckpointError: The layout has no place for these heads.
+        """
+        yield from heads.state_dict().items()
+
+    def config_json(
+        self, heads: DraftHeads, tensors: Mapping[str, Tensor], lm_head: nn.Linear | None, layout: str
+    ) -> dict[str, Any]:
+        """The content of the ``config.json`` beside the file.
+
+        Args:
+            heads: The heads.
+            tensors: The tensors in the file.
+            lm_head: As for ``named_tensors``.
+            layout: One of ``layouts``.
+        """
+        return {"architecture": self.name, **asdict(heads.config)}
+
+    def _read_config(self, tensors: HeadTensors, lm_head: nn.Linear) -> HeadsConfig:
+        try:
+            config = msgspec.convert(tensors.config, self.config_type)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"The configuration of the heads in {tensors.file} is wrong: {error}.") from error
+        if config.num_heads > MAX_HEADS:
+            raise CheckpointError(f"{tensors.file} holds {config.num_heads} heads: expected {MAX_HEADS} at most.")
+        if config.hidden_size != lm_head.in_features or config.draft_vocab_size > lm_head.out_features:
+            raise CheckpointError(
+                f"The heads in {tensors.file} read hidden states of size {config.hidden_size} and propose "
+                f"{config.draft_vocab_size} tokens, but this base model has size {lm_head.in_features} and "
+                f"{lm_head.out_features} tokens: give the model that they were trained for."
+            )
+        return config
+
+
+_ARCHITECTURES: Registry[HeadArchitecture] = Registry("head architecture", "medusa_export.head_architectures")
+
+
+def register_architecture(architecture: HeadArchitecture) -> HeadArchitecture:
+    """Makes a head architecture available by its name.
+
+    Raises:
+        ExtensionError: Another architecture has that name.
+    """
+    return _ARCHITECTURES.register(architecture.name, architecture)
+
+
+def head_architecture(name: str) -> HeadArchitecture:
+    """The head architecture of a name.
+
+    Raises:
+        ExtensionError: There is none.
+    """
+    return _ARCHITECTURES.get(name)
