@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, imports, types, tests. Arguments go to pytest: scripts/test.sh -m "not slow" -k tree
+# Lint, imports, types, documentation, tests. Arguments go to pytest: scripts/test.sh -m "not slow" -k tree
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
@@ -7,6 +7,7 @@ ruff check .
 ruff format --check .
 lint-imports --no-logo
 mypy
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet  # the variable turns off an announcement
 MEDUSA_SMOLLM2_GGUF=$(scripts/smollm2.sh)
 export MEDUSA_SMOLLM2_GGUF
 pytest --numprocesses "${MEDUSA_TEST_WORKERS:-2}" --durations=20 "$@"
