@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_runtime import Bundle, MedusaService, Metrics, RequestCancelledError, RequestHandle
-from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 STREAMS = 3
 ANSWER = 12  # tokens
@@ -107,7 +107,7 @@ def arrival(service: MedusaService, chunks: Chunks, length: int, offset: int) ->
 def main(folder: Path, length: int, chunks: tuple[int, ...], rounds: int, threads: int) -> None:
     """Prints a table of medians over rounds."""
     bundle, chunk_times = Bundle.load(folder, check_digests=False), Chunks()
-    backend = OnnxRuntimeBatchBackend(bundle, rows=STREAMS + 1, threads=threads)
+    backend = OnnxRuntimeBackend(bundle, rows=STREAMS + 1, threads=threads)
     service = MedusaService(bundle, backend, None, tree_size=1, metrics=chunk_times)
     arrivals: dict[int, list[Arrival]] = {chunk: [] for chunk in chunks}
     arrival(service, chunk_times, length, 0)  # warms up

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from medusa_export.benchmarks.bench import bench_prompts
 from medusa_runtime import Bundle, MedusaEngine, MedusaService
-from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.text.tokenizer import Tokenizer
 
 Tokens = list[tuple[int, ...]]
@@ -81,7 +81,7 @@ def main(
     tokenizer = Tokenizer.load(folder)
     assert tokenizer is not None
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}]) for prompt in bench_prompts()]
-    service = MedusaService(bundle, OnnxRuntimeBatchBackend(bundle, rows=requests, threads=threads), tokenizer)
+    service = MedusaService(bundle, OnnxRuntimeBackend(bundle, rows=requests, threads=threads), tokenizer)
     runner = service._thread.runner  # one session for all tree sizes, for it holds a copy of the weights
     contestants: dict[str, Contestant] = {}
     if not no_engine:

@@ -34,7 +34,7 @@ from tiny_bundle import bundle_folder
 
 from medusa_export.common.progress import progress_bar
 from medusa_runtime import Bundle, Chunk, ForkError, MedusaEngine, MedusaError, MedusaService
-from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.text.tokenizer import Tokenizer
 
 POOL = 300  # different requests, whose answers are known after some lives
@@ -137,7 +137,7 @@ class Life:
         self._random = random.Random(f"{world.seed} {numbers.start}")  # noqa: S311  # no secret
         bundle = world.engine.bundle
         self._clock = JumpyClock()
-        inner = OnnxRuntimeBatchBackend(bundle, rows=world.rows, threads=1)
+        inner = OnnxRuntimeBackend(bundle, rows=world.rows, threads=1)
         self._backend = FaultyBackend(inner, rate=world.rate, seed=world.seed + numbers.start)
         self._ends = Ends()
         self._service = MedusaService(

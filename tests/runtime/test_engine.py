@@ -340,7 +340,8 @@ backend = OnnxRuntimeBackend(bundle, threads=1, graph=bundle.graph)
 backend.reserve(64)
 if sys.argv[2] == "elsewhere":
     other = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 2, backend.capacity, 16), np.float32))
-    backend._bindings().values.bind_ortvalue_output("present_key_0", other)
+    backend.step(9, {0: [1, 2, 3]})
+    next(iter(backend._bindings.values())).values.bind_ortvalue_output("present_key_0", other)
 backend.step(9, {0: [1, 2, 3]})
 for size in (1, 9):
     backend.step(size)
@@ -360,7 +361,7 @@ def test_caches_are_written_in_place(tiny_bundle: Bundle) -> None:
 def test_which_graph_runs_how_many_rows(tiny_bundle: Bundle) -> None:
     def operators(rows: int, bundle: Bundle = tiny_bundle) -> set[str]:
         backend = OnnxRuntimeBackend(bundle, rows=rows, threads=1)
-        assert backend._pending is None or rows > 1
+        assert backend._state.pending is None or rows > 1
         path = Path(backend._session._model_path)
         return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
 

@@ -15,7 +15,6 @@ from medusa_export.step.eager import EagerBackend
 from medusa_runtime import Bundle, MedusaEngine, MedusaService, NotFiniteError, SamplingParams
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from support.decoding import export, greedy, guessing_heads, make_step
 from support.stock import Exported, Stock
@@ -155,7 +154,7 @@ def test_a_service_answers_all_but_the_request_that_overflows(
     poisoned: Exported, right: list[list[int]], graph: str | None
 ) -> None:
     path = None if graph is None else poisoned.bundle.folder / graph
-    backend = drafting_poison(OnnxRuntimeBatchBackend)(poisoned.bundle, rows=3, graph=path)
+    backend = drafting_poison(OnnxRuntimeBackend)(poisoned.bundle, rows=3, graph=path)
     with MedusaService(poisoned.bundle, backend, None, tree_size=5) as service:
         for _ in range(4):
             # Rows share prefixes, are copied, moved and taken over by others.
@@ -170,26 +169,24 @@ def test_a_service_answers_all_but_the_request_that_overflows(
 
 def make_backend(bundle: Bundle, name: str) -> Any:
     """A backend with two rows, the second of which is the one to test."""
-    if name == "batch":
-        return OnnxRuntimeBatchBackend(bundle, rows=2)
     return OnnxRuntimeBackend(bundle, rows=2, graph=bundle.folder / name)
 
 
 def poison_all_but_entries(backend: Any, margin: int, values: np.ndarray) -> None:
     """Writes values, [2L], to all slots of row 1 that hold no entry, and to what is pending from before the first."""
     length = int(backend.lengths[1])
-    caches = backend._store.row(1) if hasattr(backend, "_store") else backend._caches[:, 1]
+    caches = backend._store.row(1)
     for part in (caches[:, :, :margin], caches[:, :, margin + length :]):
         part[:] = values[:, None, None, None]
-    if backend._pending is not None:
-        backend._pending[1, :, : max(0, margin - length)] = values[0]
+    if backend._state.pending is not None:
+        backend._state.pending[1, :, : max(0, margin - length)] = values[0]
 
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_what_a_row_holds_besides_its_entries_reaches_no_step(tiny_bundle: Bundle, data: st.DataObject) -> None:
     """The law behind it all: whatever lies there, the step or its retry gives what a clean row gives."""
-    name = data.draw(st.sampled_from([GRAPH, ONNXRUNTIME_BATCH_GRAPH, "batch"]))
+    name = data.draw(st.sampled_from([GRAPH, ONNXRUNTIME_BATCH_GRAPH]))
     prompt = data.draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20))
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     layers = 2 * tiny_bundle.model.num_layers
@@ -223,11 +220,11 @@ def test_a_silent_row_keeps_its_state(poisoned: Exported, kind: str) -> None:
     backend.reserve(128)
     first = backend.step(len(PROMPTS[1]), {0: PROMPTS[1]}).emitted(0)[0]
     backend.drafts[0, 0] = POISON  # a root that overflows: nothing can be emitted
-    length = int(backend._lengths[0])
+    length = int(backend.lengths[0])
     for size in (1, 5, 9):
         result = backend.step(size)
         assert result.count[0] == 0
-        assert int(backend._lengths[0]) == length
+        assert int(backend.lengths[0]) == length
         assert backend.drafts[0, 0] == POISON
         backend.scrub(0)
     backend.drafts[0, 0] = first[0]

@@ -199,7 +199,7 @@ assert process.exitcode == 6, process.exitcode
 def test_threads_of_others_keep_their_telemetry(tiny_bundle: Bundle) -> None:
     """ONNX Runtime's sends from a thread, which keeps a forked child from ending; who wants it, sets the variable."""
     program = (
-        "import os; from medusa_runtime.backends.onnxruntime.backend import import_onnxruntime; import_onnxruntime()"
+        "import os; from medusa_runtime.backends.onnxruntime.session import import_onnxruntime; import_onnxruntime()"
     )
     assert run(program + "; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'", tiny_bundle.folder).returncode == 0
     kept = "import os; os.environ['ORT_DISABLE_TELEMETRY'] = '0'; "

@@ -29,7 +29,7 @@ from medusa_runtime import (
     RequestHandle,
     ServiceClosedError,
 )
-from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.decoding.sequence import TokenSequence
 from medusa_runtime.text.stream import TextStream
 from medusa_runtime.text.tokenizer import Tokenizer
@@ -134,10 +134,10 @@ def test_unusable_requests(shared: MedusaService, prompt: object, options: dict[
 
 def test_unusable_options(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are refused before anything is opened; what is opened is closed if that was in vain."""
-    opened: list[OnnxRuntimeBatchBackend] = []
+    opened: list[OnnxRuntimeBackend] = []
 
-    def open_it(*_: object, **options: int) -> OnnxRuntimeBatchBackend:
-        opened.append(OnnxRuntimeBatchBackend(tiny_bundle, rows=options["rows"], threads=1))
+    def open_it(*_: object, **options: int) -> OnnxRuntimeBackend:
+        opened.append(OnnxRuntimeBackend(tiny_bundle, rows=options["rows"], threads=1))
         opened[0].reserve(64)
         return opened[0]
 
@@ -573,21 +573,30 @@ def test_a_long_row_steps_by_itself(service: MedusaService, gate: Gate, engine: 
     assert [0, 1] in seen
 
 
-def test_a_failed_step_leaves_rows_as_they_were(tiny_bundle: Bundle) -> None:
-    for graph in (None, tiny_bundle.graph):
-        backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=2, threads=1, graph=graph)
-        backend.arrange([0, 1], 64)
-        backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
-        backend.step(4)
-        before = [array.copy() for array, _ in backend._carried]
-        with pytest.raises(BackendError, match="failed in a step of 200 tokens"):
-            backend.step(200)  # more than there is room for
-        assert all(np.array_equal(array, old) for (array, _), old in zip(backend._carried, before, strict=True))
+@pytest.mark.parametrize("rows", [[0, 1], [1]])
+@pytest.mark.parametrize("standard", [True, False])
+def test_a_failed_step_leaves_rows_as_they_were(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, standard: bool, rows: list[int]
+) -> None:
+    backend = OnnxRuntimeBackend(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph if standard else None)
+    backend.step(9, {0: PROMPT[:9], 1: PROMPT[1:9]})
+    backend.step(4)
+    run = backend._session.run_with_iobinding
+
+    def run_and_fail(binding: object) -> None:
+        run(binding)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backend._session, "run_with_iobinding", run_and_fail)
+    before = [array.copy() for array, _ in backend._state._next]
+    with pytest.raises(BackendError, match="failed in a step of 9 tokens"):
+        backend.step(9, {}, rows)
+    assert all(np.array_equal(array, old) for (array, _), old in zip(backend._state._next, before, strict=True))
 
 
 def test_rows_far_apart_step_alone(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
     """A step runs over the rows that take part and no others, wherever their places were."""
-    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=8, threads=1)
+    backend = OnnxRuntimeBackend(tiny_bundle, rows=8, threads=1)
     prompts = {row: [(row + 3 * i) % 100 + 1 for i in range(10 + row)] for row in range(8)}
     backend.arrange(range(8), 64)
     tokens = {row: [] for row in prompts}
@@ -695,7 +704,7 @@ def test_a_conversation_goes_on_where_it_ended(service: MedusaService, engine: M
 
 def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
     """Where entries are pending from step to step, they come to their places before rows are copied or cut."""
-    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
+    backend = OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
     rng = np.random.default_rng(3)
     with MedusaService(tiny_bundle, backend, None, tree_size=9, prefill_chunk=5) as service:
         known: list[list[int]] = [[1]]
@@ -832,7 +841,7 @@ def test_a_session_computes_only_what_is_new(service: MedusaService, engine: Med
 
 
 def test_prompts_of_many_lengths_leave_nothing_behind(tiny_bundle: Bundle) -> None:
-    backend = OnnxRuntimeBatchBackend(tiny_bundle, rows=2, threads=1)
+    backend = OnnxRuntimeBackend(tiny_bundle, rows=2, threads=1)
     with MedusaService(tiny_bundle, backend, None, tree_size=4) as service:
         for length in range(1, 60):
             service.generate([7] * length, max_new_tokens=2)

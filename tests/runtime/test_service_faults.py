@@ -23,7 +23,7 @@ from medusa_runtime import (
     RequestError,
     ServiceClosedError,
 )
-from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.common.steady_clock import SteadyClock
 from support.gate import Gate
 
@@ -41,7 +41,7 @@ class Fragile:
     """A backend one call of which fails: each time that ``due`` says so, before or after it has done its work."""
 
     def __init__(self, bundle: Bundle, name: str, error: Exception, when: str) -> None:
-        self.inner = OnnxRuntimeBatchBackend(bundle, rows=3, threads=1)
+        self.inner = OnnxRuntimeBackend(bundle, rows=3, threads=1)
         self.due: Callable[[], bool] = lambda: False
         self._name, self._error, self._when = name, error, when
 

@@ -6,14 +6,14 @@ import threading
 from collections.abc import Sequence
 
 from medusa_runtime import Bundle
-from medusa_runtime.backends.onnxruntime.batch import OnnxRuntimeBatchBackend
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 
 class Gate:
     """A backend whose steps wait until the test lets them go, and fail when it wants them to."""
 
     def __init__(self, bundle: Bundle, rows: int) -> None:
-        self.inner = OnnxRuntimeBatchBackend(bundle, rows=rows, threads=1)
+        self.inner = OnnxRuntimeBackend(bundle, rows=rows, threads=1)
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)

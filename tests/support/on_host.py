@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from medusa_runtime.backends.onnxruntime.binding import Binding, Bound
 from medusa_runtime.backends.onnxruntime.cuda import OnnxRuntimeCudaBackend
+
+
+class CopyingBinding(Binding):
+    """Copies host inputs when they are bound, as a provider with memory of its own does."""
+
+    def _bind_array(self, name: str, array: np.ndarray) -> None:
+        super()._bind_array(name, array.copy())
+        self._arrays[name] = array, self._arrays[name][1]
 
 
 class OnnxRuntimeOnHost(OnnxRuntimeCudaBackend):
@@ -12,5 +23,5 @@ class OnnxRuntimeOnHost(OnnxRuntimeCudaBackend):
 
     provider, device = "CPUExecutionProvider", "cpu"
 
-    def _copied(self, array: np.ndarray) -> object:  # on a CPU it would be the array itself
-        return super()._copied(array.copy())
+    def _new_binding(self, bound: Sequence[Bound]) -> Binding:
+        return CopyingBinding(self._ort, self._session, bound)

@@ -270,7 +270,7 @@ class OneBehind(OnnxRuntimeBackend):
     def step(self, size: int, prompts: Any = None) -> StepResult:
         result = super().step(size, prompts)
         if result.count[1] > 1 and 1 not in (prompts or {}):
-            self._lengths[1] -= 1
+            self.lengths[1] -= 1
         return result
 
 

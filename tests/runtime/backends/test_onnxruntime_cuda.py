@@ -10,51 +10,18 @@ import pytest
 
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends.onnxruntime.backend import Binding, OnnxRuntimeBackend
-from medusa_runtime.backends.onnxruntime.cuda import OnnxRuntimeCudaBackend
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from support.decoding import TREE, decode, greedy
+from support.on_host import OnnxRuntimeOnHost
 from support.tiny_models import tiny_model
 
 PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6))]
 
 
-class InHostMemory(OnnxRuntimeCudaBackend):
-    """The same code with its state where this machine has memory."""
-
-    provider, device = "CPUExecutionProvider", "cpu"
-
-    def _copied(self, array: np.ndarray) -> object:  # on a CPU it would be the array itself
-        return super()._copied(array.copy())
-
-
-@pytest.fixture(autouse=True)
-def inputs_are_copied_when_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a provider with memory of its own does."""
-    bind, bindings = Binding._bind_array, OnnxRuntimeCudaBackend._bindings
-
-    def bind_a_copy(self: Binding, name: str, array: np.ndarray) -> None:
-        bind(self, name, array.copy())
-        self._arrays[name] = array, self._arrays[name][1]
-
-    def of_copies(self: OnnxRuntimeCudaBackend) -> Binding:
-        with monkeypatch.context() as patch:
-            patch.setattr(Binding, "_bind_array", bind_a_copy)
-            return bindings(self)
-
-    def before_run(self: OnnxRuntimeCudaBackend, binding: Binding) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(Binding, "_bind_array", bind_a_copy)
-            real(self, binding)
-
-    real = OnnxRuntimeCudaBackend._before_run
-    monkeypatch.setattr(OnnxRuntimeCudaBackend, "_bindings", of_copies)
-    monkeypatch.setattr(OnnxRuntimeCudaBackend, "_before_run", before_run)
-
-
 @pytest.mark.parametrize("rows", [1, 2])
 def test_tokens_are_those_of_transformers(tiny_bundle: Bundle, rows: int) -> None:
     expected = [greedy(tiny_model("llama"), prompt, 40) for prompt in PROMPTS[:rows]]
-    backend = InHostMemory(tiny_bundle, rows=rows, threads=1)
+    backend = OnnxRuntimeOnHost(tiny_bundle, rows=rows, threads=1)
     for size, chunk, seed in ((9, 5, 0), (4, 64, None), (1, 5, None)):
         result = decode(backend, TREE, PROMPTS[:rows], expected, size=size, chunk=chunk, count=40, seed=seed)
         assert result.tokens == expected
@@ -64,7 +31,7 @@ def test_tokens_are_those_of_transformers(tiny_bundle: Bundle, rows: int) -> Non
 
 def test_growing_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
     expected = greedy(tiny_model("llama"), PROMPTS[0], 100)
-    backend = InHostMemory(tiny_bundle, threads=1)
+    backend = OnnxRuntimeOnHost(tiny_bundle, threads=1)
     backend.reserve(40)
     tokens = backend.step(13, {0: PROMPTS[0]}).tokens[0, :1].tolist()
     while len(tokens) < 100:
@@ -79,7 +46,7 @@ def test_growing_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
 
 
 def test_growing_twice_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
-    backend, other = (InHostMemory(tiny_bundle, threads=1) for _ in range(2))
+    backend, other = (OnnxRuntimeOnHost(tiny_bundle, threads=1) for _ in range(2))
     for each in (backend, other):
         each.reserve(64)
         each.step(13, {0: PROMPTS[0]})
@@ -92,7 +59,7 @@ def test_growing_twice_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
 @pytest.mark.parametrize("length", [0, 2, 6])
 def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, length: int, grown: bool) -> None:
     """Its slots hold NaN, but for its committed entries; another row keeps what it has."""
-    backend, other = (InHostMemory(tiny_bundle, rows=2, threads=1) for _ in range(2))
+    backend, other = (OnnxRuntimeOnHost(tiny_bundle, rows=2, threads=1) for _ in range(2))
     text, depth = PROMPTS[1][:length], TREE.max_depth
     for each in (backend, other):
         each.reserve(64)
@@ -101,9 +68,10 @@ def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, leng
         if text:
             each.step(9, {0: text})
     kept = int(backend.lengths[0])
-    for name, value in [*backend._on_device.items(), ("pending_kv", backend._state["pending_kv"].now)]:
+    pending = backend._caches.pending[0]
+    for value in [*backend._caches.values, pending]:
         array = value.numpy().copy()
-        if name == "pending_kv":
+        if value is pending:
             array[0, :, : max(depth - kept, 0)] = np.nan
         else:
             array[0, :, :depth] = np.nan
@@ -123,10 +91,10 @@ def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, leng
 
 
 def test_what_an_earlier_request_left_does_not_reach_the_next(tiny_bundle: Bundle) -> None:
-    backend = InHostMemory(tiny_bundle, threads=1)
+    backend = OnnxRuntimeOnHost(tiny_bundle, threads=1)
     with MedusaEngine(tiny_bundle, backend, None) as engine:
         engine.generate(PROMPTS[1], max_new_tokens=10)
-        for value in (*backend._on_device.values(), backend._state["pending_kv"].now):
+        for value in (*backend._caches.values, backend._caches.pending[0]):
             value.update_inplace(np.full_like(value.numpy(), np.nan))
         result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=9)
         assert list(result.token_ids) == greedy(tiny_model("llama"), PROMPTS[0], 40)
@@ -136,16 +104,16 @@ def test_bfloat16_is_refused_for_what_it_is_here(tiny_bundle: Bundle) -> None:
     with pytest.raises(
         BackendError, match=r"passes caches through NumPy.*--dtype fp16 or fp32, or .*medusa-export trt"
     ):
-        InHostMemory(replace(tiny_bundle, dtype="bfloat16"))
+        OnnxRuntimeOnHost(replace(tiny_bundle, dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("kind", [InHostMemory, OnnxRuntimeBackend])
+@pytest.mark.parametrize("kind", [OnnxRuntimeOnHost, OnnxRuntimeBackend])
 @pytest.mark.parametrize("standard", [True, False])
 def test_a_failed_step_can_be_tried_again(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, kind: type[OnnxRuntimeBackend], standard: bool
 ) -> None:
     """It has written its outputs, and then fails: lengths, pending entries and drafts are as they were."""
-    if kind is InHostMemory:
+    if kind is OnnxRuntimeOnHost:
         backend = kind(tiny_bundle, rows=2, threads=1)
     else:
         backend = kind(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph if standard else None)
@@ -188,7 +156,7 @@ def test_auto_falls_back_with_a_note(tiny_bundle: Bundle, monkeypatch: pytest.Mo
     """A provider that is listed but can't be started, as with a driver that is too old."""
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
-    with pytest.warns(RuntimeWarning, match=r"Running on the CPU instead of a GPU\. .*CUDAExecutionProvider"):
+    with pytest.warns(RuntimeWarning, match=r"Running on onnxruntime instead of onnxruntime-cuda\. .*CUDAExec"):
         engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
     assert "CPU" in engine.backend.name
     assert list(engine.generate(PROMPTS[0], max_new_tokens=8).token_ids) == greedy(tiny_model("llama"), PROMPTS[0], 8)

@@ -87,6 +87,7 @@ class RowStore:
     Attributes:
         blocks: All there are.
         moved: Entries that were moved so far.
+        changes: Counts the changes of where rows are; a ``Window`` is valid until the next one.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class RowStore:
     ) -> None:
         self.blocks: list[Block] = []
         self.moved = 0
+        self.changes = 0
         self._growths: dict[frozenset[int], Growth] = {}
         self._lengths = lengths
         self._num_caches, self._heads, self._head_dim = num_caches, heads, head_dim
@@ -133,11 +135,16 @@ class RowStore:
             return None
         return Window(block, start, tuple(row for row in block.rows[start:stop] if row is not None))
 
-    def arrange(self, rows: Sequence[int], capacity: int) -> Window:
-        """Makes rows neighbours, with room for at least so many slots each; all rows keep what they hold.
+    def arrange(self, rows: Sequence[int], capacity: int, *, exact: bool = False) -> Window:
+        """Brings rows together, with room for at least ``capacity`` slots in each; all rows keep their entries.
 
-        A block that is made for it has a quarter more, if there is memory for that, so that rows seldom move. One that
-        has more than twice what is needed is left.
+        A new block has a quarter more than needed, if there is memory for that, so that rows seldom move. Rows leave a
+        block that has more than twice what they need.
+
+        Args:
+            rows: The rows.
+            capacity: Slots that each of them needs.
+            exact: True if a new block has no more than needed, as where it is known that rows won't grow any further.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.
@@ -145,11 +152,12 @@ class RowStore:
         self._drop_outdated_growths()
         window = self.window(rows)
         if window is None or not _fits(window.block, capacity):
+            self.changes += 1
             block = self._fitting(rows, capacity)
             if block is not None:
                 self._gather(block, rows)
             else:
-                block = self._moved_to_new(rows, capacity)
+                block = self._moved_to_new(rows, capacity, exact=exact)
             self._drop_empty(block)
             window = self.window(rows)
         assert window is not None
@@ -185,6 +193,7 @@ class RowStore:
 
     def clear(self) -> None:
         """Gives all memory back."""
+        self.changes += 1
         self.blocks.clear()
         self._growths.clear()
 
@@ -205,12 +214,12 @@ class RowStore:
         """Whether a place with this row in it can be given to one that is wanted."""
         return row is None or (self._lengths[row] == 0 and row not in wanted)
 
-    def _moved_to_new(self, rows: Sequence[int], capacity: int) -> Block:
+    def _moved_to_new(self, rows: Sequence[int], capacity: int, *, exact: bool) -> Block:
         """Moves rows to a new block: of one place, or of one for each row there is, if they are several.
 
         Of these those that would be left behind in a block that others leave move, too.
         """
-        growth = self._growth_of(rows, capacity)
+        growth = self._growth_of(rows, capacity, exact=exact)
         self._copy_some(growth, len(rows) * self._num_caches)
         del self._growths[frozenset(rows)]
         block = growth.block
@@ -230,14 +239,14 @@ class RowStore:
                 self._vacate(other, block)
         return block
 
-    def _growth_of(self, rows: Sequence[int], capacity: int) -> Growth:
+    def _growth_of(self, rows: Sequence[int], capacity: int, *, exact: bool = False) -> Growth:
         """The growth towards a block for these rows, a new one if there is none that is of use."""
         key = frozenset(rows)
         if key not in self._growths or not _fits(self._growths[key].block, capacity):
             # A row is going to one place only.
             self._growths = {other: growth for other, growth in self._growths.items() if not other & key}
             self._drop_empty()
-            block = self._allocated(1 if len(rows) == 1 else len(self._lengths), capacity)
+            block = self._allocated(1 if len(rows) == 1 else len(self._lengths), capacity, exact=exact)
             self._growths[key] = Growth({row: int(self._lengths[row]) for row in rows}, block)
         return self._growths[key]
 
@@ -281,14 +290,15 @@ class RowStore:
 
     def _drop_empty(self, kept: Block | None = None) -> None:
         """Gives back the blocks of rows that hold nothing."""
+        self.changes += 1
         holding = [
             block for block in self.blocks if any(row is not None and self._lengths[row] > 0 for row in block.rows)
         ]
         self.blocks = [block for block in self.blocks if block is kept or block in holding]
 
-    def _allocated(self, places: int, needed: int) -> Block:
+    def _allocated(self, places: int, needed: int, *, exact: bool = False) -> Block:
         failure = None
-        for capacity in (needed + needed // 4, needed):
+        for capacity in (needed,) if exact else (needed + needed // 4, needed):
             slots = rounded_capacity(capacity)
             shape = (self._num_caches, places, self._heads, slots, self._head_dim)
             try:

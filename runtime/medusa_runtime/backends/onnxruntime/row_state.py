@@ -1,0 +1,164 @@
+"""The state of rows besides their caches, in host memory: lengths, drafts, pending entries and sampling parameters.
+
+A step writes the next state to arrays of its own, which become the state once the step has succeeded. So a step that
+fails leaves the rows as they were: what it wrote to their caches is behind their committed entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.onnxruntime.binding import Bound
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.contract import fixed_shape
+from medusa_runtime.errors import BackendError
+from medusa_runtime.sampling import Draws, SamplingRows
+
+
+class RowState:
+    """Arrays of all rows that are inputs or outputs of a session.
+
+    Args:
+        bundle: The bundle.
+        rows: The number of rows (B).
+        inputs: Names of the session's inputs.
+        outputs: Names of the session's outputs.
+        pending: True if pending entries are kept here, where the session has them; False if a device keeps them.
+
+    Attributes:
+        bound: What the session is to be bound to.
+        lengths: Committed entries, [B].
+        drafts: The trees to verify next, [B, T].
+        result: What the last step emitted.
+        pending: Pending entries, [B, 2L·N, M, d]; None if they aren't kept here.
+        path: The nodes that the last step accepted, [B, M + 1]; None if the graph keeps them to itself.
+        is_prefill: The rows that took in a chunk in the last step, [B].
+    """
+
+    def __init__(
+        self, bundle: Bundle, rows: int, inputs: Collection[str], outputs: Collection[str], *, pending: bool
+    ) -> None:
+        self._bundle, self._rows = bundle, rows
+        self._next: list[tuple[NDArray[Any], NDArray[Any]]] = []  # state, and what a step makes of it
+        self.bound: list[Bound] = []
+        tokens = (rows, bundle.tree.max_depth + 1)
+        self.is_prefill = self._bind(np.zeros(rows, np.bool_), input_name="is_prefill")
+        self._num_tokens = self._bind(np.zeros(rows, np.int64), input_name="num_tokens")
+        self.lengths = self._bind_state(np.zeros(rows, np.int64), "cache_lengths", "next_cache_lengths")
+        self.drafts = self._bind_state(np.zeros((rows, bundle.tree.size), np.int64), None, "next_input_ids")
+        self.pending: NDArray[Any] | None = None
+        if pending and "pending_kv" in inputs:
+            spec = next(spec for spec in bundle.inputs if spec.name == "pending_kv")
+            entries = np.zeros(fixed_shape(spec, {"batch": rows}), spec.dtype)
+            self.pending = self._bind_state(entries, "pending_kv", "next_pending_kv")
+        self.path: NDArray[np.int64] | None = None
+        if "accepted_path" in outputs:
+            self.path = self._bind(np.zeros(tokens, np.int64), output="accepted_path")
+        self._sampling = SamplingRows(rows) if bundle.sampling else None
+        logprobs = None
+        if self._sampling is not None:
+            logprobs = self._bind(np.zeros(tokens, np.float32), output="logprobs")
+            for name, array in self._sampling.inputs.items():
+                self._bind(array, input_name=name)
+        emitted = self._bind(np.zeros(tokens, np.int64), output="tokens")
+        self.result = StepResult(emitted, self._bind(np.zeros(rows, np.int64), output="count"), logprobs)
+        self._varying = {spec.name: spec for spec in bundle.inputs if spec.name in ("input_ids", "exponentials")}
+        self._by_width: dict[tuple[str, int], NDArray[Any]] = {}
+
+    def _bind(self, array: NDArray[Any], *, input_name: str | None = None, output: str | None = None) -> NDArray[Any]:
+        self.bound.append(Bound(input_name, output, array))
+        return array
+
+    def _bind_state(self, array: NDArray[Any], input_name: str | None, output: str) -> NDArray[Any]:
+        """Binds an array that a step reads, and another one for what the step makes of it."""
+        if input_name is not None:
+            self._bind(array, input_name=input_name)
+        self._next.append((array, self._bind(np.zeros_like(array), output=output)))
+        return array
+
+    def assign(self, row: int, draws: Draws | None) -> None:
+        """As ``Backend.assign``."""
+        if self._sampling is not None:
+            self._sampling.assign(row, draws)
+        elif draws is not None:
+            raise BackendError("This bundle was exported with --greedy-only: it can't sample.")
+
+    def write_inputs(
+        self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
+    ) -> dict[str, NDArray[Any]]:
+        """Writes the inputs of a step of some rows.
+
+        Returns:
+            The inputs that have another width in each step, [B, width, …], by name. All others are in ``bound``.
+        """
+        ids = self._of_width("input_ids", size, np.int64)
+        for row in rows:
+            prompt = prompts.get(row)
+            if prompt is None:
+                drafted = self.drafts[row, :size]
+                ids[row, : len(drafted)] = drafted
+            else:
+                ids[row, : len(prompt)] = prompt
+                ids[row, len(prompt) :] = 0
+            self.is_prefill[row] = prompt is not None
+            self._num_tokens[row] = size if prompt is None else len(prompt)
+        if self._sampling is None:
+            return {"input_ids": ids}
+        width = self._sampling.width(size, prompts, rows)
+        exponentials = self._of_width("exponentials", width, np.float32)
+        if width:
+            self._sampling.write(exponentials, self.lengths, prompts)
+        return {"input_ids": ids, "exponentials": exponentials}
+
+    def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:
+        """An array for one width: the same one each time for the widths of trees, a new one for chunks of a prompt."""
+        array = self._by_width.get((name, width))
+        if array is None:
+            free = {"batch": self._rows, "sequence": width, "draws": width}
+            array = np.zeros(fixed_shape(self._varying[name], free), dtype)
+            if width <= self._bundle.tree.size:
+                self._by_width[name, width] = array
+        return array
+
+    def commit(self, rows: slice | list[int]) -> None:
+        """Makes what a step left of these rows their state; the other rows keep theirs."""
+        for array, following in self._next:
+            array[rows] = following[rows]
+
+    def scrub(self, row: int) -> None:
+        """Sets the pending entries from before a row's entry 0 to zero."""
+        if self.pending is not None:
+            older = max(0, self._bundle.tree.max_depth - int(self.lengths[row]))
+            self.pending[row, :, :older] = 0
+
+
+class StagedRows:
+    """Copies of a state's arrays for steps of some rows: these come first, in the order in which their caches are.
+
+    Args:
+        bound: The arrays of all rows.
+    """
+
+    def __init__(self, bound: Sequence[Bound]) -> None:
+        self._pairs = [(item, item.array, np.zeros_like(item.array)) for item in bound if item.array is not None]
+
+    def bound(self, count: int) -> list[Bound]:
+        """What the session is to be bound to for steps of ``count`` rows."""
+        return [Bound(item.input, item.output, staged[:count]) for item, _, staged in self._pairs]
+
+    def gather(self, rows: list[int]) -> None:
+        """Copies the inputs of these rows here."""
+        for item, array, staged in self._pairs:
+            if item.input is not None:
+                staged[: len(rows)] = array[rows]
+
+    def scatter(self, rows: list[int]) -> None:
+        """Copies the outputs of these rows back."""
+        for item, array, staged in self._pairs:
+            if item.output is not None:
+                array[rows] = staged[: len(rows)]
