@@ -26,7 +26,9 @@ CAPACITY = 128
 Open = Callable[[], Backend]
 
 
-@pytest.fixture(scope="module", params=["eager", "onnxruntime", "onnxruntime, standard", "onnxruntime-cuda"])
+@pytest.fixture(
+    scope="module", params=["eager", "onnxruntime", "onnxruntime, standard", "onnxruntime-cuda", "tensorrt"]
+)
 def opened(request: pytest.FixtureRequest, stock: Stock, tiny_engine: CompiledEngine) -> Iterator[Backend]:
     exported = stock.export()
     bundle = exported.bundle

@@ -150,7 +150,7 @@ def test_the_next_step_may_be_submitted_before_the_last_is_read(machine: Machine
     backend.collect()  # the lengths of a step under way don't take it from whoever collects it
     backend.submit(1)
     backend.submit(1)
-    with pytest.raises(BackendError, match="2 steps are under way"):
+    with pytest.raises(BackendError, match="2 steps are in flight"):
         backend.submit(1)
     backend.collect()
     backend.collect()
@@ -378,7 +378,7 @@ def device_state(machine: Machine, backend: TensorRTBackend) -> dict[str, np.nda
     """Caches and pending entries of all rows, as they lie on the device."""
     sizes = {"batch": backend.rows, "capacity": backend.capacity}
     return {
-        spec.name: machine.cuda.array(backend._address[spec.name], fixed_shape(spec, sizes), spec.dtype)
+        spec.name: machine.cuda.array(backend._buffers.address[spec.name], fixed_shape(spec, sizes), spec.dtype)
         for spec in machine.bundle.inputs
         if spec.name.startswith(("past", "pending"))
     }

@@ -1,0 +1,221 @@
+"""Memory of the TensorRT backend: one block on the device for each tensor, and page-locked memory of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.tensorrt.cuda import Cuda, Event, Stream
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.compiled import EngineLimits
+from medusa_runtime.bundles.contract import TensorSpec, cache_name, fixed_shape
+from medusa_runtime.sampling import draws_ahead
+
+ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+ID = np.dtype(np.int64)
+# Outputs that the host reads. They are beside each other, so that one copy brings all of them.
+RESULTS = ("tokens", "count", "logprobs")
+
+
+@dataclass
+class ResultSlot:
+    """Where the results of one step arrive in host memory.
+
+    Attributes:
+        memory: All results, side by side.
+        result: The same memory as arrays.
+        done: Recorded behind the copy to this memory.
+    """
+
+    memory: NDArray[np.uint8]
+    result: StepResult
+    done: Event
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Consecutive slots of all heads of one row in one cache, or of its pending entries, on the device.
+
+    Attributes:
+        address: Of the first slot of the first head.
+        pitch: Bytes from head to head.
+    """
+
+    address: int
+    pitch: int
+
+
+class Buffers:
+    """All memory of the backend.
+
+    Args:
+        cuda: The CUDA runtime.
+        stream: The stream that the memory is used in.
+        bundle: The bundle.
+        limits: The engine's limits.
+        rows: The number of rows (B).
+        scratch_size: Bytes of scratch memory that a step needs.
+
+    Attributes:
+        specs: Inputs and outputs of the graph by name.
+        address: Addresses of inputs and outputs on the device. Caches are updated in place, so ``present_*`` have the
+            addresses of ``past_*``.
+        scratch: Address of the scratch memory.
+        scratch_size: Its bytes.
+        drafts_copy: Address of memory for a copy of all drafted trees.
+        ids: Pinned, [B, max_prefill].
+        num_tokens: Pinned, [B].
+        is_prefill: Pinned, [B].
+        drafts: Pinned, [B, T].
+        length: Pinned, [1].
+        draws: Tokens per row whose random numbers are uploaded for a step (W).
+    """
+
+    def __init__(
+        self, cuda: Cuda, stream: Stream, bundle: Bundle, limits: EngineLimits, rows: int, scratch_size: int
+    ) -> None:
+        self._cuda, self._stream, self._bundle, self._limits, self._rows = cuda, stream, bundle, limits, rows
+        self.specs = {spec.name: spec for spec in (*bundle.inputs, *bundle.outputs)}
+        self.draws = draws_ahead(bundle.tree)
+        self.scratch_size = scratch_size
+        self.address: dict[str, int] = {}
+        self._blocks: list[int] = []
+        self._pinned: list[NDArray[Any]] = []
+        self._slots: list[ResultSlot] = []
+
+    def allocate(self, in_flight: int) -> list[ResultSlot]:
+        """Allocates everything; after a failure ``close`` gives back what there was memory for.
+
+        Args:
+            in_flight: Steps that may be in flight.
+
+        Returns:
+            A slot for the results of each of them.
+
+        Raises:
+            OutOfDeviceMemoryError: The device has no memory for it.
+        """
+        caches = range(2 * self._bundle.model.num_layers)
+        present = {cache_name("present", index) for index in caches}
+        for name, spec in self.specs.items():
+            if name not in present and name not in RESULTS:
+                self.address[name] = self._block(name, self.size(spec))
+        for index in caches:
+            self.address[cache_name("present", index)] = self.address[cache_name("past", index)]
+        places, results_size = {}, 0
+        for name in RESULTS:
+            if name in self.specs:
+                places[name] = results_size
+                results_size += -(-self.size(self.specs[name]) // ALIGNMENT) * ALIGNMENT
+        results = self._block("the results of a step", results_size)
+        self.address |= {name: results + place for name, place in places.items()}
+        self.scratch = self._block("the scratch memory of a step", max(self.scratch_size, ALIGNMENT))
+        self.drafts_copy = self._block("a copy of drafted trees", self.size(self.specs["next_input_ids"]))
+
+        rows = self._rows
+        self.ids = self.pin((rows, self._limits.max_prefill), ID)
+        self.num_tokens = self.pin((rows,), ID)
+        self.is_prefill = self.pin((rows,), np.bool_)
+        self.drafts = self.pin((rows, self._bundle.tree.size), ID)
+        self.length = self.pin((1,), ID)
+        for _ in range(in_flight):
+            memory = self.pin((results_size,), np.uint8)
+            arrays = {name: self._part(memory, name, place) for name, place in places.items()}
+            self._slots.append(ResultSlot(memory, StepResult(**arrays), self._stream.event()))
+        return self._slots
+
+    def _part(self, memory: NDArray[np.uint8], name: str, place: int) -> NDArray[Any]:
+        """One of a step's results, as an array over a part of the memory of all."""
+        spec = self.specs[name]
+        part: NDArray[Any] = memory[place : place + self.size(spec)].view(spec.dtype)
+        return part.reshape(fixed_shape(spec, {"batch": self._rows}))
+
+    def _block(self, name: str, size: int) -> int:
+        doing = f"allocating {size:,} bytes for {name}"
+        address = self._cuda.allocate(size, doing)
+        self._blocks.append(address)
+        self._stream.zero(address, size, doing)  # slots that no token has reached have to hold numbers
+        return address
+
+    def pin(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A zeroed array in page-locked host memory, which ``close`` gives back."""
+        self._pinned.append(self._cuda.pinned(shape, dtype))
+        return self._pinned[-1]
+
+    def shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """The largest shape of a tensor at this number of rows."""
+        sizes = {
+            "batch": self._rows,
+            "capacity": self._limits.capacity,
+            "sequence": self._limits.max_prefill,
+            "draws": self.draws,
+        }
+        return fixed_shape(spec, sizes)
+
+    def size(self, spec: TensorSpec) -> int:
+        """Bytes of a tensor."""
+        itemsize = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
+        return int(np.prod(self.shape(spec))) * itemsize
+
+    @property
+    def total(self) -> int:
+        """Bytes of device memory that a backend of this size takes."""
+        return sum(map(self.size, self.specs.values())) + self.scratch_size
+
+    def entries(self, name: str, row: int, slot: int, index: int = 0) -> Entries:
+        """The entries of a row from a slot on.
+
+        Args:
+            name: A tensor of shape [B, heads, slots, d].
+            row: The row.
+            slot: The first slot.
+            index: For ``pending_kv``, which has the heads of all caches, the cache.
+        """
+        spec = self.specs[name]
+        _, heads, slots, _ = self.shape(spec)
+        row_size = self.size(spec) // self._rows
+        pitch = row_size // heads
+        head = index * self._bundle.model.num_key_value_heads
+        return Entries(self.address[name] + row * row_size + head * pitch + slot * (pitch // slots), pitch)
+
+    def copy_entries(self, target: Entries, source: Entries, count: int, doing: str) -> None:
+        """Copies ``count`` slots of all heads of a cache within the device."""
+        width = count * self._entry_size
+        heads = self._bundle.model.num_key_value_heads
+        self._stream.copy_rows(target.address, target.pitch, source.address, source.pitch, width, heads, doing)
+
+    def zero_entries(self, name: str, row: int, slots: slice, doing: str) -> None:
+        """Sets slots of a row to zero in all heads of a tensor of shape [B, heads, slots, d]."""
+        _, heads, count, _ = self.shape(self.specs[name])
+        start, stop, _ = slots.indices(count)
+        if stop > start:
+            first = self.entries(name, row, start)
+            self._stream.zero_rows(first.address, first.pitch, (stop - start) * self._entry_size, heads, doing)
+
+    @property
+    def _entry_size(self) -> int:
+        """Bytes of one entry of one head."""
+        spec = self.specs[cache_name("past", 0)]
+        return self.size(spec) // int(np.prod(self.shape(spec)[:3]))
+
+    def upload_flags(self, num_tokens: Sequence[int], is_prefill: Sequence[bool], doing: str) -> None:
+        """Writes what each row does in the steps that follow, [B] each."""
+        self._stream.synchronize(doing)  # until then the device may still read what is written next
+        self.num_tokens[:], self.is_prefill[:] = num_tokens, is_prefill
+        self._stream.upload(self.address["num_tokens"], self.num_tokens, doing)
+        self._stream.upload(self.address["is_prefill"], self.is_prefill, doing)
+
+    def close(self) -> None:
+        """Gives all memory back; nothing may be in flight."""
+        for slot in self._slots:
+            slot.done.close()
+        for address in self._blocks:
+            self._cuda.free(address)
+        for array in self._pinned:
+            self._cuda.unpin(array)
+        self._blocks, self._pinned, self._slots = [], [], []

@@ -1,0 +1,163 @@
+"""Launches of the engine: an execution context for each size of tree, captured as a CUDA graph, and one for prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from medusa_runtime.backends.tensorrt.buffers import ID, Buffers
+from medusa_runtime.backends.tensorrt.cuda import Graph, Stream
+from medusa_runtime.backends.tensorrt.loading import LoadedEngine
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.contract import fixed_shape
+from medusa_runtime.errors import BackendError
+
+# Outputs that the next step reads, and the inputs that it reads them from.
+_CARRIED = {"next_cache_lengths": "cache_lengths", "next_pending_kv": "pending_kv"}
+# The engine's optimisation profiles.
+_DECODE, _PREFILL = 0, 1
+
+
+@dataclass
+class _Decoder:
+    """Runs decoding steps of one size, with or without sampling.
+
+    Attributes:
+        context: The execution context, bound.
+        warm: True once it has run, which a capture needs.
+        graph: The captured step, once there is one.
+        refused: TensorRT's or CUDA's words if it can't be captured.
+    """
+
+    context: Any
+    warm: bool = False
+    graph: Graph | None = None
+    refused: str = ""
+
+
+class EngineSteps:
+    """Puts steps of an engine into a stream.
+
+    Args:
+        loaded: The engine.
+        buffers: The memory that steps read and write.
+        stream: The stream.
+        bundle: The bundle.
+        rows: The number of rows (B).
+        capacity: Slots per row (C).
+        capture: True if steps are captured as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedEngine,
+        buffers: Buffers,
+        stream: Stream,
+        bundle: Bundle,
+        rows: int,
+        capacity: int,
+        *,
+        capture: bool,
+    ) -> None:
+        self._loaded, self._buffers, self._stream, self._bundle = loaded, buffers, stream, bundle
+        self._rows, self._capacity, self._captures = rows, capacity, capture
+        self._decoders: dict[tuple[int, int], _Decoder] = {}  # by size, and numbers to draw with
+        self._prefiller: Any = None
+
+    @property
+    def uncaptured(self) -> dict[tuple[int, int], str]:
+        """Why some steps are launched one by one, by tree size and numbers to draw with."""
+        return {key: decoder.refused for key, decoder in self._decoders.items() if decoder.refused}
+
+    def decode(self, size: int, width: int, doing: str) -> None:
+        """Verifies the first ``size`` nodes of each drafted tree.
+
+        Args:
+            size: S.
+            width: Tokens per row to draw (W).
+            doing: What this is part of, for the message of a failure.
+        """
+        decoder = self._decoders.get((size, width))
+        if decoder is None:
+            decoder = self._decoders[size, width] = _Decoder(self._context(_DECODE, size, width, eager=True))
+        if self._captures and decoder.graph is None and decoder.warm and not decoder.refused:
+            self._capture(decoder, size, doing)
+        if decoder.graph is not None:
+            decoder.graph.launch(doing)
+            return
+        self._decode_once(decoder, size, doing)
+        decoder.warm = True
+
+    def _decode_once(self, decoder: _Decoder, size: int, doing: str) -> None:
+        address, width = self._buffers.address, size * ID.itemsize
+        pitch = self._bundle.tree.size * ID.itemsize
+        self._stream.copy_rows(address["input_ids"], width, address["next_input_ids"], pitch, width, self._rows, doing)
+        self._execute(decoder.context, doing)
+
+    def _capture(self, decoder: _Decoder, size: int, doing: str) -> None:
+        """Makes the step a graph, or notes why it can't be captured."""
+        able = getattr(decoder.context, "is_stream_capturable", lambda _: True)  # TensorRT for all GPUs can't tell
+        if not able(self._stream.handle):
+            decoder.refused = f"not capturable: {self._loaded.words()}"
+            return
+        try:
+            decoder.graph = self._stream.capture(lambda: self._decode_once(decoder, size, doing), f"capturing, {doing}")
+        except BackendError as error:
+            decoder.refused = str(error)
+
+    def prefill(self, size: int, width: int, doing: str) -> None:
+        """Runs a step whose token ids, [B, size], are in ``input_ids`` already; arguments as for ``decode``."""
+        if self._prefiller is None:
+            self._prefiller = self._context(_PREFILL, size, width, eager=False)
+        self._set_input_shape(self._prefiller, "input_ids", (self._rows, size), doing)
+        if "exponentials" in self._buffers.specs:
+            shape = fixed_shape(self._buffers.specs["exponentials"], {"batch": self._rows, "draws": width})
+            self._set_input_shape(self._prefiller, "exponentials", shape, doing)
+        self._execute(self._prefiller, doing)
+
+    def _execute(self, context: Any, doing: str) -> None:
+        """Runs the engine once, and brings its state to where the next step reads it."""
+        if not self._agrees(context.execute_async_v3, self._stream.handle):
+            raise BackendError(f"TensorRT failed while {doing}: {self._loaded.words()}")
+        buffers = self._buffers
+        for source, target in _CARRIED.items():
+            if source in buffers.address:
+                size = buffers.size(buffers.specs[target])
+                self._stream.copy(buffers.address[target], buffers.address[source], size, doing)
+
+    def _context(self, profile: int, size: int, width: int, *, eager: bool) -> Any:
+        """An execution context for steps of a size, with everything bound."""
+        doing = f"preparing steps of {size} tokens over {self._rows} rows"
+        context = self._loaded.new_context(eager=eager)
+        if not self._agrees(context.set_optimization_profile_async, profile, self._stream.handle):
+            raise BackendError(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
+        sizes = {"batch": self._rows, "sequence": size, "draws": width, "capacity": self._capacity}
+        for spec in self._bundle.inputs:
+            self._set_input_shape(context, spec.name, fixed_shape(spec, sizes), doing)
+        for name, address in self._buffers.address.items():
+            if not self._agrees(context.set_tensor_address, name, address):
+                raise BackendError(f"TensorRT failed while {doing}, at the address of {name}: {self._loaded.words()}")
+        context.set_device_memory(self._buffers.scratch, self._buffers.scratch_size)
+        self._stream.synchronize(doing)
+        return context
+
+    def _set_input_shape(self, context: Any, name: str, shape: tuple[int, ...], doing: str) -> None:
+        if not self._agrees(context.set_input_shape, name, shape):
+            raise BackendError(f"TensorRT refused {list(shape)} for {name} while {doing}: {self._loaded.words()}")
+
+    def _agrees(self, call: Callable[..., bool], *arguments: Any) -> bool:
+        """Calls TensorRT. False if it refuses: where the C++ interface says so, its Python bindings may raise."""
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            self._loaded.log.errors.append(str(error))
+            return False
+
+    def close(self) -> None:
+        """Gives contexts and graphs back."""
+        for decoder in self._decoders.values():
+            if decoder.graph is not None:
+                decoder.graph.close()
+        self._decoders.clear()
+        self._prefiller = None
