@@ -845,5 +845,5 @@ def test_prompts_of_many_lengths_leave_nothing_behind(tiny_bundle: Bundle) -> No
     with MedusaService(tiny_bundle, backend, None, tree_size=4) as service:
         for length in range(1, 60):
             service.generate([7] * length, max_new_tokens=2)
-        assert len(backend._by_width) <= 2 * (tiny_bundle.tree.size + 1)
+        assert len(backend._state._by_width) <= 2 * (tiny_bundle.tree.size + 1)
         assert len(backend._windows) <= 4
