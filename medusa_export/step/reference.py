@@ -50,7 +50,7 @@ def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
                 f"{bundle.heads.num_heads}: give those."
             )
         attached = attached.truncated(bundle.heads.num_heads).float()
-    return MedusaStep(base.float(), attached, bundle.tree).eval()
+    return MedusaStep(base.float(), attached, bundle.tree, rules=bundle.acceptance_rules).eval()
 
 
 def prompt_ids(bundle: Bundle, texts: Sequence[str], *, chosen: bool) -> list[list[int]]:

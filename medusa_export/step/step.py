@@ -157,6 +157,11 @@ class MedusaStep(nn.Module):
         """The acceptance rules in use; a step that is greedy only leaves out those that need sampling."""
         return tuple(rule for rule in self._rules if self.sampling or not rule.needs_sampling)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether greedy rows emit the base model's own text: no rule for them changes the output."""
+        return not any(rule.changes_output and not rule.needs_sampling for rule in self.rules)
+
     def forward(self, given: StepInputs) -> StepOutput:
         """Runs one step."""
         slots = StepSlots(self.tables, given.input_ids.shape[1], given.is_prefill, given.cache_lengths)

@@ -141,6 +141,8 @@ class Bundle:
         producer: Versions of the software that made the bundle, by name.
         end_tokens: The model's end tokens and the source of each; empty in older bundles.
         generation: The values that the model's generation config sets; empty in older bundles.
+        acceptance_rules: The names of the graph's acceptance rules. Rules other than ``exact`` and ``typical`` may
+            accept drafts of any request that the base model has not chosen.
         digests_checked: Whether the files were compared with their digests.
     """
 
@@ -156,6 +158,7 @@ class Bundle:
     producer: Mapping[str, str] = field(default_factory=dict)
     end_tokens: tuple[EndToken, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
+    acceptance_rules: tuple[str, ...] = ("exact", "typical")
     digests_checked: bool = field(default=True, compare=False)
 
     @property
@@ -208,6 +211,7 @@ class Bundle:
             "dtype": self.dtype,
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
+            "acceptance_rules": list(self.acceptance_rules),
             "tree": {"name": self.tree_name, "paths": self.tree.paths},
             "acceptance": msgspec.to_builtins(self.acceptance),
             "inputs": [asdict(spec) for spec in self.inputs],
@@ -268,6 +272,7 @@ class _Description(msgspec.Struct):
     sampling: bool = False
     end_tokens: tuple[EndToken, ...] = ()
     generation: dict[Name, Any] = msgspec.field(default_factory=dict)
+    acceptance_rules: tuple[Name, ...] = ("exact", "typical")
 
 
 def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes | None:
@@ -319,6 +324,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         producer=description.producer,
         end_tokens=description.end_tokens,
         generation=description.generation,
+        acceptance_rules=description.acceptance_rules,
         digests_checked=check_digests,
     )
     if (description.inputs, description.outputs) != (bundle.inputs, bundle.outputs):
