@@ -33,7 +33,7 @@ class Registry(Generic[T]):
             ExtensionError: Another member has that name.
         """
         if self._members.setdefault(name, member) is not member:
-            raise ExtensionError(f"There is already an {self._kind} named {name!r}: choose another name.")
+            raise ExtensionError(f"There is already {_with_article(self._kind)} named {name!r}: choose another name.")
         return member
 
     @property
@@ -62,3 +62,7 @@ class Registry(Generic[T]):
                 ) from error
             self._members.setdefault(name, member)
         return self._members[name]
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -50,4 +50,4 @@ class BottleneckHeads(DraftHeads):
         return logits
 
 
-register_architecture(HeadArchitecture(BottleneckConfig, BottleneckHeads))
+ARCHITECTURE = register_architecture(HeadArchitecture(BottleneckConfig, BottleneckHeads))

@@ -21,4 +21,4 @@ class TopTwoRule:
         return Verdict(is_best.any(-1), score)
 
 
-register_rule(TopTwoRule())
+RULE = register_rule(TopTwoRule())
