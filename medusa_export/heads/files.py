@@ -85,7 +85,7 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     tensors = _read(_heads_file(path)).tensors
     kind = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
     if kind is None:
-        raise CheckpointError(f"The heads at {path} hold whole numbers only: give weights that are not quantized.")
+        raise CheckpointError(f"The heads at {path} hold integers only: give weights that are not quantized.")
     return kind
 
 
@@ -112,7 +112,7 @@ def _heads_file(source: str | Path) -> Path:
     except OSError as e:
         words = " ".join(str(e).split())
         raise CheckpointError(
-            f"There are no heads at {source}: it is no local path, and the hub gave nothing ({words}). Check the name "
+            f"There are no heads at {source}: it is not a local path, and the hub failed ({words}). Check the name "
             "and the connection, or give a file."
         ) from e
     if file is not None:
@@ -120,7 +120,7 @@ def _heads_file(source: str | Path) -> Path:
         return file
     if place.is_remote:
         raise CheckpointError(
-            f"There are no heads at {source}: it is no local path, and on the hub or in its cache there is no "
+            f"There are no heads at {source}: it is not a local path, and on the hub or in its cache there is no "
             f"{HEADS_FILE} or other file of heads by that name. Check the name, or give a file."
         )
     others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES))
@@ -129,7 +129,7 @@ def _heads_file(source: str | Path) -> Path:
         return others[0]
     found = ", ".join(file.name for file in others) or "none of its kind"
     raise CheckpointError(
-        f"The folder {path} holds no {HEADS_FILE} or other file of heads that can be told ({found}): give the file."
+        f"The folder {path} holds no {HEADS_FILE} or other file of heads with a known name ({found}): give the file itself."
     )
 
 
@@ -154,12 +154,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             with quiet_libraries():
                 file = place.file(shard) or file
         if not (file.is_symlink() or file.exists()):
-            raise CheckpointError(f"{index} names the shard {shard}, which is not there: get it too.")
+            raise CheckpointError(f"{index} names the shard {shard}, which is missing: add it to the folder.")
         check_file(file)
         tensors.update(_read(file).tensors)
     for name in names:
         if name not in tensors:
-            raise CheckpointError(f"{index} places {name} in {shards[name]}, which lacks it: get both once more.")
+            raise CheckpointError(
+                f"{index} places {name} in {shards[name]}, which lacks it: download or copy both again."
+            )
     return tensors
 
 
@@ -180,12 +182,12 @@ def _read_safetensors(file: Path) -> StoredHeads:
             names = select_heads(file, opened.keys()) if architecture is None else opened.keys()
             tensors = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({e}): get it once more.") from e
+        raise CheckpointError(f"{file} is not a whole safetensors file ({e}): download or copy it again.") from e
     if architecture is None:
         return StoredHeads(tensors)
     try:
         config = msgspec.json.decode(metadata.get(CONFIG_KEY, "{}"), type=dict[str, object])
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, RecursionError) as e:
         raise CheckpointError(f"The configuration of the heads in {file} is not JSON ({e}): write them again.") from e
     return StoredHeads(tensors, architecture, config)
 
@@ -201,7 +203,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         ) from e
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, AttributeError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise CheckpointError(f"{file} is not a whole PyTorch file ({reason}): get it once more.") from e
+        raise CheckpointError(f"{file} is not a whole PyTorch file ({reason}): download or copy it again.") from e
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{file} holds no table of named tensors: save the state_dict of the heads.")
+        raise CheckpointError(f"{file} is not a table of named tensors: save the state_dict of the heads.")
     return {name: state[name] for name in select_heads(file, state)}

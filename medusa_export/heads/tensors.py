@@ -83,10 +83,10 @@ class HeadTensors:
                 f"{vocab_size - 1}: the heads were made for another vocabulary."
             )
         if len(set(tokens.tolist())) != len(tokens):
-            raise CheckpointError(f"The token_map of {self.file} names a token twice: each may stand there once.")
+            raise CheckpointError(f"The token_map of {self.file} names a token twice: list each token once.")
         return tokens
 
     def check_none_left(self) -> None:
         """Raises ``CheckpointError`` if a tensor was not taken."""
         for name in self._left:
-            raise CheckpointError(f"{self.file} holds {name}, which has no place beside its other tensors: drop it.")
+            raise CheckpointError(f"{self.file} holds {name}, which has no place beside its other tensors: remove it.")

@@ -13,6 +13,7 @@ from medusa_export.step.sampling import SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
+from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.sampling import Draws, SamplingRows
 
 
@@ -30,6 +31,7 @@ class EagerBackend:
     def __init__(self, step: MedusaStep, *, rows: int = 1) -> None:
         self._step = step
         self._shape = step.cache_shape
+        self._slots = SlotLayout(step.tree.max_depth)
         self._rows = rows
         self._lengths = torch.zeros(rows, dtype=torch.int64)
         self._caches: list[Tensor] = []
@@ -79,19 +81,19 @@ class EagerBackend:
 
     def truncate(self, row: int, length: int) -> None:
         if self._pending is not None and length:
-            margin, newest = self._step.tree.max_depth, int(self._lengths[row])
+            newest = int(self._lengths[row])
             for cache, pending in zip(self._caches, self._pending.chunk(len(self._caches), dim=1), strict=True):
-                cache[row, :, newest : newest + margin] = pending[row]
-                pending[row] = cache[row, :, length : length + margin]
+                cache[row, :, self._slots.pending(newest)] = pending[row]
+                pending[row] = cache[row, :, self._slots.pending(length)]
         self._lengths[row] = length
 
     def scrub(self, row: int) -> None:
-        margin, length = self._step.tree.max_depth, int(self._lengths[row])
+        length = int(self._lengths[row])
         for cache in self._caches:
-            cache[row, :, :margin] = 0
-            cache[row, :, margin + length :] = 0
+            cache[row, :, : self._slots.slot(0)] = 0
+            cache[row, :, self._slots.slot(length) :] = 0
         if self._pending is not None:
-            self._pending[row, :, : max(0, margin - length)] = 0
+            self._pending[row, :, : max(0, self._slots.margin - length)] = 0
 
     def assign(self, row: int, draws: Draws | None) -> None:
         self._sampling.assign(row, draws)
