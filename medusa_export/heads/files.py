@@ -129,7 +129,7 @@ def _heads_file(source: str | Path) -> Path:
         return others[0]
     found = ", ".join(file.name for file in others) or "none of its kind"
     raise CheckpointError(
-        f"The folder {path} holds no {HEADS_FILE} or other file of heads with a known name ({found}): give the file itself."
+        f"The folder {path} holds no {HEADS_FILE} or other file of heads with a known name ({found}): give the file."
     )
 
 
