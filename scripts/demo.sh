@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# SmolLM2 with trained MEDUSA heads: export to ONNX, answer a prompt, compare with transformers.
+# SmolLM2 with trained MEDUSA heads: export to ONNX, stream an answer, compare the speed with transformers.
 # Usage: scripts/demo.sh [PROMPT]
 set -euo pipefail
-. "$(dirname "$0")/setup.sh"
 
+started=$SECONDS
+. "$(dirname "$0")/setup.sh"
+export DEMO_INSTALL_SECONDS=$((SECONDS - started)); started=$SECONDS
 model=$(scripts/smollm2.sh)
+export DEMO_DOWNLOAD_SECONDS=$((SECONDS - started)); started=$SECONDS
 bundle=.cache/demo/smollm2-medusa
 heads=scripts/smollm2_heads
 medusa-export onnx "$model" --heads $heads --calibration $heads/calibration.json --output "$bundle" --overwrite
+export DEMO_EXPORT_SECONDS=$((SECONDS - started))
 python scripts/demo.py "$bundle" "$model" "${1:-Explain in a few sentences why the sky is blue.}"
 
 cat <<TEXT
-For an NVIDIA GPU, the same in two commands (docs/gpu.md; leave --target out on the machine that has the GPU):
-  . .venv/bin/activate
-  medusa-export onnx "$model" --heads $heads --calibration $heads/calibration.json --dtype fp16 -o fp16
-  medusa-export trt fp16 --target sm86,sm89 -o engine
+
+Next: medusa-export bench $bundle    all 24 prompts, several tree sizes (after '. .venv/bin/activate')
+      docs/tutorial.md               from a model to a service
+      docs/gpu.md                    the same on an NVIDIA GPU
 TEXT
