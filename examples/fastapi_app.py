@@ -1,4 +1,4 @@
-r"""A web service around a bundle: chat over server-sent events, cancelled when the client leaves.
+r"""A web service for a bundle: chat over server-sent events. A client that disconnects cancels its request.
 
     pip install 'medusa-export[server]'
     MEDUSA_BUNDLE=bundle uvicorn --app-dir examples fastapi_app:app
@@ -6,11 +6,12 @@ r"""A web service around a bundle: chat over server-sent events, cancelled when 
     curl -N localhost:8000/chat -H 'Content-Type: application/json' \
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
-Each event carries the text that has become final; the last one is named ``end`` and says why the answer ended and
-what it took, or ``error`` and says what went wrong.
+Each ``text`` event carries a piece of the answer. The last event is ``end``, with the reason why the answer ended and
+usage figures, or ``error``, with the error's type and message.
 
-Settings are environment variables: ``MEDUSA_BUNDLE``, the folder; ``MEDUSA_ROWS``, requests that run at a time;
-``MEDUSA_MAX_QUEUE``, requests that wait; ``MEDUSA_MAX_BODY``, bytes of a request's body.
+Settings are environment variables: ``MEDUSA_BUNDLE``, the folder of the bundle; ``MEDUSA_ROWS``, the number of requests
+that run at the same time; ``MEDUSA_MAX_QUEUE``, the number of requests that may wait; ``MEDUSA_MAX_BODY``, the maximum
+size of a request's body in bytes.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from medusa_runtime import (
 )
 
 DRAIN_SECONDS = 30.0
-MAX_BODY = 2**20  # bytes; JSON of that size is read in some milliseconds, during which no stream goes on
+MAX_BODY = 2**20  # bytes; parsing JSON of this size stops all streams for some milliseconds
 
 
 class Message(BaseModel):
-    """A chat message; its content is text, or parts of text: ``[{"type": "text", "text": …}]``."""
+    """A chat message. Its content is text, or a list of parts such as ``{"type": "text", "text": …}``."""
 
     model_config = ConfigDict(extra="forbid")
     role: str
@@ -55,7 +56,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request for an answer; what the service doesn't know is refused. Greedy at temperature 0."""
+    """A request for an answer. Unknown fields are refused. Temperature 0 is greedy decoding."""
 
     model_config = ConfigDict(extra="forbid")
     messages: list[Message] = Field(min_length=1)
@@ -71,11 +72,11 @@ class ChatRequest(BaseModel):
 
 
 class SettingError(MedusaError):
-    """An environment variable that is missing or makes no sense."""
+    """An environment variable that is missing or invalid."""
 
 
 def setting(name: str, default: int | None = None) -> int:
-    """A number from the environment."""
+    """Reads a non-negative integer from an environment variable."""
     value = os.environ.get(name, str(default))
     if not value.isascii() or not value.isdigit():
         raise SettingError(f"{name} is {value!r:.80}: expected a number.")
@@ -83,13 +84,13 @@ def setting(name: str, default: int | None = None) -> int:
 
 
 class Border:
-    """Refuses bodies that are too large before they are read, and says in one sentence why a start failed."""
+    """Refuses bodies that are too large, and replaces the traceback of a failed start by its message."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a connection on."""
+        """Passes a connection on, with a bounded body or a short start-up message."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, partial(self.send_sentence, send))
             return
@@ -97,14 +98,14 @@ class Border:
 
     @staticmethod
     async def send_sentence(send: Send, message: AsgiMessage) -> None:
-        """Puts the sentence in the place of a traceback."""
+        """Replaces the traceback of a failed start by the error's message."""
         if message["type"] == "lifespan.startup.failed" and app.state.refusal:
             message = {**message, "message": app.state.refusal}
         await send(message)
 
     @staticmethod
     def bounded(scope: Scope, receive: Receive) -> Receive:
-        """Receives a body up to its limit, whether or not its length is announced."""
+        """Receives a body up to its limit. The announced length is checked first, then the bytes received."""
         limit, received = setting("MEDUSA_MAX_BODY", MAX_BODY), 0
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
 
@@ -123,7 +124,7 @@ class Border:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Loads the bundle, and lets running requests end before the process does."""
+    """Loads the bundle at start. At the end, waits for running requests before it closes the service."""
     app.state.refusal = ""
     try:
         metrics, app.state.registry = PrometheusMetrics.in_own_registry()
@@ -153,7 +154,7 @@ app.add_middleware(Border)
 
 @app.exception_handler(RequestValidationError)
 async def refused(_: Request, error: RequestValidationError) -> Response:
-    """What is wrong with a body, without the body: it may hold what JSON can't, such as numbers beyond all bounds."""
+    """Describes an invalid body without quoting it: it may hold values that JSON can't encode, such as infinity."""
     found = [{key: part[key] for key in ("type", "loc", "msg")} for part in error.errors()]
     return Response(json.dumps({"detail": found}), 422, media_type="application/json")
 
@@ -183,7 +184,7 @@ async def chat(body: ChatRequest, request: Request) -> StreamingResponse:
 
 
 async def events(handle: RequestHandle) -> AsyncIterator[str]:
-    """The answer as server-sent events. A client that leaves ends this generator, and with it the request."""
+    """Yields the answer as server-sent events. A client that disconnects ends this generator and cancels the request."""
     with handle:
         try:
             async for chunk in handle:
@@ -203,13 +204,13 @@ async def events(handle: RequestHandle) -> AsyncIterator[str]:
 
 
 def event(name: str, data: dict[str, Any]) -> str:
-    """One server-sent event; in ASCII, since many clients take U+0085, U+2028 and U+2029 for ends of lines."""
+    """Formats a server-sent event, in ASCII: many clients read U+0085, U+2028 and U+2029 as ends of lines."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 @app.get("/health")
 async def health(request: Request, response: Response) -> dict[str, str | int]:
-    """What the service does with new requests, and how many wait and run; 503 if it refuses them."""
+    """The state of the service, and the numbers of waiting and running requests. 503 unless it takes new ones."""
     service: MedusaService = request.app.state.service
     waiting, running = service.load_figures
     if service.state != "ready":
@@ -219,5 +220,5 @@ async def health(request: Request, response: Response) -> dict[str, str | int]:
 
 @app.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Figures for Prometheus."""
+    """Metrics in the text format of Prometheus."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Plain decoding of SmolLM2 in fp32 on this CPU: bundles with and without heads, onnxruntime-genai, transformers,
-# in one interleaved run. Arguments go to scripts/benchmark.py.
+# Compares plain decoding of SmolLM2 in fp32 on this CPU, in one interleaved run: bundles with and without heads,
+# onnxruntime-genai, transformers. Arguments go to scripts/benchmark.py.
 set -euo pipefail
 MEDUSA_EXTRAS=bench
 . "$(dirname "$0")/setup.sh"

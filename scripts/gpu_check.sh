@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that this project can do on an NVIDIA GPU, tried and measured: writes gpu_check.json and gpu_check.md.
-# Usage: scripts/gpu_check.sh [FOLDER FOR THE REPORTS]     exit code 3 if nothing could be run here
+# Tries and measures all backends on an NVIDIA GPU, and writes gpu_check.json and gpu_check.md.
+# Usage: scripts/gpu_check.sh [FOLDER FOR THE REPORTS]     exit code 3 if no backend can run here
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 if command -v nvidia-smi > /dev/null; then
-  # Where there is a GPU, also what can't be installed everywhere; a backend that is missing is reported as refused.
+  # These packages can't be installed everywhere. A backend whose package is missing is reported as refused.
   pip install --quiet --constraint constraints.txt --editable '.[tensorrt]' || echo "note: no tensorrt" >&2
-  # The package for GPUs has versions of its own, and takes the place of the one for CPUs: both are the same module.
+  # The packages for GPUs and CPUs provide the same module, so one replaces the other. Their versions differ.
   pip uninstall --quiet --yes onnxruntime
   if ! pip install --quiet --constraint constraints.txt "onnxruntime-gpu[cuda,cudnn]"; then
     echo "note: no onnxruntime-gpu; ONNX Runtime runs on the CPU only, and onnxruntime-cuda is reported as refused" >&2

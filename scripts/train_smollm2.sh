@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Makes the heads in scripts/smollm2_heads anew: distil, train, calibrate. Each step goes on where it was stopped.
-# On two CPU cores with instructions for bf16 it takes about three hours; a run to try it out takes a few minutes:
+# Trains the heads in scripts/smollm2_heads again: distil, train, calibrate. Each step continues where it was stopped.
+# It takes about three hours on two CPU cores with bf16 instructions. This command tries it out in a few minutes:
 #   WORK=/tmp/try HEADS=/tmp/try/heads DTYPE=fp32 PROMPTS=12 MORE=12 BATCH_SIZE=12 HELDOUT=0.3 MORE_HELDOUT=0.3 \
 #     MAX_NEW_TOKENS=24 EPOCHS=1 DRAFT_VOCAB=512 scripts/train_smollm2.sh
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 work=${WORK:-.cache/train}                # data, hidden states, checkpoints
-heads=${HEADS:-scripts/smollm2_heads}     # what is replaced
-prompts=${PROMPTS:-2600}                  # templated ones, and as many that the model writes itself
-more=${MORE:-6000}                        # that the model writes more freely
+heads=${HEADS:-scripts/smollm2_heads}     # replaced by the new heads
+prompts=${PROMPTS:-2600}                  # templated prompts, and the same number written by the model
+more=${MORE:-6000}                        # prompts that the model writes at a higher temperature
 batch_size=${BATCH_SIZE:-128}
 heldout=${HELDOUT:-0.05}
 more_heldout=${MORE_HELDOUT:-0.04}
 max_new_tokens=${MAX_NEW_TOKENS:-256}
 epochs=${EPOCHS:-3}
 draft_vocab=${DRAFT_VOCAB:-6144}
-dtype=${DTYPE:-bf16}                      # fp32 is faster on a CPU without instructions for bf16
+dtype=${DTYPE:-bf16}                      # fp32 is faster on a CPU without bf16 instructions
 
-# Freed caches stay with the process, which saves a fifth of the time on a CPU.
+# glibc keeps freed memory in the process. That saves a fifth of the time on a CPU.
 export MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TRIM_THRESHOLD_=100000000000
 model=$(scripts/smollm2.sh)
 mkdir -p "$work" "$heads"
