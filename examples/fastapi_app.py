@@ -83,7 +83,7 @@ def setting(name: str, default: int | None = None) -> int:
     return int(value[:18])
 
 
-class Border:
+class RequestLimits:
     """Refuses bodies that are too large, and replaces the traceback of a failed start by its message."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -92,15 +92,15 @@ class Border:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a connection on, with a bounded body or a short start-up message."""
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, partial(self.send_sentence, send))
+            await self.app(scope, receive, partial(self.send_start_error, send))
             return
         await self.app(scope, self.bounded(scope, receive) if scope["type"] == "http" else receive, send)
 
     @staticmethod
-    async def send_sentence(send: Send, message: AsgiMessage) -> None:
+    async def send_start_error(send: Send, message: AsgiMessage) -> None:
         """Replaces the traceback of a failed start by the error's message."""
-        if message["type"] == "lifespan.startup.failed" and app.state.refusal:
-            message = {**message, "message": app.state.refusal}
+        if message["type"] == "lifespan.startup.failed" and app.state.start_error:
+            message = {**message, "message": app.state.start_error}
         await send(message)
 
     @staticmethod
@@ -125,7 +125,7 @@ class Border:
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Loads the bundle at start. At the end, waits for running requests before it closes the service."""
-    app.state.refusal = ""
+    app.state.start_error = ""
     try:
         metrics, app.state.registry = PrometheusMetrics.in_own_registry()
         if "MEDUSA_BUNDLE" not in os.environ:
@@ -139,7 +139,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             metrics=metrics,
         )
     except MedusaError as error:
-        app.state.refusal = str(error)
+        app.state.start_error = str(error)
         raise
     try:
         yield
@@ -149,7 +149,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title="medusa-export", lifespan=lifespan)
-app.add_middleware(Border)
+app.add_middleware(RequestLimits)
 
 
 @app.exception_handler(RequestValidationError)
@@ -184,7 +184,7 @@ async def chat(body: ChatRequest, request: Request) -> StreamingResponse:
 
 
 async def events(handle: RequestHandle) -> AsyncIterator[str]:
-    """Yields the answer as server-sent events. A client that disconnects ends this generator and cancels the request."""
+    """Yields the answer as server-sent events. A client that disconnects ends the generator, which cancels the request."""
     with handle:
         try:
             async for chunk in handle:
