@@ -184,7 +184,7 @@ async def chat(body: ChatRequest, request: Request) -> StreamingResponse:
 
 
 async def events(handle: RequestHandle) -> AsyncIterator[str]:
-    """Yields the answer as server-sent events. A client that disconnects ends the generator, which cancels the request."""
+    """Yields the answer as server-sent events. A client that disconnects cancels its request."""
     with handle:
         try:
             async for chunk in handle:
