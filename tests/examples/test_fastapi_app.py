@@ -115,7 +115,7 @@ def test_refusals(server: str) -> None:
     for content, words in (
         ("x" * 500, "exceed the 512 tokens"),
         ("x" * 600_000, "exceed the 512 tokens"),
-        ([{"type": "image_url", "image_url": {"url": "x"}}], "reads text only"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "reads only text"),
     ):
         response = httpx.post(f"{server}/chat", json={"messages": [{"role": "user", "content": content}]})
         assert response.status_code == 422 and words in response.text

@@ -54,7 +54,7 @@ class EngineLimits:
     def longest_sequence(self, tree_size: int, tree_depth: int) -> int:
         """The most tokens of prompt and answer that leave room for a tree of this size in every step.
 
-        Before the last step the cache holds at most two tokens less than the whole text (docs/contract.md: Slots).
+        Before the last step the cache lacks at most two tokens of the whole text (docs/contract.md: Slots).
 
         Args:
             tree_size: Nodes that a step verifies.

@@ -1,7 +1,8 @@
-"""The content of messages: text, or parts of text, given to a chat template in the form that it takes.
+"""The content of chat messages: a string or a list of text parts, in a form that the chat template supports.
 
-Some templates print content that is a list as Python shows it, others print nothing where content is a string. Which
-forms a template takes for a role is found by a try: a template is a program, and its text alone does not tell.
+A template that does not support lists prints them as Python shows them. A template that does not support strings prints
+nothing. A template is a program, so its text does not show which forms it supports. So both forms are rendered once for
+each role, and the result is checked.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any
 from medusa_runtime.errors import RequestError
 from medusa_runtime.text.limits import shown
 
-# What separates parts that become one string: they are paragraphs of their own, as other servers have it.
+# Separates parts that are joined to one string. Other servers use a line break, too.
 SEPARATOR = "\n"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _FIRST, _SECOND = "tryfirstpart", "trysecondpart"
-# A list that was printed rather than read.
+# Matches a list that a template printed as Python shows it.
 _PRINTED = re.compile(r"""["']text["']\s*:""")
 
 
-class Takes(Flag):
-    """The forms of content that a template takes."""
+class ContentForms(Flag):
+    """Forms of content that a template supports."""
 
     TEXT = 1
     PARTS = 2
@@ -33,11 +34,11 @@ def checked_content(content: object, number: int) -> str | list[dict[str, Any]]:
     """The content of a message: a string, or a list of ``{"type": "text", "text": …}``.
 
     Args:
-        content: What was given.
-        number: The message's place in the chat.
+        content: The content that the caller gave.
+        number: Index of the message in the chat.
 
     Raises:
-        RequestError: It is neither text nor parts of text.
+        RequestError: The content is neither a string nor a list of text parts.
     """
     if isinstance(content, str):
         return str.__str__(content)
@@ -54,7 +55,9 @@ def _text_of(part: object, number: int) -> str:
         return str.__str__(part)
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
     if isinstance(part, Mapping) and kind not in _TEXT_PARTS:
-        raise RequestError(f"Message {number} holds a part of the type {shown(kind)}, but this model reads text only.")
+        raise RequestError(
+            f"Message {number} holds a part of the type {shown(kind)}, but this model reads only text: leave it out."
+        )
     text = part.get("text") if isinstance(part, Mapping) else None
     if not isinstance(text, str):
         raise RequestError(
@@ -63,36 +66,41 @@ def _text_of(part: object, number: int) -> str:
     return str.__str__(text)
 
 
-def in_form(content: str | Sequence[Mapping[str, Any]], takes: Takes) -> str | list[dict[str, Any]]:
-    """Checked content in a form that a template takes; as it is where the template takes both."""
+def in_form(content: str | Sequence[Mapping[str, Any]], forms: ContentForms) -> str | list[dict[str, Any]]:
+    """Content in a form that a template supports. If the template supports both forms, content stays as it is.
+
+    Args:
+        content: Content that ``checked_content`` returned.
+        forms: The forms that the template supports.
+    """
     if isinstance(content, str):
-        return content if Takes.TEXT in takes else [{"type": "text", "text": content}]
-    if Takes.PARTS in takes:
+        return content if ContentForms.TEXT in forms else [{"type": "text", "text": content}]
+    if ContentForms.PARTS in forms:
         return [dict(part) for part in content]
     return SEPARATOR.join(part["text"] for part in content)
 
 
-def find_takes(rendered: Callable[[list[dict[str, Any]]], str], role: str) -> Takes:
-    """The forms of content that a template takes in messages of a role; text if the try says nothing.
+def find_forms(rendered: Callable[[list[dict[str, Any]]], str], role: str) -> ContentForms:
+    """Renders both forms of content to find those that a template supports; text if neither is rendered.
 
     Args:
-        rendered: Renders messages, without an opening for the answer; it may raise ``RequestError``.
-        role: The role.
+        rendered: Renders messages, without an opening for the answer. May raise ``RequestError``.
+        role: Role of the messages.
     """
-    takes = Takes(0)
+    forms = ContentForms(0)
     parts = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
-    for form, content in ((Takes.TEXT, _FIRST + _SECOND), (Takes.PARTS, parts)):
+    for form, content in ((ContentForms.TEXT, _FIRST + _SECOND), (ContentForms.PARTS, parts)):
         try:
             text = rendered(_try(role, content))
         except RequestError:
             continue
         if _FIRST in text and _SECOND in text and not _PRINTED.search(text):
-            takes |= form
-    return takes or Takes.TEXT
+            forms |= form
+    return forms or ContentForms.TEXT
 
 
 def _try(role: str, content: object) -> list[dict[str, Any]]:
-    """A chat of which most templates render a message of that role."""
+    """A short chat with a message of a role, in an order of roles that most templates accept."""
     user, message = {"role": "user", "content": "question"}, {"role": role, "content": content}
     if role == "user":
         return [message]

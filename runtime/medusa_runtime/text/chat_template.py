@@ -1,4 +1,4 @@
-"""Chats as the text that a model was trained to continue: Jinja templates, in a sandbox, over plain data."""
+"""Renders chats as the text that a model was trained to continue: Jinja templates, in a sandbox, over plain data."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from medusa_runtime.text.template_sandbox import BoundedEnvironment
 
-MAX_TEMPLATE_TOKENS = 30_000  # the largest published template has 8,000
-MAX_REFUSAL = 1000  # characters of a template's own message
+MAX_TEMPLATE_TOKENS = 30_000  # Jinja tokens; the largest published template has 8,000
+MAX_REFUSAL = 1000  # characters of a template's own error message
 
-# The keys under which clients send a model's reasoning; templates read the first, gpt-oss's the second.
+# The keys under which clients send a model's reasoning. Most templates read the first, gpt-oss's template the second.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
-# Options of transformers' apply_chat_template that a template would silently ignore.
+# Options of transformers' apply_chat_template. A template would ignore them without an error.
 _NOT_TEMPLATE_VARIABLES = frozenset(
     {
         "continue_final_message",
@@ -46,10 +46,10 @@ _NOT_TEMPLATE_VARIABLES = frozenset(
 
 
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as plain data, without keys that hold None, the reasoning under the keys templates read.
+    """The messages as plain data, without keys that hold None. Reasoning is put under the keys that templates read.
 
     Raises:
-        RequestError: They are no list of messages.
+        RequestError: The argument is not a list of messages, or a message is malformed.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"The messages must be a list of objects, but got {type(messages).__name__}.")
@@ -79,10 +79,10 @@ def _checked_message(message: object, number: int, rebuilt: _Plain) -> dict[str,
 
 
 def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What a template reads besides, as plain data; ``tools`` and ``documents`` are None where there are none.
+    """The other variables of a template as plain data; ``tools`` and ``documents`` are None if they are not given.
 
     Raises:
-        RequestError: One is an option of transformers and no variable, or of the wrong kind.
+        RequestError: A variable is an option of transformers, or has the wrong type.
     """
     for name in sorted(_NOT_TEMPLATE_VARIABLES & variables.keys()):
         raise RequestError(f"{name} is an option of transformers and not a template variable: leave it out.")
@@ -98,25 +98,29 @@ def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render(template: str, **context: Any) -> str:
-    """What a template makes of its variables.
+    """Renders a template.
+
+    Args:
+        template: Source text of the template.
+        context: The template's variables.
 
     Raises:
         BundleError: The chat template has a syntax error.
         BackendError: Jinja, which renders chats, is not installed.
-        RequestError: The template refuses the chat, or fails.
+        RequestError: The template refuses the chat, fails, or does too much work.
     """
     compiled = _compiled(template)
-    from medusa_runtime.text.template_work import TooMuchWorkError, bounded_work
+    from medusa_runtime.text.template_budget import TooMuchWorkError, bounded_render
 
     try:
-        with bounded_work():
+        with bounded_render():
             return compiled.render(**context)
     except _ChatRefusedError as e:
         raise RequestError(f"The chat template refused these messages: {e}") from e
     except TooMuchWorkError as e:
         raise RequestError(
-            f"The chat template does too much work for these messages: {e}. Send fewer or shorter messages; if it does "
-            "so for any, give another template."
+            f"The chat template does too much work for these messages: {e}. Send fewer or shorter messages. If short "
+            "messages fail as well, use another template."
         ) from e
     except Exception as e:  # a template is a program: it may fail on odd messages with any error
         raise RequestError(
@@ -126,20 +130,20 @@ def render(template: str, **context: Any) -> str:
 
 
 def check_template(template: str) -> None:
-    """Compiles a template, so that damage is found before a request comes.
+    """Compiles a template, so that errors are found before the first request.
 
     Raises:
         BundleError: The chat template has a syntax error.
     """
-    with contextlib.suppress(BackendError):  # without Jinja all is well but chats
+    with contextlib.suppress(BackendError):  # without Jinja, everything but chats works
         _compiled(template)
 
 
 class _Plain:
-    """Rebuilds values from plain JSON types, within bounds, so that a template gets no object with methods of its own.
+    """Copies values to plain JSON types, within bounds. So a template gets no objects with methods of their own.
 
     Args:
-        name: What the values belong to, for messages.
+        name: What the values belong to, as the subject of messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -169,7 +173,8 @@ class _Plain:
             raise RequestError(f"{self._name} holds more than {MAX_TEXT_BYTES:,} characters: shorten it.")
 
 
-# The first kind that fits counts; a subclass, such as an enum, loses what it adds.
+# How to copy a value, by type. The first type that fits is used. An object of a subclass, such as an enum, becomes an
+# object of that type.
 _REBUILT: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
     str: lambda value, _: str.__str__(value),
     int: lambda value, _: int.__int__(value),
@@ -182,7 +187,7 @@ _REBUILT: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
 
 
 class _ChatRefusedError(Exception):
-    """What ``raise_exception`` in a template raises."""
+    """Raised by ``raise_exception`` in a template."""
 
 
 def _raise_exception(message: object) -> None:
@@ -202,13 +207,13 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is: Jinja's own filter escapes HTML."""
-    from medusa_runtime.text.template_work import work
+    """Jinja's ``tojson`` filter, but without its escaping of HTML."""
+    from medusa_runtime.text.template_budget import render_budget
 
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     pieces = []
-    for piece in encoder.iterencode(value):  # indentations and separators multiply
-        work().spend(len(piece))
+    for piece in encoder.iterencode(value):  # piece by piece, since indentations and separators can be huge
+        render_budget().spend(len(piece))
         pieces.append(piece)
     return "".join(pieces)
 
@@ -218,25 +223,27 @@ def _compiled(template: str) -> jinja2.Template:
     environment = _environment()
     from jinja2 import TemplateSyntaxError
 
-    from medusa_runtime.text.template_work import bounded_work
+    from medusa_runtime.text.template_budget import bounded_render
 
     try:
-        # Jinja takes kilobytes for each token.
+        # Counted before parsing: Jinja's parser takes kilobytes of memory for each token.
         too_long = next(islice(environment.lex(template), MAX_TEMPLATE_TOKENS, None), None) is not None
-        with bounded_work():
+        with bounded_render():
             compiled = None if too_long else environment.from_string(template)
     except TemplateSyntaxError as e:
         raise BundleError(f"The chat template has a syntax error on line {e.lineno}: {e.message}.") from e
-    except Exception as e:  # Jinja's parser and Python's compiler have limits of their own, such as nested loops
+    except Exception as e:  # Jinja's parser and Python's compiler have further limits, such as on nested loops
         raise BundleError(f"The chat template can't be compiled ({type(e).__name__}: {e}).") from e
     if compiled is None:
-        raise BundleError(f"The chat template has more than the {MAX_TEMPLATE_TOKENS:,} tokens that are compiled.")
+        raise BundleError(
+            f"The chat template has more than {MAX_TEMPLATE_TOKENS:,} tokens, the most that are compiled: shorten it."
+        )
     return compiled
 
 
 @cache
 def _environment() -> BoundedEnvironment:
-    """Jinja as chat templates expect it, in a sandbox: a template is code that came with the model."""
+    """Jinja with the extensions that chat templates expect, in a sandbox: templates are code that came with a model."""
     try:
         from jinja2 import nodes
         from jinja2.exceptions import SecurityError
@@ -249,7 +256,7 @@ def _environment() -> BoundedEnvironment:
         raise BackendError("Chats are rendered by Jinja, which is not installed: pip install 'jinja2>=3.1.6'.") from e
 
     class GenerationTag(Extension):
-        """``{% generation %}`` marks the assistant's words for training; here its body just stands."""
+        """``{% generation %}``, which marks the assistant's text for training. Here it just renders its body."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
@@ -280,7 +287,7 @@ def _environment() -> BoundedEnvironment:
             _check(name)
             super().__setitem__(name, value)
 
-        def __repr__(self) -> str:  # what namespaces hold may hold them in turn
+        def __repr__(self) -> str:  # short, since namespaces may hold each other
             return "<Namespace>"
 
     def _check(name: object) -> None:

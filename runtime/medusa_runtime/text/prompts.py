@@ -1,4 +1,4 @@
-"""Prompts of all kinds to token ids: what is no prompt is refused by name."""
+"""Converts prompts (text, chats, token ids) to token ids, and refuses everything else."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def encode_prompt(bundle: Bundle, tokenizer: Tokenizer | None, prompt: object) -
 
     Args:
         bundle: The bundle that the prompt is for.
-        tokenizer: The tokenizer of that bundle, or None if it has none.
-        prompt: Text; messages, or one of them; or token ids, as a sequence or a one-dimensional array of integers.
+        tokenizer: The bundle's tokenizer; None if it has none.
+        prompt: Text, a message, a list of messages, or token ids as a sequence or a one-dimensional array of integers.
 
     Raises:
-        RequestError: The prompt is of another kind, empty, too long, or holds what is no token id.
+        RequestError: The prompt has another type, is empty, is too long, or holds a value that is not a token id.
     """
     if isinstance(prompt, _BYTES):
         raise RequestError(f"The prompt is {type(prompt).__name__}: decode it to a string first.")
@@ -50,7 +50,7 @@ def _one_message(prompt: Mapping[Any, Any]) -> Mapping[Any, Any]:
         return prompt
     for key in ("input_ids", "messages", "prompt"):
         if key in prompt:
-            raise RequestError(f"The prompt is an object that holds {key!r}: give what it holds under that key.")
+            raise RequestError(f"The prompt is an object with the key {key!r}: give only the value of that key.")
     raise RequestError(f"The prompt is an object without a role: {_EXPECTED}")
 
 
@@ -63,9 +63,11 @@ def _token_ids(prompt: object, vocab_size: int, most: int) -> list[int]:
         prompt = _of_array(prompt)
     if not isinstance(prompt, Sequence):
         hint = "make it a list, or " if hasattr(type(prompt), "__iter__") else ""
-        raise RequestError(f"The prompt is of the kind {type(prompt).__name__}: {hint}{_EXPECTED}")
+        raise RequestError(f"The prompt has the type {type(prompt).__name__}: {hint}{_EXPECTED}")
     if len(prompt) > most:
-        raise RequestError(f"The prompt has {len(prompt):,} tokens, but this model holds {most:,}: shorten it.")
+        raise RequestError(
+            f"The prompt has {len(prompt):,} tokens, but this model's context has {most:,}: shorten the prompt."
+        )
     return [token.item() if isinstance(token, np.integer) else token for token in prompt]
 
 
@@ -73,7 +75,7 @@ def _of_array(prompt: object) -> list[Any]:
     """The ids in an array of NumPy or of another library."""
     try:
         array = np.asarray(prompt)
-    except Exception as e:  # tensors on a device, or of types that NumPy lacks, raise what they like
+    except Exception as e:  # other libraries raise any type, for tensors on a device or of types that NumPy lacks
         raise RequestError(f"The prompt can't be read as an array ({e}): {_EXPECTED}") from e
     if array.ndim != 1:
         raise RequestError(
@@ -91,7 +93,7 @@ def _check_ids(ids: Sequence[object], vocab_size: int) -> None:
             continue
         if isinstance(token, (str, list, tuple, Mapping)) or hasattr(type(token), "__array__"):
             raise RequestError(
-                f"The prompt is a list that holds {shown(token)} at place {place}: a request takes one prompt. "
-                f"For each, {_EXPECTED}"
+                f"The prompt is a list that holds {shown(token)} at index {place}: a request takes one prompt. "
+                f"For each prompt, {_EXPECTED}"
             )
         raise RequestError(f"The prompt holds {shown(token)}: token ids are integers from 0 to {vocab_size - 1}.")

@@ -1,7 +1,8 @@
-"""Stop strings: checked, and found in a text that comes in pieces.
+"""Checks stop strings, and finds them in a text that comes in pieces.
 
-A stop string may hold special tokens, which are not part of the text: ``<|im_end|>``, or ``</s><|user|>``. Each of them
-is then one symbol, which only that token matches. All other stop strings are matched on the text alone.
+A stop string may hold special tokens, which are not part of the text: ``<|im_end|>``, or ``</s><|user|>``. Each of
+these tokens is then one symbol, which only that token matches. All other stop strings are searched for in the text
+alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ Symbol = str | int
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The stop strings of a request, each once; a single string is one stop string.
+    """The stop strings of a request, without duplicates. A single string is one stop string.
 
     Raises:
-        RequestError: A stop string is empty or not a string, or there is too much of them.
+        RequestError: A stop string is empty or not a string, or there are too many or too long stop strings.
     """
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or isinstance(stops, (bytes, bytearray, memoryview)):
@@ -43,11 +44,13 @@ def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def symbols_of(stops: Sequence[str], special_tokens: Mapping[str, int]) -> dict[str, list[Symbol]]:
-    """The stop strings that hold special tokens, as symbols; where several tokens begin alike, the longest counts.
+    """The stop strings that hold special tokens, as sequences of symbols, by stop string.
+
+    If several special tokens match at one position, the longest is taken.
 
     Args:
         stops: The stop strings.
-        special_tokens: The ids of special tokens by their text.
+        special_tokens: Ids of the special tokens, by their text.
     """
     longest_first = sorted(filter(None, special_tokens), key=len, reverse=True)
     if not stops or not longest_first:
@@ -67,18 +70,18 @@ def symbols_of(stops: Sequence[str], special_tokens: Mapping[str, int]) -> dict[
 
 @dataclass(frozen=True)
 class _Match:
-    """A stop string that the symbols so far end with, and how many characters of text it has."""
+    """A stop string that was found, and the number of its characters that are part of the text."""
 
     stop: str
     characters: int
 
 
 class _Automaton:
-    """Finds which of some sequences of symbols ends first (Aho and Corasick, 1975); it is not changed by use.
+    """Finds the first of several sequences of symbols in a text (Aho and Corasick, 1975). Searching does not change it.
 
     Attributes:
-        characters: For each state, how many characters of the text may belong to a stop string.
-        matches: For each state, the longest stop string that ends there.
+        characters: For each state, the number of last characters of the text that may begin a stop string.
+        matches: For each state, the longest stop string that ends there; None if none does.
     """
 
     def __init__(self, stops: Mapping[str, Sequence[Symbol]]) -> None:
@@ -109,7 +112,7 @@ class _Automaton:
         self.matches[state] = _Match(stop, self.characters[state])
 
     def _link(self) -> None:
-        """Gives each state the longest other one that ends alike, shallow states first."""
+        """Sets the fallback of each state: the longest other state that is a suffix of it. Shallow states go first."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()
@@ -121,31 +124,32 @@ class _Automaton:
 
 
 class StopFinder:
-    """Finds the stop string that ends first in a text that comes in pieces, special tokens between them.
+    """Finds the stop string that ends first, in a text that comes in pieces with special tokens between them.
 
-    Of those that end together it is the one with the most characters.
+    If several stop strings end at the same place, the one with the most characters is found.
 
     Args:
         stops: The stop strings, checked.
-        special_tokens: The ids of special tokens that are not part of the text, by their names.
+        special_tokens: Ids of the special tokens that are not part of the text, by name.
 
     Attributes:
-        found: The stop string that ended the text, None so far.
-        sees_tokens: Whether a stop string holds a special token, so that ``mark`` has to be told of each.
+        found: The stop string that ended the text; None so far.
+        sees_tokens: True if a stop string holds a special token. Then every special token must be given to
+            ``feed_token``.
     """
 
     def __init__(self, stops: Sequence[str], special_tokens: Mapping[str, int] | None = None) -> None:
-        marked = symbols_of(stops, special_tokens or {})
+        with_tokens = symbols_of(stops, special_tokens or {})
         # Ordinary tokens may spell out a special token's name, so all stop strings are searched for in the text, too.
         self._text = _Automaton({stop: stop for stop in stops}) if stops else None
-        self._tokens = _Automaton(marked) if marked else None
+        self._tokens = _Automaton(with_tokens) if with_tokens else None
         self._text_state = self._tokens_state = 0
         self._held = ""
         self.found: str | None = None
-        self.sees_tokens = bool(marked)
+        self.sees_tokens = bool(with_tokens)
 
     def feed(self, text: str) -> str:
-        """Takes text, and returns what is certain to stand before any stop string."""
+        """Takes the next text. Returns the text that is certain to be before any stop string."""
         if self._text is None or self.found is not None:
             return text if self._text is None else ""
         held = self._held + text
@@ -161,8 +165,8 @@ class StopFinder:
                 return self._cut(held[:end], match)
         return self._certain(held)
 
-    def mark(self, token_id: int) -> str:
-        """Takes a special token, which stands behind all text that was fed; returns as ``feed`` does."""
+    def feed_token(self, token_id: int) -> str:
+        """Takes a special token that follows all text so far. Returns text like ``feed``."""
         if self._tokens is None or self.found is not None:
             return ""
         self._tokens_state = self._tokens.step(self._tokens_state, token_id)
@@ -170,7 +174,7 @@ class StopFinder:
         return self._certain(self._held) if match is None else self._cut(self._held, match)
 
     def finish(self) -> str:
-        """The text that was held back and begins no stop string after all."""
+        """The text that was held back, if the text ends here: it does not begin a stop string after all."""
         return "" if self.found is not None else self._held
 
     def _cut(self, text: str, match: _Match) -> str:

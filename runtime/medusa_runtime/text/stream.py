@@ -1,19 +1,20 @@
-"""Token ids to text, as they come: only text that later tokens can't change, cut before a stop string.
+"""Decodes token ids to text as they come. It returns only text that later tokens can't change, up to a stop string.
 
-The law of a ``TextStream``: what it returns, joined, is ``Tokenizer.decode`` of all its ids, however they
-are cut into pushes; with stop strings, that text cut before the first of them. The first is the one that
-ends first, the longest of those that end together. To keep the law, text is held back
+The law of a ``TextStream``: the returned pieces, joined, are ``Tokenizer.decode`` of all its ids, no matter how the ids
+are divided into pushes. With stop strings, it is that text up to the first stop string. The first is the one that ends
+first; of several that end at the same place, the longest. To keep the law, text is held back
 
 - while a UTF-8 character is unfinished;
-- during a run of byte tokens (``<0xE2>``) as in Llama 2: they decode together, so that one wrong byte spoils
-  the run, and the token behind it settles it;
+- during a run of byte tokens (``<0xE2>``), as in Llama 2. They decode together: one invalid byte changes the text of
+  the whole run, so that the text is final only when another token follows the run;
 - while it may be the start of a stop string, or of spaces that the tokenizer's clean-up removes.
 
-A stop string that holds special tokens is matched on the text with these tokens in their places. A special token
-stands behind the text that the tokens before it would have if they were all.
+A stop string that holds special tokens is searched for in the text with these tokens in their places. The place of a
+special token is behind the text that the tokens before it would give if no more tokens came.
 
-It holds for byte-level decoders, and for those whose steps look at one token at a time but for ByteFallback,
-Fuse and Strip: all tokenizers of causal models known to us. A token costs the same however long the text.
+The law holds for byte-level decoders. It also holds for decoders whose steps, except ByteFallback, Fuse and Strip, look
+at one token at a time. These are all tokenizers of causal models that we know. The cost per token does not depend on
+the length of the text.
 """
 
 from __future__ import annotations
@@ -31,14 +32,20 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes tokens as they come and ends at a stop string.
+    """Decodes tokens as they come, and ends at a stop string.
 
-    With ``prompt_ids`` the stream is what follows the prompt, first space included: ``decode(prompt_ids + ids)``
-    behind as many characters as ``decode(prompt_ids)`` has; a character that the prompt leaves unfinished belongs
-    to the stream.
+    With ``prompt_ids``, the stream is the text that follows the prompt, its first space included. It is
+    ``decode(prompt_ids + ids)`` without the first ``len(decode(prompt_ids))`` characters. A character that the prompt
+    leaves unfinished belongs to the stream.
+
+    Args:
+        tokenizer: The tokenizer.
+        stop: A stop string, or several.
+        skip_special_tokens: Whether special tokens are left out of the text.
+        prompt_ids: The tokens before the stream.
 
     Attributes:
-        consumed: Number of tokens taken, the one that completed the stop string included.
+        consumed: Number of tokens that were decoded, the one that completed the stop string included.
     """
 
     def __init__(
@@ -54,7 +61,7 @@ class TextStream:
         self._clean_up = _CleanUp() if tokenizer.cleans_up else None
         stops = check_stop(stop)
         self._stops = StopFinder(stops, tokenizer.special_tokens if stops and skip_special_tokens else {})
-        self._marks = _Marks()
+        self._held_tokens = _HeldTokens()
         self._skipped = skipped
         self._emitted: list[str] = []
         self._finished = False
@@ -62,7 +69,7 @@ class TextStream:
 
     @property
     def stopped_by(self) -> str | None:
-        """The stop string that ended the text, None so far."""
+        """The stop string that ended the text; None so far."""
         return self._stops.found
 
     @property
@@ -72,18 +79,18 @@ class TextStream:
         return self._emitted[0]
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Takes tokens up to the one that completes a stop string, and returns the text that has become final.
+        """Takes tokens, up to the one that completes a stop string. Returns the text that has become final.
 
         Raises:
-            RequestError: An id is negative or beyond 32 bits.
-            RuntimeError: The stream was finished before.
+            RequestError: An id is negative or exceeds 32 bits.
+            RuntimeError: The stream is finished.
         """
         if self._finished:
             raise RuntimeError("This text stream is finished: make a new one.")
         return self._emit(self._advance(token_id) for token_id in token_ids)
 
     def finish(self) -> str:
-        """Returns the text held back; an unfinished character becomes U+FFFD, as in ``decode``."""
+        """Ends the stream. Returns the text that was held back; an unfinished character becomes U+FFFD."""
         if self._finished:
             return ""
         self._finished = True
@@ -98,11 +105,11 @@ class TextStream:
             text = self._clean_up.feed(text)
         if not self._stops.sees_tokens:
             return self._stops.feed(text)
-        settled = self._marks.between(text, self._pending() if self._marks else "")
+        settled = self._held_tokens.between(text, self._pending() if self._held_tokens else "")
         before = self._feed(self._stops, settled)
         if token_id not in self._skipped or self.stopped_by is not None:
             return before
-        self._marks.add(token_id, len(self._pending()))
+        self._held_tokens.add(token_id, len(self._pending()))
         return before + self._look_ahead()
 
     def _pending(self) -> str:
@@ -111,14 +118,14 @@ class TextStream:
         return self._clean_up.peek(text) if self._clean_up else text
 
     def _look_ahead(self) -> str:
-        """Takes the text held back as final if with a special token behind it a stop string is complete."""
+        """Returns the text that was held back, if the special token behind it completes a stop string."""
         pending = self._pending()
         if not pending:
-            return self._feed(self._stops, self._marks.between("", ""))
+            return self._feed(self._stops, self._held_tokens.between("", ""))
         ahead = copy(self._stops)
-        *before, last = list(copy(self._marks).between(pending, ""))
+        *before, last = list(copy(self._held_tokens).between(pending, ""))
         text = self._feed(ahead, before)
-        early = ahead.found  # by text that later tokens may still change
+        early = ahead.found  # found in text that later tokens may still change, so it does not count yet
         text += self._feed(ahead, [last])
         if early is not None or ahead.found is None:
             return ""
@@ -129,12 +136,12 @@ class TextStream:
         text = self._decoder.finish()
         if self._clean_up:
             text = self._clean_up.feed(text) + self._clean_up.finish()
-        yield self._feed(self._stops, self._marks.between(text, ""))
+        yield self._feed(self._stops, self._held_tokens.between(text, ""))
         yield self._stops.finish()
 
     @staticmethod
     def _feed(stops: StopFinder, pieces: Iterable[str | int]) -> str:
-        return "".join(stops.feed(piece) if isinstance(piece, str) else stops.mark(piece) for piece in pieces)
+        return "".join(stops.feed(piece) if isinstance(piece, str) else stops.feed_token(piece) for piece in pieces)
 
     def _emit(self, texts: Iterable[str]) -> str:
         text = "".join(texts)
@@ -142,30 +149,30 @@ class TextStream:
         return text
 
 
-class _Marks:
+class _HeldTokens:
     """Special tokens that came while text was held back, and the place of each in the text to come."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, int]] = []
+        self._waiting: list[tuple[int, int]] = []  # (place, token id)
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def __copy__(self) -> _Marks:
-        other = _Marks()
+    def __copy__(self) -> _HeldTokens:
+        other = _HeldTokens()
         other._waiting = list(self._waiting)
         return other
 
     def add(self, token_id: int, place: int) -> None:
-        """Adds a token that stands behind the next ``place`` characters."""
+        """Adds a token whose place is behind the next ``place`` characters."""
         self._waiting.append((place, token_id))
 
     def between(self, text: str, pending: str) -> Iterator[str | int]:
-        """Text that has become final, and the tokens whose place has come, in order.
+        """Pieces of text that has become final, with the tokens whose places it reaches between them.
 
         Args:
-            text: The text.
-            pending: The text that is still held back; tokens that stand behind all of it stay.
+            text: The text that has become final.
+            pending: The text that is still held back. Tokens behind it stay held.
         """
         taken = 0
         while self._waiting and (not pending or self._waiting[0][0] <= len(text)):
@@ -181,16 +188,18 @@ class _Marks:
 
 
 class _Decoder(Protocol):
-    def feed(self, token_id: int) -> str: ...
+    def feed(self, token_id: int) -> str:
+        """Takes a token. Returns the text that has become final."""
 
     def peek(self) -> str:
-        """What ``finish`` would give; more tokens may come all the same."""
+        """The text that ``finish`` would return. More tokens may follow."""
 
-    def finish(self) -> str: ...
+    def finish(self) -> str:
+        """Returns the text that was held back."""
 
 
 class _ByteDecoder:
-    """For byte-level tokenizers: a token is bytes, a text their UTF-8."""
+    """Decodes tokens of byte-level tokenizers: each token stands for bytes of UTF-8 text."""
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -217,9 +226,10 @@ class _ByteDecoder:
 
 
 class _WindowDecoder:
-    """For all others: decodes the newest tokens behind a few settled ones, and returns what the new ones add.
+    """Decodes tokens of all other tokenizers: decodes a few settled tokens and the new ones, returns the added text.
 
-    The settled tokens stand for all that went before: they absorb what a decoder does at the start of a text.
+    The settled tokens stand in for all earlier tokens. Without them, the decoder would treat the new tokens as the
+    start of a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], prompt_ids: Sequence[int]) -> None:
@@ -254,7 +264,7 @@ class _WindowDecoder:
         return self.peek()
 
     def _hold_torn_end(self) -> bool:
-        """Whether the prompt ends in bytes that the stream may go on with; those of a torn character are not shown."""
+        """True if the prompt may end within a character. Its bytes then count as text of the stream."""
         run = sum(1 for _ in takewhile(self._is_byte, reversed(self._ids)))
         if run and self._decode(self._ids[-run:]) == _REPLACEMENT * run:
             self._shown = self._shown[:-run]
@@ -264,7 +274,7 @@ class _WindowDecoder:
         return run > 0 or unfinished
 
     def _slide(self, text: str) -> None:
-        """Keeps the fewest last tokens that have a text of their own: one, or two where the first is swallowed."""
+        """Keeps as few last tokens as have any text: one, or two if the decoder drops the first."""
         for count in (1, 2):
             shown = self._decode(self._ids[-count:])
             if shown:
@@ -276,7 +286,7 @@ class _WindowDecoder:
         self._wait()
 
     def _wait(self) -> None:
-        """Puts off the next decoding in proportion to the window: a window that can't slide stays affordable."""
+        """Delays the next decoding in proportion to the window's size, so a window that can't slide stays cheap."""
         self._due = len(self._ids) + 1 + len(self._ids) // 8
 
     def _counts(self, token_id: int) -> bool:
@@ -294,7 +304,7 @@ class _WindowDecoder:
 
 
 class _CleanUp:
-    """``clean_up_spaces`` over a text that comes in pieces."""
+    """Applies ``clean_up_spaces`` to a text that comes in pieces."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -312,7 +322,7 @@ class _CleanUp:
         return ""
 
     def peek(self, text: str) -> str:
-        """What would follow if ``text`` were the last."""
+        """The text that would be returned if ``text`` were the last piece."""
         return clean_up_spaces(self._held + text)
 
     def finish(self) -> str:
@@ -321,7 +331,10 @@ class _CleanUp:
         return cleaned
 
     def _is_safe(self, cut: int) -> bool:
-        """Whether no clean-up reaches across: before a space, or behind the three letters that one may touch."""
+        """True if no clean-up reaches across a cut.
+
+        Clean-ups begin with a space and touch at most three more characters.
+        """
         before, behind = self._held[cut - 1], self._held[cut + 1]
         if self._held[cut] != " ":
             return cut >= 3 and " " not in self._held[cut - 3 : cut]

@@ -1,8 +1,8 @@
-"""A bundle's tokenizer: text and chats to token ids, and ids back to text, without transformers.
+"""A bundle's tokenizer: encodes text and chats to token ids and decodes ids to text, without transformers.
 
-Reads what ``save_pretrained`` of transformers writes, the older layouts included, and gives the ids and
-texts that transformers gives. Like transformers it takes the beginning and end tokens that ``encode``
-adds from the post-processor in ``tokenizer.json``, never from ``add_bos_token`` in the configuration.
+It reads the files that ``save_pretrained`` of transformers writes, older layouts included, and gives the same ids and
+texts as transformers. Like transformers, it takes the beginning and end tokens that ``encode`` adds from the
+post-processor in ``tokenizer.json``, never from ``add_bos_token`` in the configuration.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from medusa_runtime.bundles.json_file import brief
 from medusa_runtime.bundles.listed_folder import ListedFolder
 from medusa_runtime.errors import BundleError, RequestError
 from medusa_runtime.text.bounds import TextBound, characters_of_bytes, text_bound
-from medusa_runtime.text.chat_content import Takes, find_takes, in_form
+from medusa_runtime.text.chat_content import ContentForms, find_forms, in_form
 from medusa_runtime.text.chat_template import check_template, checked_messages, checked_variables, render
 from medusa_runtime.text.limits import MAX_BYTES_PER_TOKEN, MAX_TEXT_BYTES, SHORT_TEXT_BYTES
 from medusa_runtime.text.tokenizer_files import CONFIG, TokenizerConfig, chat_templates
 
 TOKENIZER = "tokenizer.json"
-# The largest vocabularies, of 260,000 tokens, come in 35 MB.
+# The largest vocabularies have 260,000 tokens in files of 35 MB.
 MAX_TOKENIZER_BYTES = 2**28
-# Bytes of text from which on encoding takes so long that other threads must be able to run meanwhile.
+# Encoding texts of at least this number of bytes takes so long that other threads must be able to run meanwhile.
 _LONG_TEXT = 2**14
-# What a template takes is found for these; messages of other roles have text as content.
+# For messages of these roles, the template is tried for the forms of content that it supports. Others have text.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 _CLEAN_UPS = (
@@ -48,13 +48,13 @@ _CLEAN_UPS = (
 
 
 class Tokenizer:
-    """Encodes text and chats, and decodes token ids, as transformers does with the same files.
+    """Encodes text and chats, and decodes token ids, like transformers with the same files.
 
-    Threads and event loops may share it, and a child made by ``fork`` may use it; it changes nothing that they see.
+    Threads, event loops and children made by ``fork`` may share it: after loading, only its internal caches change.
 
     Attributes:
-        named_tokens: The tokens with a role, by role: ``{"eos_token": "</s>", …}``.
-        chat_templates: The chat templates by name; the one used by default is ``default``.
+        named_tokens: The tokens that have a role, by role: ``{"eos_token": "</s>", …}``.
+        chat_templates: The chat templates by name. The default template's name is ``default``.
         special_ids: The ids that ``decode`` skips.
         cleans_up: Whether ``decode`` removes spaces before punctuation, for tokenizers that ask for it.
     """
@@ -71,7 +71,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._token_bytes: dict[int, bytes] = {}
-        self._known_takes: dict[tuple[str, str], Takes] = {}
+        self._known_forms: dict[tuple[str, str], ContentForms] = {}
         self.named_tokens = dict(named_tokens or {})
         self.chat_templates = dict(chat_templates or {})
         self.cleans_up = cleans_up
@@ -80,10 +80,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | ListedFolder) -> Tokenizer | None:
-        """The tokenizer in a folder, or None when the folder has no ``tokenizer.json``.
+        """Loads the tokenizer of a folder; None if the folder has no ``tokenizer.json``.
 
         Args:
-            folder: The folder. Of a bundle's files those that it lists are read, and no others.
+            folder: The folder. Of a bundle, only the files that it lists are read.
 
         Raises:
             BundleError: A file of the tokenizer can't be read.
@@ -117,52 +117,53 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """Id of the token that ends a text, None when the tokenizer names none."""
+        """Id of the token that ends a text; None if the tokenizer names none."""
         name = self.named_tokens.get("eos_token")
         return None if name is None else self._backend.token_to_id(name)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The tokens that ``decode`` skips: their ids by their text."""
+        """Ids of the special tokens, which ``decode`` skips, by their text."""
         return {token: index for index in sorted(self.special_ids) if (token := self.token(index))}
 
     @cached_property
     def decoder_steps(self) -> tuple[str, ...]:
-        """Types of the steps that turn tokens into text, in order: ``("ByteLevel",)``; empty when there are none."""
+        """Types of the decoder's steps, in order, such as ``("ByteLevel",)``; empty without a decoder."""
         decoder = self._backend.decoder
         return () if decoder is None else tuple(_step_types(json.loads(decoder.__getstate__())))
 
     def token(self, token_id: int) -> str | None:
-        """The token as it stands in the vocabulary, None for an id outside it.
+        """The text of a token in the vocabulary; None for an id outside the vocabulary.
 
         Raises:
-            RequestError: The id is negative or beyond 32 bits.
+            RequestError: The id is negative or exceeds 32 bits.
         """
         try:
             return self._backend.id_to_token(token_id)
         except OverflowError as e:
-            raise RequestError(f"{token_id} is not a token id: ids start at 0 and fit in 32 bits.") from e
+            raise RequestError(f"{token_id} is not a token id: ids are at least 0 and have at most 32 bits.") from e
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a byte-level decoder makes of a token, none for an id outside the vocabulary."""
+        """The bytes that a byte-level decoder makes of a token; empty for an id outside the vocabulary."""
         known = self._token_bytes.get(token_id)
         if known is None:
             token = self.token(token_id) or ""
             try:
                 known = bytes(_byte_of_character()[character] for character in token)
-            except KeyError:  # an added token that is written as it reads
+            except KeyError:  # an added token, whose text is not in the byte alphabet
                 known = token.encode()
             self._token_bytes[token_id] = known
         return known
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
-        """The token ids of a text, with the special tokens that the tokenizer puts around one.
+        """The token ids of a text.
 
         Args:
             text: The text.
             add_special_tokens: Whether to add the tokens that begin and end a text.
-            max_tokens: The most tokens of use. Text that surely has more is refused before it is encoded. Where the
-                tokenizer can't tell, text of more than ``MAX_BYTES_PER_TOKEN`` for each is refused.
+            max_tokens: The most tokens that the caller can use. Text that certainly has more is refused before it is
+                encoded. If the tokenizer has no bound, text of more than ``MAX_BYTES_PER_TOKEN`` bytes for each of
+                these tokens is refused.
 
         Raises:
             RequestError: ``text`` is not a string, holds half of a surrogate pair, or is too long.
@@ -182,24 +183,24 @@ class Tokenizer:
         with library_errors("encode this text"):
             if size < _LONG_TEXT:
                 return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-            # Of the library's methods, those for batches let other threads run.
+            # Only the library's methods for batches let other threads run meanwhile.
             return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def _check_length(self, text: str, size: int, max_tokens: int) -> None:
-        """Refuses a text of so many bytes if it is too long for so many tokens."""
+        """Refuses a text of ``size`` bytes if it certainly has more than ``max_tokens`` tokens."""
         if self._text_bound is None:
             most = max(SHORT_TEXT_BYTES, MAX_BYTES_PER_TOKEN * max_tokens)
             if size > most:
                 raise RequestError(
-                    f"The prompt has {size:,} bytes. This model holds {max_tokens:,} tokens, for which {most:,} bytes "
-                    "are read at most: shorten it."
+                    f"The prompt has {size:,} bytes. This model's context has {max_tokens:,} tokens, for which at most "
+                    f"{most:,} bytes are read: shorten the prompt."
                 )
             return
         least = self._text_bound.least_tokens(text)
         if least > max_tokens:
             raise RequestError(
-                f"The prompt has at least {least:,} tokens, which exceed the {max_tokens:,} tokens that this model "
-                "holds: shorten it."
+                f"The prompt has at least {least:,} tokens, but this model's context has {max_tokens:,}: shorten the "
+                "prompt."
             )
 
     @cached_property
@@ -215,7 +216,7 @@ class Tokenizer:
         max_tokens: int | None = None,
         **template_variables: Any,
     ) -> list[int]:
-        """The token ids of a chat; the arguments and errors are those of ``render_chat`` and ``encode``."""
+        """The token ids of a chat. Arguments and errors are those of ``render_chat`` and ``encode``."""
         chat = self.render_chat(
             messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template, **template_variables
         )
@@ -229,16 +230,16 @@ class Tokenizer:
         chat_template: str | None = None,
         **template_variables: Any,
     ) -> str:
-        """A chat as the text that the model was trained to continue.
+        """Renders a chat as the text that the model was trained to continue.
 
         Args:
-            messages: The messages, each with a ``role`` and, mostly, a ``content``: a string, or a list of parts
-                such as ``{"type": "text", "text": …}``. A template that takes no parts gets them as one string, with
-                line breaks between them.
+            messages: The messages. Each has a ``role`` and usually a ``content``: a string, or a list of parts such as
+                ``{"type": "text", "text": …}``. If the template does not support parts, they are joined to one string
+                with line breaks.
             add_generation_prompt: Whether to end with the opening of the assistant's answer.
-            chat_template: Name of the template to use; by default ``tool_use`` where tools are given and the
-                tokenizer has it, else ``default``.
-            template_variables: What the template reads besides: ``tools`` (JSON schemas), ``documents``, …
+            chat_template: Name of the template. The default is ``tool_use`` if tools are given and the tokenizer has
+                that template, otherwise ``default``.
+            template_variables: The template's other variables: ``tools`` (JSON schemas), ``documents``, …
 
         Raises:
             BundleError: The chat template has a syntax error.
@@ -250,14 +251,14 @@ class Tokenizer:
         template = self._choose_template(chat_template, has_tools=variables["tools"] is not None)
         for message in chat:
             if "content" in message:
-                message["content"] = in_form(message["content"], self._takes(template, message["role"]))
+                message["content"] = in_form(message["content"], self._content_forms(template, message["role"]))
         context = self.named_tokens | variables
         return render(template, messages=chat, add_generation_prompt=add_generation_prompt, **context)
 
-    def _takes(self, template: str, role: str) -> Takes:
-        """The forms of content that a template takes in messages of a role."""
+    def _content_forms(self, template: str, role: str) -> ContentForms:
+        """The forms of content that a template supports in messages of a role."""
         key = (template, role if role in _ROLES else "")
-        if key not in self._known_takes:
+        if key not in self._known_forms:
             variables = checked_variables({})
 
             def rendered(messages: list[dict[str, Any]]) -> str:
@@ -265,19 +266,19 @@ class Tokenizer:
                     template, messages=messages, add_generation_prompt=False, **(self.named_tokens | variables)
                 )
 
-            self._known_takes[key] = find_takes(rendered, role) if key[1] else Takes.TEXT
-        return self._known_takes[key]
+            self._known_forms[key] = find_forms(rendered, role) if key[1] else ContentForms.TEXT
+        return self._known_forms[key]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, *, clean_up: bool | None = None) -> str:
-        """The text of token ids; ids outside the vocabulary add nothing.
+        """The text of token ids. Ids outside the vocabulary add nothing.
 
         Args:
             ids: The token ids.
             skip_special_tokens: Whether special tokens are left out.
-            clean_up: Whether to remove spaces before punctuation; by default as the tokenizer asks for.
+            clean_up: Whether to remove spaces before punctuation. None follows the tokenizer's configuration.
 
         Raises:
-            RequestError: An id is negative or beyond 32 bits.
+            RequestError: An id is negative or exceeds 32 bits.
         """
         checked = [int(index) for index in ids]
         try:
@@ -285,7 +286,7 @@ class Tokenizer:
                 text = str(self._backend.decode(checked, skip_special_tokens=skip_special_tokens))
         except OverflowError as e:
             wrong = next(index for index in checked if not 0 <= index < 2**32)
-            raise RequestError(f"{wrong} is not a token id: ids start at 0 and fit in 32 bits.") from e
+            raise RequestError(f"{wrong} is not a token id: ids are at least 0 and have at most 32 bits.") from e
         return clean_up_spaces(text) if (self.cleans_up if clean_up is None else clean_up) else text
 
     def _choose_template(self, name: str | None, *, has_tools: bool) -> str:
@@ -301,7 +302,7 @@ class Tokenizer:
 
 
 def clean_up_spaces(text: str) -> str:
-    """The text without the spaces that word-piece decoding leaves before punctuation and English contractions."""
+    """Removes the spaces that word-piece decoding leaves before punctuation and English contractions."""
     for spaced, closed in _CLEAN_UPS:
         text = text.replace(spaced, closed)
     return text
@@ -322,14 +323,16 @@ def _step_types(decoder: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def library_errors(doing: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises into a ``BundleError``, its panics included: they are no ``Exception``.
+    """A context manager that turns errors of the tokenizers library into a ``BundleError``.
+
+    Panics of the library's Rust code are included. They are a ``BaseException``, not an ``Exception``.
 
     Args:
-        doing: What the tokenizer does, as in "can't read this file".
+        doing: What the library does inside, as in "can't read this file".
     """
     try:
         yield
-    except OverflowError:  # an id that is none
+    except OverflowError:  # an id that is out of range: callers report it
         raise
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":

@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside ``tokenizer.json``: special tokens, chat templates and settings, by their schemas."""
+"""Reads the files of a tokenizer beside ``tokenizer.json``: special tokens, chat templates and settings."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
-REMEDY = "Get the file once more, or export the bundle again."
+REMEDY = "Get the file again, or export the bundle again."
 
-# Speech models list 30,000 tokens in 6 MB.
+# The largest published files are those of speech models: 30,000 tokens in 6 MB.
 MAX_CONFIG_BYTES = 2**25
-# The largest published template has 30 KB.
+# Bytes; the largest published template has 30 KB.
 MAX_TEMPLATE_BYTES = 2**18
 MAX_TEMPLATES = 64
 
@@ -34,7 +34,7 @@ TokenIndex = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$")]
 
 
 class TokenFacts(msgspec.Struct, omit_defaults=True):
-    """A token as an object. ``normalized`` depends on whether it is special where it isn't given."""
+    """A token with its attributes. If ``normalized`` is None, it is the opposite of ``special``."""
 
     content: TokenText
     single_word: bool = False
@@ -44,7 +44,7 @@ class TokenFacts(msgspec.Struct, omit_defaults=True):
     special: bool | None = None
 
     def token(self, *, special: bool | None = None) -> AddedToken:
-        """The token, special as asked for or as it says of itself."""
+        """The token for the tokenizers library; ``special`` overrides the token's own attribute."""
         return AddedToken(
             self.content,
             single_word=self.single_word,
@@ -59,16 +59,16 @@ Token = TokenText | TokenFacts
 
 
 class TemplateEntry(msgspec.Struct):
-    """A chat template of several."""
+    """One of several chat templates."""
 
     name: TokenText
     template: str
 
 
 class TokenizerConfig(msgspec.Struct):
-    """The schema of ``tokenizer_config.json``, and of ``special_tokens_map.json`` where that counts.
+    """The schema of ``tokenizer_config.json``, and of ``special_tokens_map.json`` where that file is read.
 
-    Besides, any key that ends in ``_token`` may name a token.
+    In addition, any key that ends in ``_token`` may name a token. These are in ``named``.
     """
 
     added_tokens_decoder: dict[TokenIndex, TokenFacts] | None = None
@@ -83,10 +83,10 @@ class TokenizerConfig(msgspec.Struct):
 
     @classmethod
     def load(cls, folder: ListedFolder) -> TokenizerConfig:
-        """What the files of a folder say together.
+        """Reads the files of a folder and merges their values.
 
         Raises:
-            BundleError: One of them can't be read.
+            BundleError: A file can't be read.
         """
         where, values = folder.path / CONFIG, _values(folder, CONFIG)
         if "added_tokens_decoder" not in values:
@@ -100,12 +100,12 @@ class TokenizerConfig(msgspec.Struct):
         return config
 
     def named_tokens(self) -> dict[str, AddedToken]:
-        """The tokens with a role: the usual seven, and a model's own."""
+        """The tokens that have a role, by role: the usual seven first, then the model's own."""
         keys = [*_NAMED_TOKENS, *(key for key in self.named if key not in _NAMED_TOKENS)]
         return {key: _added(self.named[key]) for key in keys if key in self.named}
 
     def add_missing_tokens(self, backend: tokenizers.Tokenizer, named: Mapping[str, AddedToken]) -> None:
-        """Adds what is listed beyond ``tokenizer.json``, and marks the named tokens as special."""
+        """Adds the listed tokens that ``tokenizer.json`` lacks, and marks the named tokens as special."""
         present = backend.get_added_tokens_decoder()
         names = {token.content for token in named.values()}
         if self.added_tokens_decoder is not None:
@@ -123,16 +123,19 @@ class TokenizerConfig(msgspec.Struct):
         backend.add_tokens(tokens)
 
     def cleans_up(self, backend: tokenizers.Tokenizer) -> bool:
-        """Whether to clean up: never for BPE, whose spaces are part of the text, unless the configuration insists."""
+        """True if decoding removes spaces before punctuation.
+
+        Never for BPE, whose spaces are part of the text, unless the configuration demands it with its second key.
+        """
         insists = self.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
         return bool(self.clean_up_tokenization_spaces) and (type(backend.model).__name__ != "BPE" or bool(insists))
 
 
 def chat_templates(folder: ListedFolder, config: TokenizerConfig) -> dict[str, str]:
-    """The chat templates by name; files of their own rank above the configuration.
+    """The chat templates by name. Template files take precedence over templates in the configuration.
 
     Raises:
-        BundleError: One can't be read, is too long, or there are too many.
+        BundleError: A template can't be read or is too long, or there are too many templates.
     """
     files = {PurePosixPath(name).stem: name for name in folder.names(TEMPLATES, ".jinja")[: MAX_TEMPLATES + 1]}
     found = {name: _template(folder, file) for name, file in files.items()}
@@ -168,7 +171,7 @@ def _text(folder: ListedFolder, name: str, data: bytes) -> str:
 
 
 def _values(folder: ListedFolder, name: str) -> dict[str, Any]:
-    """The values in a file by key, each unread; empty without such a file."""
+    """The values in a file by key, as unparsed JSON; empty if there is no such file."""
     data = folder.read(name, at_most=MAX_CONFIG_BYTES)
     kind: Any = dict[str, msgspec.Raw]
     return {} if data is None else dict(parse_json(data, kind, folder.path / name, remedy=REMEDY))

@@ -1,4 +1,4 @@
-"""What a chat template may do: a budget of bytes and CPU time for each render."""
+"""The budget of a chat template: bytes and CPU time that one render may use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-MAX_BYTES = 2**26  # of all that one render makes, steps and containers counted in
+MAX_BYTES = 2**26  # of all values that one render makes, plus the constant costs of steps and elements
 MAX_CPU_SECONDS = 3.0
-MAX_BITS = 2**16  # of an integer
-STEP = 64  # bytes that a step of a loop, a call or a filter counts as: a million of them take about a second
-NODE = 64  # of an element of a list, a tuple or a dictionary
-_CHECK_CLOCK = 64  # charges between looks at the clock
-_LARGE = 2**16  # bytes after which it is looked at anyway
+MAX_BITS = 2**16  # bits of an integer
+STEP = 64  # bytes charged for a step of a loop, a call or a filter; a million steps take about a second
+NODE = 64  # bytes charged for an element of a list, a tuple or a dictionary
+_CHECK_CLOCK = 64  # charges between two checks of the clock
+_LARGE = 2**16  # bytes of a charge after which the clock is checked at once
 
 _COLLECTIONS: tuple[type[Collection[Any]], ...] = (
     *(list, tuple, set, frozenset, dict),
@@ -25,11 +25,11 @@ _WEIGHED: tuple[type[Any], ...] = (bytes, *_COLLECTIONS)
 
 
 class TooMuchWorkError(Exception):
-    """A render that went on for too long, or made too much."""
+    """A render that exceeds its budget."""
 
 
-class Work:
-    """What a render may still do."""
+class RenderBudget:
+    """The bytes and the CPU time that a render may still use."""
 
     def __init__(self) -> None:
         self._left = MAX_BYTES
@@ -37,35 +37,35 @@ class Work:
         self._steps = 0
 
     def spend(self, amount: int) -> None:
-        """Charges for an operation.
+        """Charges an operation.
 
         Args:
-            amount: Bytes that it makes, or as many as it is worth.
+            amount: Bytes that the operation makes, or its cost in bytes.
 
         Raises:
-            TooMuchWorkError: There is no more to spend.
+            TooMuchWorkError: The budget is spent.
         """
         self._left -= amount
         self._steps += 1
         if self._left < 0:
-            raise TooMuchWorkError(f"it would make more than {MAX_BYTES // 2**20} MiB, or run through too many loops")
+            raise TooMuchWorkError(f"it would make more than {MAX_BYTES // 2**20} MiB, or takes too many steps")
         if self._steps % _CHECK_CLOCK == 0 or amount > _LARGE:
             self.check_clock()
 
     def check_clock(self) -> None:
-        """Looks at the CPU time of this thread.
+        """Checks the CPU time of this thread.
 
         Raises:
-            TooMuchWorkError: It is up.
+            TooMuchWorkError: The thread has used ``MAX_CPU_SECONDS`` since the render began.
         """
         if time.thread_time() > self._until:
             raise TooMuchWorkError(f"it ran for more than {MAX_CPU_SECONDS:.0f} seconds")
 
-    def weigh(self, value: object) -> int:
-        """Bytes that a value takes once it is written out: what it holds twice counts twice.
+    def written_size(self, value: object) -> int:
+        """Bytes of a value when it is written out. An object that the value holds twice counts twice.
 
         Raises:
-            TooMuchWorkError: It is more than there is to spend.
+            TooMuchWorkError: The size exceeds the rest of the budget.
         """
         if isinstance(value, (str, bytes)):
             return sys.getsizeof(value)
@@ -88,15 +88,15 @@ class Work:
                 self.spend(total)
         return total
 
-    def made(self, value: Any) -> Any:
-        """Charges for what an operation made, and gives it."""
+    def charge(self, value: Any) -> Any:
+        """Charges the value that an operation made, and returns it."""
         if isinstance(value, str):
             self.spend(sys.getsizeof(value))
         elif isinstance(value, int):
             if value.bit_length() > MAX_BITS:
-                raise TooMuchWorkError(f"it reckons with integers of more than {MAX_BITS:,} bits")
+                raise TooMuchWorkError(f"it computes integers of more than {MAX_BITS:,} bits")
         elif isinstance(value, _WEIGHED):
-            self.spend(self.weigh(value))
+            self.spend(self.written_size(value))
         return value
 
 
@@ -104,16 +104,16 @@ _current = threading.local()
 
 
 @contextmanager
-def bounded_work() -> Iterator[None]:
-    """Bounds what this thread's templates do inside."""
-    _current.work = Work()
+def bounded_render() -> Iterator[None]:
+    """A context manager that gives a new budget to the templates that this thread renders inside."""
+    _current.budget = RenderBudget()
     try:
         yield
     finally:
-        del _current.work
+        del _current.budget
 
 
-def work() -> Work:
-    """What the render of this thread may still do."""
-    found: Work = _current.work
+def render_budget() -> RenderBudget:
+    """The budget of this thread's render."""
+    found: RenderBudget = _current.budget
     return found
