@@ -199,8 +199,8 @@ class Tokenizer:
         least = self._text_bound.least_tokens(text)
         if least > max_tokens:
             raise RequestError(
-                f"The prompt has at least {least:,} tokens, but this model's context has {max_tokens:,}: shorten the "
-                "prompt."
+                f"The prompt has at least {least:,} tokens, which exceed the {max_tokens:,} tokens of this model's "
+                "context: shorten the prompt."
             )
 
     @cached_property
