@@ -1,4 +1,4 @@
-"""Training and held-out conversations: what ``distill`` wrote, or a file of one's own."""
+"""Training and held-out conversations, from a folder that ``distill`` wrote or from any file of conversations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from medusa_runtime.bundles.listed_folder import FileFacts
 
 @dataclass(frozen=True)
 class Labelled:
-    """Samples of conversations.
+    """The samples of a split's conversations.
 
     Attributes:
         samples: The samples.
-        skipped: Conversations that give none.
+        skipped: Conversations that give no sample.
     """
 
     samples: list[Sample]
@@ -33,18 +33,21 @@ class Labelled:
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """Conversations to train on, or to measure on."""
+    """A split of a data set: conversations to train on (``train``) or to measure on (``heldout``)."""
 
     name: str
     conversations: list[Conversation]
 
     def without(self, prompts: Set[str]) -> DatasetSplit:
-        """What is left without the conversations that begin with one of these prompts, given as ``prompt_key``."""
+        """The split without the conversations of some prompts, which are given by their ``prompt_key``."""
         left = [conversation for conversation in self.conversations if conversation.prompt_key not in prompts]
         return DatasetSplit(self.name, left)
 
     def sample(self, limit: int) -> DatasetSplit:
-        """At most so many of its conversations, whatever their order; a larger sample holds all of a smaller one."""
+        """At most ``limit`` conversations of the split.
+
+        The choice does not depend on the order of conversations. A larger sample contains every smaller one.
+        """
         if limit >= len(self.conversations):
             return self
         chosen = sorted(range(len(self.conversations)), key=lambda i: self.conversations[i].prompt_digest)[:limit]
@@ -52,11 +55,11 @@ class DatasetSplit:
         return DatasetSplit(self.name, kept)
 
     def labelled(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Labelled:
-        """Its conversations as samples. Those that give none are skipped.
+        """Turns the conversations into samples. Conversations that give no sample are skipped.
 
         Args:
             tokenizer: A fast tokenizer with a chat template.
-            max_length: Tokens of a sample at most, None for any number.
+            max_length: The most tokens of a sample; None for any number.
         """
         labeller = Labeller(tokenizer)
         samples: list[Sample] = []
@@ -74,20 +77,20 @@ class DatasetSplit:
 
 
 def _nothing_in(conversation: Conversation, max_length: int | None) -> str:
-    """Why a conversation gives no samples."""
+    """The reason why a conversation gives no samples."""
     answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
     if not any(answer.strip() for answer in answers):
         return "its answers are empty" if answers else "it has no answer to learn from"
-    return f"its first answer begins behind {max_length:,} tokens (--max-length)"
+    return f"its first answer begins after the first {max_length:,} tokens (--max-length)"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What data sets hold.
+    """The content of one or several data sets.
 
     Attributes:
-        splits: Their splits, by name.
-        rows: How many rows were read.
+        splits: The splits of each data set, by the split's name.
+        rows: Number of rows in the data sets.
         skipped: Rows that could not be read.
     """
 
@@ -102,8 +105,8 @@ class Source:
 
         Args:
             tokenizer: A fast tokenizer with a chat template.
-            max_length: Tokens of a sample at most, None for any number.
-            strict: Refuse rows that can't be used instead of skipping them.
+            max_length: The most tokens of a sample; None for any number.
+            strict: Whether to refuse data with rows that can't be used. Otherwise such rows are skipped.
 
         Raises:
             DatasetError: A split has nothing to learn from, or a row can't be used and ``strict`` is set.
@@ -126,7 +129,7 @@ class TokenizedData:
 
     Attributes:
         samples: The samples of each data set, by the name of the split.
-        rows: How many rows the data sets have.
+        rows: Number of rows in the data sets.
         skipped: Rows that are not used.
     """
 
@@ -141,7 +144,7 @@ class TokenizedData:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What to keep about skipped rows, as JSON knows it."""
+        """Number and reasons of skipped rows, as JSON values for a job's description."""
         return facts(self.skipped, self.rows)
 
 
@@ -150,12 +153,12 @@ def load_source(data: Path, *, heldout: float, limit: int | None = None) -> Sour
 
     Args:
         data: A folder that ``distill`` wrote, or a file of conversations.
-        heldout: The fraction of a file's prompts to set aside.
-        limit: Conversations to train on, at most.
+        heldout: The fraction of a file's prompts to hold out.
+        limit: The most conversations to train on; None for all.
 
     Raises:
         DatasetError: The data can't be read, was altered, or is not finished; or a split is empty.
-        SettingsError: The folder is not one that ``distill`` wrote.
+        SettingsError: The folder was not written by ``distill``.
     """
     if data.is_dir():
         readings = [_recorded(data, name) for name in SPLITS]
@@ -174,20 +177,21 @@ def load_source(data: Path, *, heldout: float, limit: int | None = None) -> Sour
 
 
 def load_splits(data: Path, *, heldout: float, limit: int | None = None) -> list[DatasetSplit]:
-    """The splits ``train`` and ``heldout`` of a data set, without rows that can't be read; see ``load_source``."""
+    """The splits ``train`` and ``heldout`` of a data set, without rows that can't be read. See ``load_source``."""
     return [split for parts in load_source(data, heldout=heldout, limit=limit).splits.values() for split in parts]
 
 
 def load_sources(sources: Sequence[Path], *, heldout: float, limit: int | None = None) -> Source:
-    """Reads several data sets. A prompt that one of them holds out is trained on in none.
+    """Reads several data sets. If one of them holds out a prompt, the prompt is removed from all training splits.
 
     Args:
-        sources: As for ``load_source``.
-        heldout: Likewise.
-        limit: Likewise, of each.
+        sources: Folders and files, as for ``load_source``.
+        heldout: The fraction of a file's prompts to hold out.
+        limit: The most conversations of each data set to train on; None for all.
 
     Raises:
-        DatasetError: As ``load_source``.
+        DatasetError: As in ``load_source``.
+        SettingsError: As in ``load_source``.
     """
     found = _joined([load_source(source, heldout=heldout, limit=limit) for source in sources])
     held_out = {conversation.prompt_key for split in found.splits["heldout"] for conversation in split.conversations}
@@ -196,11 +200,11 @@ def load_sources(sources: Sequence[Path], *, heldout: float, limit: int | None =
 
 
 def load_heldout(sources: Sequence[Path]) -> Source:
-    """Reads what to measure on: the held-out part of what ``distill`` wrote, or a file as a whole.
+    """Reads conversations to measure on: the held-out part of a folder that ``distill`` wrote, or a whole file.
 
     Raises:
-        DatasetError: The data can't be read, was altered, is not finished, or empty.
-        SettingsError: As ``load_source``.
+        DatasetError: The data can't be read, was altered, is not finished, or is empty.
+        SettingsError: As in ``load_source``.
     """
     found = []
     for data in sources:
@@ -226,7 +230,7 @@ def _joined(sources: Sequence[Source]) -> Source:
 
 
 def _recorded(folder: Path, name: str) -> Reading:
-    """A split of what ``distill`` wrote."""
+    """A split of a folder that ``distill`` wrote."""
     recorded = read_settings(folder / DESCRIPTION).get("splits")
     if recorded is None:
         raise DatasetError(f"The distillation in {folder} is not finished: run 'medusa-export distill' again.")
@@ -239,5 +243,5 @@ def _recorded(folder: Path, name: str) -> Reading:
 def _check_some(split: DatasetSplit, data: Path) -> None:
     if not split.conversations:
         raise DatasetError(
-            f"No conversation of {data} falls to the split {split.name!r}: give more, or another --heldout."
+            f"The split {split.name!r} of {data} has no conversations: give more conversations, or change --heldout."
         )

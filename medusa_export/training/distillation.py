@@ -1,8 +1,8 @@
-"""Self-distillation: a data set that the model writes itself (MEDUSA, section 2.3.2).
+"""Self-distillation: the model writes the data set that its heads are trained on (MEDUSA, section 2.3.2).
 
-Its folder holds ``distill.json`` (what was asked, and of what), finished parts while the job goes on, and
-in the end ``train.jsonl`` and ``heldout.jsonl``. A part is a batch. Its randomness comes from the job's
-seed and its number alone, so a job that was interrupted continues with the next part as if nothing had happened.
+The job's folder holds ``distill.json`` (settings, prompts and model), finished parts while the job runs, and in the end
+``train.jsonl`` and ``heldout.jsonl``. A part is a batch. Its random numbers depend only on the job's seed and the
+part's number. So a job that was interrupted continues with the next part, and the result is the same.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from medusa_export.training.settings import begin, note, read_settings
 
 DESCRIPTION = "distill.json"
 SPLITS = ("train", "heldout")
-# A model that repeats itself has said all it can: batches per batch wanted, at most.
+# The most batches of prompts to write, as a multiple of the batches wanted: some models only repeat themselves.
 _PATIENCE = 4
 _USER_TURN_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """What shapes the data; a job goes on only under the settings that it began with.
+    """Settings that determine the data. A job continues only with the settings that it began with.
 
     Attributes:
         model: The model's name.
-        prompts: Name and digest of each file of prompts, in turn.
-        magpie: Prompts that the model writes itself.
-        limit: Conversations at most, None for all.
-        turns: User turns per conversation, at most; the model writes those that a prompt lacks.
-        system: A system message for conversations without one; None for none.
-        max_new_tokens: Of an answer.
-        temperature: Of answers; 0 is greedy.
-        prompt_temperature: Of the user turns that the model writes.
-        heldout: The fraction of prompts set aside.
+        prompts: Name and digest of each file of prompts, in order.
+        magpie: Number of prompts that the model writes itself.
+        limit: The most conversations; None for all.
+        turns: The most user turns per conversation. The model writes the turns that a prompt lacks.
+        system: System message for conversations without one; None for no message.
+        max_new_tokens: The most tokens of an answer.
+        temperature: Sampling temperature of answers; 0 is greedy.
+        prompt_temperature: Sampling temperature of the user turns that the model writes.
+        heldout: The fraction of prompts to hold out.
         batch_size: Conversations per part.
-        seed: What all randomness derives from.
-        dtype: Of the weights.
+        seed: Seed of all random numbers.
+        dtype: Type of the weights.
     """
 
     model: str
@@ -68,7 +68,7 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class Split:
-    """A finished file: rows, tokens that the model wrote, and its SHA-256."""
+    """A finished file: number of rows, number of tokens that the model wrote, and SHA-256."""
 
     rows: int
     tokens: int
@@ -77,15 +77,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a job came to.
+    """The result of a job.
 
     Attributes:
         splits: The finished files, by name.
-        own_prompts: Prompts that the model wrote; less than wanted where it repeats itself.
-        left_out: Prompts that leave no room for an answer.
-        refused: Prompts that the chat template refuses, with its reason.
-        answers: Answers to the other prompts.
-        cut_off: How many of them were cut off at the limit.
+        own_prompts: Number of prompts that the model wrote; fewer than wanted if it repeats itself.
+        left_out: Number of prompts that leave no room for an answer.
+        refused: Prompts that the chat template refuses, with its reasons.
+        answers: Number of answered prompts.
+        cut_off: Number of these answers that were cut off at the limit.
     """
 
     splits: dict[str, Split]
@@ -106,21 +106,21 @@ def distill(
     strict: bool = False,
     quiet: bool = False,
 ) -> Distilled:
-    """Runs a job, or what is left of it.
+    """Runs a job, or the rest of a job that was interrupted.
 
     Args:
-        folder: Its folder.
-        settings: What to make.
-        prompts: Conversations of which the user turns are answered anew.
-        open_writer: Loads the model; not called if nothing is left to write.
-        found: What else to keep about the prompts, as JSON knows it.
-        strict: Refuse prompts that the chat template refuses, instead of leaving them out.
+        folder: The job's folder.
+        settings: The settings that determine the data.
+        prompts: Conversations. The model answers their user turns again.
+        open_writer: Loads the model. It is not called if nothing is left to write.
+        found: More facts about the prompts to keep, as JSON values.
+        strict: Whether to fail if the chat template refuses a prompt. Otherwise such prompts are left out.
         quiet: No progress.
 
     Raises:
-        DatasetError: The folder holds other things, a part is damaged or answers other prompts, there is nothing to
+        DatasetError: The folder holds other files, a part is damaged or answers other prompts, there is nothing to
             answer, or the chat template doesn't fit the prompts or the first answers.
-        SettingsError: The folder was begun under other settings, or by another model of the same name.
+        SettingsError: The job began with other settings, or with another model of the same name.
         OutputError: A file can't be written.
     """
     _begin(folder, settings)
@@ -133,14 +133,14 @@ def distill(
         return opened
 
     def writer(bar: Bar) -> Writer:
-        open_once().told = bar.add
+        open_once().on_progress = bar.add
         return open_once()
 
     seeds = unique([_as_prompt(prompt, settings) for prompt in prompts])
     own = Parts(folder / "prompts")
 
     def is_wanting() -> bool:
-        if own.first_missing < len(own):  # one was deleted, since it was damaged
+        if own.first_missing < len(own):  # a damaged part was deleted
             return True
         return len(_new(own, seeds, settings)) < settings.magpie and len(own) < _most_batches(settings)
 
@@ -156,7 +156,7 @@ def distill(
     if not seeds:
         raise DatasetError("There are no prompts: give a file of them, or let the model write some with --magpie.")
 
-    # Rows of a batch are padded to the longest, so the like go together.
+    # Rows of a batch are padded to the longest row, so prompts of similar length go together.
     seeds.sort(key=lambda seed: len("".join(seed.user_turns)))
     answers = Parts(folder / "answers")
     batches = [seeds[i : i + settings.batch_size] for i in range(0, len(seeds), settings.batch_size)]
@@ -179,8 +179,8 @@ def distill(
     rows = [row for row in rows if row["tokens"]]
     if not rows:
         raise DatasetError(
-            f"None of {len(seeds):,} prompts leaves room for an answer of {settings.max_new_tokens} tokens within what "
-            "the model can hold: into another folder, give shorter ones, or lower --max-new-tokens."
+            f"None of {len(seeds):,} prompts leaves room for an answer of {settings.max_new_tokens} tokens in the "
+            "model's context. Start again in another folder, with shorter prompts or a lower --max-new-tokens."
         )
     splits = _finish(folder, settings, rows)
     note(folder / DESCRIPTION, left_out=left_out, refused=[str(prompt) for prompt in refused])
@@ -189,12 +189,16 @@ def distill(
 
 
 def _name(prompt: Conversation) -> str:
-    """Where a prompt comes from."""
+    """A prompt's source, or its first words, for messages."""
     return prompt.source or f"the prompt {prompt.user_turns[0][:60]!r}"
 
 
 def _check_prompts(writer: Writer, prompts: Sequence[Conversation], settings: DistillSettings, *, strict: bool) -> None:
-    """Refuses prompts of which the chat template takes none; if ``strict``, of which it refuses one."""
+    """Checks that the chat template accepts a prompt; if ``strict``, all prompts.
+
+    Raises:
+        DatasetError: It refuses all prompts; if ``strict``, one of them.
+    """
     reason = ""
     for prompt in prompts:
         found = writer.refusal([*prompt.system, {"role": "user", "content": prompt.user_turns[0]}])
@@ -205,21 +209,23 @@ def _check_prompts(writer: Writer, prompts: Sequence[Conversation], settings: Di
         reason = reason or found or ""
     if not reason:
         return
-    remedy = "leave --system out" if settings.system is not None else "give other prompts"
-    raise DatasetError(f"None of {len(prompts):,} prompts can be answered. {reason} Into another folder, {remedy}.")
+    remedy = "without --system" if settings.system is not None else "with other prompts"
+    raise DatasetError(
+        f"None of {len(prompts):,} prompts can be answered. {reason} Start again in another folder, {remedy}."
+    )
 
 
 def _check_answered(writer: Writer, rows: Sequence[dict[str, Any]], settings: DistillSettings) -> None:
-    """Tries on the first answers what a training does with all, before hours are spent on them.
+    """Checks that a training can use the first answers, before hours are spent on the others.
 
     Raises:
-        DatasetError: The chat template refuses the model's own answers, or a training wouldn't learn them.
+        DatasetError: The chat template refuses the model's own answers, or a training wouldn't learn all their tokens.
     """
     ended = [row for row in rows if row.get("ended")]
     if ended and len(ended) == sum(row["tokens"] > 0 for row in rows):
         raise DatasetError(
-            f"No conversation can go on after the model's answer. {ended[0]['ended']} Into another folder, answer one "
-            "turn (--turns 1)."
+            f"No conversation can continue after the model's answer. {ended[0]['ended']} Start again in another "
+            "folder, with one turn (--turns 1)."
         )
     for row in rows:
         if not row["tokens"]:
@@ -243,18 +249,22 @@ def _begin(folder: Path, settings: DistillSettings) -> None:
 
 
 def _check_weights(path: Path, fingerprint: str) -> None:
-    """Keeps which model writes, or holds it against the one that began."""
+    """Records which model writes, or compares it with the model that began the job."""
     described = read_settings(path)
     if described.setdefault("writer", fingerprint) != fingerprint:
         raise SettingsError(
-            f"{path.parent} was begun by a model of the same name with other weights or another chat template: go on "
-            "with that, or give another folder."
+            f"{path.parent} was begun by a model of the same name with other weights or another chat template: "
+            "continue with that model, or give another folder."
         )
     write_text(path, json.dumps(described, indent=1) + "\n")
 
 
 def _check_answers(answers: Parts, batches: Sequence[Sequence[Conversation]], settings: DistillSettings) -> None:
-    """Parts are known by their number: they must answer the prompts that have it now."""
+    """Checks that each part answers the prompts that have its number now.
+
+    Raises:
+        DatasetError: A part answers other prompts.
+    """
     for number in answers:
         batch = batches[number] if number < len(batches) else ()
         for row in answers.read(number):
@@ -263,13 +273,14 @@ def _check_answers(answers: Parts, batches: Sequence[Sequence[Conversation]], se
             asked = batch[place].user_turns if 0 <= place < len(batch) else ()
             if not asked or said[: len(asked)] != asked[: len(said)]:
                 raise DatasetError(
-                    f"{answers.path(number)} answers other prompts than those that there are now, as where a part of "
-                    "prompts was made anew on another machine: delete the folder that it is in, and run again."
+                    f"{answers.path(number)} answers other prompts than the present ones. This happens if a part of "
+                    f"prompts was made again on another machine. Delete the folder {answers.path(number).parent}, and "
+                    "run again."
                 )
 
 
 def _as_prompt(conversation: Conversation, settings: DistillSettings) -> Conversation:
-    """The user's turns alone, as many as are asked for, behind a system message."""
+    """The conversation's system message, or the settings', and its first user turns without the answers."""
     system: tuple[Message, ...] = conversation.system
     if not system and settings.system is not None:
         system = ({"role": "system", "content": settings.system},)
@@ -282,6 +293,7 @@ def _most_batches(settings: DistillSettings) -> int:
 
 
 def _seed(settings: DistillSettings, *place: object) -> int:
+    """The seed of one batch of texts, named by its place in the job."""
     digest = hashlib.sha256(repr((settings.seed, *place)).encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
@@ -294,12 +306,12 @@ def _own_prompts(writer: Writer, settings: DistillSettings, number: int) -> list
         temperature=settings.prompt_temperature,
         seed=_seed(settings, "prompts", number),
     )
-    # A prompt that was cut off is half a sentence.
+    # Prompts that were cut off are left out: they end in the middle of a sentence.
     return [turn.text.strip() for turn in written if turn and turn.complete and turn.text.strip()]
 
 
 def _new(own: Parts, seeds: Sequence[Conversation], settings: DistillSettings) -> list[Conversation]:
-    """The model's own prompts, each once and none that is there already; no more than are wanted."""
+    """The prompts that the model wrote, without repeated and given ones; at most the number wanted."""
     known = {seed.prompt_key for seed in seeds}
     prompts = [_as_prompt(Conversation(({"role": "user", "content": text},)), settings) for text in own.rows()]
     found = [prompt for prompt in unique(prompts) if prompt.prompt_key and prompt.prompt_key not in known]

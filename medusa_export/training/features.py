@@ -1,7 +1,7 @@
-"""What a head sees and what it should say, position by position: hidden states of the frozen base model, kept on disk.
+"""Inputs and targets of heads by position: hidden states of the frozen base model, kept on disk.
 
-The base model's share of an epoch is by far the larger, and always gives the same. So it runs once;
-what it gives is kept in parts, which also lets the job stop and go on.
+The base model takes most of the time of an epoch, and always gives the same hidden states. So it runs once, and the
+hidden states are kept. They are written in parts, so a job that was interrupted can continue.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from medusa_export.training.conversations import Sample
 
 DESCRIPTION = "features.json"
 _DIGEST = "sha256"
-# Tokens of a batch, padding included.
+# The most tokens of a batch, padding included.
 _BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Features:
-    """Positions to draft from.
+    """Positions at which heads draft, with their inputs and targets.
 
     Attributes:
-        hidden: [N, H], the base model's last hidden state.
-        next_tokens: [N], the token that follows.
-        targets: [N, K], the tokens after that; -1 where the conversation, or the assistant's turn, has ended.
-        left: [N], how many of the rows that follow are the next positions of the same turn.
+        hidden: The base model's last hidden state at each position, [N, H].
+        next_tokens: The token after each position, [N].
+        targets: The K tokens after that, [N, K]; -1 behind the end of the assistant's turn.
+        left: The number of following rows that are the next positions of the same turn, [N].
     """
 
     hidden: Tensor
@@ -53,21 +53,21 @@ class Features:
 
     @classmethod
     def join(cls, parts: Sequence[Features]) -> Features:
-        """Those of several data sets, one behind the other."""
+        """Joins the features of several data sets, in order."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """What features depend on; others are not taken for these.
+    """Everything that features depend on. Features with another key are not reused.
 
     Attributes:
-        model: Its name.
-        weights: A fingerprint of its weights.
+        model: Name of the base model.
+        weights: A fingerprint of the base model's weights.
         data: A digest of the conversations as tokens.
-        num_heads: K.
-        dtype: Of the base model.
-        max_length: Tokens of a conversation, at most; the rest is cut off.
+        num_heads: Number of targets per position, K.
+        dtype: Type of the base model.
+        max_length: The most tokens of a conversation; the rest is cut off.
     """
 
     model: str
@@ -79,13 +79,13 @@ class FeatureKey:
 
     @classmethod
     def of(cls, model: PreTrainedModel, name: str, data: str, num_heads: int, max_length: int) -> FeatureKey:
-        """The key for a model in memory."""
+        """Makes the key for a model in memory."""
         dtype = str(model.dtype).removeprefix("torch.")
         return cls(name, fingerprint(model), data, num_heads, dtype, max_length)
 
 
 def digest_of_samples(samples: Iterable[Sample]) -> str:
-    """Of conversations as tokens, and of which of these are labels."""
+    """A digest of samples: their tokens, and which of these are labels."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps([sample.input_ids, sample.is_label]).encode())
@@ -93,7 +93,7 @@ def digest_of_samples(samples: Iterable[Sample]) -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Tells models of one name apart: a digest of the first values of each weight."""
+    """A digest of the first values of each weight. Models of one name differ in it."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)}".encode())
@@ -104,13 +104,13 @@ def fingerprint(model: PreTrainedModel) -> str:
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, logits_at: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What the model hands to its ``lm_head``, and logits without the cost of all.
+    """The hidden states that a model gives to its ``lm_head``, and the logits at some positions only.
 
     Args:
         model: The base model.
-        input_ids: [B, S].
-        attention_mask: [B, S].
-        logits_at: [B, S] boolean, the N places whose logits are wanted; None if none are.
+        input_ids: Token ids, [B, S].
+        attention_mask: 1 for tokens and 0 for padding, [B, S].
+        logits_at: [B, S] boolean, True at the N positions whose logits are needed. None if no logits are needed.
 
     Returns:
         Hidden states [B, S, H], and logits [1, N, V].
@@ -131,7 +131,7 @@ def hidden_states(
 
 
 def padded(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Token ids and the mask of those that are there, [B, S] each."""
+    """Token ids, padded on the right, and the attention mask, [B, S] each."""
     ids = torch.zeros(len(samples), max(len(sample.input_ids) for sample in samples), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, sample in enumerate(samples):
@@ -141,9 +141,9 @@ def padded(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 
 
 def positions_of(sample: Sample, num_heads: int) -> tuple[list[int], list[list[int]]]:
-    """The positions from which a step drafts the assistant's words, and the targets of each.
+    """The positions at which a step drafts tokens of the assistant, and the targets of each.
 
-    A step drafts at position i once the base model has chosen token i + 1; head k is to say token i + 1 + k.
+    A step drafts at position i when the base model has chosen token i + 1. The target of head k is token i + 1 + k.
     """
     ids, is_label = sample.input_ids, sample.is_label
     positions: list[int] = []
@@ -171,20 +171,20 @@ def compute_features(
     otherwise: str,
     quiet: bool = False,
 ) -> Features:
-    """Features of samples: from the folder, or computed and kept there.
+    """Reads the features of samples from a folder, or computes them and keeps them there.
 
     Args:
         model: The base model, on the device to run on.
         samples: Conversations as tokens.
-        folder: Where they are kept.
-        key: What they depend on.
+        folder: Folder that keeps the features.
+        key: Everything that the features depend on.
         name: What to call them on the progress bar.
         otherwise: What else to do where there is no room for them, as an error says.
         quiet: No progress.
 
     Raises:
-        DatasetError: There is nothing to learn from, no room for the features, or those there are damaged.
-        OutputError: They can't be written.
+        DatasetError: There is nothing to learn from, no room for the features, or kept features are damaged.
+        OutputError: The features can't be written.
     """
     _begin(folder, key)
     batches = list(batched(samples, key.max_length))
@@ -210,20 +210,21 @@ def _file(number: int) -> str:
 
 
 def _begin(folder: Path, key: FeatureKey) -> None:
-    """Drops features of another model or data."""
+    """Prepares the folder: deletes features of another key."""
     path = folder / DESCRIPTION
     text = json.dumps(asdict(key), indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     if not path.is_file() and not is_unused(folder):
         raise DatasetError(f"{folder} holds other files: give an empty or new folder for hidden states.")
-    for part in folder.glob("*.safetensors"):  # before the description: killed here, it is still true of what is left
+    # Delete before the description changes: if the job is killed here, the old description still fits the other parts.
+    for part in folder.glob("*.safetensors"):
         part.unlink()
     write_text(path, text)
 
 
 def batched(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample]]:
-    """Samples by length, cut to size, in batches of a number of tokens: the order in which features come."""
+    """Batches of samples, cut to ``max_length`` and sorted by length. This is the order of features."""
     batch: list[Sample] = []
     for sample in sorted(samples, key=lambda sample: len(sample.input_ids)):
         short = sample.cut(max_length)
@@ -236,7 +237,7 @@ def batched(samples: Sequence[Sample], max_length: int) -> Iterable[list[Sample]
 
 
 def size_of(model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> int:
-    """Bytes of the hidden states of samples, nearly."""
+    """The approximate size of the hidden states of samples, in bytes."""
     positions = sum(sum(sample.is_label) for batch in batches for sample in batch)
     return positions * int(model.get_output_embeddings().in_features) * torch.finfo(model.dtype).bits // 8
 
@@ -261,7 +262,7 @@ def _compute(model: PreTrainedModel, batch: Sequence[Sample], num_heads: int) ->
 
 
 def _left(positions: Sequence[int]) -> list[int]:
-    """For each position how many follow it without a gap."""
+    """For each position, the number of positions that follow it without a gap."""
     counts = [0] * len(positions)
     for place in range(len(positions) - 2, -1, -1):
         if positions[place + 1] == positions[place] + 1:
@@ -277,9 +278,9 @@ def _load(folder: Path, count: int) -> Features:
             with safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in parts}
                 if digest_of(found) != (file.metadata() or {}).get(_DIGEST):
-                    raise OSError("its content is not what was written")
+                    raise OSError("its content does not match its digest")
         except (SafetensorError, OSError) as error:
-            raise DatasetError(f"{path} is damaged ({error}): delete it and run again to compute it anew.") from error
+            raise DatasetError(f"{path} is damaged ({error}): delete it and run again to compute it again.") from error
         for name, tensor in found.items():
             parts[name].append(tensor)
     features = Features(**{name: torch.cat(tensors) for name, tensors in parts.items()})
@@ -289,7 +290,7 @@ def _load(folder: Path, count: int) -> Features:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Of the values of tensors by name."""
+    """A digest of the values of tensors, given by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy().data)
@@ -297,16 +298,18 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def frequent_tokens(samples: Iterable[Sample], count: int) -> Tensor:
-    """The tokens that the assistant writes most often, ascending: a reduced vocabulary (FR-Spec, arXiv 2502.14856).
+    """The tokens that the assistant writes most often, in ascending order.
+
+    They are a reduced vocabulary for heads (FR-Spec, arXiv 2502.14856).
 
     Args:
         samples: The training set.
-        count: How many.
+        count: Number of tokens.
     """
     seen: Counter[int] = Counter()
     for sample in samples:
         seen.update(token for token, label in zip(sample.input_ids, sample.is_label, strict=True) if label)
-    # Of equal ones the smaller, and where too few occur the smallest of the others.
+    # Of equally frequent tokens the smaller id comes first. If too few tokens occur, the smallest other ids are added.
     best = sorted(seen, key=lambda token: (-seen[token], token))[:count]
     spare = (token for token in range(count) if token not in seen)
     return torch.tensor(sorted([*best, *islice(spare, count - len(best))]))

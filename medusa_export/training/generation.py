@@ -1,4 +1,4 @@
-"""Batches of answers by the base model, and of user turns that it writes itself."""
+"""Generates answers and user turns with the base model, in batches."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from medusa_export.training.templates import MARK, ChatTemplate
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote.
+    """A text that the model wrote.
 
     Attributes:
-        text: Without the token that ends it.
-        complete: It ended by itself, not at the limit.
-        ids: Its tokens, the one that ends it included.
+        text: The text, without the token that ends it.
+        complete: True if the model ended the text, False if it was cut off at the limit.
+        ids: The token ids, the one that ends the text included.
     """
 
     text: str
@@ -36,37 +36,44 @@ class Written:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it took."""
+        """Number of tokens, the one that ends the text included."""
         return len(self.ids)
 
 
 class Writer:
-    """Writes many rows at a time.
+    """Writes answers and user turns, many rows at a time.
 
     Args:
         model: The model, on the device to run on.
-        tokenizer: Its tokenizer, with a chat template.
+        tokenizer: The model's tokenizer, with a chat template.
 
     Attributes:
-        told: Called with the number of rows that got a token, at each step.
+        on_progress: Called after each step with the number of rows that got a token.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model: Any = model
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
-        self.told: Callable[[int], None] = lambda _: None
+        self.on_progress: Callable[[int], None] = lambda _: None
         self._stop_ids = EndTokens(model, tokenizer).ids
         if not self._stop_ids:
-            raise DatasetError("Neither the model nor its tokenizer names an end token: answers never end.")
+            raise DatasetError(
+                "Neither the model nor its tokenizer names an end token, so answers would never end: set eos_token_id "
+                "in the model's generation_config.json."
+            )
 
     @property
     def fingerprint(self) -> str:
-        """Tells models of one name apart, and their chat templates."""
+        """A digest of the model's weights and chat template. Models of one name differ in it."""
         return hashlib.sha256(f"{fingerprint(self._model)} {self._tokenizer.chat_template}".encode()).hexdigest()
 
     def refusal(self, messages: Sequence[Message]) -> str | None:
-        """Why the chat template refuses a conversation that ends with a user's turn. None if it doesn't."""
+        """The reason why the chat template refuses a conversation; None if it accepts it.
+
+        Args:
+            messages: The conversation. It ends with a user's turn.
+        """
         try:
             self._template.render(messages, answering=True)
         except DatasetError as error:
@@ -74,7 +81,7 @@ class Writer:
         return None
 
     def learnable(self, conversation: Conversation) -> int:
-        """How many tokens a training would learn of a conversation.
+        """Number of tokens that a training would learn from a conversation.
 
         Raises:
             DatasetError: The chat template doesn't fit the answers.
@@ -84,9 +91,13 @@ class Writer:
     def answer(
         self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Written | None]:
-        """The assistant's next message in each conversation; greedy at temperature 0.
+        """The assistant's next message in each conversation; None if the model's context has no room for it.
 
-        None where the conversation leaves no room for so many tokens.
+        Args:
+            conversations: Conversations that end with a user's turn.
+            max_new_tokens: The most tokens of a message.
+            temperature: Sampling temperature; 0 is greedy.
+            seed: Seed of the random numbers.
         """
         texts = [self._template.render(messages, answering=True) for messages in conversations]
         return self._write(texts, self._stop_ids, max_new_tokens, temperature, seed)
@@ -94,9 +105,10 @@ class Writer:
     def user_turns(
         self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Written | None]:
-        """What the user might say next in each: the template, cut off where a user's words begin (Magpie).
+        """The user's next message in each conversation, written by the model (Magpie, arXiv 2406.08464).
 
-        arXiv 2406.08464. None as in ``answer``.
+        The model continues the chat template's text up to the place where a user's message begins. Arguments are those
+        of ``answer``. A message is None if the model's context has no room for it.
         """
         texts, ends = [], set()
         for messages in conversations:
@@ -104,8 +116,8 @@ class Writer:
             before, found, after = self._template.render(marked, answering=False).partition(MARK)
             if not found:
                 raise DatasetError(
-                    "The chat template alters what a user says, so the model can't write prompts by it: give them with "
-                    "--prompts."
+                    "The chat template alters the text of user messages, so the model can't write prompts: give "
+                    "prompts with --prompts."
                 )
             texts.append(before)
             ends.add(after.strip())
@@ -114,7 +126,7 @@ class Writer:
             first = self._tokenizer(end, add_special_tokens=False)["input_ids"][:1]
             stop_ids |= set(first) & set(self._template.special.values())
         written = self._write(texts, sorted(stop_ids), max_new_tokens, temperature, seed)
-        # A template without special tokens ends a turn with words.
+        # A template without special tokens ends a turn with ordinary text.
         return [_cut_at(turn, ends) if turn else None for turn in written]
 
     def _write(
@@ -148,7 +160,7 @@ class Writer:
             tokens = _choose(batch.logits, temperature, uniform).tolist()
             for row, token in zip(rows, tokens, strict=True):
                 written[row].append(token)
-            self.told(len(rows))
+            self.on_progress(len(rows))
             running = [i for i, token in enumerate(tokens) if token not in stop]
             if not running or place + 1 == max_new_tokens:
                 break
@@ -161,18 +173,18 @@ class Writer:
 
 
 def _cut_at(turn: Written, ends: Iterable[str]) -> Written:
-    """What stands before one of these words, if one occurs."""
+    """A turn up to the first of some ending texts that occurs in it; the whole turn if none does."""
     text = next((turn.text.partition(end)[0] for end in ends if end and end in turn.text), None)
     return turn if text is None else Written(text, True, turn.ids)
 
 
 def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
-    """A token per row: the best one, or where a uniform draw falls among the probabilities.
+    """Chooses a token per row: greedily, or by a uniform random number.
 
     Args:
         logits: [R, V].
-        temperature: What they are divided by, where there is a draw.
-        uniform: [R] in [0, 1), or None.
+        temperature: Sampling temperature. Not used for greedy choices.
+        uniform: Random numbers in [0, 1), [R]; None for greedy choices.
     """
     if uniform is None:
         return logits.argmax(-1)
@@ -182,18 +194,18 @@ def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | No
 
 
 class _Batch:
-    """Rows that are being written, left-padded; those that have ended are let go.
+    """Rows that are being written, left-padded. Rows that have ended are dropped.
 
-    transformers' ``generate`` computes every row until the last has ended, which takes a multiple of the time.
+    (transformers' ``generate`` computes every row until the last has ended, which takes several times as long.)
 
     Args:
         model: The model.
         prompts: Token ids of each row.
-        pad: A token for the places before a prompt.
+        pad: The token id for padding.
 
     Attributes:
-        rows: Which of the prompts the rows are.
-        logits: [R, V], for the next token of each.
+        rows: Index of each remaining row among the prompts.
+        logits: Logits of the next token of each remaining row, [R, V].
     """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int) -> None:
@@ -211,7 +223,7 @@ class _Batch:
         self.logits = self._run(ids.to(model.device), positions)
 
     def step(self, tokens: Sequence[int], running: Sequence[int]) -> None:
-        """Takes in a token per row; of rows, those that are not ``running`` are dropped."""
+        """Appends a token to each row, and drops the rows that are not ``running``."""
         if len(running) < len(self.rows):
             kept = torch.tensor(running, device=self._mask.device)
             self._cache.batch_select_indices(kept)
@@ -230,7 +242,7 @@ class _Batch:
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            # By its index: as a slice of hidden states it would have lm_head copied for each row.
+            # An index tensor, not a number: with a slice of the hidden states, lm_head would be copied for each row.
             logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),
         )
         logits: torch.Tensor = output.logits[:, -1]

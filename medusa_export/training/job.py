@@ -1,4 +1,7 @@
-"""A training from its data to trained heads: both recipes, on hidden states that are kept or computed anew."""
+"""A training from its data to trained heads, by both recipes.
+
+Hidden states are computed once and kept, or computed again in each epoch.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ from medusa_export.training.teacher import Teacher
 History = list[dict[str, Any]]
 
 _FEATURES = "features"
-# Not those of a training on kept hidden states, which are of another shape.
+# Another folder than for a training on kept hidden states, whose checkpoints have other shapes.
 _ONLINE_CHECKPOINTS = "online_checkpoints"
 _CHECKPOINTS, _JOINT_CHECKPOINTS = "checkpoints", "joint_checkpoints"
 SETTINGS = "settings.json"
@@ -69,15 +72,15 @@ class HeadShape:
 
 
 class TrainingJob:
-    """A base model, data, and a folder for what is kept between runs.
+    """A base model, data, and a folder that keeps hidden states and checkpoints between runs.
 
     Args:
         model: The base model, on the device to train on.
-        source: Where it was loaded from.
-        tokenizer: Its tokenizer, with a chat template.
+        source: Folder, file or hub id that the model was loaded from.
+        tokenizer: The model's tokenizer, with a chat template.
         samples: The samples of each data set, by the name of the split.
-        folder: For hidden states and checkpoints.
-        processes: Those that train together.
+        folder: The folder.
+        processes: The processes that train together.
         max_length: Tokens of a conversation, at most.
         quiet: No progress.
     """
@@ -98,20 +101,20 @@ class TrainingJob:
         self._processes, self._max_length, self._quiet = processes, max_length, quiet
         self._changed = False
         self._samples = samples
-        # Of tokens, which depend on the chat template, too.
+        # Digests of tokens, which also depend on the chat template.
         self._digests = {name: [digest_of_samples(part) for part in parts] for name, parts in self._samples.items()}
 
     def begin(self, heads: DraftHeads, asked: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> None:
-        """Keeps in the folder what the training is of, or holds it against that of checkpoints that are there.
+        """Records the training's settings in the folder, or compares them with those of existing checkpoints.
 
         Args:
-            heads: Those that it starts from.
-            asked: All else that shapes the result, as JSON knows it.
-            found: What else to keep about the data, as JSON knows it.
+            heads: The heads at the start of the training.
+            asked: All other settings that determine the result, as JSON values.
+            found: More facts about the data to keep, as JSON values.
 
         Raises:
-            SettingsError: The folder is another training's.
-            OutputError: It can't be written to, or the heads can't in the end.
+            SettingsError: The folder belongs to another training.
+            OutputError: The folder can't be written to.
         """
         check_config(self._folder)
         path = self._folder / SETTINGS
@@ -122,32 +125,32 @@ class TrainingJob:
             )
             if kept and not path.is_file():
                 raise SettingsError(
-                    f"{self._folder} holds checkpoints but no {SETTINGS}, so nobody knows what of: delete them, or "
-                    "give another folder."
+                    f"{self._folder} holds checkpoints but no {SETTINGS}, so it is unknown which training they belong "
+                    "to: delete them, or give another folder."
                 )
             identity = {
                 "model": fingerprint(self._model),
                 "data": self._digests,
                 "heads": digest_of(heads.state_dict()),
-                "processes": self._processes.count,  # what a step is, and an epoch in steps, depends on it
+                "processes": self._processes.count,  # it determines the batch of a step and the steps of an epoch
             }
-            settings.begin(path, {**asked, **identity}, anew=not kept)
+            settings.begin(path, {**asked, **identity}, restart=not kept)
             if self._processes.is_main:
                 settings.note(path, **(found or {}))
 
     def samples(self, split: str) -> list[Sample]:
-        """The conversations of all data sets."""
+        """The samples of a split, of all data sets."""
         return [sample for part in self._samples[split] for sample in part]
 
     def tokens(self, split: str) -> int:
-        """How many tokens the assistant wrote in them."""
+        """Number of tokens of a split that the assistant wrote."""
         return sum(sum(sample.is_label) for sample in self.samples(split))
 
     def fresh_heads(self, shape: HeadShape) -> DraftHeads:
-        """Untrained heads, in fp32.
+        """Makes untrained heads, in fp32.
 
         Raises:
-            TrainingError: They are to propose more tokens than there are.
+            TrainingError: The heads' vocabulary is larger than the model's.
         """
         token_map = None
         if shape.draft_vocab is not None:
@@ -167,10 +170,14 @@ class TrainingJob:
         return self._trainable(heads, projections=shape.own_projections)
 
     def loaded_heads(self, path: str, *, projections: bool) -> DraftHeads:
-        """Heads to train on, in fp32; their own projections too, if asked for.
+        """Loads heads to continue training them, in fp32.
+
+        Args:
+            path: The heads: a file, a folder or a hub id.
+            projections: Whether to train the heads' own output projections as well.
 
         Raises:
-            CheckpointError: They can't be read, or belong to another model.
+            CheckpointError: The heads can't be read, or belong to another model.
         """
         return self._trainable(load_heads(path, self._model), projections=projections)
 
@@ -182,28 +189,29 @@ class TrainingJob:
     def medusa1(
         self, heads: DraftHeads, schedule: Schedule, *, soft: float, hidden_states: str, conversations: int
     ) -> History:
-        """Trains heads in place; the base model stays as it is.
+        """Trains heads in place, without changing the base model.
 
         Args:
-            heads: Fresh ones or not.
-            schedule: Its batch size is in positions.
-            soft: See ``HeadLoss``; needs hidden states that are kept.
-            hidden_states: ``cached``, ``online``, or ``auto``: cached if there is room.
-            conversations: The batch size where they are computed anew.
+            heads: The heads, untrained or trained.
+            schedule: The schedule. Its batch size is in positions.
+            soft: Weight of soft targets, see ``HeadLoss``. They need hidden states that are kept.
+            hidden_states: ``cached`` (computed once and kept), ``online`` (computed in each epoch), or ``auto``:
+                ``cached`` if there is room.
+            conversations: Conversations per batch if hidden states are computed in each epoch.
 
         Raises:
-            DatasetError: There is nothing to learn from, or no room.
-            TrainingError: The loss is no longer a number, or soft targets can't be had.
+            DatasetError: There is nothing to learn from, or no room for hidden states.
+            TrainingError: The loss is NaN or infinite, or soft targets are not possible.
         """
         if hidden_states == "online" or (hidden_states == "auto" and not self._fits()):
             if soft:
                 raise TrainingError(
-                    "Soft targets (--soft) need hidden states that are kept, and there is no room for them, or they "
-                    "are to be computed anew: leave --soft out, or make room, with --limit for instance."
+                    "Soft targets (--soft) need hidden states that are kept, but there is no room for them, or "
+                    "--hidden-states is 'online': leave --soft out, or make room, for instance with --limit."
                 )
             schedule = replace(schedule, batch_size=conversations)
             return self._joint(self._model, heads, schedule, _ONLINE_CHECKPOINTS, Lora())
-        teacher = Teacher(self._model, heads.token_map) if soft else None  # refuses before hours are spent
+        teacher = Teacher(self._model, heads.token_map) if soft else None  # first, as it may refuse the model
         return train_medusa1(
             heads,
             self._model,
@@ -218,30 +226,30 @@ class TrainingJob:
         )
 
     def medusa2(self, heads: DraftHeads, schedule: Schedule, lora: Lora) -> History:
-        """Trains heads in place, and the base model with LoRA, which is then merged into it.
+        """Trains heads in place, and the base model with LoRA. Then merges LoRA into the base model.
 
         Raises:
-            TrainingError: The loss is no longer a number.
+            TrainingError: The loss is NaN or infinite.
         """
         adapted: Any = adapt(self._model, heads, lora, seed=schedule.seed)
         history = self._joint(adapted, heads, schedule, _JOINT_CHECKPOINTS, lora)
         self._model = adapted.merge_and_unload().eval().requires_grad_(False)
         self._changed = True
-        # Merged weights are rounded to those of the model, in which little changes may be lost.
+        # Merged weights are rounded to the model's type, which may lose small changes. So quality is measured again.
         history.append(
             {"merged_perplexity": perplexity(self._model, batched(self.samples("heldout"), self._max_length))}
         )
         return history
 
     def save(self, heads: DraftHeads, dtype: torch.dtype) -> None:
-        """Writes heads to the folder, and the model to ``model`` within it if it isn't what it was.
+        """Writes heads to the folder. If the base model was changed, writes it to the folder's ``model``.
 
         Args:
             heads: The trained heads.
-            dtype: What their weights are rounded to.
+            dtype: Type to round the heads' weights to.
 
         Raises:
-            OutputError: They can't be written.
+            OutputError: The files can't be written.
         """
         source = self._source
         if self._changed:
@@ -276,7 +284,10 @@ class TrainingJob:
         return Features.join(parts)
 
     def _fits(self) -> bool:
-        """Hidden states may take what the disk has, and half of the memory that is free; what was begun goes on."""
+        """True if hidden states fit into the free disk space and half of the free memory.
+
+        A training that was begun continues in the way that it began.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         size = size_of(self._model, [self.samples(split) for split in self._samples])
         memory: int = psutil.virtual_memory().available // self._processes.on_this_machine

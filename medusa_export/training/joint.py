@@ -1,8 +1,8 @@
-"""Heads trained behind the running base model, which LoRA may let change with them.
+"""Trains heads while the base model runs. With LoRA, the base model is trained as well.
 
-With LoRA this is Medusa-2 (MEDUSA, sections 2.2.2 and 2.3.2): the base model is to stay what it was, measured by
-KL(p_original || p), and to make the heads' work easier. Without it, it is Medusa-1 for data of which the
-hidden states can't be kept.
+With LoRA this is Medusa-2 (MEDUSA, sections 2.2.2 and 2.3.2). The base model's distribution shall stay the same,
+measured by KL(p_original || p), while its hidden states become easier for the heads. Without LoRA this is Medusa-1, for
+data whose hidden states don't fit on the disk.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from medusa_export.training.features import hidden_states, padded, positions_of
 from medusa_export.training.medusa1 import HeadLoss, accuracies
 from medusa_export.training.run import Schedule, run_training
 
-_NONE = -1  # stands in tables for places that hold nothing
+_NONE = -1  # marks empty cells of tables
 
 
 @dataclass(frozen=True)
 class Lora:
-    """How the base model may change; the defaults are the paper's.
+    """Settings of LoRA. The defaults are those of the MEDUSA paper.
 
     Attributes:
-        rank: Of the matrices.
-        alpha: Their product counts alpha / rank.
-        dropout: Before them.
-        heads_weight: λ0, what the heads' loss counts beside the KL divergence in the end; it grows as sin(π/2 · t/T).
-        heads_rate: The heads' learning rate over that of LoRA.
+        rank: Rank of the matrices.
+        alpha: The product of the matrices is scaled by alpha / rank.
+        dropout: Dropout before the matrices.
+        heads_weight: Final weight λ0 of the heads' loss, relative to the KL divergence. In training it grows as
+            sin(π/2 · t/T).
+        heads_rate: The heads' learning rate, as a multiple of LoRA's.
     """
 
     rank: int = 32
@@ -53,9 +54,9 @@ class Lora:
 
 
 def adapt(model: PreTrainedModel, heads: DraftHeads, lora: Lora, *, seed: int = 0) -> PeftModel:
-    """Puts LoRA on all linear layers of a model, in place.
+    """Adds LoRA to all linear layers of a model, in place.
 
-    The ``lm_head`` is left out where something else uses its weight: tied embeddings, or heads that project with it.
+    The ``lm_head`` is left out if its weight has another use: tied embeddings, or heads that project with it.
     """
     lm_head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
@@ -68,23 +69,23 @@ def adapt(model: PreTrainedModel, heads: DraftHeads, lora: Lora, *, seed: int = 
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, task_type="CAUSAL_LM"
     )
-    torch.manual_seed(seed)  # a job that goes on has drawn other numbers before than one that was never killed
+    torch.manual_seed(seed)  # so that a job that continues starts from the same matrices as one that was never killed
     with quiet_libraries():
         adapted: PeftModel = get_peft_model(model, config)
     return adapted
 
 
 class JointLoss(nn.Module):
-    """The base model and its heads, their losses, and what became of the base model.
+    """The base model with its heads, the loss of both, and the base model's quality.
 
     Args:
-        model: The base model; with LoRA, the one that it was is its teacher.
+        model: The base model. With LoRA, the original base model is the teacher.
         heads: The heads.
-        heads_weight: What the heads' loss counts.
+        heads_weight: Weight of the heads' loss.
 
     Attributes:
-        heads_weight: As given.
-        ramp: The share of that in training; held-out losses can be compared, as they count it whole.
+        heads_weight: Weight of the heads' loss.
+        ramp: Factor of this weight in training. Held-out losses don't use it, so they can be compared.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, heads: DraftHeads, *, heads_weight: float = 1.0) -> None:
@@ -105,15 +106,15 @@ class JointLoss(nn.Module):
         """The loss over a batch of conversations, KL(p_original || p) + ramp · heads_weight · Σ_k 0.8^k · CE_k.
 
         Args:
-            input_ids: [B, S].
-            attention_mask: [B, S].
-            predicts: [B, S] boolean, where the next token is the assistant's.
-            targets: [B, S, K], of the heads; -1 where there is none.
+            input_ids: Token ids, [B, S].
+            attention_mask: 1 for tokens and 0 for padding, [B, S].
+            predicts: [B, S] boolean, True where the assistant wrote the next token.
+            targets: Targets of the heads, [B, S, K]; -1 without a target.
 
         Returns:
-            ``loss``, and in eval mode ``places`` [B, S, K], as ``HeadLoss``, and with LoRA ``quality`` [B, S, 4]:
-            the negative log-likelihood of the next token, that of the model that it was, their KL divergence, and
-            whether both would choose the same token. -1 where nothing is predicted.
+            ``loss``. In eval mode also ``places`` [B, S, K], as in ``HeadLoss``, and with LoRA ``quality`` [B, S, 4]:
+            the negative log-likelihood of the next token, the same for the original base model, the KL divergence of
+            both, and 1 if both would choose the same token. -1 where ``predicts`` is False.
         """
         next_tokens = input_ids.roll(-1, 1)
         drafts = targets[..., 0] >= 0
@@ -146,7 +147,7 @@ class JointLoss(nn.Module):
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
-        """The base model without LoRA, and without dropout."""
+        """A context manager in which the base model runs without LoRA and without dropout."""
         training = self.model.training
         self.model.eval()
         try:
@@ -157,7 +158,7 @@ class JointLoss(nn.Module):
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    """Checkpoints hold what is trained; the rest comes from the base model anyway."""
+    """Removes frozen weights from a checkpoint: they are loaded with the base model anyway."""
     assert isinstance(module, JointLoss)
     for name in list(state):
         if name.startswith(prefix) and name.removeprefix(prefix) not in module._trained:
@@ -165,12 +166,13 @@ def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: ob
 
 
 def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
+    """Removes frozen weights from the list of missing keys when a checkpoint is loaded."""
     assert isinstance(module, JointLoss)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in module._trained]
 
 
 class _Ramp(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """sin(π/2 · t/T)."""
+    """Increases the weight of the heads' loss in training, as sin(π/2 · t/T)."""
 
     def __init__(self, loss: JointLoss) -> None:
         self._loss = loss
@@ -193,7 +195,7 @@ class _Samples(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample], *, num_heads: int, max_length: int) -> dict[str, Tensor]:
-    """Conversations, cut to size and padded, as ``JointLoss`` takes them."""
+    """Samples, cut to ``max_length`` and padded, as the inputs of ``JointLoss``."""
     short = [sample.cut(max_length) for sample in samples]
     ids, mask = padded(short)
     predicts = torch.zeros(ids.shape, dtype=torch.bool)
@@ -219,13 +221,13 @@ def train_joint(
     device: torch.device,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Trains heads, and LoRA if the model has it, in place; goes on from the last checkpoint.
+    """Trains heads, and LoRA if the model has it, in place. Continues from the last checkpoint, if there is one.
 
     Returns:
-        What was logged; figures on held-out conversations are there for the time before the first step, too.
+        The training's log: losses by step, and figures on held-out conversations before the first step and by epoch.
 
     Raises:
-        TrainingError: The loss is no longer a number.
+        TrainingError: The loss is NaN or infinite.
     """
     adapted = isinstance(model, PeftModel)
     module = JointLoss(model, heads, heads_weight=lora.heads_weight if adapted else 1.0)
@@ -254,7 +256,7 @@ def train_joint(
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> float:
-    """Of what the assistant says in conversations."""
+    """The model's perplexity on the tokens that the assistant wrote."""
     total, count = 0.0, 0
     for batch in batches:
         made = collate(batch, num_heads=1, max_length=max(len(sample.input_ids) for sample in batch))
@@ -272,6 +274,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Sequence[Sample]]) -> f
 
 
 def _metrics(places: NDArray[Any], *quality: NDArray[Any]) -> dict[str, float]:
+    """Figures from the outputs of ``JointLoss``: accuracies of heads, and the base model's quality with LoRA."""
     figures = accuracies(places.reshape(-1, places.shape[-1]))
     for table in quality:
         rows = table[table[..., 0] >= 0]

@@ -1,4 +1,4 @@
-"""Medusa-1: heads on a frozen base model, trained on its hidden states (MEDUSA, section 2.2.1)."""
+"""Medusa-1: trains heads on the hidden states of a frozen base model (MEDUSA, section 2.2.1)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from medusa_export.training.features import Features
 from medusa_export.training.run import Schedule, run_training
 from medusa_export.training.teacher import Teacher
 
-# A token in the first n candidates counts as found.
+# The n of top-n accuracies: the target is among the first n candidates.
 TOP = (1, 3, 5, 10)
-# Head k counts HEAD_DECAY^k in the loss [2.2.1].
+# The loss of head k has the weight HEAD_DECAY^k [2.2.1].
 HEAD_DECAY = 0.8
 
 
 class HeadLoss(nn.Module):
-    """Heads, their loss and their hits.
+    """Heads with their loss and the ranks of their targets.
 
     Args:
-        heads: What is trained.
-        embedding: The base model's, for conditioned heads; it is not trained.
-        vocab_size: Tokens of the base model.
-        teacher: Gives the base model's logits over the tokens that heads propose; needed for soft targets.
-        soft: Where there is a teacher, how much of the loss asks for the base model's whole distribution at the
-            target's place; the rest asks for the target alone.
+        heads: The heads to train.
+        embedding: The base model's embedding of tokens, for conditioned heads. It is not trained.
+        vocab_size: Size of the base model's vocabulary.
+        teacher: Computes the base model's logits over the heads' vocabulary; None without soft targets.
+        soft: Share of soft targets in the loss, if there is a teacher. A soft target is the base model's distribution
+            at the target's position. The rest of the loss is that of the target token.
     """
 
     draft_ids: Tensor | None
@@ -60,18 +60,18 @@ class HeadLoss(nn.Module):
     def forward(
         self, hidden: Tensor, next_tokens: Tensor, targets: Tensor, ahead: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The loss over a batch of positions, Σ_k 0.8^k · CE_k, and hits.
+        """The loss over a batch of positions, Σ_k 0.8^k · CE_k, and the ranks of the targets.
 
         Args:
-            hidden: [N, H].
-            next_tokens: [N].
-            targets: [N, K]; -1 where there is none.
-            ahead: [N, K, H], the hidden states that the base model chose the targets from; NaN where they are not
+            hidden: The base model's last hidden states, [N, H].
+            next_tokens: The token after each position, [N].
+            targets: Targets of the heads, [N, K]; -1 without a target.
+            ahead: The hidden states from which the base model chose the targets, [N, K, H]; NaN where they are not
                 known. Needed for soft targets.
 
         Returns:
-            ``loss``, and in eval mode ``places`` [N, K]: at which place among a head's candidates its target
-            stands, no further than the last of ``TOP``; -1 where there is no target.
+            ``loss``. In eval mode also ``places`` [N, K]: the rank of each target among its head's candidates, at most
+            the last of ``TOP``; -1 without a target.
         """
         embedded = None
         if self.heads.config.conditioned:
@@ -98,7 +98,13 @@ class HeadLoss(nn.Module):
 
 
 def places(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """The rank of each label among the logits [N, K, V'], at most ``TOP[-1]``; -1 where there is no target."""
+    """The rank of each label by its logit, [N, K], at most ``TOP[-1]``; -1 without a target.
+
+    Args:
+        logits: The heads' logits, [N, K, V'].
+        labels: Index of each target in the heads' vocabulary, [N, K]; -1 if it is not in that vocabulary.
+        targets: Token ids of the targets, [N, K]; -1 without a target.
+    """
     best = logits.topk(min(TOP[-1], logits.shape[-1]), dim=-1).indices
     found = best == labels.unsqueeze(-1)
     rank = torch.where(found.any(-1), found.int().argmax(-1), TOP[-1])
@@ -106,7 +112,12 @@ def places(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Positions(Dataset[dict[str, Tensor]]):
-    """Features, handed out a batch at a time; with the hidden states ahead if they are asked for."""
+    """Features as a data set that is read a batch at a time.
+
+    Args:
+        features: The features.
+        ahead: Whether batches include the hidden states from which the base model chose the targets.
+    """
 
     def __init__(self, features: Features, *, ahead: bool = False) -> None:
         self._features = features
@@ -132,7 +143,11 @@ class _Positions(Dataset[dict[str, Tensor]]):
 
 
 def accuracies(found: np.ndarray[Any, Any]) -> dict[str, float]:
-    """Top-n accuracy of each head from places [N, K], over the targets that exist."""
+    """Top-n accuracy of each head, over the positions that have a target.
+
+    Args:
+        found: The rank of each target, [N, K]; -1 without a target.
+    """
     figures = {}
     for k in range(found.shape[1]):
         own = found[:, k][found[:, k] >= 0]
@@ -154,13 +169,13 @@ def train_medusa1(
     device: torch.device,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Trains heads in place; goes on from the last checkpoint in ``checkpoints``, if there is one.
+    """Trains heads in place. Continues from the last checkpoint in ``checkpoints``, if there is one.
 
     Returns:
-        What was logged: losses by step, and by epoch the accuracies on held-out positions.
+        The training's log: losses by step, and accuracies on held-out positions by epoch.
 
     Raises:
-        TrainingError: The loss is no longer a number.
+        TrainingError: The loss is NaN or infinite.
     """
     vocab_size = model.get_output_embeddings().out_features
     return run_training(

@@ -1,4 +1,4 @@
-"""Numbered parts of a data set, each on disk whole or not at all: what lets a long job stop and go on."""
+"""Numbered parts of a data set. Each is written atomically, so a job that was interrupted can continue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = re.compile(r"^(\d{6})-([0-9a-f]{16})\.jsonl$")
 
 
 def to_jsonl(rows: Iterable[Any]) -> bytes:
-    """A JSON object per line."""
+    """The rows as JSON, one per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
@@ -25,10 +25,10 @@ class Parts:
     """The finished parts of a job, as files ``<number>-<digest>.jsonl``.
 
     Args:
-        folder: Where they lie.
+        folder: The folder that holds the parts.
 
     Raises:
-        DatasetError: There are two of one number.
+        DatasetError: Two files have the same number.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,18 +54,18 @@ class Parts:
 
     @property
     def first_missing(self) -> int:
-        """The lowest number that no part has."""
+        """The lowest number without a part."""
         return next(number for number in count() if number not in self._files)
 
     def path(self, number: int) -> Path:
-        """Where a part lies."""
+        """Path of a part."""
         return self._files[number]
 
     def write(self, number: int, rows: Iterable[Any]) -> None:
         """Adds a part.
 
         Raises:
-            OutputError: It can't be written. Parts that are there already stay.
+            OutputError: The part can't be written. Existing parts stay.
         """
         data = to_jsonl(rows)
         path = self._folder / f"{number:06d}-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
@@ -76,7 +76,7 @@ class Parts:
         """The rows of a part.
 
         Raises:
-            DatasetError: Its content is not what was written.
+            DatasetError: The file can't be read, or was altered.
         """
         path = self._files[number]
         try:
@@ -84,10 +84,10 @@ class Parts:
         except OSError as error:
             raise DatasetError(f"{path} can't be read: {error}.") from error
         if hashlib.sha256(data).hexdigest()[:16] != path.stem.partition("-")[2]:
-            raise DatasetError(f"{path} is damaged: delete it and run again to make this part anew.")
+            raise DatasetError(f"{path} is damaged: delete it and run again to make this part again.")
         return [json.loads(line) for line in data.splitlines()]
 
     def rows(self) -> Iterator[Any]:
-        """All rows, by number."""
+        """The rows of all parts, in the order of their numbers."""
         for number in self:
             yield from self.read(number)

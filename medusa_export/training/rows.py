@@ -1,4 +1,4 @@
-"""Files of prompts or conversations: rows that can be used, and rows that are skipped, each with its reason."""
+"""Reads files of prompts or conversations. Rows that can't be used are skipped, each with a reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from medusa_export.common.errors import DatasetError
 from medusa_export.training.conversations import Conversation, Message
 
-# Who speaks, by the names that data sets give them.
+# The role that each name in data sets stands for.
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "student"), "user"),
     **dict.fromkeys(
@@ -26,22 +26,22 @@ _TURNS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question", "text")
 _ANSWERS = ("completion", "response", "output", "answer")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_LEADING = ("\ufeff", "\u200b")  # what editors leave before a text
+_LEADING = ("\ufeff", "\u200b")  # invisible characters that editors leave before a text
 _MOST_CHARACTERS = 20_000_000
 _NAMED = 5  # skipped rows that a summary names
 _KEPT = 100  # skipped rows that a job's description names
-# What files that hold no text begin with.
+# The first bytes of files that are not text.
 _BINARY = {
     b"PAR1": "a Parquet file",
     b"\x1f\x8b": "compressed by gzip",
     b"PK": "a zip file",
     b"ARROW1": "an Arrow file",
 }
-_TWICE = 0  # a key of objects that have another key twice; JSON has no such key
+_TWICE = 0  # marks objects that have a key twice; a JSON object has no key like this number
 
 
 class _UnusableError(ValueError):
-    """Why a row can't be used."""
+    """A row can't be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Skipped:
     """A row that is not used.
 
     Attributes:
-        source: Its file and place there, such as ``data.jsonl line 7``.
-        reason: Why it can't be used.
+        source: The row's file and its place there, such as ``data.jsonl line 7``.
+        reason: The reason why it can't be used.
     """
 
     source: str
@@ -61,18 +61,18 @@ class Skipped:
 
     @property
     def order(self) -> tuple[str, int]:
-        """What skipped rows are sorted by: their file, and the number of their line."""
+        """The sort key of skipped rows: file, and number of the line."""
         name, _, number = self.source.rpartition(" ")
         return name, int(number) if number.isdecimal() else 0
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read from files.
+    """The rows of one or several files.
 
     Attributes:
         conversations: The rows that can be used.
-        skipped: The others.
+        skipped: The rows that can't be used.
     """
 
     conversations: list[Conversation]
@@ -80,16 +80,16 @@ class Reading:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of all rows."""
         return len(self.conversations) + len(self.skipped)
 
 
 def summary(skipped: Sequence[Skipped], rows: int) -> str:
-    """Says in one line how many rows are skipped, and why for the first ones.
+    """One line with the number of skipped rows, and the reasons for the first of them.
 
     Args:
         skipped: The skipped rows.
-        rows: All rows.
+        rows: Number of all rows.
     """
     named = "; ".join(map(str, skipped[:_NAMED]))
     more = f"; and {len(skipped) - _NAMED:,} more" if len(skipped) > _NAMED else ""
@@ -97,20 +97,20 @@ def summary(skipped: Sequence[Skipped], rows: int) -> str:
 
 
 def facts(skipped: Sequence[Skipped], rows: int) -> dict[str, Any]:
-    """What a job keeps about skipped rows, as JSON knows it.
+    """Number and reasons of skipped rows, as JSON values for a job's description.
 
     Args:
         skipped: The skipped rows.
-        rows: All rows.
+        rows: Number of all rows.
     """
     return {"rows": {"read": rows, "skipped": len(skipped), "first": [str(row) for row in skipped[:_KEPT]]}}
 
 
 def check_skipped(skipped: Sequence[Skipped], rows: int, *, strict: bool) -> None:
-    """Refuses skipped rows, if asked to.
+    """Refuses data if no row can be used, or if ``strict`` is set and a row is skipped.
 
     Raises:
-        DatasetError: There are some, and ``strict`` is set; or nothing else is left.
+        DatasetError: The data is refused.
     """
     if skipped and len(skipped) == rows:
         raise DatasetError(f"No row can be used: {summary(skipped, rows)}.")
@@ -121,10 +121,16 @@ def check_skipped(skipped: Sequence[Skipped], rows: int, *, strict: bool) -> Non
 def read_conversations(path: Path) -> Reading:
     """Reads a file of prompts or conversations.
 
-    A text file has a prompt per line. A JSON file has an array of objects, or an object per line: ``messages`` (role,
-    content), ShareGPT's ``conversations`` (from, value), UltraChat's ``data`` (texts in turn), or one of ``prompt``,
-    ``instruction`` (with ``input``), ``question`` and ``text``, and perhaps ``completion``, ``response``, ``output`` or
-    ``answer``. Whether a file with another suffix than .txt is JSON decides its content.
+    A text file has a prompt per line. A JSON file has an array of objects, or an object per line. Each object has one
+    of these:
+
+    - ``messages`` (role, content);
+    - ShareGPT's ``conversations`` (from, value);
+    - UltraChat's ``data`` (texts of user and assistant in turn);
+    - a prompt as ``prompt``, ``instruction`` (with ``input``), ``question`` or ``text``, and optionally an answer as
+      ``completion``, ``response``, ``output`` or ``answer``.
+
+    Files with the suffix .json, .jsonl or .ndjson are JSON. For other files the content decides.
 
     Raises:
         DatasetError: The file can't be read, or holds nothing that can be used.
@@ -150,7 +156,7 @@ def read_conversations(path: Path) -> Reading:
 
 
 def _decoded(path: Path, data: bytes) -> str:
-    """The text of a file. Bytes that are not UTF-8 become surrogates, so that only their rows are lost."""
+    """The text of a file. Bytes that are not UTF-8 become surrogates, so that only their rows are skipped."""
     for start, kind in _BINARY.items():
         if data.startswith(start):
             raise DatasetError(f"{path} is {kind}: give text, with a prompt per line, or JSON lines.")
@@ -161,7 +167,7 @@ def _decoded(path: Path, data: bytes) -> str:
 
 
 def _is_json(path: Path, text: str) -> bool:
-    """Whether a file is JSON: by its suffix, or because all of it, or its first line, is an array or object."""
+    """True if a file is JSON: by its suffix, or because its first line, or its whole text, is an object or array."""
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         return True
     start = text.lstrip()
@@ -178,13 +184,13 @@ def _is_json(path: Path, text: str) -> bool:
 
 
 def _text_rows(text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not at other breaks, which a text may hold
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): a prompt may hold other line breaks
         if cleaned := _cleaned(line):
             yield f"line {number}", cleaned
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON file with their places. A row that is no JSON is an ``_UnusableError``."""
+    """The rows of a JSON file, with their places. A row of invalid JSON is an ``_UnusableError``."""
     if text.lstrip().startswith("["):
         try:
             rows = _loads(text)
@@ -197,7 +203,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             _loads(lines[0][1])
         except ValueError:
-            try:  # one object that is written over several lines
+            try:  # the file may be one object on several lines
                 whole = _loads(text)
             except ValueError:
                 pass
@@ -213,7 +219,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _cleaned(line: str) -> str:
-    """A line without spaces and marks around it."""
+    """A line without spaces around it and invisible characters before it."""
     line = line.strip()
     while line.startswith(_LEADING):
         line = line[1:].lstrip()
@@ -224,16 +230,16 @@ def _loads(text: str) -> Any:
     """Parses JSON.
 
     Raises:
-        ValueError: It is not valid, or nested too deep.
+        ValueError: The text is not valid JSON, or is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:
-    """An object. If it has a key twice, it says so."""
+    """A JSON object as a dictionary. If a key occurs twice, the entry ``_TWICE`` names it."""
     found: dict[Any, Any] = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -242,10 +248,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:
 
 
 def _parsed(row: Any, source: str) -> Conversation:
-    """The conversation of a row.
+    """The conversation in a row.
 
     Raises:
-        _UnusableError: It has none.
+        _UnusableError: The row has no usable conversation.
     """
     if isinstance(row, _UnusableError):
         raise row
@@ -270,7 +276,7 @@ def _messages(row: dict[Any, Any]) -> list[Message]:
     turns = next((row[key] for key in _TURNS if row.get(key) is not None), None)
     prompt = next((row[key] for key in _PROMPTS if row.get(key)), None)
     answer = next((row[key] for key in _ANSWERS if row.get(key)), None)
-    if turns is None and isinstance(prompt, list):  # messages before, and those to learn from
+    if turns is None and isinstance(prompt, list):  # the prompt is a list of messages, and the answer may be one
         turns = [*prompt, *answer] if isinstance(answer, list) else prompt
         answer = None if isinstance(answer, list) else answer
     if turns is not None:
@@ -285,12 +291,12 @@ def _messages(row: dict[Any, Any]) -> list[Message]:
         return messages + ([_message("assistant", answer)] if isinstance(prompt, list) and answer else [])
     if isinstance(row.get("data"), list):
         if not all(isinstance(said, str) for said in row["data"]):
-            raise _UnusableError("its 'data' holds other things than texts")
+            raise _UnusableError("its 'data' holds values that are not texts")
         return [_message(("user", "assistant")[place % 2], said) for place, said in enumerate(row["data"])]
     if not isinstance(prompt, str):
         raise _UnusableError(
-            f"it has the keys {', '.join(repr(key) for key in row) or '(none)'}, but none with text of 'messages', "
-            "'conversations', 'data' and 'prompt'"
+            f"it has the keys {', '.join(repr(key) for key in row) or '(none)'}, but none of 'messages', "
+            "'conversations', 'data' and 'prompt' with text"
         )
     messages = [_message("user", f"{prompt}\n\n{row['input']}" if row.get("input") else prompt)]
     return [*messages, _message("assistant", answer)] if isinstance(answer, str) else messages
@@ -305,16 +311,16 @@ def _turn(turn: Any) -> Message:
     name = turn.get("role", turn.get("from"))
     role = _ROLES.get(str(name).strip().lower())
     if role is None:
-        raise _UnusableError(f"it holds a turn of {str(name)[:80]!r}, which is no role that is known here")
+        raise _UnusableError(f"it holds a turn of {str(name)[:80]!r}, which is not a known role")
     message = _message(role, _text(turn.get("content", turn.get("value")), str(name)))
     thought = next((turn[key] for key in _THOUGHTS if isinstance(turn.get(key), str) and turn[key].strip()), None)
     if role == "assistant" and thought is not None:
-        message |= {key: _message(role, thought)["content"] for key in _THOUGHTS}  # templates differ in its name
+        message |= {key: _message(role, thought)["content"] for key in _THOUGHTS}  # templates read different keys
     return message
 
 
 def _text(content: Any, name: str) -> str:
-    """What a turn says: a text, or parts that are all texts."""
+    """The text of a turn: its content, or the joined parts of its content."""
     if isinstance(content, str):
         return content
     if content is None:
@@ -324,15 +330,15 @@ def _text(content: Any, name: str) -> str:
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) == len(parts):
             return "".join(texts)
-        raise _UnusableError(f"a turn of {name!r} has parts that are no text")
-    raise _UnusableError(f"what a turn of {name!r} says is {type(content).__name__}, not text")
+        raise _UnusableError(f"a turn of {name!r} has parts that are not text")
+    raise _UnusableError(f"the content of a turn of {name!r} is {type(content).__name__}, not text")
 
 
 def _message(role: str, text: str) -> Message:
-    """A message.
+    """A message of a role and a text.
 
     Raises:
-        _UnusableError: Its text is no text.
+        _UnusableError: The text is not valid Unicode.
     """
     try:
         text.encode()
@@ -342,26 +348,27 @@ def _message(role: str, text: str) -> Message:
 
 
 def _from_first_user(messages: list[Message]) -> list[Message]:
-    """Messages without those of the model that nobody asked for.
+    """The messages from the first user message on, with the system messages before it.
 
     Raises:
-        _UnusableError: Nobody asks anything.
+        _UnusableError: There is no user message, or all user messages are empty.
     """
     first = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
-        raise _UnusableError("it has no message of a user")
+        raise _UnusableError("it has no user message")
     if not any(message["content"].strip() for message in messages if message["role"] == "user"):
-        raise _UnusableError("its user says nothing")
+        raise _UnusableError("its user messages are empty")
     return [message for message in messages[:first] if message["role"] == "system"] + messages[first:]
 
 
 def _check_once(found: dict[Any, Any]) -> None:
+    """Refuses an object that has a key twice."""
     if _TWICE in found:
         raise _UnusableError(f"it has the key {found[_TWICE]!r} twice")
 
 
 def _written(row: dict[Any, Any]) -> tuple[tuple[int, ...], ...]:
-    """The token ids of each answer, if the row has them."""
+    """The token ids of each answer; empty if the row does not have them."""
     written = row.get("written")
     if not isinstance(written, list) or not all(isinstance(ids, list) for ids in written):
         return ()

@@ -1,4 +1,4 @@
-"""Both recipes' way through transformers' Trainer: schedule, checkpoints, evaluation, resuming."""
+"""Runs a training of either recipe with transformers' Trainer: schedule, checkpoints, evaluation, resuming."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from medusa_export.common.files import WRITE_ERRORS
 from medusa_export.common.progress import progress_bar
 from medusa_export.models.checkpoints import quiet_libraries
 
-_SAVED_SHARE = 0.1  # of all steps, which is at most lost where a training is killed
+_SAVED_SHARE = 0.1  # steps between checkpoints, as a share of all steps: a killed training loses at most these
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a training of either recipe needs to know.
+    """The schedule of a training.
 
     Attributes:
         epochs: Passes over the data.
-        learning_rate: At its peak; it falls along a cosine.
+        learning_rate: Learning rate at its peak. After the peak it falls along a cosine.
         batch_size: Examples per step and device.
-        warmup_steps: Until the peak.
-        seed: For the order of the data.
-        bf16: Matrix products in bfloat16.
+        warmup_steps: Steps up to the peak.
+        seed: Seed of the order of the data.
+        bf16: Whether to compute matrix products in bfloat16.
     """
 
     epochs: float
@@ -87,7 +87,10 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
 
 
 class _WithEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """What is saved at the end of an epoch is saved after its evaluation, which nobody would make up for otherwise."""
+    """Saves the checkpoint at the end of an epoch after the epoch's evaluation.
+
+    If it were saved before, a training that continues from it would lack the evaluation.
+    """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps or state.epoch == int(state.epoch):
@@ -98,18 +101,18 @@ class _WithEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """transformers' own, but a checkpoint that can't be written or read is named, and one half written is removed."""
+    """transformers' Trainer with errors that name a checkpoint. A checkpoint that is half written is removed."""
 
     def _save_checkpoint(self, *arguments: Any) -> None:
         folder = Path(self.args.output_dir)
         try:
             super()._save_checkpoint(*arguments)
-        except (*WRITE_ERRORS, RuntimeError) as error:  # the latter is torch's
+        except (*WRITE_ERRORS, RuntimeError) as error:  # torch raises RuntimeError
             free = shutil.disk_usage(folder).free >> 20
             shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", ignore_errors=True)
             raise OutputError(
                 f"A checkpoint can't be written to {folder}, where {free:,} MiB are free ({error}). Make room and run "
-                "again: earlier ones are whole."
+                "again: earlier checkpoints are complete."
             ) from error
 
     def _load_from_checkpoint(self, checkpoint: str, *arguments: Any) -> None:
@@ -129,24 +132,24 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 def _reading(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, PermissionError):  # nothing that deleting it would mend
+    except (torch.OutOfMemoryError, PermissionError):  # the checkpoint may be fine, so don't advise to delete it
         raise
     except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
         raise TrainingError(
-            f"{checkpoint} is damaged ({error!r}): delete it and run again to go on from the one before."
+            f"{checkpoint} is damaged ({error!r}): delete it and run again to continue from the one before."
         ) from error
 
 
 def _as_tuple(arrays: Any) -> tuple[Any, ...]:
-    """The Trainer hands over a single array by itself."""
+    """The Trainer's predictions as a tuple. It passes a single array without one."""
     return arrays if isinstance(arrays, tuple) else (arrays,)
 
 
 def _last_complete(checkpoints: Path) -> str | None:
-    """The last checkpoint that was written to its end; None if there is none.
+    """The last complete checkpoint; None if there is none.
 
-    The Trainer writes its state last, and what it was killed over is the beginning of a JSON text. Where the optimizer
-    or the scheduler is missing it would begin them anew without a word.
+    The Trainer writes its state, a JSON file, last. If it was killed meanwhile, the JSON is incomplete. If the
+    optimizer or the scheduler is missing, the Trainer would start with new ones without a warning.
     """
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
@@ -177,27 +180,27 @@ def run_training(
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
-    """Trains a module whose ``forward`` returns its ``loss``; goes on from the last checkpoint, if there is one.
+    """Trains a module whose ``forward`` returns its ``loss``. Continues from the last checkpoint, if there is one.
 
     Args:
-        module: What is trained. In eval mode it also returns what ``metrics`` looks at.
+        module: The module to train. In eval mode it also returns the arrays for ``metrics``.
         train: The training set.
-        heldout: What is evaluated before the first step and after each epoch.
-        schedule: How long and how fast.
-        checkpoints: Where they lie.
-        collate: Makes a batch of examples; ``targets`` is a part of it.
-        metrics: Figures from the arrays that the module returned beside its loss, in turn.
-        device: Where to train.
+        heldout: The examples to evaluate on, before the first step and after each epoch.
+        schedule: The schedule.
+        checkpoints: Folder of the checkpoints.
+        collate: Makes a batch of examples. The batch has a key ``targets``.
+        metrics: Computes figures from the arrays that the module returned beside its loss, in order.
+        device: The device to train on.
         quiet: No progress.
-        optimizer: AdamW without weight decay if None.
-        callbacks: Called by the Trainer.
+        optimizer: The optimizer; AdamW without weight decay if None.
+        callbacks: More callbacks for the Trainer.
 
     Returns:
-        What was logged: losses by step, and figures on held-out examples by epoch.
+        The training's log: losses by step, and figures on held-out examples by epoch.
 
     Raises:
         OutputError: A checkpoint can't be written.
-        TrainingError: The loss is no longer a number, or a checkpoint can't be read.
+        TrainingError: The loss is NaN or infinite, or a checkpoint can't be read.
     """
     checkpoint = _last_complete(checkpoints)
     arguments = TrainingArguments(
@@ -221,7 +224,7 @@ def run_training(
         logging_steps=10,
         label_names=["targets"],
         remove_unused_columns=False,
-        logging_nan_inf_filter=False,  # or else a loss that is no number is logged as one
+        logging_nan_inf_filter=False,  # otherwise the log shows a finite loss in place of NaN
         report_to=[],
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
@@ -243,16 +246,16 @@ def run_training(
     with quiet_libraries():
         if checkpoint is not None and (state := _state_of(checkpoint)).global_step >= state.max_steps:
             trainer.state = state
-            trainer._load_from_checkpoint(checkpoint)  # in a part of an epoch the Trainer would take one more step
+            trainer._load_from_checkpoint(checkpoint)  # not train(): within an epoch it would do one more step
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     if not all(bool(weight.isfinite().all()) for weight in module.parameters() if weight.requires_grad):
-        raise _not_a_number()  # by the last step
+        raise _not_a_number()  # the last step made a weight NaN or infinite
     history: list[dict[str, Any]] = trainer.state.log_history
     return history
 
 
 def _not_a_number() -> TrainingError:
     return TrainingError(
-        "The loss is no longer a number: delete the checkpoints, and lower the learning rate or train without bf16."
+        "The loss is NaN or infinite: delete the checkpoints, and lower the learning rate or train without bf16."
     )

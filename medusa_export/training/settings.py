@@ -1,4 +1,4 @@
-"""What a job was asked for, kept in its folder: it goes on only under the settings that it began with."""
+"""The settings of a job, kept in its folder. A job continues only with the settings that it began with."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from medusa_export.common.errors import SettingsError
 from medusa_export.common.files import write_text
 
 
-def begin(path: Path, asked: Mapping[str, Any], *, anew: bool = False) -> None:
-    """Writes the settings of a job, or holds them against those that it began with.
+def begin(path: Path, asked: Mapping[str, Any], *, restart: bool = False) -> None:
+    """Writes the settings of a new job, or compares them with those that the job began with.
 
     Args:
-        path: Where they are kept, in the job's folder.
-        asked: Settings by name, as JSON knows them.
-        anew: Nothing there depends on any others yet, so they are written whatever they were.
+        path: File in the job's folder that keeps the settings.
+        asked: The settings by name, as JSON values.
+        restart: Whether to replace settings that are there. The caller knows that no file depends on them yet.
 
     Raises:
-        SettingsError: They are others, or can't be read.
-        OutputError: They can't be written.
+        SettingsError: The job began with other settings, or its settings can't be read.
+        OutputError: The settings can't be written.
     """
-    if anew or not path.is_file():
+    if restart or not path.is_file():
         packages = ("medusa-export", "torch", "transformers", "tokenizers")
         made_by = {package: version(package) for package in packages}
         write_text(path, json.dumps({"settings": asked, "made_by": made_by}, indent=1) + "\n")
@@ -33,16 +33,16 @@ def begin(path: Path, asked: Mapping[str, Any], *, anew: bool = False) -> None:
     name = next((name for name, value in asked.items() if known.get(name) != value), None)
     if name is not None:
         raise SettingsError(
-            f"{path.parent} was begun with {name} = {known.get(name)!r}, not {asked[name]!r}: go on with the same "
+            f"{path.parent} was begun with {name} = {known.get(name)!r}, not {asked[name]!r}: continue with the same "
             "settings, or give another folder."
         )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What ``begin`` wrote, and what the job has added since.
+    """The file that ``begin`` wrote, with the facts that the job has added.
 
     Raises:
-        SettingsError: It is missing or damaged.
+        SettingsError: The file is missing or damaged.
     """
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -53,15 +53,15 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def note(path: Path, **facts: Any) -> None:
-    """Adds to what ``begin`` wrote what the job has found out since.
+    """Adds facts about a job to the file that ``begin`` wrote.
 
     Args:
-        path: Where it is kept.
-        facts: By name, as JSON knows them.
+        path: The file.
+        facts: The facts by name, as JSON values.
 
     Raises:
-        SettingsError: It is missing or damaged.
-        OutputError: It can't be written.
+        SettingsError: The file is missing or damaged.
+        OutputError: The file can't be written.
     """
     known = read_settings(path)
     if any(known.get(name) != value for name, value in facts.items()):

@@ -1,4 +1,4 @@
-"""What the base model would say itself: its distribution, from the hidden states that were kept."""
+"""The base model as a teacher: computes its logits from hidden states that were kept."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from transformers import PreTrainedModel
 from medusa_export.common.errors import TrainingError
 from medusa_export.training.features import hidden_states
 
-# Of the largest logit: more than bfloat16 loses on the way.
+# Allowed error as a share of the largest logit; rounding to bfloat16 loses less.
 _TOLERANCE = 0.05
 
 
 class Teacher(nn.Module):
-    """The base model from its last hidden state on.
+    """The part of the base model that follows its last hidden state. It is not trained.
 
     Args:
-        model: The base model; nothing of it is trained.
-        token_map: The tokens of interest, [V']; all if None.
+        model: The base model.
+        token_map: The tokens to compute logits for, [V']; all if None.
 
     Raises:
-        TrainingError: The model makes logits in a way that isn't known here.
+        TrainingError: This class can't reproduce the model's logits.
     """
 
     rows: Tensor
@@ -41,7 +41,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V'] in fp32 from hidden states [..., H]."""
+        """Computes logits [..., V'] in fp32 from hidden states [..., H]."""
         logits = nn.functional.linear(hidden.to(self.rows.dtype), self.rows, self.bias).float() * self._scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
@@ -53,11 +53,10 @@ class Teacher(nn.Module):
         expected = logits[0][:, chosen].float()
         if not expected.isfinite().all():
             raise TrainingError(
-                f"{type(model).__name__} gives logits that are not finite numbers: check its weights, or take "
-                "--dtype fp32."
+                f"{type(model).__name__} gives logits that are not finite: check its weights, or use --dtype fp32."
             )
         if (self(hidden[0]) - expected).abs().max() > _TOLERANCE * expected.abs().max():
             raise TrainingError(
-                f"It is not known how {type(model).__name__} makes logits of what its lm_head gives: train without "
-                "--soft."
+                f"{type(model).__name__} changes the output of its lm_head in a way that is not supported: train "
+                "without --soft."
             )

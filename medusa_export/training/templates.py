@@ -1,4 +1,4 @@
-"""Chat templates: the text around an answer, and what ends or opens one."""
+"""Chat templates: the text around an answer, and the tokens that open or end it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from medusa_export.common.errors import DatasetError
 from medusa_export.models.checkpoints import load_tokenizer
 from medusa_export.training.conversations import Message
 
-# Stands for a text in a chat template. No template alters it.
+# A placeholder for a text in a chat template. No template alters it.
 MARK = "medusa0export1text2mark"
 
-# A tag at the end of a prompt that opens a thought, and one that closes it: <think>, <seed:think>, <|START_THINKING|>.
+# Tags at the end of a prompt that open or close a thought: <think>, <seed:think>, <|START_THINKING|>.
 _THOUGHT = r"[\w:]*(?i:think|reason|thought)[\w:]*"
 _OPENED = re.compile(rf"(?P<tag>(?P<left><\|?|\[)(?P<name>{_THOUGHT})(?P<right>\|?>|\]))\s*\Z")
 _CLOSED = re.compile(rf"(</{_THOUGHT}>|\[/{_THOUGHT}\]|<\|END_{_THOUGHT}\|>)\s*\Z")
@@ -25,12 +25,12 @@ _CLOSED = re.compile(rf"(</{_THOUGHT}>|\[/{_THOUGHT}\]|<\|END_{_THOUGHT}\|>)\s*\
 
 @dataclass(frozen=True)
 class Thought:
-    """Where a prompt leaves the model's thought.
+    """The state of the model's thought at the end of a prompt.
 
     Attributes:
-        opening: The tag that the prompt ends with and opens a thought with; empty if there is none.
+        opening: The tag at the end of the prompt that opens a thought; empty if there is none.
         closing: The tag that ends this thought.
-        is_closed: The prompt ends a thought itself, so that an answer without one follows.
+        is_closed: True if the prompt itself ends a thought, so that an answer without a thought follows.
     """
 
     opening: str = ""
@@ -39,7 +39,7 @@ class Thought:
 
     @classmethod
     def at_end_of(cls, prompt: str) -> Thought:
-        """Finds the tag that a prompt ends with."""
+        """Finds the tag at the end of a prompt."""
         if _CLOSED.search(prompt):
             return cls(is_closed=True)
         if (found := _OPENED.search(prompt)) is None:
@@ -60,7 +60,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
 
     def render(self, messages: Sequence[Message], *, answering: bool) -> str:
-        """Renders a conversation as ``render`` does."""
+        """Renders a conversation. See the function ``render``."""
         return render(self.tokenizer, messages, answering=answering)
 
     @cached_property
@@ -72,8 +72,8 @@ class ChatTemplate:
         """The text before and behind the content of an answer that is the last message.
 
         Args:
-            before: The messages before it.
-            answer: The assistant's message. Its content doesn't matter.
+            before: The messages before the answer.
+            answer: The assistant's message. Its content has no effect.
 
         Raises:
             DatasetError: The template refuses these messages, or doesn't show the answer.
@@ -81,7 +81,7 @@ class ChatTemplate:
         text = self.render([*before, {**answer, "content": MARK}], answering=False)
         header, found, tail = text.rpartition(MARK)
         if not found:
-            raise DatasetError("The chat template hides or alters what the assistant says.")
+            raise DatasetError("The chat template hides or alters the assistant's messages.")
         return header, tail
 
     def words(self, text: str) -> str:
@@ -91,10 +91,10 @@ class ChatTemplate:
         return text
 
     def ending(self, tail: str) -> str:
-        """The part of the text behind an answer that the model wrote: special tokens, and spaces before them.
+        """The part of the text behind an answer that the model writes: special tokens, and spaces before them.
 
         Args:
-            tail: The text behind the answer.
+            tail: The rendered text behind the answer.
         """
         found = self._special_start(tail)
         usual = self._usual_ending
@@ -102,9 +102,9 @@ class ChatTemplate:
 
     @cached_property
     def _usual_ending(self) -> str:
-        """What ends an answer, whether it is the last message or not; empty if that differs or is not special.
+        """The special tokens that end both the last answer and earlier answers; empty if there are none.
 
-        Some templates end a whole conversation with one more token. The model doesn't write that.
+        Some templates end a whole conversation with one more token. The model doesn't write that token.
         """
         question: Message = {"role": "user", "content": "a"}
         answer: Message = {"role": "assistant", "content": MARK}
@@ -117,7 +117,7 @@ class ChatTemplate:
         return self._special_start(shared)
 
     def _special_start(self, text: str) -> str:
-        """The special tokens that a text begins with, up to the end-of-sequence token. Spaces may stand before them."""
+        """The special tokens at the start of a text, up to the end-of-sequence token, with spaces before them."""
         place = start = len(text) - len(text.lstrip())
         while token := max((t for t in self.special if t and text.startswith(t, place)), key=len, default=""):
             place += len(token)
@@ -127,27 +127,27 @@ class ChatTemplate:
 
 
 def load_chat_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model that holds conversations.
+    """Loads the tokenizer of a chat model.
 
     Raises:
-        CheckpointError: It can't be read.
-        DatasetError: There is none, it has no chat template, or it can't tell where its tokens lie in a text.
+        CheckpointError: The tokenizer can't be read.
+        DatasetError: The model has no tokenizer or no chat template, or the tokenizer gives no offsets of its tokens.
     """
     tokenizer = load_tokenizer(model)
     if tokenizer is None or tokenizer.chat_template is None:
         raise DatasetError(
-            f"{model} has no chat template, so it is not known how it reads conversations: give an instruct model."
+            f"{model} has no chat template, which is needed to render conversations: use an instruct model."
         )
     if not tokenizer.is_fast:
         raise DatasetError(
-            f"The tokenizer {type(tokenizer).__name__} of {model} can't tell where its tokens lie in a text: use a "
-            "model whose tokenizer has a fast version (tokenizer.json)."
+            f"The tokenizer {type(tokenizer).__name__} of {model} can't give the places of its tokens in a text: use "
+            "a model whose tokenizer has a fast version (tokenizer.json)."
         )
     return tokenizer
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answering: bool) -> str:
-    """Renders a conversation as the model sees it.
+    """Renders a conversation as the text that the model reads.
 
     Args:
         tokenizer: A tokenizer with a chat template.
@@ -155,16 +155,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
         answering: Whether to open the assistant's turn (the generation prompt).
 
     Raises:
-        DatasetError: The tokenizer has no chat template, or it refuses these messages.
+        DatasetError: The tokenizer has no chat template, or the template refuses these messages.
     """
     try:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template is a program and may raise any exception
         raise DatasetError(f"The chat template can't render these messages: {error}") from error
     return text
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """All special tokens and their ids, with those that have no role, such as the end of a turn often."""
+    """Ids of all special tokens by their text. Includes tokens without a role, such as the end of a turn."""
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added

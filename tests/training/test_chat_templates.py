@@ -210,5 +210,5 @@ def test_half_a_thought_is_learned_as_it_stands() -> None:
 def test_an_answer_that_the_template_alters_is_refused() -> None:
     tokenizer = tokenizer_of(PUBLISHED["ChatML"])
     tokenizer.chat_template = PUBLISHED["ChatML"].template.replace("m.content", "m.content.replace('H', 'J')")
-    with pytest.raises(DatasetError, match="alters what the assistant says"):
+    with pytest.raises(DatasetError, match="alters the assistant's messages"):
         tokenize(tokenizer, Conversation(tuple(TALKS["plain"])))

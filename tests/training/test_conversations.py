@@ -143,7 +143,7 @@ def test_labels_under_the_chat_template_of_a_real_model(smollm2_gguf: str) -> No
 def test_a_template_that_alters_answers_is_refused() -> None:
     tokenizer = tokenizer_with("plain")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
-    with pytest.raises(DatasetError, match="alters what the assistant says"):
+    with pytest.raises(DatasetError, match="alters the assistant's messages"):
         tokenize(tokenizer, Conversation(TALK))
 
 

@@ -133,7 +133,7 @@ def test_answers_belong_to_their_prompts(tiny_model_folder: Path, prompts: Path,
         answers.write(1, rows)
         code, output = distilled(tiny_model_folder, folder, *options)
         assert code == 1
-        assert f"{answers.path(1)} answers other prompts than those that there are now" in output
+        assert f"{answers.path(1)} answers other prompts than the present ones" in output
 
 
 def test_files_of_prompts_are_known_by_their_order_and_each_by_itself(
@@ -200,7 +200,7 @@ def test_a_deleted_part_of_prompts_is_made_anew(tmp_path: Path) -> None:
 def test_a_model_without_an_end_token_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token, tokenizer.chat_template = None, "{{ messages[0].content }}"
-    with pytest.raises(DatasetError, match="answers never end"):
+    with pytest.raises(DatasetError, match="answers would never end"):
         Writer(tiny_model("llama"), tokenizer)
 
 
@@ -243,7 +243,7 @@ def test_a_model_writes_its_own_prompts_over_several_turns(tmp_path: Path) -> No
 class Parrot:
     """Writes one prompt over and over."""
 
-    told: Callable[[int], None]
+    on_progress: Callable[[int], None]
     fingerprint = "feathers"
 
     def refusal(self, _: object) -> None:
@@ -329,7 +329,7 @@ def test_a_template_that_refuses_the_models_answers_is_found_at_the_first(
     (model / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": list(range(60))}))
     code, output = distilled(model, tmp_path / "data", "--prompts", prompts, "--turns", 2)
     assert code == 1
-    assert "No conversation can go on after the model's answer. The chat template can't render" in output
+    assert "No conversation can continue after the model's answer. The chat template can't render" in output
     assert "--turns 1" in output
     assert not (tmp_path / "data" / "answers").exists()
 

@@ -196,7 +196,7 @@ def test_medusa2(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     arguments = train(tiny_model_folder, talks, out, "--recipe", "medusa2", "--joint-epochs", 3)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "The model still makes the same choice at" in result.output
+    assert "The model still chooses the same token at" in result.output
     joint = history(out, "joint")
     # The second stage begins where the first ended, and with the model that it was.
     assert joint[0]["eval_head1_top1"] == history(out, "training")[-1]["eval_head1_top1"]

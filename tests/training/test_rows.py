@@ -44,12 +44,12 @@ def turns(*said: tuple[str, object]) -> dict[str, object]:
         ({"conversations": {"from": "human"}}, "its messages are dict, not a list"),
         ({"messages": [[{"role": "user", "content": "Hi"}]]}, "holds the turn"),
         ({"messages": [{"role": "user", "content": None}]}, "a turn of 'user' has no text"),
-        ({"messages": [{"role": "user", "content": 5}]}, "says is int, not text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "parts that are no text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "is int, not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "parts that are not text"),
         (turns(("alien", "Hi")), "holds a turn of 'alien'"),
-        (turns(("gpt", "Hello")), "no message of a user"),
-        (turns(("human", " "), ("gpt", "Hello")), "its user says nothing"),
-        ({"data": ["Hi", 5]}, "'data' holds other things than texts"),
+        (turns(("gpt", "Hello")), "no user message"),
+        (turns(("human", " "), ("gpt", "Hello")), "its user messages are empty"),
+        ({"data": ["Hi", 5]}, "'data' holds values that are not texts"),
         ({"text2": "a"}, "has the keys 'text2'"),
         ({}, "has the keys (none)"),
         (5, "it holds int"),
@@ -200,7 +200,7 @@ REASONS = (
     "line 7: its conversation is empty",
     "line 8: it has no answer to learn from",
     "line 9: its answers are empty",
-    "line 10: its first answer begins behind 300 tokens (--max-length)",
+    "line 10: its first answer begins after the first 300 tokens (--max-length)",
     "line 11: The chat template can't render these messages: system messages are not known",
 )
 
@@ -299,5 +299,5 @@ def test_a_system_message_that_the_template_refuses_is_found_at_once(
     code, output = distilled(picky_model, tmp_path / "data", "--prompts", prompts, "--system", "Be kind")
     assert code == 1
     assert "None of 22 prompts can be answered" in output
-    assert "leave --system out" in output
+    assert "without --system" in output
     assert not (tmp_path / "data" / "answers").exists()
