@@ -1,4 +1,4 @@
-"""Decoding speed of plain steps, interleaved: each round every contestant generates the same number of tokens."""
+"""Compares the decoding speed of plain steps. In each round every contestant generates the same number of tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from medusa_runtime import MedusaEngine
 from medusa_runtime.bundles.bundle import WEIGHTS
 
 PROMPT = "Write a long story about a lighthouse keeper who finds a message in a bottle."
-# Generates this many tokens; gives the seconds from the first to the last.
+# Generates a number of tokens; returns the seconds from the first token to the last.
 Contestant = Callable[[int], float]
 
 
 class Bundle:
-    """A bundle at one tree size; it also notes what part of a step is not the session's run."""
+    """A bundle at one tree size. Also measures the host overhead: the share of a step outside the session's run."""
 
     def __init__(self, folder: Path, prompt: list[int], threads: int, tree_size: int) -> None:
         self.engine = MedusaEngine.load(folder, threads=threads, check_digests=False)
@@ -53,7 +53,7 @@ class Bundle:
 
 
 def seconds_of(peer: bench.Contestant, prompt: list[int]) -> Contestant:
-    """Another runtime, by the seconds that it takes."""
+    """Another runtime as a contestant of this script."""
 
     def run(tokens: int) -> float:
         answer = peer(prompt, tokens)
@@ -63,7 +63,7 @@ def seconds_of(peer: bench.Contestant, prompt: list[int]) -> Contestant:
 
 
 def reading(size: int, threads: int) -> Contestant:
-    """Nothing but reading as many bytes as a token's weights: no decoder that reads them all can be faster."""
+    """A contestant that only reads as many bytes as the weights have, once per token. No decoder can be faster."""
     torch.set_num_threads(threads)
     weights = torch.ones(size // 4)
 
@@ -78,13 +78,13 @@ def reading(size: int, threads: int) -> Contestant:
 
 @click.command()
 @click.option("--heads", type=click.Path(path_type=Path), required=True, help="Bundle with heads.")
-@click.option("--no-heads", type=click.Path(path_type=Path), required=True, help="The same model without.")
-@click.option("--genai", "genai_model", type=click.Path(path_type=Path), help="Folder of onnxruntime-genai.")
-@click.option("--model", help="The model for transformers.")
-@click.option("--threads", default=2, show_default=True)
-@click.option("--rounds", default=15, show_default=True)
+@click.option("--no-heads", type=click.Path(path_type=Path), required=True, help="Bundle of the same model without.")
+@click.option("--genai", "genai_model", type=click.Path(path_type=Path), help="Model folder for onnxruntime-genai.")
+@click.option("--model", help="Model for transformers: a folder, a hub id or a GGUF file.")
+@click.option("--threads", default=2, show_default=True, help="Threads of each contestant.")
+@click.option("--rounds", default=15, show_default=True, help="Number of rounds, after one to warm up.")
 @click.option("--tokens", default=48, show_default=True, help="Tokens per contestant and round.")
-@click.option("--tree-size", "tree_sizes", multiple=True, type=int, help="Also the bundle with a tree of this size.")
+@click.option("--tree-size", "tree_sizes", multiple=True, type=int, help="Add the bundle with a tree of this size.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 def main(
     heads: Path,
@@ -97,7 +97,7 @@ def main(
     tree_sizes: tuple[int, ...],
     json_path: Path | None,
 ) -> None:
-    """Prints a table of medians, and of ratios within a round."""
+    """Prints a table of median step times, and of speed ratios within a round."""
     plain_name = "bundle with heads, tree size 1"
     with MedusaEngine.load(heads, check_digests=False) as engine:
         assert engine.tokenizer is not None
@@ -118,7 +118,7 @@ def main(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     orders = random.Random(0)  # noqa: S311  # no secret
     for run in range(rounds + 1):
-        for name in orders.sample(list(contestants), len(contestants)):  # so that nobody always follows the same one
+        for name in orders.sample(list(contestants), len(contestants)):  # so that no contestant follows always the same
             taken = contestants[name](tokens)
             if run > 0:  # the first round warms up
                 seconds[name].append(taken / (tokens - 1))
@@ -140,7 +140,7 @@ def main(
 
 
 def _per_step(bundle: Bundle) -> Contestant:
-    """A tree's steps emit more than a token: the time of as many steps as there would be tokens."""
+    """A contestant that takes ``tokens - 1`` steps. Steps of a tree emit more than one token, so steps are counted."""
 
     def run(tokens: int) -> float:
         result = bundle.engine.generate(bundle.prompt, max_new_tokens=tokens, tree_size=bundle.tree_size)

@@ -1,7 +1,7 @@
-"""What a long prompt costs streams that are running, and what they cost it, by the size of its chunks.
+"""Measures, by chunk size, how a long prompt delays running streams, and how these delay the long prompt.
 
-Three requests decode; then one with a long prompt arrives, and answers with a few tokens. The pauses of running streams
-are set against the time until the first token of the long one.
+Three requests decode. Then a request with a long prompt arrives, and answers with a few tokens. The table shows the
+pauses of the running streams, and the time until the first token of the long request.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from medusa_runtime import Bundle, MedusaService, Metrics, RequestCancelledError
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 STREAMS = 3
-ANSWER = 12  # tokens
+ANSWER = 12  # tokens of the long request's answer
 
 
 def read(handle: RequestHandle, times: list[float]) -> None:
-    """Notes when chunks come, until the request is cancelled."""
+    """Records the times of a request's chunks, until the request is cancelled."""
     with suppress(RequestCancelledError):
         times.extend(time.perf_counter() for _ in handle)
 
 
 class Chunks(Metrics):
-    """Notes how long chunks of prompts take."""
+    """Records how long chunks of prompts take, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -45,16 +45,16 @@ class Chunks(Metrics):
 
 @dataclass(frozen=True)
 class Arrival:
-    """What came of one arrival; seconds.
+    """Times around the arrival of one long prompt, in seconds.
 
     Attributes:
-        usual: Median pause of a stream before the long prompt comes.
-        chunk: What a chunk takes, median.
-        pause: Pause of a stream while the long prompt is taken in, median.
-        longest: The longest of these.
-        longest_chunk: The longest chunk.
-        joining: The longest pause of a stream after that, while the long one decodes, too.
-        first_token: Until the first token of the long one.
+        usual: Median pause of a stream before the long prompt arrives.
+        chunk: Median time of a chunk.
+        pause: Median pause of a stream during the prefill of the long prompt.
+        longest: Longest pause of a stream during that prefill.
+        longest_chunk: Longest time of a chunk.
+        joining: Longest pause of a stream after the prefill, while the long request decodes.
+        first_token: Time from arrival to the first token of the long request.
     """
 
     usual: float
@@ -67,7 +67,14 @@ class Arrival:
 
 
 def arrival(service: MedusaService, chunks: Chunks, length: int, offset: int) -> Arrival:
-    """Lets streams run, and then a long prompt come."""
+    """Starts the streams, then submits a long prompt, and measures both.
+
+    Args:
+        service: The service.
+        chunks: The service's metrics.
+        length: Tokens of the long prompt.
+        offset: Shifts the token ids, so that no prefix of an earlier prompt is reused.
+    """
     times: list[list[float]] = [[] for _ in range(STREAMS)]
     handles = [service.submit(range(10 + offset + i, 40 + offset + i), max_new_tokens=600) for i in range(STREAMS)]
     threads = [threading.Thread(target=read, args=pair) for pair in zip(handles, times, strict=True)]
@@ -101,11 +108,13 @@ def arrival(service: MedusaService, chunks: Chunks, length: int, offset: int) ->
 @click.command()
 @click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--length", default=2000, show_default=True, help="Tokens of the long prompt.")
-@click.option("--chunk", "chunks", multiple=True, type=int, default=(16, 32, 64, 128), show_default=True)
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--threads", default=2, show_default=True)
+@click.option(
+    "--chunk", "chunks", multiple=True, type=int, default=(16, 32, 64, 128), show_default=True, help="Tokens per chunk."
+)
+@click.option("--rounds", default=3, show_default=True, help="Number of rounds.")
+@click.option("--threads", default=2, show_default=True, help="Threads of the service.")
 def main(folder: Path, length: int, chunks: tuple[int, ...], rounds: int, threads: int) -> None:
-    """Prints a table of medians over rounds."""
+    """Prints a table of median times over rounds, by chunk size."""
     bundle, chunk_times = Bundle.load(folder, check_digests=False), Chunks()
     backend = OnnxRuntimeBackend(bundle, rows=STREAMS + 1, threads=threads)
     service = MedusaService(bundle, backend, None, tree_size=1, metrics=chunk_times)
@@ -113,7 +122,7 @@ def main(folder: Path, length: int, chunks: tuple[int, ...], rounds: int, thread
     arrival(service, chunk_times, length, 0)  # warms up
     for turn in range(rounds):
         for place, chunk in enumerate(chunks):
-            service._thread.turns.prefill_chunk = chunk  # one session for all, for it holds a copy of the weights
+            service._thread.turns.prefill_chunk = chunk  # not a new service, which would load the weights again
             arrivals[chunk].append(arrival(service, chunk_times, length, 7 * (turn * len(chunks) + place + 1)))
     service.close()
     names = [field.name for field in fields(Arrival)]

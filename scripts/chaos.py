@@ -1,13 +1,15 @@
-"""A service in which everything fails that can: 20,000 requests, of which none may be wrong or lost.
+"""Runs services under injected faults: of 20,000 requests, none may be lost or get a wrong answer.
 
-It lives many lives. In each one any call of the backend may raise, before or after it has done its work. Clocks jump,
-requests are cancelled or late, callbacks are slow or raise, the process forks, and in the end the service is drained,
-or closed in the middle. Every answer that comes must be the one that the request gets alone, in an engine where nothing
-fails; every other request must end with an error of ours. What a request received before it ended must be the beginning
-of that answer. As in ``soak.py``, a drawn answer may equal the run at one of three tree sizes.
+It runs many services, one after the other. In each, any call of the backend may raise an exception, before or after it
+has done its work. Clocks jump, requests are cancelled or late, callbacks are slow or raise, and the process forks. In
+the end the service is drained, or closed while requests run.
 
-Fails with exit code 1 if a request was wrong, was lost or ended with another exception, if a service died, or if a
-forked child wasn't refused at once. Without a BUNDLE it exports a tiny random model.
+Every answer must equal the answer that an engine without faults gives to the request alone. Every other request must
+end with one of this project's exceptions. The tokens that a request received before it ended must be the beginning of
+that answer. As in ``soak.py``, a sampled answer may equal the engine's answer at one of three tree sizes.
+
+The exit code is 1 if a request was wrong, was lost or ended with another exception, if a service failed, or if a call
+in a forked child was not refused at once. Without a BUNDLE it exports a tiny random model.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import FaultyBackend, JumpyClock
-from soak import Consumer, Ends, Outcome, Request, Weather, corpus, verdict
+from soak import Consumer, Ends, Outcome, Request, RequestSource, corpus, verdict
 from tiny_bundle import bundle_folder
 
 from medusa_export.common.progress import progress_bar
@@ -37,13 +39,13 @@ from medusa_runtime import Bundle, Chunk, ForkError, MedusaEngine, MedusaError, 
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.text.tokenizer import Tokenizer
 
-POOL = 300  # different requests, whose answers are known after some lives
+POOL = 300  # different requests; the engine's answers to them are kept
 QUEUE = 16
 TYPED = ("right", "tie", "typed error")
 
 
 class SlowConsumer(Consumer):
-    """One whose callback takes its time, now and then."""
+    """A consumer whose callback is slow in every seventh call."""
 
     def _callback(self, chunk: Chunk) -> None:
         if len(self._received) % 7 == 0:
@@ -53,45 +55,46 @@ class SlowConsumer(Consumer):
 
 @dataclasses.dataclass
 class Tally:
-    """What came of all lives.
+    """The results of all services.
 
     Attributes:
-        verdicts: Requests by what came of them.
-        ends: Requests by finish reason or class of error.
-        faults: How often each call of the backend raised.
-        lives: Services by how they ended.
-        jumps: Of clocks.
-        forks: Children that were refused.
-        failures: What went wrong besides, in words.
+        verdicts: Number of requests by verdict.
+        ends: Number of requests by finish reason or class of error.
+        faults: Number of exceptions by the call of the backend that raised.
+        services: Number of services by the way they ended.
+        jumps: Number of jumps of clocks.
+        forks: Number of forked children.
+        failures: Descriptions of other failures.
     """
 
     verdicts: Counter[str] = dataclasses.field(default_factory=Counter)
     ends: Counter[str] = dataclasses.field(default_factory=Counter)
     faults: Counter[str] = dataclasses.field(default_factory=Counter)
-    lives: Counter[str] = dataclasses.field(default_factory=Counter)
+    services: Counter[str] = dataclasses.field(default_factory=Counter)
     jumps: int = 0
     forks: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing was wrong, lost or otherwise amiss."""
+        """True if no request was wrong or lost, and there was no other failure."""
         return not self.failures and not set(self.verdicts) - set(TYPED)
 
 
 @dataclasses.dataclass
-class World:
-    """Draws what happens; the same for the same seed, but for the timing.
+class Scenario:
+    """The requests and settings of all services. The same seed gives the same requests; timing differs.
 
     Attributes:
-        weather: Draws requests.
-        engine: Answers them alone, and nothing fails in it.
-        rate: The probability that a call of the backend raises.
-        rows: Of a service.
-        seed: Of all draws.
+        source: Draws requests.
+        engine: An engine without faults. It answers each request alone.
+        rate: Probability that a call of the backend raises.
+        rows: Rows of a service.
+        seed: Seed of all random choices.
+        answers: The engine's answers so far, by request and tree size.
     """
 
-    weather: Weather
+    source: RequestSource
     engine: MedusaEngine
     rate: float
     rows: int
@@ -99,13 +102,13 @@ class World:
     answers: dict[tuple[int, int], Any] = dataclasses.field(default_factory=dict)
 
     def request(self, number: int) -> Request:
-        """One of ``POOL`` prompts and policies, with a fate of its own."""
-        fate = self.weather.request(number)
-        same = self.weather.request(number % POOL)
-        return dataclasses.replace(same, consumer=fate.consumer, cancel_after=fate.cancel_after, timeout=fate.timeout)
+        """A request: one of ``POOL`` prompts and policies, with its own consumer, cancellation and deadline."""
+        own = self.source.request(number)
+        shared = self.source.request(number % POOL)
+        return dataclasses.replace(shared, consumer=own.consumer, cancel_after=own.cancel_after, timeout=own.timeout)
 
     def generate(self, number: int, *arguments: Any, tree_size: int, **policy: Any) -> Any:
-        """As the engine's, which answers each of the pool once for each tree size."""
+        """The engine's answer to a request at a tree size, computed once and kept."""
         key = (number % POOL, tree_size)
         if key not in self.answers:
             self.answers[key] = self.engine.generate(*arguments, tree_size=tree_size, **policy)
@@ -113,32 +116,32 @@ class World:
 
 
 class _Alone:
-    """The engine that ``verdict`` asks, for one request."""
+    """The engine as ``verdict`` uses it for one request. It reads the kept answers."""
 
-    def __init__(self, world: World, number: int) -> None:
-        self._world, self._number, self.bundle = world, number, world.engine.bundle
+    def __init__(self, scenario: Scenario, number: int) -> None:
+        self._scenario, self._number, self.bundle = scenario, number, scenario.engine.bundle
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
-        """As the world's."""
-        return self._world.generate(self._number, *arguments, **options)
+        """The scenario's answer to this request."""
+        return self._scenario.generate(self._number, *arguments, **options)
 
 
-class Life:
-    """One service, from its start to its end.
+class ServiceRun:
+    """One service from its start to its end.
 
     Args:
-        world: Draws what happens.
-        numbers: Of its requests.
-        tally: Where to count.
+        scenario: The requests and settings.
+        numbers: Numbers of the service's requests.
+        tally: The results, to add to.
     """
 
-    def __init__(self, world: World, numbers: range, tally: Tally) -> None:
-        self._world, self._numbers, self._tally = world, numbers, tally
-        self._random = random.Random(f"{world.seed} {numbers.start}")  # noqa: S311  # no secret
-        bundle = world.engine.bundle
+    def __init__(self, scenario: Scenario, numbers: range, tally: Tally) -> None:
+        self._scenario, self._numbers, self._tally = scenario, numbers, tally
+        self._random = random.Random(f"{scenario.seed} {numbers.start}")  # noqa: S311  # no secret
+        bundle = scenario.engine.bundle
         self._clock = JumpyClock()
-        inner = OnnxRuntimeBackend(bundle, rows=world.rows, threads=1)
-        self._backend = FaultyBackend(inner, rate=world.rate, seed=world.seed + numbers.start)
+        inner = OnnxRuntimeBackend(bundle, rows=scenario.rows, threads=1)
+        self._backend = FaultyBackend(inner, rate=scenario.rate, seed=scenario.seed + numbers.start)
         self._ends = Ends()
         self._service = MedusaService(
             bundle,
@@ -154,8 +157,8 @@ class Life:
         self._untyped: dict[int, str] = {}
         self._room = asyncio.Semaphore(3 * QUEUE)
 
-    async def live(self) -> None:
-        """Sends all requests, and ends the service."""
+    async def run(self) -> None:
+        """Sends all requests, and drains or closes the service."""
         ending = self._random.choice(["drained", "closed"])
         last = self._numbers[-1] if ending == "drained" else self._numbers[-1 - len(self._numbers) // 10]
         async with asyncio.TaskGroup() as tasks:
@@ -174,18 +177,18 @@ class Life:
         if state != ("draining" if ending == "drained" else "closed"):
             self._tally.failures.append(f"a service was {state}: {self._service.failure!r}")
         await asyncio.to_thread(self._service.close)
-        self._tally.lives[ending] += 1
+        self._tally.services[ending] += 1
         self._count()
 
     async def _answer(self, number: int) -> None:
-        consumer = SlowConsumer(self._world.request(number))
+        consumer = SlowConsumer(self._scenario.request(number))
         try:
             self._outcomes[number] = await consumer.follow(await consumer.submit(self._service))
-        except MedusaError as error:  # it was refused
+        except MedusaError as error:  # the request was refused
             self._outcomes[number] = Outcome.of(type(error).__name__, [])
         except TimeoutError:
-            pass  # it is lost
-        except Exception as error:  # noqa: BLE001  # that is what this looks for
+            pass  # without an outcome, the request counts as lost
+        except Exception as error:  # noqa: BLE001  # this script searches for such exceptions
             self._untyped[number] = repr(error)
         self._room.release()
 
@@ -210,7 +213,7 @@ class Life:
         for thread in waiting:
             thread.join(30)
         if any(thread.is_alive() for thread in waiting) or self._service.load_figures != (0, 0):
-            tally.failures.append("a service left something behind")
+            tally.failures.append("a service left threads or requests behind")
         for number in self._numbers:
             outcome = self._outcomes.get(number)
             if number in self._untyped:
@@ -221,28 +224,28 @@ class Life:
                 tally.verdicts["lost"] += 1
                 continue
             tally.ends[outcome.name] += 1
-            request = self._world.request(number)
-            found = verdict(number, request, outcome, _Alone(self._world, number))  # type: ignore[arg-type]
+            request = self._scenario.request(number)
+            found = verdict(number, request, outcome, _Alone(self._scenario, number))  # type: ignore[arg-type]
             if found != "wrong" and outcome.name not in ("stop", "length"):
                 found = "typed error"
             tally.verdicts[found] += 1
 
 
 def _refusals(service: MedusaService) -> int:
-    """What a child exits with: 0 if each call is refused by type."""
+    """The exit code of a forked child: 0 if each call of the service raises ``ForkError``."""
     for call in (lambda: service.submit([1]), lambda: service.generate([1]), service.drain, service.close):
         try:
             call()
         except ForkError:
             continue
-        except BaseException:  # noqa: BLE001  # the parent says so
+        except BaseException:  # noqa: BLE001  # the parent reports the exit code
             return 2
         return 3
     return 0 if service.state == "failed" else 4
 
 
 def _exit_code(child: int) -> int:
-    """Waits for a child, but not for ever."""
+    """The exit code of a child; -9 if it did not end within 30 seconds and was killed."""
     for _ in range(600):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -255,27 +258,27 @@ def _exit_code(child: int) -> int:
 
 @click.command()
 @click.argument("folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
-@click.option("--requests", default=20_000, show_default=True)
-@click.option("--requests-per-life", "per_life", default=400, show_default=True)
+@click.option("--requests", default=20_000, show_default=True, help="Number of requests.")
+@click.option("--requests-per-service", "per_service", default=400, show_default=True, help="Requests per service.")
 @click.option("--rate", default=0.002, show_default=True, help="Probability that a call of the backend raises.")
-@click.option("--rows", default=6, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--rows", default=6, show_default=True, help="Rows of a service.")
+@click.option("--seed", default=0, show_default=True, help="Seed of all random choices.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
 def main(
-    folder: Path | None, requests: int, per_life: int, rate: float, rows: int, seed: int, json_path: Path | None
+    folder: Path | None, requests: int, per_service: int, rate: float, rows: int, seed: int, json_path: Path | None
 ) -> None:
-    """Runs all lives and prints what came of them."""
+    """Runs all services and prints the results as JSON."""
     logging.getLogger("medusa_runtime").setLevel(logging.CRITICAL)  # thousands of failures are expected
     started = time.monotonic()
     with bundle_folder(folder) as path:
         bundle = Bundle.load(path)
-        weather = Weather(corpus(path, seed), 200, 40, 0.5, bundle.sampling, seed)
+        source = RequestSource(corpus(path, seed), 200, 40, 0.5, bundle.sampling, seed)
         tally, engine = Tally(), MedusaEngine.load(path, threads=1)
-        world = World(weather, engine, rate, rows, seed)
+        scenario = Scenario(source, engine, rate, rows, seed)
         with progress_bar("requests", requests) as bar:
-            for first in range(0, requests, per_life):
-                numbers = range(first, min(first + per_life, requests))
-                asyncio.run(Life(world, numbers, tally).live())
+            for first in range(0, requests, per_service):
+                numbers = range(first, min(first + per_service, requests))
+                asyncio.run(ServiceRun(scenario, numbers, tally).run())
                 for _ in numbers:
                     bar.finish_piece()
         engine.close()

@@ -1,4 +1,4 @@
-"""Accuracy against the amount of data: fresh heads trained on samples of a data set, all measured on the same answers.
+"""Measures accuracy by amount of data: trains new heads on samples of a data set, measures all on the same answers.
 
 Usage: python scripts/data_curve.py MODEL --data DATA --measure FILE -o FOLDER -- OPTIONS OF 'medusa-export train'
 """
@@ -22,18 +22,18 @@ TOP = (1, 5)
 
 
 def medusa_export(*arguments: object) -> None:
-    """Runs a command."""
+    """Runs a command of medusa-export."""
     subprocess.run([sys.executable, "-m", "medusa_export", *map(str, arguments)], check=True)  # noqa: S603
 
 
 def point(tokens: int, measured: Path) -> dict[str, float]:
-    """Tokens that heads were trained on, and how often they are right."""
+    """A point of the curve: the number of training tokens, and the accuracies of each head."""
     heads = enumerate(Calibration.load(measured).accuracies, 1)
     return {"tokens": tokens} | {f"head{k}_top{top}": sum(head[:top]) for k, head in heads for top in TOP}
 
 
 def plot(points: list[dict[str, float]], target: Path) -> None:
-    """A line per head, over tokens on a logarithmic scale."""
+    """Draws a line per head, over tokens on a logarithmic scale."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     tokens = [found["tokens"] for found in points]
@@ -49,12 +49,12 @@ def plot(points: list[dict[str, float]], target: Path) -> None:
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("model")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="As for 'train'.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Data set, as for 'train'.")
 @click.option("--measure", type=click.Path(path_type=Path), required=True, help="Conversations to measure on.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of heads, JSON and plot.")
-@click.option("--heldout", default=0.05, show_default=True, help="If --data is a file.")
-@click.option("--parts", default=4, show_default=True, help="Points, each of twice the data of the one before.")
-@click.option("--known", type=(int, str), multiple=True, metavar="TOKENS HEADS", help="Also heads that are there.")
+@click.option("--heldout", default=0.05, show_default=True, help="Share of prompts to hold out, if --data is a file.")
+@click.option("--parts", default=4, show_default=True, help="Number of points. Each has twice the data of the last.")
+@click.option("--known", type=(int, str), multiple=True, metavar="TOKENS HEADS", help="Add heads that exist already.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def main(
     model: str,
@@ -66,7 +66,7 @@ def main(
     known: tuple[tuple[int, str], ...],
     options: tuple[str, ...],
 ) -> None:
-    """Trains and measures; what is there already is not made again."""
+    """Trains heads, measures them and draws the curve. Existing results are kept."""
     tokenizer = load_chat_tokenizer(model)
     whole = load_splits(data, heldout=heldout)[0]
     points = []

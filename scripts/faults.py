@@ -1,4 +1,4 @@
-"""A backend that fails on purpose, and a clock that jumps: what chaos is made of."""
+"""A backend that fails on purpose, and a clock that jumps, for ``chaos.py`` and tests."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KINDS: tuple[Callable[[str], Exception], ...] = (BackendError, MemoryError, Runt
 
 
 class FaultyBackend:
-    """Passes everything on to a backend; now and then a call or an attribute raises instead, or after it was passed on.
+    """Passes all calls on to a backend. At random, a call or an attribute raises instead, or after it was passed on.
 
     Args:
         backend: A backend for a service.
-        rate: The probability that a call raises.
-        seed: Of all draws.
+        rate: Probability that a call raises, before it and after it.
+        seed: Seed of all random choices.
 
     Attributes:
-        rate: As given; may be changed at any time.
-        raised: How often each call raised.
+        rate: The same probability. It may be changed at any time.
+        raised: Number of exceptions by call.
     """
 
     def __init__(self, backend: Any, *, rate: float, seed: int) -> None:
@@ -35,7 +35,7 @@ class FaultyBackend:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._backend, name)
-        if name in ("close", "name", "rows", "capacity", "max_tokens"):  # they keep no request waiting
+        if name in ("close", "name", "rows", "capacity", "max_tokens"):  # no request depends on them
             return value
         if not callable(value):
             self._perhaps_raise(name)
@@ -56,10 +56,10 @@ class FaultyBackend:
 
 
 class JumpyClock:
-    """Seconds of the monotonic clock, which somebody moves now and then.
+    """The monotonic clock in seconds, plus an offset that ``jump`` changes.
 
     Attributes:
-        jumps: How often.
+        jumps: Number of jumps.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class JumpyClock:
         return time.monotonic() + self._offset
 
     def jump(self, seconds: float) -> None:
-        """Moves it, forwards or backwards."""
+        """Moves the clock forwards, or backwards for negative seconds."""
         with self._lock:
             self._offset += seconds
             self.jumps += 1

@@ -1,4 +1,4 @@
-"""Damage to files: of JSON by its structure, of templates by their tags, of any by its bytes, and of what a file is."""
+"""Damages files at random: JSON in its structure, templates in their tags, any file in its bytes or its type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 RAW = "@raw-{}@"
-# Text that Python's own writer wouldn't write.
+# JSON texts, valid or not, that Python's own writer wouldn't write.
 RAW_TEXTS = (
     "9" * 5000,
     "-" + "9" * 400,
@@ -147,7 +147,7 @@ SNIPPETS = (
 
 
 def mutated_json(data: bytes, random: Random) -> bytes:
-    """A JSON text with some of its values, keys or elements damaged."""
+    """Damages some values, keys or elements of a JSON text."""
     try:
         root = [json.loads(data)]
     except ValueError:
@@ -160,7 +160,7 @@ def mutated_json(data: bytes, random: Random) -> bytes:
             return b""
     try:
         text = json.dumps(root[0], ensure_ascii=random.random() < 0.5)
-    except (RecursionError, ValueError):  # nested beyond what can be written, or in itself
+    except (RecursionError, ValueError):  # nested too deeply to be written, or contains itself
         return mutated_bytes(data, random)
     for i, raw in enumerate(RAW_TEXTS):
         text = text.replace(json.dumps(RAW.format(i)), raw)
@@ -168,7 +168,7 @@ def mutated_json(data: bytes, random: Random) -> bytes:
 
 
 def _places(root: list[Any]) -> list[tuple[Any, Any]]:
-    """Holder and key of each value, but for those of huge containers that an earlier damage put there."""
+    """Container and key of each value. Of huge containers, which earlier damage may have made, only the first ones."""
     found: list[tuple[Any, Any]] = []
     waiting: list[Any] = [root]
     while waiting and len(found) < 50_000:
@@ -234,7 +234,7 @@ _JSON_MUTATIONS: tuple[Callable[[Any, Any, Random], None], ...] = (
 
 
 def mutated_template(data: bytes, random: Random) -> bytes:
-    """A template with tags removed, repeated, swapped, or with others among them."""
+    """Removes, repeats or swaps tags of a template, or adds other tags."""
     parts = re.split(r"({%.*?%}|{{.*?}})", data.decode("utf-8", "replace"), flags=re.DOTALL)
     for _ in range(random.choice((1, 1, 2, 5))):
         place = random.randrange(len(parts))
@@ -252,7 +252,7 @@ def mutated_template(data: bytes, random: Random) -> bytes:
 
 
 def mutated_bytes(data: bytes, random: Random) -> bytes:
-    """Any bytes, with some of them changed, cut off, moved or repeated."""
+    """Changes, cuts off, inserts or repeats some of a file's bytes, or encodes them as UTF-16."""
     found = bytearray(data)
     place = random.randrange(len(found) + 1)
     kind = random.randrange(8)
@@ -276,7 +276,7 @@ def mutated_bytes(data: bytes, random: Random) -> bytes:
 
 
 def replace_file(path: Path, random: Random) -> None:
-    """Puts something in a file's place that is no such file."""
+    """Removes a file, or replaces it by another kind: a folder, a pipe, a link, a huge or an unreadable file."""
     others = [other for other in path.parents[1].rglob("*") if other.is_file() and other != path]
     kind = random.choice(("gone", "empty", "folder", "pipe", "circle", "nowhere", "outside", "huge", "other", "locked"))
     if kind == "other":

@@ -1,11 +1,16 @@
-"""Damages every file that the runtime reads, and loads what is left: only our own errors may come of it.
+"""Damages each file that the runtime reads, and loads it: only this project's exceptions may be raised.
 
-Each case damages one file of a bundle, of a compiled engine's folder or of the exporter's inputs, loads it with
-digests off, and uses what could be loaded: text is encoded and decoded, chats are rendered, trees are chosen. It
-fails if anything but a ``MedusaError`` is raised, if it takes more than 5 seconds of CPU time or 200 MB of memory, if
-the process ends, or if something is printed to standard output. Chats are encoded whole if the bounds for a context
-of 512 tokens let them through (64 KiB). What a longer context takes is not measured. Cases run in child processes;
-SEED and number name a case, and ``--only`` runs it alone.
+Each case damages one file of a bundle, of a compiled engine's folder or of the exporter's inputs. It loads the file
+without checking digests, and uses the result: text is encoded and decoded, chats are rendered, trees are chosen. A case
+fails
+
+- if an exception other than ``MedusaError`` is raised,
+- if it takes more than 5 seconds of CPU time or 200 MB of memory,
+- if the process ends,
+- if anything is printed to standard output.
+
+Chats are encoded if the bounds for a context of 512 tokens (64 KiB) accept them. Longer contexts are not measured.
+Cases run in child processes. SEED and its number identify a case, and ``--only`` runs it alone.
 
 Without a BUNDLE it exports a tiny random model.
 """
@@ -51,8 +56,8 @@ from tiny_bundle import bundle_folder
 MOST_BYTES = 200 * 10**6
 MOST_SECONDS = 5
 LONGEST_MESSAGE = 2000  # characters
-MOST_TOKENS = 512  # of a prompt: a tiny model holds no more
-# Of so many cases one damages a graph, each of which takes a session to find out.
+MOST_TOKENS = 512  # of a prompt: the context of a tiny model
+# One of 40 cases damages a graph. These cases are slow, as each makes an ONNX Runtime session.
 GRAPH_EVERY = 40
 TOOLS = [{"name": "f", "parameters": {"a": 1}}]
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, wörld 👋\n  <|x|> ½"}]
@@ -60,15 +65,14 @@ MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
-        case: Its number.
-        file: Which file was damaged.
-        kind: ``loaded``, or the name of the exception; ``memory``, ``time``, ``printed`` or ``ended`` for what no error
-            may be.
-        wrong: Whether that is a failure.
-        detail: The message, or the trace of a failure.
+        case: Number of the case.
+        file: The damaged file.
+        kind: ``loaded``, or the name of the exception, or ``memory``, ``time``, ``printed`` or ``ended``.
+        wrong: True if the case failed.
+        detail: The message, or the traceback of a failure.
     """
 
     case: int
@@ -79,13 +83,13 @@ class Outcome:
 
 
 def fuzz(bundle: Path, cases: range, seed: int, *, graphs: bool = True) -> Iterator[Outcome]:
-    """Runs cases in a child process, and in another one after each that ended it.
+    """Runs cases in a child process. If a case ends the process, a new one runs the next cases.
 
     Args:
-        bundle: The bundle to damage; it is copied.
+        bundle: The bundle whose copy is damaged.
         cases: Numbers of the cases.
-        seed: What they are drawn with, together with their numbers.
-        graphs: Damage graphs too.
+        seed: Seed of the random choices, together with the case's number.
+        graphs: Whether to damage graphs as well.
     """
     with tempfile.TemporaryDirectory() as scratch:
         prepare(bundle, Path(scratch) / "files")
@@ -112,23 +116,23 @@ def fuzz(bundle: Path, cases: range, seed: int, *, graphs: bool = True) -> Itera
 
 
 class Idle:
-    """A backend whose steps take no time, to have a latency table of."""
+    """A backend whose steps take no time, to make a latency table with."""
 
     name = "idle"
     max_tokens = None
 
     def reserve(self, capacity: int) -> None:
-        """Has room for all."""
+        """Does nothing, as it has no caches."""
 
     def reset(self, row: int) -> None:
-        """Holds nothing."""
+        """Does nothing, as it has no caches."""
 
     def step(self, size: int, prompts: object) -> None:
         """Does nothing."""
 
 
 def use_tokenizer(tokenizer: Any) -> None:
-    """Encodes, decodes and renders a little."""
+    """Encodes and decodes a text, and renders a chat with each template."""
     if tokenizer is None:
         return
     last: MedusaError | None = None
@@ -136,7 +140,7 @@ def use_tokenizer(tokenizer: Any) -> None:
         try:
             chat = tokenizer.render_chat(MESSAGES, chat_template=template, tools=TOOLS)
             tokenizer.encode(chat, add_special_tokens=False, max_tokens=MOST_TOKENS)
-        except MedusaError as error:  # the others are used all the same
+        except MedusaError as error:  # the other templates are used all the same
             last = error
     ids = tokenizer.encode("Hello, wörld 👋\n  <a> don't ½")
     some = [*ids[:20], *range(min(tokenizer.vocab_size, 40)), 10**6]
@@ -153,7 +157,12 @@ def use_tokenizer(tokenizer: Any) -> None:
 
 
 def use_bundle(folder: Path, *, run: bool) -> None:
-    """Loads a bundle or an engine's description, and all that hangs on it but the backend, unless ``run``."""
+    """Loads a bundle or an engine's description, and everything that is made of it.
+
+    Args:
+        folder: The folder.
+        run: Whether to load the backend and run the graph as well.
+    """
     bundle = Bundle.load(folder, check_digests=False)
     if is_engine(folder):
         description = CompiledEngine.load(folder, check_digests=False)
@@ -173,23 +182,29 @@ def use_bundle(folder: Path, *, run: bool) -> None:
 
 
 def use_exporters(folder: Path) -> None:
-    """Reads what the exporter reads."""
+    """Reads the files that the exporter reads."""
     tree = load_tree(str(folder / "tree.json"), num_heads=3, top_k=4).tree
     calibration = Calibration.load(folder / "calibration.json")
     calibration.acceptance(tree)
 
 
 def damage(folder: Path, case: int, seed: int, *, graphs: bool) -> str:
-    """Damages one file of the undamaged ones.
+    """Damages one file of a folder.
+
+    Args:
+        folder: The folder of undamaged files.
+        case: Number of the case.
+        seed: Seed of the random choices.
+        graphs: Whether to damage graphs as well.
 
     Returns:
-        Its path in the folder.
+        The damaged file's path in the folder.
     """
     random = Random(f"{seed}/{case}")  # noqa: S311
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     is_graph = {name for name in names if ".onnx" in name}
     wanted = is_graph if graphs and case % GRAPH_EVERY == 0 else set(names) - is_graph
-    # The descriptions, which have most to say, more often than others.
+    # Descriptions hold most of the checked values, so they are damaged twice as often as other files.
     chosen = random.choice(
         sorted(wanted) + [name for name in sorted(wanted) if name.endswith(("medusa.json", "engine.json"))]
     )
@@ -210,7 +225,7 @@ def damage(folder: Path, case: int, seed: int, *, graphs: bool) -> str:
 
 
 class Watch:
-    """Memory, CPU time and standard output of this process, from one case to the next."""
+    """Measures memory, CPU time and standard output of this process during a case."""
 
     def __init__(self) -> None:
         self._printed = os.memfd_create("printed")
@@ -220,16 +235,16 @@ class Watch:
         self._began = 0.0
 
     def begin(self) -> None:
-        """A case begins. One that runs for too long ends the process, by SIGPROF."""
+        """Starts measuring a case. If the case runs for too long, SIGPROF ends the process."""
         self._take_printed()
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is from now on
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak of memory
         self._present = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * self._page
         self._began = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, 2 * MOST_SECONDS)
 
     def end(self) -> str | None:
-        """What the case has taken too much of."""
+        """Stops measuring. Returns the limit that the case exceeded, in words; None if it exceeded none."""
         signal.setitimer(signal.ITIMER_PROF, 0)
         seconds = time.process_time() - self._began
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -242,7 +257,7 @@ class Watch:
         return f"printed: {printed!r:.300}" if printed else None
 
     def _take_printed(self) -> bytes:
-        """What was printed since the last call, by libraries in C too."""
+        """The bytes that were printed since the last call, also by libraries in C."""
         sys.stdout.flush()
         printed = os.pread(self._printed, 2**20, 0)
         os.ftruncate(self._printed, 0)
@@ -251,7 +266,7 @@ class Watch:
 
 
 def run_case(originals: Path, folder: Path, case: int, seed: int, *, graphs: bool, watch: Watch) -> Iterator[Outcome]:
-    """Runs one case; says so before, as it may be the process's last."""
+    """Runs one case. Yields an outcome ``started`` before it, as the case may end the process."""
     file = damage(folder, case, seed, graphs=graphs)
     yield Outcome(case, file, "started", False)
     kind, wrong, detail = "loaded", False, ""
@@ -262,7 +277,7 @@ def run_case(originals: Path, folder: Path, case: int, seed: int, *, graphs: boo
         kind, detail = type(error).__name__, str(error)
         if len(detail) > LONGEST_MESSAGE or not detail.isprintable():
             wrong, detail = True, f"a message of {len(detail):,} characters: {detail[:500]!r}"
-    except BaseException as error:  # noqa: BLE001  # a panic of Rust is no Exception
+    except BaseException as error:  # noqa: BLE001  # a panic of Rust code is not an Exception
         kind, wrong, detail = type(error).__name__, True, traceback.format_exc()[-3000:]
         del error
     excess = watch.end()
@@ -273,7 +288,7 @@ def run_case(originals: Path, folder: Path, case: int, seed: int, *, graphs: boo
 
 
 def restore(originals: Path, folder: Path, file: str) -> None:
-    """Puts back the file that a case has damaged, the description beside it, and the measurement, which is ours."""
+    """Restores the file that a case has damaged and the descriptions beside it. Removes the measured step times."""
     top = Path(file).parts[0]
     for name in (file, *(f"{top}/{name}" for name in ("medusa.json", "engine.json", ".medusa-latency.json"))):
         path = folder / name
@@ -286,7 +301,7 @@ def restore(originals: Path, folder: Path, file: str) -> None:
 
 
 def use(folder: Path, file: str) -> None:
-    """Loads what a damaged file belongs to."""
+    """Loads the bundle, engine, tokenizer or input that a damaged file belongs to."""
     top = Path(file).parts[0]
     if top == "exporter":
         use_exporters(folder / top)
@@ -297,17 +312,17 @@ def use(folder: Path, file: str) -> None:
 
 
 def child(scratch: Path, start: int, stop: int, seed: int, graphs: bool) -> None:
-    """Runs cases in this process, with a line of JSON to standard output before and after each."""
+    """Runs cases in this process. Writes a line of JSON to standard output before and after each case."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results:  # apart from what is printed
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results:  # a copy, as cases print to another file
         run_cases(scratch, range(start, stop), seed, graphs=graphs, results=results)
 
 
 def run_cases(scratch: Path, cases: range, seed: int, *, graphs: bool, results: TextIO) -> None:
-    """Runs cases in this process, and writes a line of JSON before and after each."""
+    """Runs cases in this process. Writes a line of JSON to ``results`` before and after each case."""
     watch, originals = Watch(), scratch / "files"
     for top in ("exporter/tree.json", "bundle/model.onnx", "engine/engine.json", "tokenizers/words/tokenizer.json"):
-        use(originals, top)  # so that what is imported and kept is there before
+        use(originals, top)  # imports modules and fills caches, which would otherwise count for the first case
     shutil.rmtree(scratch / "case", ignore_errors=True)
     shutil.copytree(originals, scratch / "case")
     for case in cases:
@@ -317,12 +332,12 @@ def run_cases(scratch: Path, cases: range, seed: int, *, graphs: bool, results: 
 
 @click.command()
 @click.argument("cases", type=click.IntRange(1))
-@click.option("--seed", default=0, show_default=True)
-@click.option("--only", type=int, help="Run the case of this number alone, and show what became of it.")
-@click.option("--graphs/--no-graphs", default=True, help="Damage graphs too.")
+@click.option("--seed", default=0, show_default=True, help="Seed of all random choices.")
+@click.option("--only", type=int, help="Run only the case of this number, and print its outcome.")
+@click.option("--graphs/--no-graphs", default=True, show_default=True, help="Damage graphs as well.")
 @click.option("--bundle", "folder", type=click.Path(path_type=Path, file_okay=False), help="The bundle to damage.")
 def main(cases: int, seed: int, only: int | None, graphs: bool, folder: Path | None) -> None:
-    """Run CASES cases and report; exit code 1 if any fails."""
+    """Run CASES cases and report the outcomes. The exit code is 1 if a case fails."""
     with bundle_folder(folder, tokenizer=True) as bundle:
         numbers = range(cases) if only is None else range(only, only + 1)
         kinds: Counter[str] = Counter()

@@ -25,7 +25,7 @@ TOOL_TEMPLATE = """{%- set ns = namespace(last=0) %}
 {%- if add_generation_prompt %}{% generation %}<|assistant|>{% endgeneration %}{% endif %}
 """
 
-# JSON of these tokenizers, an object a line
+# Parts that the tokenizers share.
 _TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 _LETTERS = list("abcdefghijklmnopqrstuvwxyz ,.'")
 _SHARED = {
@@ -39,7 +39,7 @@ _VOCAB = {
     for i, token in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(64)), *_LETTERS, "he", "▁", "▁the"])
 }
 
-# Of each kind of model, with what tokenizers of that kind have besides.
+# A tokenizer of each kind of model, with the normalizers, decoders etc. that are usual for the kind.
 TOKENIZERS = {
     "bytes": _SHARED
     | {
@@ -123,10 +123,18 @@ TOKENIZERS = {
 
 
 def prepare(bundle: Path, target: Path) -> None:
-    """Makes the folder of undamaged files: a bundle, an engine, other tokenizers, and what the exporter reads."""
+    """Makes the folder of undamaged files: a bundle, an engine, more tokenizers, and files that the exporter reads."""
     target.mkdir(parents=True)
     shutil.copytree(bundle, target / "bundle")
-    folder = target / "bundle"
+    _complete_bundle(target / "bundle")
+    _make_engine(target / "engine", Bundle.load(target / "bundle"))
+    for name, state in TOKENIZERS.items():
+        _make_tokenizer(target / "tokenizers" / name, state)
+    _make_exporter_inputs(target / "exporter")
+
+
+def _complete_bundle(folder: Path) -> None:
+    """Adds the optional files of a tokenizer to a bundle, and lists them."""
     (folder / "additional_chat_templates").mkdir(exist_ok=True)
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_TEMPLATE)
     (folder / "special_tokens_map.json").write_text(
@@ -146,38 +154,46 @@ def prepare(bundle: Path, target: Path) -> None:
         if path.is_file() and path.name not in (DESCRIPTION, ".medusa-latency.json")
     }
     (folder / DESCRIPTION).write_text(json.dumps(data))
-    opened = Bundle.load(folder)
-    engine = target / "engine"
-    engine.mkdir()
-    carried = [DESCRIPTION, *(name for name in opened.files if name not in (*GRAPHS, WEIGHTS))]
+
+
+def _make_engine(folder: Path, bundle: Bundle) -> None:
+    """Makes the folder of a compiled engine. The engine itself is not read without a GPU."""
+    folder.mkdir()
+    carried = [DESCRIPTION, *(name for name in bundle.files if name not in (*GRAPHS, WEIGHTS))]
     for name in carried:
-        (engine / name).parent.mkdir(exist_ok=True)
-        shutil.copy(folder / name, engine / name)
-    (engine / ENGINE).write_bytes(b"not read before a GPU is there")
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(bundle.folder / name, folder / name)
+    (folder / ENGINE).write_bytes(b"not read without a GPU")
     compiled = CompiledEngine(
-        folder=engine,
+        folder=folder,
         flavor="tensorrt",
         version="10.0",
         targets=("sm89",),
-        bundle_sha256=FileFacts.of(folder / DESCRIPTION).sha256,
+        bundle_sha256=FileFacts.of(bundle.folder / DESCRIPTION).sha256,
         limits=EngineLimits(2, 128, 32),
         profiles=(Profile("decode", (1, 1, 2), (1, 4, 9)),),
         layers={"MATRIX_MULTIPLY": 3},
-        files={name: FileFacts.of(engine / name) for name in [ENGINE, *carried]},
+        files={name: FileFacts.of(folder / name) for name in [ENGINE, *carried]},
     )
-    (engine / "engine.json").write_text(compiled.to_json(opened))
-    for name, state in TOKENIZERS.items():
-        (target / "tokenizers" / name).mkdir(parents=True)
-        (target / "tokenizers" / name / "tokenizer.json").write_text(json.dumps(state))
-        added = {str(i): {"content": f"<{i}>", "special": i == 8} for i in (8, 9)}
-        config = {
-            "added_tokens_decoder": added,
-            "chat_template": [{"name": "default", "template": TOOL_TEMPLATE}],
-            "clean_up_tokenization_spaces": True,
-            "extra_special_tokens": {"x_token": "<x>"},
-        }
-        (target / "tokenizers" / name / "tokenizer_config.json").write_text(json.dumps(config))
-    (target / "exporter").mkdir()
+    (folder / ENGINE_DESCRIPTION).write_text(compiled.to_json(bundle))
+
+
+def _make_tokenizer(folder: Path, state: dict[str, object]) -> None:
+    """Makes the folder of a tokenizer, given the content of its ``tokenizer.json``."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    config = {
+        "added_tokens_decoder": {str(i): {"content": f"<{i}>", "special": i == 8} for i in (8, 9)},
+        "chat_template": [{"name": "default", "template": TOOL_TEMPLATE}],
+        "clean_up_tokenization_spaces": True,
+        "extra_special_tokens": {"x_token": "<x>"},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _make_exporter_inputs(folder: Path) -> None:
+    """Makes a calibration and a tree."""
+    folder.mkdir()
     calibration = {
         "model": "m",
         "heads": "h",
@@ -187,12 +203,17 @@ def prepare(bundle: Path, target: Path) -> None:
         "paths": [[[0], 0.5], [[0, 0], 0.3]],
         "guessed": [[[0], 0.9], [[0, 0, 0], 0.4]],
     }
-    (target / "exporter" / "calibration.json").write_text(json.dumps(calibration))
-    (target / "exporter" / "tree.json").write_text("[[0], [1], [0, 0], [0, 1]]")
+    (folder / "calibration.json").write_text(json.dumps(calibration))
+    (folder / "tree.json").write_text("[[0], [1], [0, 0], [0, 1]]")
 
 
 def list_files(folder: Path, damaged: str) -> None:
-    """Makes the descriptions in a folder true of a damaged file, but for one that is damaged itself."""
+    """Updates sizes and digests in a folder's descriptions after a file was damaged.
+
+    Args:
+        folder: The folder.
+        damaged: Name of the damaged file. If it is a description, it is not updated.
+    """
     for description in (DESCRIPTION, ENGINE_DESCRIPTION):
         path = folder / description
         if description == damaged or not path.is_file():

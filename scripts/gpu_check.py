@@ -1,8 +1,6 @@
-"""Try each backend on the GPU of this machine.
+"""Checks each GPU backend on this machine: whether it runs, whether it agrees with PyTorch, and how fast it is.
 
-Does it run, does it agree with PyTorch, how fast is it?
-
-Run by ``gpu_check.sh``. A backend that can't be run is recorded with the words of its refusal.
+``gpu_check.sh`` runs this script. If a backend can't run, the report holds its error message.
 """
 
 from __future__ import annotations
@@ -46,7 +44,12 @@ TOKENS, WARM_UP, REPEATS = 128, 5, 30
 
 
 def main() -> int:
-    """Reports on a bundle; the exit code is 3 if no backend ran, and 1 if one failed or was wrong."""
+    """Checks a bundle on all backends and writes a report.
+
+    Returns:
+        The exit code: 0 if a backend ran and all that ran agree with PyTorch, 3 if no backend is available, 1 if a
+        backend failed or disagrees.
+    """
     bundle, model, heads, target = Bundle.load(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
     report: dict[str, Any] = {"machine": machine(), "bundle": bundle.model.name, "backends": {}}
     step = load_reference(bundle, model, heads)
@@ -57,7 +60,7 @@ def main() -> int:
             report["backends"][name] = check(name, bundle, step, prompts, target)
         except MedusaError as error:
             report["backends"][name] = {"refused": str(error)}
-        except Exception as error:  # noqa: BLE001  # the others are of use all the same
+        except Exception as error:  # noqa: BLE001  # the other backends are checked all the same
             traceback.print_exc()
             report["backends"][name] = {"refused": f"it failed: {error!r}", "failed": True}
     failed = any(facts.get("failed") for facts in report["backends"].values())
@@ -72,7 +75,7 @@ def main() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """The GPU, if there is one, and the versions that matter."""
+    """Facts about this machine: the GPU, if there is one, and versions of packages."""
     facts: dict[str, Any] = {"python": platform.python_version(), "versions": {}}
     for package in PACKAGES:
         try:
@@ -90,7 +93,7 @@ def machine() -> dict[str, Any]:
 
 
 def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target: Path) -> dict[str, Any]:
-    """One backend: parity, then step times, then speed."""
+    """Checks one backend: parity, then step times, then speed."""
     folder, facts = bundle.folder, {}
     if name.startswith("tensorrt"):
         folder = target / f"{name}-engine"
@@ -111,14 +114,14 @@ def check(name: str, bundle: Bundle, step: Any, prompts: list[list[int]], target
             ]
             facts["host_gap_ms"] = host_gap(opened.backend, prompts[0])
             facts["enqueued_step_ms"] = enqueued_step_times(Bundle.load(folder, check_digests=False), prompts[0])
-        # Without guesses from the text, for which the host reads each step first, steps are submitted ahead.
+        # Without lookup, steps are submitted ahead. With lookup, the host must read each step before the next.
         contestants = {
             PLAIN: engine_contestant(opened, 1),
             "auto, no lookup": engine_contestant(opened, "auto", lookup=False),
             "auto": engine_contestant(opened, "auto"),
         }
         for contestant in contestants.values():
-            contestant(prompts[0], 8)  # to warm up
+            contestant(prompts[0], 8)  # warms up
         found = speeds(race(contestants, PLAIN, prompts, max_new_tokens=TOKENS, repeats=1), PLAIN)
         facts["tokens_per_second"] = {name: speed.tokens_per_second for name, speed in found.items()}
         facts["nodes_per_step"] = found["auto"].nodes_per_step
@@ -142,7 +145,7 @@ def step_times(backend: Backend, bundle: Bundle, prompt: list[int]) -> dict[int,
 
 
 def enqueued_step_times(engine: Bundle, prompt: list[int]) -> dict[int, float]:
-    """As ``step_times``, but launched call by call and not as a captured graph: what a refused capture would cost."""
+    """Step times of TensorRT without CUDA graphs, as in ``step_times``: the cost if a capture is refused."""
     backend = TensorRTBackend(engine, CompiledEngine.load(engine.folder, check_digests=False), capture=False)
     try:
         return step_times(backend, engine, prompt)
@@ -151,7 +154,7 @@ def enqueued_step_times(engine: Bundle, prompt: list[int]) -> dict[int, float]:
 
 
 def host_gap(backend: TensorRTBackend, prompt: list[int]) -> float:
-    """Milliseconds of a plain step in which the device waits for the host: what submitting one step ahead saves."""
+    """Milliseconds of a plain step in which the device waits for the host. Submitting a step ahead saves them."""
     backend.reset(0)
     backend.step(len(prompt), {0: prompt})
     for _ in range(WARM_UP):
@@ -171,16 +174,16 @@ def host_gap(backend: TensorRTBackend, prompt: list[int]) -> float:
 
 
 def transformers_speed(model: Any, prompts: list[list[int]], bundle: Bundle) -> dict[str, Any]:
-    """The same prompts by transformers' ``generate``: in fp16 on a GPU that torch can use, else in fp32 on the CPU.
+    """The speed of transformers' ``generate`` on the same prompts and with the bundle's end tokens.
 
-    Answers end at the bundle's end tokens.
+    It runs in fp16 on a GPU if torch can use one, otherwise in fp32 on the CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.set_attn_implementation("sdpa")
     model.generation_config = greedy_config(model, bundle.model.eos_token_ids)
     model.to(device, torch.float16 if device == "cuda" else torch.float32)
     tokens, seconds = 0, 0.0
-    for number, prompt in enumerate([prompts[0][:4], *prompts]):  # the first is to warm up
+    for number, prompt in enumerate([prompts[0][:4], *prompts]):  # the first one warms up
         ids = torch.tensor([prompt], device=device)
         started = time.perf_counter()
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS)
@@ -191,7 +194,7 @@ def transformers_speed(model: Any, prompts: list[list[int]], bundle: Bundle) -> 
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     facts = report["machine"]
     gpu = f"{facts['gpu']} ({facts['architecture']}), CUDA driver {facts['driver']}" if facts["gpu"] else "no GPU"
     lines = [f"# GPU check: {gpu}", "", f"{report['bundle']}, fp16, greedy. Versions:", ""]
@@ -227,7 +230,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def step_table(replayed: dict[Any, float], enqueued: dict[Any, float] | None) -> list[str]:
-    """Milliseconds of a step by tree size; for TensorRT with the captured graph, and without."""
+    """A table of milliseconds per step by tree size; for TensorRT with and without CUDA graphs."""
     lines = [f"| nodes | {' | '.join(map(str, replayed))} |", "|---" * (len(replayed) + 1) + "|"]
     lines.append(f"| step, ms | {' | '.join(f'{ms:.2f}' for ms in replayed.values())} |")
     if enqueued is not None:

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by tree size: ONNX Runtime's own profile of a bundle's graph, added up.
+"""Profiles the steps of a bundle by tree size: adds up ONNX Runtime's times of operators by part of the graph.
 
 Usage: python scripts/profile_steps.py BUNDLE --sizes 1,2,4,6,8,10
 """
@@ -33,7 +33,7 @@ FILL, WARM_UP = 64, 3
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """All nodes in order, those of branches in place of the node that has them."""
+    """All nodes in order. A node with branches is replaced by the nodes of its branches."""
     for node in graph.node:
         branches = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
         for branch in branches:
@@ -43,7 +43,10 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def parts_of(graph: onnx.GraphProto) -> dict[str, str]:
-    """The part that each node belongs to, by its name: layers end at the last norm, ``lm_head`` is what follows."""
+    """The part of the graph that each node belongs to, by the node's name.
+
+    The layers end at the last norm. The first matrix product after it is ``lm_head``; later ones are of the heads.
+    """
     nodes = list(nodes_of(graph))
     last = max(i for i, node in enumerate(nodes) if node.op_type.endswith(NORMS))
     found = {}
@@ -60,7 +63,7 @@ def parts_of(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 def profiled(bundle: Bundle, size: int, steps: int, threads: int) -> list[dict[str, Any]]:
-    """ONNX Runtime's events of steps that verify so many nodes."""
+    """ONNX Runtime's profiling events of steps that verify ``size`` nodes."""
     with tempfile.TemporaryDirectory() as scratch:
 
         class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
@@ -85,11 +88,11 @@ def profiled(bundle: Bundle, size: int, steps: int, threads: int) -> list[dict[s
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="BUNDLE")
-@click.option("--sizes", callback=as_sizes, default="1,2,4,6,8,10", show_default=True)
-@click.option("--steps", default=20, show_default=True)
-@click.option("--threads", default=2, show_default=True)
+@click.option("--sizes", callback=as_sizes, default="1,2,4,6,8,10", show_default=True, help="Tree sizes.")
+@click.option("--steps", default=20, show_default=True, help="Steps per tree size.")
+@click.option("--threads", default=2, show_default=True, help="Threads of ONNX Runtime.")
 def main(folder: Path, sizes: list[int], steps: int, threads: int) -> None:
-    """Prints milliseconds per step by part of the graph, each node at its fastest."""
+    """Prints milliseconds per step by part of the graph. Each node counts with its fastest run."""
     bundle = Bundle.load(folder)
     parts = parts_of(onnx.load(folder / ONNXRUNTIME_GRAPH, load_external_data=False).graph)
     columns: dict[int, Counter[str]] = {}
@@ -101,7 +104,7 @@ def main(folder: Path, sizes: list[int], steps: int, threads: int) -> None:
         for name, taken in durations.items():
             node = name.removesuffix("_kernel_time")
             if node != name and node in parts:
-                # The fastest by node: a busy machine hits other nodes in every step.
+                # The fastest run of each node: on a busy machine other nodes are slow in every step.
                 columns[size][parts[node]] += min(taken)
     table = Table("part", *map(str, sizes), box=box.SIMPLE_HEAD)
     for part in (*PARTS, "whole step"):

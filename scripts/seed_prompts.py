@@ -1,4 +1,4 @@
-"""Writes seed prompts for distillation, one per line: many kinds of request, each about many subjects.
+"""Writes seed prompts for distillation, one per line: many kinds of requests about many subjects.
 
 Usage: python scripts/seed_prompts.py COUNT > prompts.txt
 """
@@ -207,7 +207,7 @@ ACTIONS, PEOPLE, TOPICS = _words(TASKS2), _words(ROLES), _words(SUBJECTS)
 
 
 def _fill(request: str, rng: random.Random) -> str:
-    """A request with its places filled; ``{}`` behind "a" or "every" is a role, elsewhere a subject."""
+    """Fills the fields of a request. The field ``{}`` is a role after "a" or "every", otherwise a subject."""
     blanks = {kind: rng.sample(words, 3) for kind, words in WORDS.items()}
     fields = {f"{kind}{number or ''}": words[i] for kind, words in blanks.items() for i, number in enumerate((0, 2, 3))}
     fields |= {"task2": rng.choice(ACTIONS)}
@@ -221,7 +221,7 @@ def _fill(request: str, rng: random.Random) -> str:
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:
-    """Different prompts, in random order."""
+    """Makes ``count`` different prompts, in random order."""
     rng = random.Random(seed)  # noqa: S311  # nothing secret
     found: dict[str, None] = {}
     while len(found) < count:

@@ -1,13 +1,16 @@
-"""A long stormy day of a service: random requests, cancels, deadlines and consumers over a few rows.
+"""A soak test of a service: random requests, cancellations, deadlines and consumers on a few rows.
 
-Every request must end exactly once; what came of it must equal its run alone; afterwards nothing may run or wait. Fails
-with exit code 1 otherwise. Where tokens are drawn it may equal the run at one of three tree sizes: in fp32 these differ
-in about one draw of 30,000. Consumers are tasks of one event loop, but for callbacks, which have a thread each from the
-service; of a request nothing is kept but what came of it. So the slope of private memory over the second half of the
-day is the service's own. RSS has pages of the weights' file besides: a token that comes up for the first time brings in
-its row of the embeddings.
+Every request must end exactly once. Its tokens must equal those of the request alone in an engine. Afterwards no
+request may run or wait. The exit code is 1 otherwise. Sampled tokens may equal the engine's at one of three tree sizes:
+in fp32, tree sizes disagree in about one draw of 30,000.
 
-Without a BUNDLE it exports a tiny random model; prompts are pieces of the bench's prompts or, there, of noise.
+It also measures memory. Consumers are tasks of one event loop, except callbacks, each of which has a thread of the
+service. Only the outcome of a request is kept. So growth of private memory over the second half of the requests is the
+service's own. RSS also contains pages of the weights' file: when a token occurs for the first time, its row of the
+embeddings is read into memory.
+
+Prompts are pieces of the benchmark's prompts. Without a BUNDLE it exports a tiny random model, and prompts are random
+tokens.
 """
 
 from __future__ import annotations
@@ -52,14 +55,14 @@ PATIENCE = 300  # seconds after which a request is lost
 
 @dataclass(frozen=True)
 class Request:
-    """A request, and what is going to happen to it.
+    """A request, its consumer, and when it is cancelled.
 
     Attributes:
-        prompt: Its tokens.
-        policy: Options that decide which tokens are right.
+        prompt: Token ids of the prompt.
+        policy: The options that determine the answer's tokens.
         consumer: ``read``, ``callback``, or ``raise`` for a callback that fails.
-        cancel_after: Chunks after which a reader cancels it.
-        timeout: Seconds until its deadline.
+        cancel_after: Number of chunks after which a reader cancels the request; None for never.
+        timeout: Seconds until the deadline; None for no deadline.
     """
 
     prompt: list[int]
@@ -71,11 +74,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a request.
+    """The outcome of a request.
 
     Attributes:
-        name: Its finish reason, or the class of its error.
-        tokens: What its consumer got, as 32-bit integers.
+        name: The finish reason, or the class of the error.
+        tokens: The tokens that the consumer received, as 32-bit integers.
     """
 
     name: str
@@ -83,27 +86,27 @@ class Outcome:
 
     @classmethod
     def of(cls, name: str, tokens: Sequence[int]) -> Outcome:
-        """What is worth keeping."""
-        return cls(name, np.array(list(tokens), np.int32).tobytes())  # a callback's own thread may go on for a moment
+        """Makes an outcome of a name and a list of tokens."""
+        return cls(name, np.array(list(tokens), np.int32).tobytes())  # a callback's thread may still add to the list
 
     @property
     def received(self) -> list[int]:
-        """The tokens."""
+        """The tokens that the consumer received."""
         received: list[int] = np.frombuffer(self.tokens, np.int32).tolist()
         return received
 
 
 @dataclass(frozen=True)
-class Weather:
-    """Draws requests; the same one for the same number.
+class RequestSource:
+    """Draws random requests. The same number gives the same request.
 
     Attributes:
-        corpus: What prompts are cut from.
-        longest: Tokens of a prompt at most.
-        most: Tokens of an answer at most.
+        corpus: Tokens that prompts are cut from.
+        longest: The most tokens of a prompt.
+        most: The most tokens of an answer.
         patience: Mean seconds until a deadline.
-        sampling: Some requests draw their tokens.
-        seed: Of all draws.
+        sampling: Whether some requests sample.
+        seed: Seed of all random choices.
     """
 
     corpus: list[int]
@@ -114,7 +117,7 @@ class Weather:
     seed: int
 
     def request(self, number: int) -> Request:
-        """One of the day's requests; half of them begin with one of three system prompts."""
+        """The request of a number. Half of all requests begin with one of three system prompts."""
         rng = np.random.default_rng((self.seed, number))
         prompt = self._piece(rng, int(rng.exponential(25)) + 1)
         if rng.random() < 0.5:
@@ -129,7 +132,7 @@ class Weather:
         )
 
     def _policy(self, rng: np.random.Generator) -> dict[str, Any]:
-        """What a request asks for: options that a service and an engine both take, and that fix its tokens."""
+        """The options that determine a request's tokens, for a service and for an engine."""
         policy: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, self.most))}
         if self.sampling and rng.random() < 0.4:
             policy["sampling"] = SamplingParams(
@@ -156,14 +159,14 @@ class Ends(Metrics):
 
 
 class Consumer:
-    """Takes what comes of one request."""
+    """Submits one request and receives its tokens."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._received: list[int] = []
 
     async def submit(self, service: MedusaService) -> RequestHandle:
-        """Submits it, and again while the queue is full."""
+        """Submits the request; tries again while the queue is full."""
         request = self._request
         while True:
             try:
@@ -180,10 +183,10 @@ class Consumer:
     def _callback(self, chunk: Chunk) -> None:
         self._received += chunk.token_ids
         if self._request.consumer == "raise":
-            raise RuntimeError("a consumer's fault")
+            raise RuntimeError("an error of the consumer")
 
     async def follow(self, handle: RequestHandle) -> Outcome:
-        """Waits for its end."""
+        """Waits for the end of the request and returns its outcome."""
         try:
             if self._request.consumer == "read":
                 count = 0
@@ -205,14 +208,14 @@ class Consumer:
 
 @click.command()
 @click.argument("folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
-@click.option("--requests", default=1000, show_default=True)
-@click.option("--rows", default=8, show_default=True)
-@click.option("--threads", default=1, show_default=True)
+@click.option("--requests", default=1000, show_default=True, help="Number of requests.")
+@click.option("--rows", default=8, show_default=True, help="Rows of the service.")
+@click.option("--threads", default=1, show_default=True, help="Threads of the service and the engine.")
 @click.option("--rate", default=60.0, show_default=True, help="Mean arrivals per second.")
-@click.option("--longest", default=300, show_default=True, help="Tokens of a prompt, at most.")
-@click.option("--most", default=80, show_default=True, help="Tokens of an answer, at most.")
-@click.option("--patience", default=0.5, show_default=True, help="Mean seconds until a deadline, where there is one.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--longest", default=300, show_default=True, help="The most tokens of a prompt.")
+@click.option("--most", default=80, show_default=True, help="The most tokens of an answer.")
+@click.option("--patience", default=0.5, show_default=True, help="Mean seconds until a deadline, if there is one.")
+@click.option("--seed", default=0, show_default=True, help="Seed of all random choices.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
 def main(
     folder: Path | None,
@@ -226,19 +229,19 @@ def main(
     seed: int,
     json_path: Path | None,
 ) -> None:
-    """Runs the day and prints its report."""
+    """Runs all requests and prints a report as JSON."""
     with bundle_folder(folder) as bundle:
-        weather = Weather(corpus(bundle, seed), longest, most, patience, Bundle.load(bundle).sampling, seed)
+        source = RequestSource(corpus(bundle, seed), longest, most, patience, Bundle.load(bundle).sampling, seed)
         service = MedusaService.load(
             bundle, rows=rows, threads=threads, max_queue=QUEUE, prefill_chunk=16, metrics=(ends := Ends())
         )
-        outcomes, report = asyncio.run(day(service, weather, requests, rate))
+        outcomes, report = asyncio.run(run_requests(service, source, requests, rate))
         service.close()
         engine = MedusaEngine.load(bundle, threads=threads)
         verdicts: Counter[str] = Counter()
         with progress_bar("each alone", requests) as bar:
             for number in range(requests):
-                verdicts[verdict(number, weather.request(number), outcomes.get(number), engine)] += 1
+                verdicts[verdict(number, source.request(number), outcomes.get(number), engine)] += 1
                 bar.finish_piece()
         report |= {"wrong": verdicts["wrong"], "ties": verdicts["tie"]}
     report |= {"rows": rows, "ended": sum(ends.count.values())}
@@ -250,7 +253,7 @@ def main(
 
 
 def corpus(folder: Path, seed: int) -> list[int]:
-    """Tokens to cut prompts from."""
+    """Tokens that prompts are cut from: the benchmark's prompts, or noise if the bundle has no tokenizer."""
     tokenizer = Tokenizer.load(folder)
     if tokenizer is None:
         noise: list[int] = np.random.default_rng(seed).integers(1, 101, 4000).tolist()
@@ -260,19 +263,19 @@ def corpus(folder: Path, seed: int) -> list[int]:
     return [token for prompt in bench_prompts() for token in tokenizer.encode(prompt.prompt)]
 
 
-async def day(
-    service: MedusaService, weather: Weather, requests: int, rate: float
+async def run_requests(
+    service: MedusaService, source: RequestSource, requests: int, rate: float
 ) -> tuple[dict[int, Outcome], dict[str, Any]]:
-    """Sends all requests through a service; gives what came of them, and figures."""
-    pauses = np.random.default_rng(weather.seed).exponential(1 / rate, requests)
+    """Sends all requests to a service. Returns the outcomes by number, and figures for the report."""
+    pauses = np.random.default_rng(source.seed).exponential(1 / rate, requests)
     process, memory = psutil.Process(), np.zeros((requests, 2))
     outcomes: dict[int, Outcome] = {}
-    room = asyncio.Semaphore(4 * QUEUE)  # many more than the queue takes, so that requests are turned away
+    room = asyncio.Semaphore(4 * QUEUE)  # more than fit into the queue, so that some requests are refused
     started = time.monotonic()
 
     async def answer(number: int) -> None:
-        consumer = Consumer(weather.request(number))
-        with suppress(TimeoutError):  # it is lost
+        consumer = Consumer(source.request(number))
+        with suppress(TimeoutError):  # without an outcome, the request counts as lost
             outcomes[number] = await consumer.follow(await consumer.submit(service))
         room.release()
         bar.finish_piece()
@@ -306,7 +309,11 @@ async def day(
 
 
 def verdict(number: int, request: Request, outcome: Outcome | None, engine: MedusaEngine) -> str:
-    """``right``, ``wrong``, or ``tie``: a draw so near the border of two tokens that tree sizes disagree."""
+    """Compares an outcome with the engine's answer: ``right``, ``wrong`` or ``tie``.
+
+    A tie equals the engine's answer at another tree size: a draw was so near the border of two tokens that tree sizes
+    disagree.
+    """
     largest = engine.bundle.tree.size
     if outcome is None:
         return "wrong"
@@ -317,7 +324,7 @@ def verdict(number: int, request: Request, outcome: Outcome | None, engine: Medu
         expected = alone if whole else alone[: len(received)]
         if received == expected:
             return "right" if tree_size == 1 else "tie"
-    click.echo(f"Request {number} was wrong: {outcome}, {received} in place of {alone}; {request}", err=True)
+    click.echo(f"Request {number} was wrong: {outcome}, {received} instead of {alone}; {request}", err=True)
     return "wrong"
 
 

@@ -1,4 +1,4 @@
-"""The bundle that a script of trials runs, where the user gives none: a tiny random llama with heads that guess."""
+"""The bundle for a script whose user gives none: a tiny random llama with heads."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 @contextmanager
 def bundle_folder(folder: Path | None, *, tokenizer: bool = False) -> Iterator[Path]:
-    """The bundle to run: the one given, or a tiny one that is removed afterwards.
+    """A context manager with the folder of the bundle to run: the given one, or a tiny one that is removed afterwards.
 
     Args:
-        folder: The bundle that the user gave.
-        tokenizer: Whether the tiny one has a tokenizer.
+        folder: The bundle that the user gave; None for a tiny one.
+        tokenizer: Whether the tiny bundle has a tokenizer.
     """
     if folder is not None:
         yield folder
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    # They need torch.
+    # Imported here since they need torch.
     from support.decoding import export, guessing_heads, make_step  # noqa: PLC0415
     from support.tiny_models import tiny_model  # noqa: PLC0415
     from support.tiny_tokenizer import make_tokenizer  # noqa: PLC0415

@@ -380,6 +380,6 @@ def test_chaos(tiny_bundle: Bundle, rate: str, monkeypatch: pytest.MonkeyPatch) 
     import chaos
     from click.testing import CliRunner
 
-    arguments = [str(tiny_bundle.folder), "--requests", "200", "--requests-per-life", "100", "--rate", rate]
+    arguments = [str(tiny_bundle.folder), "--requests", "200", "--requests-per-service", "100", "--rate", rate]
     result = CliRunner().invoke(chaos.main, arguments)
     assert result.exit_code == 0, result.output
