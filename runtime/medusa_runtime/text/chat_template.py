@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import cache, lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from medusa_runtime.text.template_sandbox import BoundedEnvironment
 
 MAX_TEMPLATE_TOKENS = 30_000  # Jinja tokens; the largest published template has 8,000
-MAX_REFUSAL = 1000  # characters of a template's own error message
 
 # The keys under which clients send a model's reasoning. Most templates read the first, gpt-oss's template the second.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -111,11 +108,12 @@ def render(template: str, **context: Any) -> str:
     """
     compiled = _compiled(template)
     from medusa_runtime.text.template_budget import TooMuchWorkError, bounded_render
+    from medusa_runtime.text.template_environment import ChatRefusedError
 
     try:
         with bounded_render():
             return compiled.render(**context)
-    except _ChatRefusedError as e:
+    except ChatRefusedError as e:
         raise RequestError(f"The chat template refused these messages: {e}") from e
     except TooMuchWorkError as e:
         raise RequestError(
@@ -186,38 +184,6 @@ _REBUILT: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
 }
 
 
-class _ChatRefusedError(Exception):
-    """Raised by ``raise_exception`` in a template."""
-
-
-def _raise_exception(message: object) -> None:
-    raise _ChatRefusedError(str(message)[:MAX_REFUSAL])
-
-
-def _strftime_now(layout: str) -> str:
-    if len(layout) > MAX_REFUSAL:
-        raise ValueError("the layout of a date is too long")
-    return datetime.now().strftime(layout)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's ``tojson`` filter, but without its escaping of HTML."""
-    from medusa_runtime.text.template_budget import render_budget
-
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    pieces = []
-    for piece in encoder.iterencode(value):  # piece by piece, since indentations and separators can be huge
-        render_budget().spend(len(piece))
-        pieces.append(piece)
-    return "".join(pieces)
-
-
 @lru_cache(maxsize=64)
 def _compiled(template: str) -> jinja2.Template:
     environment = _environment()
@@ -241,68 +207,14 @@ def _compiled(template: str) -> jinja2.Template:
     return compiled
 
 
-@cache
 def _environment() -> BoundedEnvironment:
-    """Jinja with the extensions that chat templates expect, in a sandbox: templates are code that came with a model."""
-    try:
-        from jinja2 import nodes
-        from jinja2.exceptions import SecurityError
-        from jinja2.ext import Extension
-        from jinja2.parser import Parser
-        from jinja2.utils import Namespace
+    """The environment of chat templates. Jinja is imported with the first chat.
 
-        from medusa_runtime.text.template_sandbox import BoundedEnvironment
+    Raises:
+        BackendError: Jinja is not installed.
+    """
+    try:
+        from medusa_runtime.text.template_environment import environment
     except ImportError as e:
         raise BackendError("Chats are rendered by Jinja, which is not installed: pip install 'jinja2>=3.1.6'.") from e
-
-    class GenerationTag(Extension):
-        """``{% generation %}``, which marks the assistant's text for training. Here it just renders its body."""
-
-        tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    class Dict:
-        """``dict(…)`` without the attributes of the class."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-            return dict.fromkeys(keys, value)
-
-    class SafeNamespace(Namespace):
-        """``namespace(…)`` without attributes that start with an underscore."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:  # no named parameter: `namespace(self=…)` is allowed
-            attributes = dict(*args[1:], **kwargs)
-            for name in attributes:
-                _check(name)
-            Namespace.__init__(args[0], attributes)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check(name)
-            super().__setitem__(name, value)
-
-        def __repr__(self) -> str:  # short, since namespaces may hold each other
-            return "<Namespace>"
-
-    def _check(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace may not hold {name!r}")
-
-    environment = BoundedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "dict": Dict(),
-        "namespace": SafeNamespace,
-    }
-    environment.charge_filters()
-    return environment
+    return environment()
