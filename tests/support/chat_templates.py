@@ -1,8 +1,8 @@
 # ruff: noqa: E501, ISC004, RUF001
-"""Chat templates with the structure of published ones, and by hand what the model wrote in conversations under them.
+"""Chat templates with the structure of published ones, and conversations under each, written by hand.
 
-``«`` and ``»`` stand around what the model wrote. A conversation has more than one text where the template shows an
-earlier answer in another way than the model wrote it.
+``«`` and ``»`` mark the text that the model wrote. A conversation has more than one text if the template shows an
+earlier answer in another form than the model wrote it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HARMONY = ("<|return|>", "<|startoftext|>", "<|start|>", "<|end|>", "<|message|
 
 
 _BARE = "m.content.split('</think>')[-1]"
-# The thought and the rest of an answer, whether the thought has a key or is in the text.
+# The thought of an answer, from a key of its own or from the text.
 _THOUGHT = (
     "(m.reasoning_content or (m.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n')"
     " if '</think>' in m.content else ''))"
@@ -67,7 +67,7 @@ PUBLISHED = {
         {"plain": ("<s>[INST] Hi [/INST]« Hello. </s>»<s>[INST] And you? [/INST]« Fine. </s>»",)},
     ),
     "Llama 3": Published(llama3(), _LLAMA3, "bytes", {"plain": ("<|begin_of_text|>" + _TURNS3,)}),
-    # Ends a whole text with one more token, which the model doesn't write.
+    # The template ends a whole text with one more token, which the model doesn't write.
     "Llama 3, first release": Published(
         llama3(end="eos_token"), ("<|end_of_text|>", *_LLAMA3[1:4], "<|eot_id|>"), "bytes",
         {"plain": ("<|begin_of_text|>" + _TURNS3,)},
@@ -148,7 +148,7 @@ PUBLISHED = {
     "Command A": Published(
         cohere(before="<|START_RESPONSE|>", behind="<|END_RESPONSE|>"), _COHERE, "bytes", {"plain": (_COMMAND,)}
     ),
-    # Opens the next answer whether it is asked to or not.
+    # The template always opens the next answer, whether asked or not.
     "Command R7B": Published(
         cohere(before="<|START_RESPONSE|>", behind="<|END_RESPONSE|>",
                 end="'<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>'"),
@@ -197,7 +197,7 @@ PUBLISHED = {
     }, THINK),
     "Qwen3.5": Published(
         chatml(answer=f"({_SHOWN})", opening="'<|im_start|>assistant\\n<think>\\n'"), _IM, "bytes", {
-            # The prompt's line break is a token of its own, and two of them are one where all is a prompt.
+            # The prompt's line break is a token of its own. In a text that is only a prompt, two breaks are one token.
             "plain": (_HI + "<think>\n«\n</think>\n\nHello.<|im_end|>»",
                       _HI + "<think>\n\n</think>\n\nHello.<|im_end|>\n" + _AND
                       + "<think>\n«\n</think>\n\nFine.<|im_end|>»"),

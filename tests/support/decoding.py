@@ -1,4 +1,4 @@
-"""Decoding by hand for tests: rows that prefill and decode side by side, with drafts of any quality."""
+"""Helpers that export steps, and decode with a backend directly: rows that prefill and decode side by side."""
 
 from __future__ import annotations
 
@@ -23,30 +23,32 @@ from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import Backend
 from support.tiny_models import randomize
 
-# One node deeper than there are heads in most tests.
+# It has one more level than most tests have heads.
 TREE = Tree.from_paths([[0], [0, 0], [1], [0, 0, 0], [0, 1], [1, 0], [2], [0, 0, 0, 0]])
 
 
 def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
-    """transformers' own greedy tokens."""
+    """The greedy tokens of transformers' ``generate``."""
     ids = torch.tensor([list(prompt)])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
     return output[0, len(prompt) :].tolist()
 
 
 def guessing_heads(model: PreTrainedModel, num_heads: int = 3, seed: int = 5) -> MedusaHeads:
-    """Heads with random blocks, each with guesses of its own."""
+    """Heads with random weights, so that each drafts other tokens."""
     heads = MedusaHeads.fresh(num_heads, model.get_output_embeddings())
     randomize(heads, seed)
     return heads.to(model.dtype).eval().requires_grad_(False)
 
 
 def make_step(model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree = TREE) -> MedusaStep:
+    """A step of a model and heads, with a tree."""
     model.set_attn_implementation(ATTENTION_NAME)
     return MedusaStep(model, heads, tree).eval()
 
 
 def export(step: MedusaStep, folder: Path, *, tokenizer: object = None, trained: bool = False) -> Bundle:
+    """Exports a step to a bundle."""
     write_bundle(
         build_graph(step),
         step,
@@ -56,13 +58,15 @@ def export(step: MedusaStep, folder: Path, *, tokenizer: object = None, trained:
         tree_name="test",
         acceptance=prior_acceptance(step.tree, trained=trained),
         trained=trained,
-        end_tokens=EndTokens(step.model, None),  # transformers' generate ends at no other
+        end_tokens=EndTokens(step.model, None),  # those at which transformers' generate ends
     )
     return Bundle.load(folder)
 
 
 @dataclass
 class Decoded:
+    """Decoded tokens of each row, and how often steps emitted each number of tokens."""
+
     tokens: list[list[int]]
     accepted: Counter[int] = field(default_factory=Counter)
 
@@ -79,9 +83,18 @@ def decode(
     seed: int | None = 0,
     vocab_size: int = 101,
 ) -> Decoded:
-    """Decodes ``count`` tokens per row; ``expected`` tells what is right, for ``oracle_tree``.
+    """Decodes with drafts that are right up to a random node, or with the heads' own drafts.
 
-    A row draws the node to be accepted from ``seed``; with None it verifies what its heads drafted.
+    Args:
+        backend: The backend.
+        tree: The backend's tree.
+        prompts: A prompt for each row.
+        expected: The right tokens of each row, which ``oracle_tree`` makes drafts of.
+        size: Nodes that a step verifies.
+        chunk: Tokens per chunk of a prompt.
+        count: Tokens to decode per row.
+        seed: Seed of the random nodes; None to verify the heads' drafts.
+        vocab_size: Size of the vocabulary.
     """
     rng = np.random.default_rng(seed)
     left = [list(prompt) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Distributions that rows draw from: by the step, by transformers, and a test of one against the other."""
+"""Draws from distributions as the step and as transformers do, and tests that both agree."""
 
 from __future__ import annotations
 

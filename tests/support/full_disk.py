@@ -1,4 +1,4 @@
-"""A disk that fills up."""
+"""Simulates a full disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_file_larger_than(size: int) -> Iterator[None]:
-    """Every write beyond the limit fails, whichever library makes it."""
+    """A context manager in which writes beyond a file size fail, in any library. The size is in bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""A backend for a service that a test holds up, and makes fail."""
+"""A backend for a service whose steps a test can delay, or make fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 
 class Gate:
-    """A backend whose steps wait until the test lets them go, and fail when it wants them to."""
+    """A backend whose steps wait for ``open``, and call ``fail`` first, which may raise.
+
+    Attributes:
+        inner: The real backend.
+        open: Steps wait for this event.
+        entered: Released once by each step.
+        fail: Called before each step, with size, prompts and rows.
+        fail_arrange: Called before each ``arrange``, with its arguments.
+    """
 
     def __init__(self, bundle: Bundle, rows: int) -> None:
         self.inner = OnnxRuntimeBackend(bundle, rows=rows, threads=1)

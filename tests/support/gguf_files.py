@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, laid out and named as llama.cpp's converter does."""
+"""Writes tiny models as GGUF files, with the layouts and names of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # llama.cpp's, where it isn't transformers'
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # llama.cpp's names, where they differ
 
 
 def pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The order of the rows of q and k in a llama, which interleaves the two halves of each head."""
+    """Reorders the rows of q or k as in llama.cpp's llama, which interleaves the two halves of each head."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def laid_out(architecture: str, name: str, weight: np.ndarray, config: Any) -> np.ndarray:
+    """A weight in the layout of llama.cpp."""
     if architecture == "llama" and "q_proj." in name:
         return pairs(weight, config.num_attention_heads)
     if architecture == "llama" and "k_proj." in name:
@@ -32,7 +33,7 @@ def laid_out(architecture: str, name: str, weight: np.ndarray, config: Any) -> n
 
 
 def usual_settings(architecture: str, config: Any) -> dict[str, Any]:
-    """What llama.cpp's converter writes of any model."""
+    """The metadata that llama.cpp's converter writes for any model."""
     values: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -72,12 +73,12 @@ def write_gguf(
     Args:
         file: The file to write.
         model: The model.
-        settings: Metadata under the name of the architecture, besides the usual; None leaves one of those out.
-        extra: Other metadata, by whole keys.
-        tensors: Further tensors, by name.
-        name: What the file calls the model.
+        settings: More metadata under the architecture's name. The value None removes one of the usual keys.
+        extra: Other metadata, by full key.
+        tensors: More tensors, by name.
+        name: The model's name in the file.
         with_tokenizer: Whether the file holds a vocabulary.
-        pre: What the file calls its pre-tokenizer; None leaves it out.
+        pre: The pre-tokenizer's name in the file; None for no name.
     """
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)

@@ -1,4 +1,4 @@
-"""A GPU that is stood in for, and an engine on it."""
+"""A machine with a stand-in for a GPU, and a compiled engine on it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary
 from medusa_runtime.bundles.compiled import CompiledEngine
-from support.stand_in_cuda import StandInCuda, StandInTensorRT
+from support.stand_in_cuda import StandInCuda
+from support.stand_in_tensorrt import StandInTensorRT
 
 PROMPTS = [[(7 * i * i + 3 + row) % 101 for i in range(length)] for row, length in enumerate((13, 6, 20))]
 
 
 class Machine:
-    """A stand-in GPU with an engine for it."""
+    """A stand-in for a GPU, with a compiled engine for it."""
 
     def __init__(self, bundle: Bundle, engine: CompiledEngine, graph: Path | None = None, **device: object) -> None:
         self.cuda = StandInCuda(**device)

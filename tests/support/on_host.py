@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend for GPUs with its state in host memory, which this machine has."""
+"""The ONNX Runtime backend for GPUs on the CPU, for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from medusa_runtime.backends.onnxruntime.cuda import OnnxRuntimeCudaBackend
 
 
 class CopyingBinding(Binding):
-    """Copies host inputs when they are bound, as a provider with memory of its own does."""
+    """Copies host inputs when they are bound, as a provider with its own memory does."""
 
     def _bind_array(self, name: str, array: np.ndarray) -> None:
         super()._bind_array(name, array.copy())
@@ -19,7 +19,7 @@ class CopyingBinding(Binding):
 
 
 class OnnxRuntimeOnHost(OnnxRuntimeCudaBackend):
-    """The same code on ONNX Runtime's CPU provider."""
+    """The GPU backend's code on ONNX Runtime's CPU provider, with its state in host memory."""
 
     provider, device = "CPUExecutionProvider", "cpu"
 

@@ -1,4 +1,4 @@
-"""Scripts of the repository as modules."""
+"""Loads scripts of the repository as modules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def load_script(name: str) -> Any:
-    """``scripts/NAME.py``, by its name; not run."""
+    """Imports ``scripts/NAME.py`` without running its ``main``."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / f"scripts/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up there
+    sys.modules[name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""What takes long to make, and is read only: each made once for all processes that test side by side."""
+"""Folders that take long to make and are only read: each is made once for all test processes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ from support.tiny_tokenizer import make_tokenizer
 
 @dataclass(frozen=True)
 class Exported:
+    """A step, and the bundle that was exported from it."""
+
     step: MedusaStep
     bundle: Bundle
 
 
 @dataclass(frozen=True)
 class Stock:
+    """The folders that test processes share.
+
+    Attributes:
+        root: The folder that holds them.
+    """
+
     root: Path
 
     def folder(self, name: str, fill: Callable[[Path], object]) -> Path:
-        """A folder by name; ``fill`` makes it where it isn't there."""
+        """A folder by name. If it does not exist, ``fill`` makes it."""
         folder = self.root / name
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
@@ -46,9 +54,17 @@ class Stock:
         sampling: bool = True,
         **overrides: object,
     ) -> Exported:
-        """A random model, a step of it with three guessing heads and nine nodes, and its bundle.
+        """Exports a random model with three random heads and a tree of nine nodes.
 
-        A model without heads, or with options of its own, comes without a tokenizer.
+        A model without heads, or with ``overrides``, has no tokenizer.
+
+        Args:
+            family: Family of the model, see ``tiny_models``.
+            seed: Seed of the weights.
+            dtype: Type of the weights.
+            heads: Whether the model has heads.
+            sampling: Whether the graph can sample.
+            overrides: Values of the model's configuration.
         """
         model = tiny_model(family, seed, **overrides).to(getattr(torch, dtype))
         step = make_step(model, guessing_heads(model)) if heads else make_step(model, None, Tree())

@@ -23,9 +23,9 @@ def _keyed(thought: str, said: str) -> dict[str, str]:
 
 TALKS = {
     "plain": _talk({"content": "Hello."}, {"content": "Fine."}),
-    # The whole thought is in the text.
+    # The text holds the whole thought.
     "tagged": _talk({"content": "<think>\nHm.\n</think>\n\nHello."}, {"content": "<think>\nOh.\n</think>\n\nFine."}),
-    # As a model writes behind a prompt that opens the thought.
+    # The prompt opens the thought, and the text continues it.
     "opened": _talk({"content": "Hm.\n</think>\n\nHello."}, {"content": "Oh.\n</think>\n\nFine."}),
     # The thought has a key of its own.
     "keyed": _talk(_keyed("Hm.", "Hello."), _keyed("Oh.", "Fine.")),
@@ -38,11 +38,12 @@ class Published:
 
     Attributes:
         template: The chat template.
-        special: Special tokens, the one that ends a text first, then the one that begins it, if there is one.
-        kind: ``bytes`` (byte-level BPE), ``pieces`` (words begin with a space, as does a text) or ``bare pieces`` (a
-            text doesn't).
-        wrote: By the name of a conversation: the texts that its answers were written in.
-        plain_tokens: Added tokens that aren't special.
+        special: Special tokens: first the one that ends a text, then the one that begins it, if there is one.
+        kind: Kind of the tokenizer: ``bytes`` (byte-level BPE), ``pieces`` (words and texts begin with a space) or
+            ``bare pieces`` (words begin with a space, texts don't).
+        wrote: The texts that the samples of a conversation stand for, by name of the conversation. «…» marks what the
+            model wrote.
+        plain_tokens: Added tokens that are not special.
     """
 
     template: str
@@ -53,7 +54,7 @@ class Published:
 
 
 def jinja(user: str, answer: str, opening: str, *, start: str = "''", end: str = "''") -> str:
-    """A template of expressions: a user's turn, an answer, what opens an answer, and what begins and ends all."""
+    """Makes a template of five expressions: a user's turn, an answer, an answer's opening, the start and the end."""
     return (
         "{{ " + start + " }}{% for m in messages %}{% if m.role == 'user' %}{{ " + user + " }}"
         "{% else %}{{ " + answer + " }}{% endif %}{% endfor %}"
@@ -84,7 +85,7 @@ def llama3(*, start: str = "'<|begin_of_text|>'", answer: str = "m.content", end
 
 
 def cohere(*, before: str = "", behind: str = "", end: str = "''") -> str:
-    """Cohere: tokens for turns and roles, perhaps with tokens around an answer."""
+    """Cohere: tokens for turns and roles, and optionally tokens around an answer."""
     return jinja(
         "'<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m.content + '<|END_OF_TURN_TOKEN|>'",
         f"'<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{before}' + m.content + '{behind}<|END_OF_TURN_TOKEN|>'",

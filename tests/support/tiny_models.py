@@ -1,7 +1,7 @@
-"""Random models of real architectures, small enough for a test: a few layers, 64 channels, a vocabulary of 101.
+"""Random models of real architectures that are small enough for tests: a few layers, 64 channels, 101 tokens.
 
-Every parameter is drawn from a seed and large enough that attention, windows, caps, biases and norms all change
-the result, so that a step that gets one of them wrong picks other tokens.
+All parameters are drawn from a seed. They are large enough that attention, windows, caps, biases and norms all change
+the result. So a step with an error in one of them chooses other tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COMMON: dict[str, object] = {
     "tie_word_embeddings": False,
 }
 
-# What sets each architecture apart, switched on.
+# The special features of each supported family, switched on.
 _SUPPORTED: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": SLIDING_WINDOW},
@@ -79,7 +79,7 @@ _SUPPORTED: dict[str, dict[str, object]] = {
     "gpt2": {"tie_word_embeddings": True},
 }
 
-# A family that has to be refused: its model type, what is special, and the keys of `_COMMON` that it has no use for.
+# Families that must be refused: model type and special features of each.
 _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
     "t5": ("t5", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
     "bart": (
@@ -209,11 +209,11 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 SUPPORTED_FAMILIES = tuple(_SUPPORTED)
-SEEDS = {"qwen3": 3, "olmo2": 3}  # with others they repeat a token
+SEEDS = {"qwen3": 3, "olmo2": 3}  # with other seeds these models repeat one token
 
 
 def families(*first: str, others: tuple[str, ...]) -> list[Any]:
-    """Parameters of a test: the others are marked slow, for their number only."""
+    """Parameters of a test: ``first`` as they are, ``others`` marked as slow, since they are many."""
     return [*first, *(pytest.param(name, marks=pytest.mark.slow) for name in others if name not in first)]
 
 
@@ -221,10 +221,10 @@ REFUSED_FAMILIES = tuple(_REFUSED)
 
 
 def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
-    """A small configuration of a family, its special features switched on; ``overrides`` win."""
+    """A small configuration of a family, with its special features. ``overrides`` take precedence."""
     model_type, special = _REFUSED[family] if family in _REFUSED else (family, _SUPPORTED[family])
     settings = {**_COMMON, **special}
-    if model_type in ("mpt", "mamba", "bloom"):  # names of their own for these; some are read-only aliases
+    if model_type in ("mpt", "mamba", "bloom"):  # they have other names for these; some are read-only aliases
         for name in ("num_key_value_heads", "head_dim", "num_attention_heads", "intermediate_size"):
             settings.pop(name)
     if model_type == "gpt2":
@@ -244,7 +244,7 @@ def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
 
 
 def randomize(model: torch.nn.Module, seed: int, std: float = 0.25) -> None:
-    """Draws every parameter: matrices from N(0, std²), vectors (norms, biases) moved by a tenth."""
+    """Draws all parameters: matrices from N(0, std²). To vectors (norms, biases) it adds noise from N(0, 0.1²)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -256,7 +256,7 @@ def randomize(model: torch.nn.Module, seed: int, std: float = 0.25) -> None:
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A random fp32 model of a family, in eval mode and without gradients; the same for the same seed."""
+    """A random fp32 model of a family, in eval mode and without gradients. The same seed gives the same model."""
     config = tiny_config(family, **overrides)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes for models of ``tiny_models``."""
+"""A byte-level tokenizer for the models of ``tiny_models``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(vocab_size: int = 101) -> PreTrainedTokenizerFast:
-    """Bytes and nothing else, as far as a vocabulary goes: the first token is <eos>, the others printable ASCII."""
+    """A tokenizer whose tokens are <eos> and single bytes, printable ASCII first, up to the size of the vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda character: (not character.isascii(), character))
     vocab = {"<eos>": 0} | {character: i + 1 for i, character in enumerate(alphabet[: vocab_size - 1])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -1,4 +1,4 @@
-"""Tokenizers of all kinds, made on the spot."""
+"""Makes small tokenizers of all kinds."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
         vocab_size=380, special_tokens=specials, initial_alphabet=["▁"], limit_alphabet=40, show_progress=False
     )
     backend.train_from_iterator([text.replace(" ", "▁") for text in [*SENTENCES, "    " * 5]], trainer)
-    # The byte tokens belong to the vocabulary: drop them from the added tokens, where the trainer put them.
+    # The trainer makes byte tokens added tokens. They belong only to the vocabulary, so remove them from the others.
     state = json.loads(backend.to_str())
     state["added_tokens"] = state["added_tokens"][:3]
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
@@ -68,7 +68,7 @@ def unigram() -> tokenizers.Tokenizer:
 
 
 def word_piece() -> tokenizers.Tokenizer:
-    """WordPiece with its clean-up off in the decoder, on in the configuration."""
+    """WordPiece. Its decoder does not clean up spaces; the configuration does."""
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -81,7 +81,7 @@ def word_piece() -> tokenizers.Tokenizer:
 
 
 def plain_words() -> tokenizers.Tokenizer:
-    """Whole words and no decoder: tokens are joined by spaces."""
+    """Whole words without a decoder, so that tokens are joined by spaces."""
     words = [
         "<unk>",
         "<s>",
@@ -95,7 +95,7 @@ def plain_words() -> tokenizers.Tokenizer:
 
 
 def suffixed() -> tokenizers.Tokenizer:
-    """BPE with an end-of-word suffix and its decoder."""
+    """BPE with an end-of-word suffix and the decoder for it."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.BPEDecoder()

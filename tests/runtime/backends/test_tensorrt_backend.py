@@ -28,7 +28,8 @@ from medusa_runtime.errors import OutOfDeviceMemoryError
 from medusa_runtime.sampling import Draws, SamplingParams
 from support.decoding import TREE, decode, greedy, guessing_heads, make_step
 from support.machine import PROMPTS, Machine
-from support.stand_in_cuda import EngineInvalidityDiagnostics, StandInCuda, cudaError_t
+from support.stand_in_cuda import StandInCuda, cudaError_t
+from support.stand_in_tensorrt import EngineInvalidityDiagnostics
 from support.tiny_models import tiny_model
 
 
