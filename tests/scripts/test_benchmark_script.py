@@ -1,4 +1,4 @@
-"""``scripts/benchmark.py`` runs, and counts what it says it counts."""
+"""``scripts/benchmark.py`` runs, and its figures are of the right steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The script that reports on a GPU, on what there is without one: ONNX Runtime's CPU, and the stand-in."""
+"""The GPU check without a GPU: on ONNX Runtime's CPU provider and on the stand-in."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_transformers_ends_where_the_bundle_does(
 
 
 def ran(folder: Path, *, gpu_package: bool) -> tuple[list[str], str]:
-    """What ``gpu_check.sh`` asks pip for on a machine with a GPU, and its words; nothing is installed."""
+    """The packages that ``gpu_check.sh`` asks pip for on a machine with a GPU, and its output. Nothing is installed."""
     stubs = {
         "nvidia-smi": "exit 0",
         "pip": f'echo "$@" >> pip.log; [[ {int(gpu_package)} = 1 || "$*" != *onnxruntime-gpu* ]]',
@@ -83,7 +83,7 @@ def ran(folder: Path, *, gpu_package: bool) -> tuple[list[str], str]:
 
 
 def test_the_package_for_gpus_has_a_version_of_its_own(tmp_path: Path) -> None:
-    """There need not be one of the same version as the package for CPUs."""
+    """The package for GPUs may lack the version of the package for CPUs."""
     asked, words = ran(tmp_path / "there", gpu_package=True)
     assert asked[-1] == "install --quiet --constraint constraints.txt onnxruntime-gpu[cuda,cudnn]"
     assert "note:" not in words
@@ -117,7 +117,7 @@ def test_steps_are_timed_without_graphs_too(
     machine.trt.__version__ = tiny_engine.version
     monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
     monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
-    monkeypatch.setattr(gpu_check, "REPEATS", 12)  # what 128 slots have room for
+    monkeypatch.setattr(gpu_check, "REPEATS", 12)  # 128 slots have room for these
     times = gpu_check.enqueued_step_times(Bundle.load(tiny_engine.folder), PROMPTS[0][:4])
     assert list(times) == [1, 2, 4, 8]
     assert machine.cuda.calls["cudaStreamBeginCapture"] == machine.cuda.calls["cudaGraphLaunch"] == 0

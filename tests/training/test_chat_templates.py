@@ -1,4 +1,4 @@
-"""Labels under published chat templates: exactly what the model wrote, as stated by hand in ``chat_templates``."""
+"""Labels under published chat templates: exactly the tokens that the model wrote, as marked in ``chat_templates``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from support.tiny_models import tiny_model
 
 CASES = [(name, talk) for name, published in PUBLISHED.items() for talk in published.wrote]
 _WORDS = ["Hello", "Fine", "Hi", " And you", " you", "user", "assistant", "Assistant", " Assistant", "model", "think"]
-# As in Llama 3: a line break belongs to the signs before it, and line breaks to one another.
+# As in Llama 3: a line break forms a token with punctuation before it, and line breaks with each other.
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @cache
 def trained(kind: str) -> Tokenizer:
-    """A small tokenizer of a kind."""
+    """Makes a small tokenizer of a kind; see ``Published``."""
     if kind == "bytes":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -60,7 +60,7 @@ def trained(kind: str) -> Tokenizer:
 
 
 def tokenizer_of(published: Published) -> PreTrainedTokenizerBase:
-    """The tokenizer that goes with a template."""
+    """Makes the tokenizer of a template."""
     bare = Tokenizer.from_str(trained(published.kind).to_str())
     bare.add_tokens([AddedToken(token, special=True, normalized=False) for token in published.special])
     bare.add_tokens([AddedToken(token, special=False, normalized=False) for token in published.plain_tokens])
@@ -71,13 +71,13 @@ def tokenizer_of(published: Published) -> PreTrainedTokenizerBase:
 
 
 def by_hand(tokenizer: PreTrainedTokenizerBase, kind: str, marked: str) -> Sample:
-    """The tokens of a text, and which of them lie between its marks."""
-    parts = re.split("[«»]", marked)  # every second one was written by the model
+    """The tokens of a text, and which of them are between the marks « and »."""
+    parts = re.split("[«»]", marked)  # the model wrote every second part
     if kind == "bytes":
         pieces = [list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts]
         flags = [[place % 2 == 1] * len(piece) for place, piece in enumerate(pieces)]
         return Sample([*chain(*pieces)], [*chain(*flags)])
-    # A piece of a text alone would begin with a space.
+    # Tokenized alone, a part of a text would begin with a space.
     encoded = tokenizer("".join(parts), add_special_tokens=False, return_offsets_mapping=True)
     owners = [place % 2 == 1 for place, part in enumerate(parts) for _ in part]
     flags = []
@@ -110,7 +110,7 @@ def test_there_are_thirty_templates_and_two_kinds_of_tokenizers() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_text_of_a_conversation_is_what_the_template_makes(name: str) -> None:
-    """What is stated by hand begins with the prompt that a server would make."""
+    """The text written by hand begins with the prompt that a server makes."""
     published = PUBLISHED[name]
     tokenizer = tokenizer_of(published)
     for talk, texts in published.wrote.items():
@@ -121,7 +121,7 @@ def test_the_text_of_a_conversation_is_what_the_template_makes(name: str) -> Non
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_distill_wrote_is_learned_token_by_token(name: str) -> None:
-    """Whatever the template makes of such an answer: it may drop its thought, or refuse it."""
+    """The template may drop the thought of such an answer, or refuse it."""
     published = PUBLISHED[name]
     tokenizer = tokenizer_of(published)
     question = TALKS["plain"][0]
@@ -141,8 +141,8 @@ def test_what_distill_wrote_is_learned_token_by_token(name: str) -> None:
     name=st.sampled_from(list(PUBLISHED)),
     said=st.lists(st.text(st.sampled_from("aHi .\n<>:e"), min_size=1, max_size=20), min_size=1, max_size=3),
 )
-def test_what_is_learned_stands_behind_a_prompt(name: str, said: list[str]) -> None:
-    """Of any answers: samples begin with a prompt, each answer is learned once, and what is learned holds its words."""
+def test_labels_follow_a_prompt(name: str, said: list[str]) -> None:
+    """For any answers: samples begin with a prompt, each answer is learned once, and the labels hold its words."""
     tokenizer = tokenizer_of(PUBLISHED[name])
     messages: list[Message] = []
     for text in said:
@@ -163,7 +163,7 @@ def test_what_is_learned_stands_behind_a_prompt(name: str, said: list[str]) -> N
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_writer_ends_where_a_bundle_does(name: str) -> None:
-    """At the end tokens of both configurations, the tokenizer and the template; without one it would write on."""
+    """At the end tokens of both configurations, the tokenizer and the template."""
     published = PUBLISHED[name]
     tokenizer = tokenizer_of(published)
     model = tiny_model("llama", vocab_size=len(tokenizer))
@@ -185,7 +185,7 @@ def test_tags_that_open_and_close_a_thought() -> None:
 
 
 def test_a_thought_behind_a_prompt_that_closed_it_is_not_learned() -> None:
-    """As where a system prompt turns thoughts off: the model writes none there, though the data holds one."""
+    """For instance a system prompt turns thoughts off. The model writes none, although the data holds one."""
     published = PUBLISHED["Llama Nemotron Super"]
     tokenizer = tokenizer_of(published)
     tokenizer.chat_template = published.template.replace(
@@ -198,8 +198,8 @@ def test_a_thought_behind_a_prompt_that_closed_it_is_not_learned() -> None:
         assert sample == by_hand(tokenizer, "bytes", f"{prompt}«Hello.<|eot_id|>»")
 
 
-def test_half_a_thought_is_learned_as_it_stands() -> None:
-    """An answer that was cut off in its thought: the template takes it for an answer without one."""
+def test_an_unfinished_thought_is_learned() -> None:
+    """An answer was cut off in its thought, so the template treats it as an answer without a thought."""
     tokenizer = tokenizer_of(PUBLISHED["Qwen3"])
     question = TALKS["plain"][0]
     cut = Conversation((question, {"role": "assistant", "content": "<think>\nHm"}), complete=False)

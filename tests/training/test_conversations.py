@@ -43,7 +43,7 @@ TEMPLATES = {
 }
 TALK = (
     {"role": "user", "content": "yes"},
-    {"role": "assistant", "content": "yes"},  # the same words, so that only places can tell them apart
+    {"role": "assistant", "content": "yes"},  # the same words twice: only their places differ
     {"role": "user", "content": "Really?"},
     {"role": "assistant", "content": "I think so."},
 )
@@ -60,7 +60,7 @@ def tokenizer_with(template: str) -> PreTrainedTokenizerBase:
 
 
 def labelled(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[str]:
-    """The runs of tokens that are labels, as text."""
+    """The texts of consecutive labels."""
     runs: list[list[int]] = [[]]
     for sample in samples:
         for token, label in zip(sample.input_ids, sample.is_label, strict=True):
@@ -76,7 +76,7 @@ def labelled(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[
     [("plain", "", ""), ("chatml", "", "<|im_end|>"), ("llama3", "", "<|eot_id|>"), ("llama2", " ", " <eos>"),
      ("zephyr", "", "<eos>")]
 )  # fmt: skip
-def test_labels_are_what_the_assistant_says(template: str, start: str, end: str) -> None:
+def test_labels_are_the_assistants_tokens(template: str, start: str, end: str) -> None:
     tokenizer = tokenizer_with(template)
     whole = tokenize(tokenizer, Conversation(TALK))
     assert labelled(tokenizer, whole) == [f"{start}yes{end}", f"{start}I think so.{end}"]
@@ -85,8 +85,8 @@ def test_labels_are_what_the_assistant_says(template: str, start: str, end: str)
     assert cut[-1].is_label[-1]
 
 
-def test_the_end_of_a_turn_is_a_label_whatever_its_role() -> None:
-    """As in Phi-3: what ends a turn is special, but not what the tokenizer calls the end of a text."""
+def test_the_token_that_ends_a_turn_is_a_label() -> None:
+    """As in Phi-3: a special token ends a turn, but it is not the tokenizer's end-of-sequence token."""
     tokenizer = make_tokenizer(260)
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
     assert "<|end|>" not in tokenizer.all_special_tokens
@@ -95,14 +95,14 @@ def test_the_end_of_a_turn_is_a_label_whatever_its_role() -> None:
     assert labelled(tokenizer, sample) == ["yes<|end|>", "I think so.<|end|>"]
 
 
-def test_short_answers_are_not_found_in_what_opens_them() -> None:
+def test_short_answers_are_not_found_in_their_header() -> None:
     tokenizer = tokenizer_with("chatml")
     talk = ({"role": "user", "content": "an a or a t?"}, {"role": "assistant", "content": "a"})
     assert labelled(tokenizer, tokenize(tokenizer, Conversation(talk))) == ["a<|im_end|>"]
 
 
-def test_answers_may_repeat_what_opens_them() -> None:
-    """As where the template opens a thought, and the data has the tag as well: the prompt has written it."""
+def test_answers_may_repeat_the_tag_that_opens_a_thought() -> None:
+    """The prompt opens a thought, and the data repeats the tag. The model does not write it."""
     tokenizer = tokenizer_with("chatml")
     tokenizer.chat_template = TEMPLATES["chatml"].replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     talk = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nok\n</think>\nHo"})
@@ -135,7 +135,7 @@ def test_labels_under_the_chat_template_of_a_real_model(smollm2_gguf: str) -> No
     tokenizer = load_chat_tokenizer(smollm2_gguf)
     whole = tokenize(tokenizer, Conversation(TALK))
     assert labelled(tokenizer, whole) == ["yes<|im_end|>", "I think so.<|im_end|>"]
-    # What a step drafts after the prompt begins where the assistant's first word does.
+    # The first draft after the prompt begins with the assistant's first word.
     prompt = render(tokenizer, TALK[:1], answering=True)
     assert whole[0].is_label.index(True) == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
@@ -187,13 +187,13 @@ def test_a_limit_takes_a_sample_not_the_shortest_prompts(data: Path) -> None:
     whole, few, fewer = (load_splits(data, heldout=0, limit=limit)[0] for limit in (None, 8, 4))
     assert (len(few.conversations), len(fewer.conversations)) == (8, 4)
     places = [whole.conversations.index(conversation) for conversation in few.conversations]
-    assert places == sorted(places) != list(range(8))  # what distill writes is sorted by the length of prompts
+    assert places == sorted(places) != list(range(8))  # distill sorts prompts by length
     assert {c.prompt_key for c in fewer.conversations} < {c.prompt_key for c in few.conversations}
     assert load_splits(data, heldout=0, limit=1000)[0] == whole
 
 
-def test_digests_tell_samples_and_their_labels_apart() -> None:
-    """Or else hidden states of others would be taken for theirs."""
+def test_digests_depend_on_samples_and_their_labels() -> None:
+    """Otherwise hidden states of other samples would be reused."""
     some = [Sample([1, 2], [False, True]), Sample([3], [True])]
     others = ([some[0]], [some[1], some[0]], [Sample([1, 2], [True, True]), some[1]], [Sample([1, 2, 3], [True] * 3)])
     assert len({digest_of_samples(samples) for samples in (some, list(some), *others)}) == 5

@@ -1,4 +1,4 @@
-"""Distillation: a model answers, and what it said stays."""
+"""Distillation: a model answers prompts, also across interruptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_draws_follow_the_distribution() -> None:
     assert seen[2] == 0
 
 
-def test_a_batch_writes_what_each_row_would_alone() -> None:
+def test_a_batch_writes_the_same_as_each_row_alone() -> None:
     model = tiny_model("llama")
     model.generation_config.eos_token_id = 7
     writer = Writer(model, make_tokenizer())
@@ -65,7 +65,7 @@ def test_distilled_data(data: Path) -> None:
     assert {split.name: len(split.conversations) > 0 for split in splits} == {"train": True, "heldout": True}
 
 
-def test_an_interrupted_distillation_goes_on(
+def test_an_interrupted_distillation_continues(
     data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "data"
@@ -89,7 +89,7 @@ def test_an_interrupted_distillation_goes_on(
     assert "begun with turns = 1" in output
     code, output = distilled(tiny_model_folder, folder, *options)
     assert code == 0, output
-    assert rows_of(folder) == rows_of(data)  # nothing lost, nothing twice, nothing else
+    assert rows_of(folder) == rows_of(data)  # no row is lost, repeated or changed
     assert all((folder / "answers" / name).stat().st_mtime_ns == time for name, time in kept.items())
 
 
@@ -110,7 +110,7 @@ def test_damaged_data_is_found(data: Path, tiny_model_folder: Path, prompts: Pat
     assert rows_of(folder) == rows_of(data)
 
 
-def test_a_kill_before_the_first_byte_is_no_others_folder(
+def test_a_job_killed_before_its_first_byte_can_start_again(
     data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -121,7 +121,7 @@ def test_a_kill_before_the_first_byte_is_no_others_folder(
 
 
 def test_answers_belong_to_their_prompts(tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
-    """A part is known by its number alone: prompts in another order would get the answers of others."""
+    """Parts have only numbers, so prompts in another order would get the answers of other prompts."""
     folder = tmp_path / "data"
     options = ("--prompts", prompts, "--temperature", 1)
     assert distilled(tiny_model_folder, folder, *options)[0] == 0
@@ -136,9 +136,7 @@ def test_answers_belong_to_their_prompts(tiny_model_folder: Path, prompts: Path,
         assert f"{answers.path(1)} answers other prompts than the present ones" in output
 
 
-def test_files_of_prompts_are_known_by_their_order_and_each_by_itself(
-    tiny_model_folder: Path, prompts: Path, tmp_path: Path
-) -> None:
+def test_the_order_and_content_of_prompt_files_matter(tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     other = tmp_path / "more" / prompts.name
     other.write_text("Something else")
@@ -168,14 +166,14 @@ def test_the_datasets_library_reads_it(data: Path, tmp_path: Path) -> None:
     assert rows == rows_of(data)
 
 
-def test_a_deleted_part_of_prompts_is_made_anew(tmp_path: Path) -> None:
-    """The others after it keep their numbers, and what was answered its prompts."""
+def test_a_deleted_part_of_prompts_is_made_again(tmp_path: Path) -> None:
+    """Later parts keep their numbers, and answers keep their prompts."""
     settings = DistillSettings("model", [], 6, None, 1, None, 12, 0.0, 1.0, 0.3, 4, 0, "float32")
     folder = tmp_path / "data"
     calls: list[int] = []
 
     class Author(Parrot):
-        """Writes four prompts, another four with each seed."""
+        """Writes four prompts, which depend on the seed."""
 
         def user_turns(self, conversations: list[object], *, seed: int = 0, **_: object) -> list[Written]:
             calls.append(seed)
@@ -241,16 +239,16 @@ def test_a_model_writes_its_own_prompts_over_several_turns(tmp_path: Path) -> No
 
 
 class Parrot:
-    """Writes one prompt over and over."""
+    """Always writes the same prompt."""
 
     on_progress: Callable[[int], None]
     fingerprint = "feathers"
 
     def refusal(self, _: object) -> None:
-        """It takes every prompt."""
+        """Accepts every prompt."""
 
     def learnable(self, conversation: Conversation) -> int:
-        """All of what it says."""
+        """Counts all tokens of the answers."""
         return sum(map(len, conversation.written))
 
     def user_turns(self, conversations: list[object], **_: object) -> list[Written]:
@@ -259,7 +257,7 @@ class Parrot:
     answer = user_turns
 
 
-def test_a_model_that_repeats_itself_is_told_of(
+def test_a_model_that_repeats_itself_is_reported(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medusa_export.training.generation.Writer", lambda *_: Parrot())
@@ -269,11 +267,11 @@ def test_a_model_that_repeats_itself_is_told_of(
     assert len(rows_of(tmp_path / "d")) == 1
 
 
-def test_a_distillation_with_no_room_goes_on(
+def test_a_distillation_continues_after_a_full_disk(
     data: Path, tiny_model_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
     options = ("--prompts", prompts, "--temperature", 1)
-    with no_file_larger_than(1024):  # enough for the parts, but not for what they make together
+    with no_file_larger_than(1024):  # enough for each part, but not for the whole data set
         code, output = distilled(tiny_model_folder, tmp_path / "data", *options)
     assert code == 1
     assert "train.jsonl can't be written" in output
@@ -281,7 +279,7 @@ def test_a_distillation_with_no_room_goes_on(
     assert rows_of(tmp_path / "data") == rows_of(data)
 
 
-# What a model wrote can't be rendered again: the prompt opens a thought, and answers are refused or lose their start.
+# Templates that can't render the model's answers: the prompt opens a thought, and answers are refused or lose it.
 STRIPPED = CHAT_TEMPLATE.replace("message['content']", "message['content'][-2:]").replace(
     "[assistant]", "[assistant]<think>"
 )
@@ -299,7 +297,7 @@ def model_with(folder: Path, template: str, source: Path) -> Path:
 
 
 @pytest.mark.parametrize("template", [STRIPPED, REFUSED], ids=["stripped", "refused"])
-def test_what_was_distilled_is_learned_whatever_the_template_makes_of_it(
+def test_answers_are_learned_even_if_the_template_alters_them(
     tiny_model_folder: Path, prompts: Path, tmp_path: Path, template: str
 ) -> None:
     model = model_with(tmp_path / "model", template, tiny_model_folder)
@@ -335,7 +333,7 @@ def test_a_template_that_refuses_the_models_answers_is_found_at_the_first(
 
 
 def test_answers_of_earlier_versions_are_learned_by_their_text(data: Path, tmp_path: Path) -> None:
-    """Without the tokens that the model wrote; so are answers that were changed since."""
+    """Earlier versions didn't record tokens. Answers that were changed since are learned by their text, too."""
     rows = [json.loads(line) for line in (data / "train.jsonl").open()]
     for name, change in {
         "old": lambda row: {key: row[key] for key in row if key != "written"},

@@ -1,4 +1,4 @@
-"""Medusa-2, and training behind the running base model."""
+"""Medusa-2, and training of heads while the base model runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from support.tiny_models import tiny_model
 SAMPLES = [
     Sample([5, 6, 7, 8, 9, 10, 11, 12], [False, False, True, True, True, True, True, True]),
     Sample([20, 21, 22, 23, 24], [False, True, True, False, True]),
-    Sample([30, 31], [False, False]),  # the assistant says nothing
+    Sample([30, 31], [False, False]),  # no tokens of the assistant
 ]
 
 
@@ -52,7 +52,7 @@ def fresh(model: Any, **options: Any) -> MedusaHeads:
 
 def test_a_batch_of_conversations() -> None:
     made = batch()
-    assert made["input_ids"].shape == (3, 7)  # cut to size
+    assert made["input_ids"].shape == (3, 7)  # cut to max_length
     assert made["attention_mask"].sum(1).tolist() == [7, 5, 2]
     assert [row.nonzero().flatten().tolist() for row in made["predicts"]] == [[1, 2, 3, 4, 5], [0, 1, 3], []]
     assert made["targets"][0].tolist() == [[-1, -1], [8, 9], [9, 10], [10, 11], [11, -1], [-1, -1], [-1, -1]]
@@ -66,7 +66,7 @@ def test_online_and_cached_hidden_states_give_one_loss(conditioned: bool) -> Non
     heads = fresh(model, conditioned=conditioned)
     online = JointLoss(model, heads).eval()(**batch())
     found = _compute(model, [Sample(s.input_ids[:7], s.is_label[:7]) for s in SAMPLES], num_heads=2)
-    found = {name: tensor.clone() for name, tensor in found.items()}  # ordinary tensors, not those of inference mode
+    found = {name: tensor.clone() for name, tensor in found.items()}  # made in inference mode
     cached = HeadLoss(heads, model.get_input_embeddings(), model.lm_head.out_features).eval()
     expected = cached(found["hidden"], found["next_tokens"], found["targets"])
     torch.testing.assert_close(online["loss"], expected["loss"])
@@ -77,14 +77,14 @@ def test_online_and_cached_hidden_states_give_one_loss(conditioned: bool) -> Non
 
 
 def test_the_loss_of_medusa2() -> None:
-    """KL(p_original || p) over the assistant's tokens, and λ times the heads' loss."""
+    """It is KL(p_original || p) over the assistant's tokens plus λ times the heads' loss."""
     model = tiny_model("llama")
     before = copy.deepcopy(model)
     heads = fresh(model)
     adapted = adapt(model, heads, Lora(rank=4, dropout=0.5))
     module = JointLoss(adapted, heads).eval()
     module.heads_weight = 0.0
-    torch.testing.assert_close(module(**batch())["loss"], torch.tensor(0.0))  # LoRA starts as nothing
+    torch.testing.assert_close(module(**batch())["loss"], torch.tensor(0.0))  # LoRA changes nothing at its start
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -100,7 +100,7 @@ def test_the_loss_of_medusa2() -> None:
     nll = torch.nn.functional.nll_loss(own, said, reduction="none")
     torch.testing.assert_close(got["quality"][made["predicts"]][:, 0], nll, atol=1e-5, rtol=1e-4)
     module.heads_weight = 2.0
-    alone = module.head_loss  # sees the adapted model's states
+    alone = module.head_loss  # its inputs are the adapted model's hidden states
     captured: list[torch.Tensor] = []
     hook = adapted.get_output_embeddings().register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     adapted(**model_input)
@@ -111,12 +111,12 @@ def test_the_loss_of_medusa2() -> None:
     assert HEAD_DECAY == 0.8
 
 
-def test_dropout_is_the_students_alone() -> None:
+def test_the_teacher_runs_without_dropout() -> None:
     model = tiny_model("llama")
     heads = fresh(model)
     module = JointLoss(adapt(model, heads, Lora(rank=4, dropout=0.5)), heads).train()
     module.heads_weight = 0.0
-    assert module(**batch())["loss"] == 0  # LoRA starts as nothing, whatever its dropout
+    assert module(**batch())["loss"] == 0  # LoRA changes nothing at its start, with any dropout
     assert module.model.training
 
 
@@ -146,7 +146,7 @@ def test_the_ramp() -> None:
     for step, share in ((0, math.sin(math.pi / 20)), (4, math.sin(math.pi / 4)), (9, 1)):
         ramp.on_step_begin(None, type("State", (), {"global_step": step, "max_steps": 10})(), None)
         torch.testing.assert_close(module(**batch())["loss"], share * whole)
-        torch.testing.assert_close(module.eval()(**batch())["loss"], whole)  # held-out losses are all of one kind
+        torch.testing.assert_close(module.eval()(**batch())["loss"], whole)  # held-out losses don't use the ramp
         module.train()
 
 
@@ -158,7 +158,7 @@ def test_heads_see_the_base_model_without_its_dropout() -> None:
 
 
 def test_perplexity() -> None:
-    """As that of every sample by itself, over all of what the assistant says."""
+    """It equals the mean over all assistant tokens, computed sample by sample."""
     model = tiny_model("llama")
     expected = []
     for sample in SAMPLES:
@@ -198,7 +198,7 @@ def test_medusa2(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     assert "The model still chooses the same token at" in result.output
     joint = history(out, "joint")
-    # The second stage begins where the first ended, and with the model that it was.
+    # The second stage begins with the heads of the first stage and the original base model.
     assert joint[0]["eval_head1_top1"] == history(out, "training")[-1]["eval_head1_top1"]
     assert joint[0]["eval_kl"] == 0
     assert joint[0]["eval_perplexity"] == joint[0]["eval_perplexity_before"] == joint[-1]["eval_perplexity_before"]
@@ -209,11 +209,11 @@ def test_medusa2(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     assert not torch.equal(changed.get_parameter(weight), was.get_parameter(weight))
     assert torch.equal(changed.get_parameter("lm_head.weight"), was.get_parameter("lm_head.weight"))
     assert json.loads((out / "config.json").read_text())["base_model_name_or_path"] == str(out / "model")
-    # What was merged is what was trained.
+    # The merged model is the trained model.
     log = json.loads((out / "training.json").read_text())
     assert log["joint"][-1]["merged_perplexity"] == pytest.approx(joint[-1]["eval_perplexity"], rel=1e-4)
     assert load_heads(out, changed).config.num_heads == 2
-    # Started from heads there is no first stage; the same command goes on where it was, which is at its end.
+    # Training from heads has no first stage. The same command continues at the end, so it changes nothing.
     again = train(tiny_model_folder, talks, tmp_path / "again", "--recipe", "medusa2", "--heads", out)
     result = CliRunner().invoke(main, again)
     assert result.exit_code == 0, (result.output, result.exception)
@@ -224,7 +224,7 @@ def test_medusa2(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     assert history(out, "joint") == joint
 
 
-def test_hidden_states_computed_anew(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
+def test_hidden_states_computed_in_each_epoch(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = CliRunner().invoke(main, train(tiny_model_folder, talks, out, "--hidden-states", "online"))
     assert result.exit_code == 0, (result.output, result.exception)
@@ -234,7 +234,7 @@ def test_hidden_states_computed_anew(tiny_model_folder: Path, talks: Path, tmp_p
 
 
 @pytest.mark.parametrize("begun", ["online", "cached"])
-def test_what_was_begun_goes_on_whatever_room_there_is(
+def test_a_training_continues_in_the_way_that_it_began(
     tiny_model_folder: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
 ) -> None:
     out = tmp_path / "out"
@@ -264,7 +264,7 @@ def test_several_data_sets_share_no_held_out_prompt(tiny_model_folder: Path, tal
 
 
 def run_and_kill(arguments: list[str], ready: Any) -> None:
-    """Starts a command, and kills it with SIGKILL as soon as ``ready``."""
+    """Starts a command, and kills it with SIGKILL as soon as ``ready`` returns True."""
     process = subprocess.Popen([sys.executable, "-m", "medusa_export", *arguments], stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
@@ -279,7 +279,7 @@ def run_and_kill(arguments: list[str], ready: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_distillation_goes_on(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_distillation_continues(tiny_model_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"Prompt number {i}" for i in range(60)))
 
@@ -298,7 +298,7 @@ def test_a_killed_distillation_goes_on(tiny_model_folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
+def test_a_killed_training_continues(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     options = ("--recipe", "medusa2", "--joint-epochs", 3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert CliRunner().invoke(main, train(tiny_model_folder, talks, whole, *options)).exit_code == 0
@@ -316,8 +316,8 @@ def test_a_killed_training_goes_on(tiny_model_folder: Path, talks: Path, tmp_pat
             assert (found["epoch"], found["eval_loss"]) == pytest.approx((expected["epoch"], expected["eval_loss"]))
 
 
-def test_a_training_killed_between_its_stages_goes_on(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
-    """What LoRA begins with is no matter of what this process has drawn before."""
+def test_a_training_killed_between_its_stages_continues(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
+    """LoRA's initial weights don't depend on random numbers that the process drew before."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for out in (whole, broken):
         if out is broken:
@@ -328,7 +328,7 @@ def test_a_training_killed_between_its_stages_goes_on(tiny_model_folder: Path, t
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
     for steps, text in ((9, "{}"), (10, '{"epoch": 1}'), (11, '{"epo'), (12, None)):
         folder = tmp_path / f"checkpoint-{steps}"
         folder.mkdir()
@@ -337,7 +337,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         for part in ("optimizer.pt", "scheduler.pt"):
             (folder / part).touch()
     (tmp_path / "checkpoint-13").mkdir()
-    (tmp_path / "checkpoint-13" / "trainer_state.json").write_text("{}")  # nothing of the optimizer
+    (tmp_path / "checkpoint-13" / "trainer_state.json").write_text("{}")  # without the optimizer
     assert _last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
     assert _last_complete(tmp_path / "none") is None
 
@@ -367,7 +367,7 @@ with processes.main_first():
 
 @pytest.mark.slow
 def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
-    # accelerate starts processes by itself for GPUs only: they are asked for, and then not used.
+    # accelerate starts several processes only for GPUs. So GPUs are requested, and then not used.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher = [*launch, "-m", "medusa_export"]
     arguments = train(tiny_model_folder, talks, tmp_path / "out", "--recipe", "medusa2")
@@ -379,6 +379,6 @@ def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, tmp_
     assert figures[-1]["eval_loss"] < figures[0]["eval_loss"]
     alone = CliRunner().invoke(main, train(tiny_model_folder, talks, tmp_path / "alone", "--recipe", "medusa2"))
     assert alone.exit_code == 0
-    # Held-out figures before the first step are the same, however many processes computed them.
+    # Held-out figures before the first step don't depend on the number of processes.
     first, other = history(tmp_path / "alone", "training")[0], figures[0]
     assert other["eval_head1_top10"] == pytest.approx(first["eval_head1_top10"])

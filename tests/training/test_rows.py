@@ -1,4 +1,4 @@
-"""Rows of data: what can be used is read, and the rest is skipped by its name."""
+"""Rows of data: usable rows are read, and the others are skipped and named."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def turns(*said: tuple[str, object]) -> dict[str, object]:
         ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )
-def test_a_row_that_can_not_be_used_is_skipped_by_name(tmp_path: Path, row: object, reason: str) -> None:
+def test_an_unusable_row_is_skipped_and_named(tmp_path: Path, row: object, reason: str) -> None:
     found = read(tmp_path, lines(GOOD, "", row, GOOD))
     assert len(found.conversations) == 2
     (skipped,) = found.skipped
@@ -85,7 +85,7 @@ def test_names_of_tools(tmp_path: Path, role: str) -> None:
     assert [message["role"] for message in found.messages] == ["system", "user", "tool"]
 
 
-def test_what_nobody_asked_for_is_not_learned(tmp_path: Path) -> None:
+def test_answers_before_the_first_user_message_are_not_learned(tmp_path: Path) -> None:
     row = turns(("system", "S"), ("gpt", "Welcome!"), ("human", "Hi"), ("gpt", "Hello"))
     (found,) = read(tmp_path, lines(row)).conversations
     assert [message["content"] for message in found.messages] == ["S", "Hi", "Hello"]
@@ -133,7 +133,7 @@ def test_files_of_any_name_and_encoding(tmp_path: Path, name: str, shape: str, m
     ]
 
 
-def test_marks_within_files_that_were_put_together(tmp_path: Path) -> None:
+def test_byte_order_marks_within_concatenated_files(tmp_path: Path) -> None:
     assert [c.user_turns for c in read(tmp_path, "\ufeffone\r\n\ufefftwo\r\n".encode(), "p.txt").conversations] == [
         ("one",), ("two",)
     ]  # fmt: skip
@@ -141,14 +141,14 @@ def test_marks_within_files_that_were_put_together(tmp_path: Path) -> None:
     assert len(read(tmp_path, both).conversations) == 2
 
 
-def test_bytes_that_are_no_text_cost_their_line_alone(tmp_path: Path) -> None:
+def test_invalid_bytes_skip_only_their_line(tmp_path: Path) -> None:
     found = read(tmp_path, b"one\ntw\xff\xfeo\nthree\n", "p.txt")
     assert [c.user_turns[0] for c in found.conversations] == ["one", "three"]
     assert str(found.skipped[0]) == "p.txt line 2: its text is not valid UTF-8"
 
 
 @pytest.mark.parametrize(("start", "kind"), [(b"PAR1", "a Parquet file"), (b"\x1f\x8b\x08", "compressed by gzip")])
-def test_files_that_hold_no_text(tmp_path: Path, start: bytes, kind: str) -> None:
+def test_binary_files_are_refused(tmp_path: Path, start: bytes, kind: str) -> None:
     with pytest.raises(DatasetError, match=kind):
         read(tmp_path, start + b"\x00\xff", "p.jsonl")
 
@@ -207,7 +207,7 @@ REASONS = (
 
 @pytest.fixture(scope="module")
 def picky_model(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a template that refuses system messages."""
+    """A tiny model whose template refuses system messages."""
     folder = tmp_path_factory.mktemp("picky") / "model"
     folder.mkdir()
     for path in tiny_model_folder.iterdir():
@@ -220,7 +220,7 @@ def picky_model(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Six good rows, then five that can't be learned from."""
+    """Six usable rows, then five from which nothing can be learned."""
     path = tmp_path / "data.jsonl"
     good = [turns(("human", f"Question {i}"), ("bing", f"Answer {i} is this.")) for i in range(6)]
     path.write_bytes(lines(*good, *UNUSABLE))
@@ -231,21 +231,21 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_a_training_skips_rows_and_says_so(picky_model: Path, mixed: Path, tmp_path: Path) -> None:
+def test_a_training_skips_rows_and_reports_them(picky_model: Path, mixed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--heldout", 0.4, "--max-length", 300, "--num-heads", 2, "--epochs", 1, "-q")
     command = ("train", picky_model, "--data", mixed, "-o", out, *options)
     result = run(*command, "--strict")
     assert result.exit_code == 1
     assert "With --strict, no row is skipped, but this would be: skipped 5 of 11 rows" in result.output
-    assert not out.exists()  # nothing was begun
+    assert not out.exists()  # the training did not begin
     result = run(*command)
     assert result.exit_code == 0, (result.output, result.exception)
     assert result.output.count("note: skipped 5 of 11 rows: data.jsonl line 7: its conversation is empty; ") == 1
     kept = json.loads((out / SETTINGS).read_text())["rows"]
     assert (kept["read"], kept["skipped"]) == (11, 5)
     assert kept["first"] == [f"data.jsonl {reason}" for reason in REASONS]
-    # The same command goes on, whatever it says of rows; and the rest alone is the same data.
+    # The same command continues, with or without --strict. The usable rows alone are the same data.
     before = (out / "medusa_lm_head.safetensors").read_bytes()
     alone = tmp_path / "alone.jsonl"
     alone.write_bytes(b"".join(mixed.read_bytes().splitlines(keepends=True)[:6]))
@@ -260,14 +260,14 @@ def test_a_training_skips_rows_and_says_so(picky_model: Path, mixed: Path, tmp_p
     assert "note: skipped 5 of 11 rows" in result.output
 
 
-def test_a_split_with_nothing_to_learn_says_why(tmp_path: Path) -> None:
+def test_the_error_for_a_split_with_nothing_to_learn_gives_reasons(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("\n".join(f"Prompt {i}" for i in range(9)))
     with pytest.raises(DatasetError, match=r"No row can be used: skipped 9 of 9 rows: p.txt line 1: it has no answer"):
         load_sources([path], heldout=0.4).tokenized(make_tokenizer(260))
 
 
-def test_a_distillation_skips_rows_and_keeps_which(picky_model: Path, mixed: Path, tmp_path: Path) -> None:
+def test_a_distillation_skips_rows_and_records_them(picky_model: Path, mixed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     assert distilled(picky_model, folder, "--prompts", mixed, "--strict")[0] == 1
     assert not folder.exists()
@@ -277,8 +277,8 @@ def test_a_distillation_skips_rows_and_keeps_which(picky_model: Path, mixed: Pat
     assert "refuses some prompts: skipped 1 of 10 rows: data.jsonl line 11: The chat template can't" in output
     kept = json.loads((folder / DESCRIPTION).read_text())
     assert kept["rows"]["skipped"] == 1
-    assert len(kept["refused"]) == kept["left_out"] == 1  # no room for an answer to line 10
-    # What was begun and killed comes to the same.
+    assert len(kept["refused"]) == kept["left_out"] == 1  # line 10 leaves no room for an answer
+    # A job that was killed and continued gives the same result.
     names = ("train.jsonl", "heldout.jsonl", DESCRIPTION)
     before = [(folder / name).read_bytes() for name in names]
     sorted((folder / "answers").iterdir())[0].unlink()

@@ -1,4 +1,4 @@
-"""Features and Medusa-1."""
+"""Features, and training by Medusa-1."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from support.tiny_models import tiny_model
 def test_positions() -> None:
     sample = Sample([10, 11, 12, 13, 14, 15, 16], [False, False, True, True, True, False, True])
     positions, targets = positions_of(sample, 3)
-    # From 11 the model says 12 and the heads 13 and 14; beyond that the turn has ended.
+    # After 11 the model chooses 12, and the heads' targets are 13 and 14. Then the turn ends.
     assert positions == [1, 2]
     assert targets == [[13, 14, -1], [14, -1, -1]]
 
 
 def test_soft_targets_are_the_base_models_distribution_at_the_targets_place() -> None:
-    """With the base model's own projection, a head that knew the state ahead would have the least loss possible."""
+    """A head that computed the state ahead and projected it like the base model would have the minimal loss."""
     torch.manual_seed(0)
     hidden = torch.randn(9, 16)
     lm_head, embedding = torch.nn.Linear(16, 30, bias=False), torch.nn.Embedding(30, 16)
@@ -57,13 +57,13 @@ def test_soft_targets_are_the_base_models_distribution_at_the_targets_place() ->
     assert torch.equal(ahead[2, 0], hidden[3]) and ahead[2, 1].isnan().all()
     loss = HeadLoss(MedusaHeads.fresh(2, lm_head), embedding, 30, teacher=lm_head, soft=1.0).train()
     teacher = torch.softmax(lm_head(hidden[1:3]), -1)
-    own = torch.log_softmax(lm_head(hidden[0]), -1)  # a fresh head copies the base model
+    own = torch.log_softmax(lm_head(hidden[0]), -1)  # an untrained head gives the base model's distribution
     got = loss(hidden[:1], features.next_tokens[:1], features.targets[:1], ahead[:1])["loss"]
-    torch.testing.assert_close(got, -(teacher * own).sum(-1) @ torch.tensor([0.8, 0.64]))  # head k counts 0.8^k
+    torch.testing.assert_close(got, -(teacher * own).sum(-1) @ torch.tensor([0.8, 0.64]))  # weights of heads 1 and 2
 
 
 def test_a_batch_reaches_the_projection_as_one_product() -> None:
-    """Given other strides, torch copies the projection's weight for each row: 14 GB for a batch of 2,048."""
+    """With other strides, torch copies the projection's weight for each row: 14 GB for a batch of 2,048."""
     lm_head = torch.nn.Linear(64, 300, bias=False)
     heads = MedusaHeads.fresh(3, lm_head, conditioned=True, token_map=torch.arange(200))
     seen: list[torch.Tensor] = []
@@ -77,7 +77,7 @@ def test_a_batch_reaches_the_projection_as_one_product() -> None:
 def test_places() -> None:
     logits = torch.tensor([[[0.1, 0.9, 0.5], [1.0, 2.0, 3.0]]])
     assert places(logits, torch.tensor([[1, 0]]), torch.tensor([[5, 6]])).tolist() == [[0, 2]]
-    # A target outside of the draft vocabulary counts as missed; one that doesn't exist does not count.
+    # A target outside the draft vocabulary counts as a miss. A missing target does not count.
     assert places(logits, torch.tensor([[-1, -1]]), torch.tensor([[5, -1]])).tolist() == [[10, -1]]
 
 
@@ -117,7 +117,7 @@ def test_trained_heads_learn_and_decode_losslessly(
     assert tokens[0] == tokens[1] == tokens[2]
 
 
-def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_training_continues_from_its_checkpoint(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     arguments = ["train", tiny_model_folder, "--data", data, "--num-heads", 2, "--batch-size", 16, "-q"]
 
     def train(folder: Path, epochs: int) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Pat
     whole = train(tmp_path / "whole", 2)
     checkpoints = sorted((tmp_path / "whole" / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
     assert len(checkpoints) == 2
-    # As after a kill in the second epoch.
+    # The state after a kill in the second epoch.
     (tmp_path / "again" / "checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "whole" / SETTINGS, tmp_path / "again")
     checkpoints[0].rename(tmp_path / "again" / "checkpoints" / checkpoints[0].name)
@@ -138,8 +138,8 @@ def test_training_goes_on_from_its_checkpoint(data: Path, tiny_model_folder: Pat
         torch.testing.assert_close(again[name], tensor, msg=name)
 
 
-def test_a_training_goes_on_as_the_same_one_only(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
-    """It would take the checkpoints of the one before for its own, and pass its heads off as trained anew."""
+def test_a_training_continues_only_with_its_own_settings(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Otherwise it would use another training's checkpoints as its own."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text((data / "train.jsonl").read_text() + (data / "heldout.jsonl").read_text())
     fewer = tmp_path / "fewer.jsonl"
@@ -169,12 +169,12 @@ def test_a_training_goes_on_as_the_same_one_only(data: Path, tiny_model_folder: 
     assert result.exit_code == 1
     assert "holds checkpoints but no settings.json" in result.output
     for checkpoint in (out / "checkpoints").iterdir():
-        shutil.rmtree(checkpoint)  # as where a training failed before it wrote any: nothing depends on its options
+        shutil.rmtree(checkpoint)  # as if the training had failed before its first one
     result = train(*first, "--learning-rate", 0.01)
     assert result.exit_code == 0, result.output
 
 
-def test_another_chat_template_is_other_data(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_another_chat_template_counts_as_other_data(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(tiny_model_folder, model)
     command = ["train", model, "--data", data, "-o", out, "--num-heads", 2, "--epochs", 1, "-q"]
@@ -186,15 +186,15 @@ def test_another_chat_template_is_other_data(data: Path, tiny_model_folder: Path
     assert "was begun with data = " in result.output
 
 
-def test_what_comes_with_heads_is_not_asked_for(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_options_of_new_heads_are_refused_with_given_heads(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path, "--heads", tmp_path, "--plain"]
     result = CliRunner().invoke(main, [*map(str, command)])
     assert result.exit_code == 2
     assert "leave --conditioned and --plain out" in result.output
 
 
-def test_heads_do_not_go_where_a_model_is(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
-    """Said before hours are spent."""
+def test_heads_are_not_written_into_a_models_folder(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """It is refused before the training starts."""
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     command = ["train", tmp_path / "model", "--data", data, "-o", tmp_path / "model", "-q"]
     result = CliRunner().invoke(main, [*map(str, command)])
@@ -203,7 +203,7 @@ def test_heads_do_not_go_where_a_model_is(data: Path, tiny_model_folder: Path, t
     assert not (tmp_path / "model" / "features").exists()
 
 
-def test_a_loss_that_is_no_number_is_an_error(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_is_an_error(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["train", tiny_model_folder, "--data", data, "-o", out, "--num-heads", 2, "--learning-rate", 1e38, "-q"]
     result = CliRunner().invoke(main, [*map(str, command), "--batch-size", "16", "--epochs", "4"])
@@ -213,7 +213,7 @@ def test_a_loss_that_is_no_number_is_an_error(data: Path, tiny_model_folder: Pat
 
 
 @pytest.mark.parametrize("family", ["llama", "cohere", "granite", "gemma2"])
-def test_the_teacher_says_what_the_model_says(family: str) -> None:
+def test_the_teacher_gives_the_models_logits(family: str) -> None:
     model = tiny_model(family)
     ids = torch.tensor([[5, 9, 33, 7]])
     everywhere = torch.ones_like(ids)
@@ -224,7 +224,7 @@ def test_the_teacher_says_what_the_model_says(family: str) -> None:
         torch.testing.assert_close(Teacher(model, few)(hidden[0]), logits[0][:, few].float(), rtol=1e-4, atol=1e-6)
 
 
-def test_no_teacher_and_no_rank_comes_from_logits_that_are_no_numbers() -> None:
+def test_teacher_and_ranks_refuse_logits_that_are_not_finite() -> None:
     model = tiny_model("llama")
     heads = MedusaHeads.fresh(2, model.get_output_embeddings())
     torch.nn.init.constant_(heads.layers[0].weight, torch.nan)
@@ -237,7 +237,7 @@ def test_no_teacher_and_no_rank_comes_from_logits_that_are_no_numbers() -> None:
         Teacher(model, None)
 
 
-def test_a_model_that_no_teacher_is_known_for_is_refused() -> None:
+def test_a_model_that_the_teacher_can_not_reproduce_is_refused() -> None:
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda _, __, logits: 3 * logits)
     with pytest.raises(TrainingError, match="without --soft"):
@@ -245,7 +245,7 @@ def test_a_model_that_no_teacher_is_known_for_is_refused() -> None:
 
 
 class Scale(torch.nn.Module):
-    """As little as there is to train."""
+    """The smallest module that can be trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Scale(torch.nn.Module):
 
 
 def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many it sees: transformers would give each of them a batch."""
+    """Even if it sees several. By default transformers would give each of them a batch."""
 
     def with_two(**options: Any) -> TrainingArguments:
         arguments = TrainingArguments(**options)
@@ -269,7 +269,7 @@ def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def scaled(module: Scale, checkpoints: Path, *, epochs: float) -> list[dict[str, Any]]:
-    """Four steps per epoch."""
+    """Runs a training with four steps per epoch."""
     return run_training(
         module,
         [torch.tensor([0.5])] * 16,
@@ -284,7 +284,7 @@ def scaled(module: Scale, checkpoints: Path, *, epochs: float) -> list[dict[str,
 
 
 @pytest.mark.parametrize("epochs", [0.5, 1, 2])
-def test_a_finished_training_is_as_it_was(tmp_path: Path, epochs: float) -> None:
+def test_a_finished_training_changes_nothing(tmp_path: Path, epochs: float) -> None:
     first, again = Scale(), Scale()
     history = scaled(first, tmp_path, epochs=epochs)
     assert [entry["epoch"] for entry in history if "eval_loss" in entry] == [0, *range(1, int(epochs)), epochs]
@@ -298,32 +298,32 @@ def test_soft_targets_need_hidden_states_that_are_kept(data: Path, tiny_model_fo
     result = CliRunner().invoke(main, [*map(str, command), "--hidden-states", "online"])
     assert result.exit_code == 1
     assert "--soft" in result.output
-    # As the sentence says, in the same folder: nothing there depends on other options yet.
+    # Then the remedy in the message works in the same folder, as no file depends on the options yet.
     result = CliRunner().invoke(main, [*map(str, command), "--epochs", "1", "--hidden-states", "cached"])
     assert result.exit_code == 0, result.output
 
 
-def test_more_tokens_than_there_are_are_refused(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_draft_vocabulary_that_is_too_large_is_refused(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path / "out", "--draft-vocab", 10**6, "-q"]
     result = CliRunner().invoke(main, [*map(str, command)])
     assert result.exit_code == 1
     assert "can't propose 1,000,000 tokens" in result.output
 
 
-# Sizes are such that the first file to reach the limit is the one named.
+# The limits are chosen so that the file in the message is the first to reach them.
 @pytest.mark.parametrize(
     ("limit", "words", "options"),
     [
         (20_000, "000000.safetensors can't be written", ()),
-        # Its weights, by safetensors.
+        # The checkpoint's weights, which safetensors writes.
         pytest.param(60_000, "A checkpoint can't be written", (), marks=pytest.mark.slow),
-        (90_000, "A checkpoint can't be written", ("--hidden-states", "online")),  # its optimizer, by torch
+        (90_000, "A checkpoint can't be written", ("--hidden-states", "online")),  # the optimizer, which torch writes
         pytest.param(
             180_000, "The model can't be written", ("--recipe", "medusa2", "--lora-rank", 1), marks=pytest.mark.slow
         ),
     ],
 )
-def test_a_training_with_no_room_goes_on(
+def test_a_training_continues_after_a_full_disk(
     data: Path, tiny_model_folder: Path, tmp_path: Path, limit: int, words: str, options: tuple[object, ...]
 ) -> None:
     def train(folder: Path) -> Result:
@@ -347,7 +347,7 @@ def test_a_training_with_no_room_goes_on(
 
 
 def flip_a_byte(path: Path) -> None:
-    """In its last quarter, where a file of tensors holds their values."""
+    """Changes a byte in the last quarter of a file, where a file of tensors holds values."""
     content = bytearray(path.read_bytes())
     content[-len(content) // 4] ^= 1
     path.write_bytes(content)
@@ -358,7 +358,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(cut, marks=pytest.mark.slow)])
-def test_damage_to_what_a_training_keeps_is_found(
+def test_damaged_files_of_a_training_are_found(
     data: Path, tiny_model_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     out = tmp_path / "out"
@@ -430,6 +430,6 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     result = CliRunner().invoke(main, [*map(str, arguments), "-o", str(tmp_path / "other"), "-q"])
     assert result.exit_code == 2
     assert "is of 2 heads, but these are 3" in result.output
-    # No other path was ever right, and a tree says so where it is smaller than was asked for.
+    # No other path was ever right, so the tree is smaller than requested, and the command reports that.
     result = CliRunner().invoke(main, ["tree", str(tmp_path / "once.json"), "--size", "100000", "-q"])
     assert "nodes, not 100000" in result.output

@@ -27,7 +27,7 @@ def test_only_targets_that_exist_are_counted() -> None:
     assert calibration.accuracies[0][:4] == (3 / 6, 1 / 6, 0, 1 / 6)
     assert calibration.accuracies[1][:3] == (2 / 5, 2 / 5, 1 / 5)
     assert calibration.accuracies[2][:3] == (2 / 4, 1 / 4, 1 / 4)
-    # Head 2 was right in the fourth row, but below a miss no node can be accepted.
+    # Head 2 was right in the fourth row. But head 1 was wrong there, so the node can't be accepted.
     assert calibration.paths[0, 1] == 2 / 5
     assert calibration.value((0, 1, 0)) == 1 / 4
     assert calibration.value((5,)) == 0
@@ -35,7 +35,7 @@ def test_only_targets_that_exist_are_counted() -> None:
         Calibration.count(np.array([[0, -1]]), 10)
 
 
-def test_where_only_guesses_from_the_text_are_right() -> None:
+def test_where_only_lookup_hits_are_right() -> None:
     places = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [9, 9, 9, -1], [9, 9, 9, -1]])
     calibration = Calibration.count(places[:, :3], 4, steps=places, hits=np.array([True, True, False, False]))
     assert not calibration.paths and calibration.hit_paths[(0,) * 4] == 1
@@ -67,7 +67,7 @@ def test_round_trip_and_bad_files(tmp_path: Path) -> None:
 
 
 def vicuna() -> Calibration:
-    """Top-1 and top-5 accuracies as published; the ranks between share the difference as in the prior."""
+    """Published top-1 and top-5 accuracies. Ranks 1 to 4 share the difference, as in the prior."""
     return Calibration(tuple(tuple(rank_accuracy(head, rank) for rank in range(5)) for head in range(len(TOP_1))))
 
 
@@ -89,7 +89,7 @@ def random_calibration(draw: st.DrawFn) -> Calibration:
 @settings(max_examples=60, deadline=None)
 @given(st.composite(random_calibration)(), st.integers(2, 6))
 def test_every_prefix_is_the_best_tree_of_its_size(calibration: Calibration, size: int) -> None:
-    """Against all trees."""
+    """Compares the tree with all other trees of its size."""
     nodes = [
         path
         for depth in range(1, len(calibration.accuracies) + 1)

@@ -1,4 +1,4 @@
-"""Files that are damaged, missing, too large, elsewhere or not listed: an error that says so, or none at all."""
+"""Files that are damaged, missing, too large, outside the folder or not listed: each is refused by name or ignored."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(data))
 
 
-# A description
+# Descriptions
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_keys_of_newer_versions_are_skipped(folder: Path, tiny_bundle: Bundle) -
 
 
 def test_a_huge_description_is_refused_unread(folder: Path) -> None:
-    os.truncate(folder / DESCRIPTION, 2**40)  # sparse: there is no such memory
+    os.truncate(folder / DESCRIPTION, 2**40)  # a sparse file, larger than memory
     with pytest.raises(BundleError, match=f"at most {MAX_DESCRIPTION_BYTES:,} are read"):
         Bundle.load(folder)
 
 
 @pytest.mark.parametrize("name", [DESCRIPTION, "tokenizer.json", "model.onnx", "chat_template.jinja"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "gone", "circle"])
-def test_what_is_no_file(folder: Path, name: str, kind: str) -> None:
+def test_other_kinds_of_files_are_refused(folder: Path, name: str, kind: str) -> None:
     path = folder / name
     path.unlink()
     if kind == "folder":
@@ -134,7 +134,7 @@ def test_what_is_no_file(folder: Path, name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["x" * 300, "nul\0", "none", "a/" * 3000])
-def test_places_where_no_bundle_can_be(tmp_path: Path, place: str) -> None:
+def test_paths_without_a_bundle(tmp_path: Path, place: str) -> None:
     with pytest.raises(BundleError, match="There is no bundle at") as caught:
         Bundle.load(tmp_path / place)
     assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
@@ -156,7 +156,7 @@ def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
         read_file(path, at_most=100)
 
 
-def test_the_error_is_of_the_readers_kind(tmp_path: Path) -> None:
+def test_the_caller_chooses_the_type_of_the_error(tmp_path: Path) -> None:
     class OtherError(MedusaError):
         pass
 
@@ -166,7 +166,7 @@ def test_the_error_is_of_the_readers_kind(tmp_path: Path) -> None:
         read_file(tmp_path / "none", at_most=1, error=OtherError)
 
 
-# What isn't listed isn't read
+# Files that are not listed
 
 
 def relist(folder: Path, *without: str) -> None:
@@ -200,13 +200,13 @@ def test_listed_templates_of_a_subfolder_are_read(folder: Path) -> None:
     change(folder / DESCRIPTION, lambda data: data["files"].update({name: facts}))
     listed = Bundle.load(folder).listed
     assert Tokenizer.load(listed).chat_templates["rag"] == "R"
-    path.write_text("r")  # after the check: what counts is what is read
+    path.write_text("r")  # after the check: the content that is read must be checked
     with pytest.raises(BundleError, match="does not match the digest"):
         Tokenizer.load(listed)
 
 
 def hub_snapshot(folder: Path, cache: Path) -> Path:
-    """The snapshot of a repository in a hub's cache that holds these files, found as a user would."""
+    """The snapshot of a repository with these files in a hub's cache, as ``snapshot_download`` finds it."""
     repository = cache / "models--someone--bundle"
     revision = "0123456789012345678901234567890123456789"
     for path in folder.rglob("*"):
@@ -241,7 +241,7 @@ def test_a_hubs_snapshot_leads_to_its_own_blobs_only(tiny_bundle: Bundle, tmp_pa
     (tmp_path / "secret").write_bytes((tiny_bundle.folder / "tokenizer.json").read_bytes())
     (snapshot / "tokenizer.json").unlink()
     (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
-    Bundle.load(snapshot)  # a digest vouches for it
+    Bundle.load(snapshot)  # allowed, as its digest is checked
     with pytest.raises(BundleError, match=r"tokenizer\.json .* leads outside"):
         Bundle.load(snapshot, check_digests=False)
     with pytest.raises(BundleError, match=r"tokenizer\.json .* leads outside"):
@@ -257,17 +257,17 @@ def test_names_that_lead_outside(tmp_path: Path) -> None:
             ListedFolder(tmp_path, {name: None}, description="d").read(name, at_most=1)
 
 
-# What we keep ourselves
+# Files that the runtime writes
 
 
 class Idle:
-    """A backend that is never run."""
+    """A backend that must not run."""
 
     name = "idle"
     step = None
 
 
-def test_a_latency_table_of_another_tree_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_latency_table_of_another_tree_is_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.load(folder)
     monkeypatch.setattr("medusa_runtime.decoding.latency._measure", lambda *_, **__: {"1": 1.0, "9": 2.0})
     assert LatencyTable.measured(bundle, Idle()).seconds == {1: 1.0, 9: 2.0}
@@ -284,7 +284,7 @@ def test_a_latency_table_of_another_tree_is_made_anew(folder: Path, monkeypatch:
     assert list(LatencyTable.measured(bundle, Idle()).seconds) == [1, 9]
 
 
-def test_our_own_file_is_no_way_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_to_elsewhere_is_not_followed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside = tmp_path / "outside"
     outside.write_text("{}")
     (folder / CACHE_FILE).unlink(missing_ok=True)
@@ -301,18 +301,18 @@ def test_our_own_file_is_no_way_out(folder: Path, tmp_path: Path, monkeypatch: p
     assert [path.name for path in (folder / "pipe").iterdir()] == [CACHE_FILE]
 
 
-# What the exporter reads
+# Files that the exporter reads
 
 
 def test_deep_nesting_elsewhere(tmp_path: Path) -> None:
     for name in ("config.json", "settings.json"):
         (tmp_path / name).write_text("[" * 100_000)
-    check_config(tmp_path)  # no model's: heads may be written beside it
+    check_config(tmp_path)  # not a model's configuration: heads may be written there
     with pytest.raises(SettingsError, match="can't be read"):
         read_settings(tmp_path / "settings.json")
 
 
-# A tokenizer
+# Tokenizers
 
 
 @pytest.mark.parametrize(
@@ -363,14 +363,14 @@ def test_damaged_tokenizers(folder: Path, name: str, content: str, words: str) -
     ],
     ids=["an error", "a panic"],
 )
-def test_what_the_library_raises_while_it_encodes_is_told(folder: Path, damage: Callable[[Any], None]) -> None:
+def test_errors_of_the_library_in_encode_are_reported(folder: Path, damage: Callable[[Any], None]) -> None:
     change(folder / "tokenizer.json", damage)
     tokenizer = Tokenizer.load(folder)
     with pytest.raises(BundleError, match="tokenizers library can't encode this text"):
         tokenizer.encode("中 Hello")
 
 
-def test_a_template_that_nobody_could_serve_is_not_exported(tmp_path: Path) -> None:
+def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama"), make_tokenizer()
     tokenizer.chat_template = "{% for %}"
     with pytest.raises(ExportError, match=r"syntax error on line 1.* --no-tokenizer"):
@@ -379,7 +379,7 @@ def test_a_template_that_nobody_could_serve_is_not_exported(tmp_path: Path) -> N
 
 
 def test_a_damaged_graph_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """ONNX Runtime would print to the program's output, and try again."""
+    """By default ONNX Runtime prints to the program's output, and tries again."""
     graph = folder / ONNXRUNTIME_GRAPH
     data = graph.read_bytes()
     assert b"GroupQueryAttention" in data
@@ -389,7 +389,7 @@ def test_a_damaged_graph_prints_nothing(folder: Path, capfd: pytest.CaptureFixtu
     assert capfd.readouterr().out == ""
 
 
-def test_several_templates_keep_their_order_of_rank(folder: Path) -> None:
+def test_the_precedence_of_several_templates(folder: Path) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "default.jinja").write_text("low")
     (folder / "chat_template.jinja").write_text("high")

@@ -1,4 +1,4 @@
-"""Trees: their laws, and what is refused."""
+"""Laws of trees, and trees that are refused."""
 
 from __future__ import annotations
 

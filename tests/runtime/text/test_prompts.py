@@ -1,4 +1,4 @@
-"""Each kind of prompt is understood or refused by name."""
+"""Prompts of all types: converted to token ids, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokenizer(tiny_bundle: Bundle) -> Tokenizer:
 
 @pytest.fixture
 def ids_of(tiny_bundle: Bundle, tokenizer: Tokenizer) -> Callable[..., Sequence[int]]:
-    """The token ids that a request's prompt becomes."""
+    """A function that converts a request's prompt to token ids."""
 
     def ids(prompt: Any, **options: Any) -> Sequence[int]:
         return TokenSequence.of(tiny_bundle, tokenizer, prompt, **{"max_new_tokens": 4, **options}).prompt_ids
@@ -141,13 +141,13 @@ class Secretive:
         ([{"role": "user", "content": [{"type": "image"}]}], "type 'image', but this model reads only text"),
     ],
 )
-def test_what_is_no_prompt_is_refused_by_name(ids_of: Callable[..., Sequence[int]], prompt: Any, words: str) -> None:
+def test_other_values_are_refused_with_a_reason(ids_of: Callable[..., Sequence[int]], prompt: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         ids_of(prompt)
 
 
 class Endless(Sequence[int]):
-    """A long list that nobody may read."""
+    """A long list whose items must not be read."""
 
     def __len__(self) -> int:
         return 10**9

@@ -1,4 +1,4 @@
-"""What a chat template may do: bombs end with an error that says so, and honest templates of any size don't."""
+"""The budget of chat templates: templates that take endless work are refused, and usual templates are not."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ import json, resource, sys, time
 from medusa_runtime.text.chat_template import render
 from medusa_runtime.errors import MedusaError
 
-render("{{ x|tojson }}{{ 'a'|wordwrap|urlize }}{{ lipsum() }}", x=1)  # imports what these need
+render("{{ x|tojson }}{{ 'a'|wordwrap|urlize }}{{ lipsum() }}", x=1)  # imports the modules that these filters need
 with open("/proc/self/statm") as file:
     present = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (present + 200 * 10**6,) * 2)
@@ -136,7 +136,7 @@ print(json.dumps(outcomes))
 
 
 def exploded(names: Iterable[str]) -> list[str]:
-    """Which bombs did more than 5 seconds of work, or took more than 200 MB, or were not refused."""
+    """Prints the bombs that took more than 5 seconds or 200 MB, or were not refused."""
     bombs = json.dumps({name: BOMBS[name] for name in names})
     result = subprocess.run([sys.executable, "-c", CHILD], input=bombs, capture_output=True, text=True, check=True)
     return [
@@ -152,7 +152,7 @@ def test_bombs() -> None:
 
 @pytest.mark.slow
 def test_bombs_that_take_a_second() -> None:
-    """They do all the work that they may."""
+    """These use up the whole budget."""
     assert not exploded(SLOW)
 
 
@@ -180,7 +180,7 @@ def test_bombs_that_take_a_second() -> None:
         ("{{ ''.join(range(3)|map('string')) }}{{ 'a'|list }}{{ undefined_name }}{{ none }}", "012['a']None"),
     ],
 )
-def test_honest_templates_give_what_they_gave(template: str, expected: str) -> None:
+def test_usual_templates_are_not_changed_by_the_budget(template: str, expected: str) -> None:
     assert render(template, messages=[]) == expected
 
 
@@ -195,8 +195,8 @@ def test_long_chats_are_rendered() -> None:
     assert render(template, messages=messages).count("im_end") == 20_000
 
 
-def test_renders_side_by_side_have_a_budget_each() -> None:
-    """One thread's bomb takes nothing from another's chat."""
+def test_concurrent_renders_have_a_budget_each() -> None:
+    """A bomb in one thread does not use the budget of another thread's chat."""
     failed: list[Exception] = []
 
     def bomb() -> None:
@@ -218,7 +218,7 @@ def test_renders_side_by_side_have_a_budget_each() -> None:
     assert not failed
 
 
-def test_what_a_template_says_is_kept_short() -> None:
+def test_a_templates_own_message_is_shortened() -> None:
     with pytest.raises(RequestError, match="refused") as caught:
         render("{{ raise_exception('x' * 1000000) }}", messages=[])
     assert len(str(caught.value)) < 2_000

@@ -1,4 +1,4 @@
-"""The law of the text stream: its pieces, joined, are the decoded whole, cut before the first stop string."""
+"""The law of the text stream: its pieces, joined, are the decoded text up to the first stop string."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPLACEMENT = "\ufffd"
 
 
 def wrapped_byte_level() -> tokenizers.Tokenizer:
-    """Byte-level behind another step, which the byte decoder doesn't know."""
+    """Byte-level decoding after another step, for which the byte decoder is not used."""
     backend = byte_level()
     backend.decoder = decoders.Sequence([decoders.Replace("z", "Z"), decoders.ByteLevel()])
     return backend
@@ -43,7 +43,7 @@ def greedy_strip() -> tokenizers.Tokenizer:
 
 
 def no_strip() -> tokenizers.Tokenizer:
-    """Byte fallback as in Gemma: nothing is stripped."""
+    """Byte fallback as in Gemma, which strips nothing."""
     backend = byte_fallback()
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return backend
@@ -84,7 +84,7 @@ def bytes_of(tokenizer: Tokenizer) -> list[int]:
 
 @st.composite
 def token_ids(draw: st.DrawFn, tokenizer: Tokenizer, max_size: int = 40) -> list[int]:
-    """Random tokens, single bytes, encoded text, whole or torn, and ids beyond the vocabulary."""
+    """Random tokens, single bytes, encoded text, complete or cut, and ids outside the vocabulary."""
     parts = draw(
         st.lists(
             st.one_of(
@@ -102,7 +102,7 @@ def token_ids(draw: st.DrawFn, tokenizer: Tokenizer, max_size: int = 40) -> list
 
 
 def chunked(data: st.DataObject, ids: Sequence[int]) -> list[list[int]]:
-    """The ids in chunks of any length, empty ones included."""
+    """Divides ids into chunks of any length, also empty ones."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=6)))
     return [list(ids[a:b]) for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
@@ -116,7 +116,7 @@ def run(stream: TextStream, chunks: Sequence[Sequence[int]]) -> str:
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
-    """By brute force: the text before the stop string that ends first, the longest of those."""
+    """The text before the stop string that ends first, or the longest of those, found by brute force."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -151,11 +151,11 @@ def test_stop_strings_cut_the_whole(name: str, data: st.DataObject) -> None:
     text = run(stream, chunked(data, ids))
     assert (text, stream.stopped_by) == cut(whole, stops)
     assert stream.consumed <= len(ids)
-    # No other chunking changes anything, the number of tokens consumed included.
+    # Other chunks give the same text and the same number of consumed tokens.
     at_once = TextStream(tokenizer, stops)
     assert run(at_once, [ids]) == text
     assert at_once.consumed == stream.consumed
-    # The tokens consumed suffice, and the stop string was not complete a token earlier.
+    # The consumed tokens contain the stop string, and one token less does not.
     assert cut(tokenizer.decode(ids[: stream.consumed]), stops)[0].startswith(text)
 
 
@@ -163,7 +163,7 @@ def test_stop_strings_cut_the_whole(name: str, data: st.DataObject) -> None:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_behind_a_prompt(name: str, data: st.DataObject) -> None:
-    """The stream is what follows the prompt; a character torn by the prompt's end is the stream's."""
+    """The stream is the text after the prompt. A character that the prompt leaves unfinished belongs to the stream."""
     tokenizer = make(name)
     prompt, ids = data.draw(token_ids(tokenizer)), data.draw(token_ids(tokenizer))
     stream = TextStream(tokenizer, prompt_ids=prompt)
@@ -193,7 +193,7 @@ def test_stop_finder_against_brute_force(text: str, stops: list[str]) -> None:
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "unigram", "no_strip"])
 @pytest.mark.parametrize("text", SENTENCES)
 def test_text_comes_without_delay(name: str, text: str) -> None:
-    """Behind every token stands all the text there is, but for an unfinished character or run of bytes."""
+    """After every token the stream has returned all text, except an unfinished character or run of bytes."""
     tokenizer = make(name)
     stream = TextStream(tokenizer)
     ids = tokenizer.encode(text)
@@ -222,7 +222,7 @@ def test_a_character_in_parts_comes_whole() -> None:
     assert [stream.push([part]) for part in parts] == ["", "", "", "🙀", "!"]
 
 
-def test_a_torn_character_is_replaced_at_once_or_at_the_end() -> None:
+def test_an_invalid_character_is_replaced_at_once_or_at_the_end() -> None:
     tokenizer = make("byte_level")
     stream = TextStream(tokenizer)
     assert stream.push(ids_of(tokenizer, "ð", "Ł")) == ""
@@ -231,7 +231,7 @@ def test_a_torn_character_is_replaced_at_once_or_at_the_end() -> None:
     assert stream.finish() == REPLACEMENT
 
 
-def test_a_run_of_byte_tokens_comes_with_the_token_behind() -> None:
+def test_a_run_of_byte_tokens_is_returned_with_the_next_token() -> None:
     tokenizer = make("byte_fallback")
     run_of_bytes = ids_of(tokenizer, *(f"<0x{byte:02X}>" for byte in "🙀".encode()))
     stream = TextStream(tokenizer)
@@ -241,7 +241,7 @@ def test_a_run_of_byte_tokens_comes_with_the_token_behind() -> None:
     assert stream.finish() == REPLACEMENT * 5
 
 
-def test_the_first_space_is_kept_behind_a_prompt_only() -> None:
+def test_the_first_space_is_kept_only_after_a_prompt() -> None:
     tokenizer = make("byte_fallback")
     ids = tokenizer.encode(" the", add_special_tokens=False)
     prompt = tokenizer.encode("over")
@@ -265,7 +265,7 @@ def test_special_tokens_are_skipped_or_shown() -> None:
 
 
 def letters(text: str) -> tuple[Tokenizer, list[int]]:
-    """A tokenizer, and the text a token per character."""
+    """A tokenizer, and the text as one token per character."""
     tokenizer = make("byte_level")
     return tokenizer, ids_of(tokenizer, *text.replace(" ", "Ġ"))
 
@@ -298,7 +298,7 @@ def test_only_the_start_of_a_stop_string_is_held_back() -> None:
     assert stream.finish() == "ab"
 
 
-def test_nothing_is_taken_behind_a_stop_string() -> None:
+def test_no_token_is_taken_after_a_stop_string() -> None:
     tokenizer, ids = letters("stop it")
     stream = TextStream(tokenizer, ["op"])
     assert stream.push(ids) == "st"
@@ -323,7 +323,7 @@ def test_a_finished_stream_takes_no_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
-def test_an_id_that_is_none(name: str) -> None:
+def test_an_invalid_id_is_refused(name: str) -> None:
     with pytest.raises(RequestError, match="-1"):
         TextStream(make(name)).push([5, -1])
 
@@ -344,7 +344,7 @@ def test_wrong_stop_strings(stop: Any, words: str) -> None:
 
 
 def test_stop_strings_have_bounds() -> None:
-    """One character more or one string more is refused."""
+    """One more character, or one more string, is refused."""
     assert len(check_stop([str(i) for i in range(MAX_STOP_STRINGS)])) == MAX_STOP_STRINGS
     assert check_stop("x" * MAX_STOP_CHARACTERS)
     with pytest.raises(RequestError, match="257 stop strings"):
