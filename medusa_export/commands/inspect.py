@@ -23,6 +23,7 @@ def command(bundle: Path, as_json: bool) -> None:
         import onnx
         from rich import box
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
         from rich.text import Text
 
@@ -78,6 +79,12 @@ def command(bundle: Path, as_json: bool) -> None:
     for name, counts in ops.items():
         console.print(f"[bold]{name}[/bold]: {sum(counts.values()):,} nodes")
         console.print(", ".join(f"{op} {count}" for op, count in counts.most_common()), highlight=False)
+        if name in opened.graphs:
+            applied = [f"{rewrite} {count}" for rewrite, count in opened.graphs[name].rewrites.items() if count]
+            console.print(f"rewrites: {', '.join(applied) or 'none'}", highlight=False)
+    for name, made in opened.graphs.items():
+        if made.left_out is not None:
+            console.print(f"[bold]{name}[/bold]: left out. {escape(made.left_out)}", highlight=False)
 
 
 def _answering(bundle: Any) -> list[tuple[str, str]]:

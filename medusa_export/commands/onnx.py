@@ -134,7 +134,7 @@ def command(  # noqa: PLR0915  # what it does is a list
     check_weights(step, model)
     graph = build_graph(step, progress)
     progress(f"writing {output}")
-    write_bundle(
+    bundle = write_bundle(
         graph,
         step,
         tokenizer,
@@ -146,4 +146,7 @@ def command(  # noqa: PLR0915  # what it does is a list
         replace_existing=overwrite,
         end_tokens=ends,
     )
+    for name, facts in bundle.graphs.items():
+        if facts.left_out is not None:
+            click.echo(f"note: {name} is left out. {facts.left_out}", err=True)
     progress("done")

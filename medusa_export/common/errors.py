@@ -45,6 +45,25 @@ class VerificationError(MedusaError):
     """A bundle and a model that can't be compared."""
 
 
+class RewriteError(ExportError):
+    """A rewrite of a graph failed, or can't be applied to it.
+
+    Args:
+        graph: The name of the graph.
+        rewrite: The name of the rewrite.
+        problem: The end of a sentence about the rewrite, such as ``failed: …``.
+    """
+
+    def __init__(self, graph: str, rewrite: str, problem: str) -> None:
+        super().__init__(f"The rewrite {rewrite!r} of the graph {graph} {problem}.")
+        self.graph = graph
+        self.rewrite = rewrite
+
+
+class ExtensionError(MedusaError):
+    """An extension of the exporter that can't be imported."""
+
+
 class EngineBuildError(ExportError):
     """TensorRT refused a graph, or can't build for what was asked.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -13,68 +13,67 @@ from onnx_ir.tensor_adapters import TorchTensor
 from medusa_export.common.errors import ExportError
 from medusa_export.graph.layer_reuse import decoder_layers
 from medusa_export.graph.layers import expand_layers
-from medusa_export.graph.rewrites import fuse_rms_norm, fuse_rotary_embedding, index_rows, lay_out_linears
+from medusa_export.graph.rewrites.rewrite import StepFacts
+from medusa_export.graph.rewrites.standard import STANDARD
 from medusa_export.graph.sampling import expand_sampling
 from medusa_export.graph.trace import MARK_DOMAIN, simplify, trace
+from medusa_export.models.supported import max_positions
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
 from medusa_runtime.bundles.contract import TensorSpec
 
 Progress = Callable[[str], None]
-REWRITES = (fuse_rms_norm, fuse_rotary_embedding, index_rows, lay_out_linears)
 
 
-def _rename(value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
-    value.name = name
-    value.shape = ir.Shape(shape)
-    return value
+@dataclass(frozen=True)
+class StepGraph:
+    """The standard graph of a step.
+
+    Attributes:
+        model: The graph in the form of the contract. Weights are references to the step's own.
+        step: Facts about the step, for the rewrites of other graphs.
+        rewrites: Number of places that each rewrite changed, by its name.
+    """
+
+    model: ir.Model
+    step: StepFacts
+    rewrites: Mapping[str, int]
 
 
-def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
-    return contract.step_inputs(**_facts(step), vocab_size=step.vocab_size)
-
-
-def _contract_outputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
-    return contract.step_outputs(**_facts(step), tree_size=step.tree.size)
-
-
-def _facts(step: MedusaStep) -> dict[str, Any]:
-    return {
-        **asdict(step.cache_shape),
-        "tree_depth": step.tree.max_depth,
-        "dtype": str(step.model.dtype).removeprefix("torch."),
-        "sampling": step.sampling,
-    }
-
-
-def _layer_prefix(step: MedusaStep) -> str:
-    """What the traced names of the decoder layers' weights begin with."""
-    layers = decoder_layers(step.model)
-    return next(f"step.model.{name}." for name, module in step.model.named_modules() if module is layers)
-
-
-def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Model:
+def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> StepGraph:
     """Traces a step and brings the graph into the form of the contract.
 
-    Weights stay where they are until the model is written. Whatever else a step gives (see ``StepOutput``) are named
-    values of the graph, for those who build other graphs from it.
+    Weights are not copied until the graph is written. Results of a step that are no outputs (see ``StepOutput``) are
+    named values of the graph. Graphs that are derived from it use them.
+
+    Args:
+        step: The step, in eval mode.
+        progress: Called with what is being done.
 
     Raises:
-        ModelNotSupportedError: The model does something that a step can't honour.
+        ModelNotSupportedError: The model needs something that a step can't honour.
         ExportError: Tracing or assembling failed.
+        RewriteError: A rewrite failed.
     """
     progress("tracing")
     model = trace(step)
     progress("assembling")
-    graph = model.graph
-    num_caches, margin = step.cache_shape.num_caches, step.tree.max_depth
-
-    for node in graph:
+    for node in model.graph:
         if node.op_type == "Attention":
             node.resize_outputs(1)
     simplify(model)
     expand_sampling(model, step.model.dtype)
+    _bring_into_contract(model, step)
+    model.opset_imports.pop(MARK_DOMAIN, None)
+    passes.CommonSubexpressionEliminationPass()(model)
+    facts = StepFacts(margin=step.tree.max_depth, max_positions=max_positions(step.model))
+    return StepGraph(model, facts, STANDARD.run(model, facts))
 
+
+def _bring_into_contract(model: ir.Model, step: MedusaStep) -> None:
+    """Replaces the traced graph's marks by layers, and its inputs and outputs by those of the contract."""
+    graph = model.graph
+    num_caches, margin = step.cache_shape.num_caches, step.tree.max_depth
     outputs = {value.name: value for value in graph.outputs}
     specs = {spec.name: spec for spec in _contract_inputs(step)}
     small = [name for name in specs if not name.startswith(("past", "pending"))]
@@ -102,26 +101,54 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> ir.Mod
         weight=lambda name: TorchTensor(state[name.removeprefix("step.")], name),
     )
 
-    # What reads a stand-in reads its shape only, and all caches have the same.
+    # Readers of a stand-in read its shape only, and all caches have the same shape.
     for stand_in, value in zip(stand_ins, [caches[0], *pending[:1]], strict=True):
         ir.convenience.replace_all_uses_with(stand_in, value)
 
     graph.inputs.clear()
     graph.inputs.extend([*inputs, *caches])
     outputs |= {contract.cache_name("present", i): value for i, value in enumerate(present)}
-    output_specs = _contract_outputs(step)
-    results = [outputs[spec.name] for spec in output_specs]
+    _set_outputs(graph, outputs, _contract_outputs(step))
+    graph.name = "medusa_step"
+
+
+def _set_outputs(graph: ir.Graph, values: Mapping[str | None, ir.Value], specs: Sequence[TensorSpec]) -> None:
+    """Makes values the outputs of a graph, in the order of the contract.
+
+    Raises:
+        ExportError: One of them is an input.
+    """
+    results = [values[spec.name] for spec in specs]
     if any(value.is_graph_input() or value.is_initializer() for value in results):
         raise ExportError("An output of the step is one of its inputs unchanged.")
     graph.outputs.clear()
-    graph.outputs.extend(
-        _rename(value, spec.name, spec.shape) for value, spec in zip(results, output_specs, strict=True)
-    )
-    graph.name = "medusa_step"
-    model.opset_imports.pop(MARK_DOMAIN, None)
-    passes.CommonSubexpressionEliminationPass()(model)
-    for rewrite in REWRITES:
-        rewrite(model)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.TopologicalSortPass()(model)
-    return model
+    graph.outputs.extend(_rename(value, spec.name, spec.shape) for value, spec in zip(results, specs, strict=True))
+
+
+def _rename(value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
+    value.name = name
+    value.shape = ir.Shape(shape)
+    return value
+
+
+def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
+    return contract.step_inputs(**_facts(step), vocab_size=step.vocab_size)
+
+
+def _contract_outputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
+    return contract.step_outputs(**_facts(step), tree_size=step.tree.size)
+
+
+def _facts(step: MedusaStep) -> dict[str, Any]:
+    return {
+        **asdict(step.cache_shape),
+        "tree_depth": step.tree.max_depth,
+        "dtype": str(step.model.dtype).removeprefix("torch."),
+        "sampling": step.sampling,
+    }
+
+
+def _layer_prefix(step: MedusaStep) -> str:
+    """The start of the traced names of the decoder layers' weights."""
+    layers = decoder_layers(step.model)
+    return next(f"step.model.{name}." for name, module in step.model.named_modules() if module is layers)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.common.errors import ExportError, ModelNotSupportedError
 
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -44,6 +44,18 @@ def check_supported(model: PreTrainedModel) -> None:
         feature = find(model)
         if feature is not None:
             raise ModelNotSupportedError(feature)
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """The length of the longest sequence that a model takes, in tokens.
+
+    Raises:
+        ExportError: The model's configuration does not say.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
+    return positions
 
 
 def _composition(model: PreTrainedModel) -> str | None:

@@ -11,21 +11,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.errors import ExportError
 from medusa_export.common.files import atomic_folder, check_target
+from medusa_export.graph.export import StepGraph
 from medusa_export.models.checkpoints import save_tokenizer
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings
+from medusa_export.models.supported import max_positions
 from medusa_export.step.cache_shape import CacheShape
 from medusa_export.step.step import MedusaStep
-from medusa_export.targets.onnxruntime.batch import fuse_batch_for_onnxruntime
-from medusa_export.targets.onnxruntime.fusions import fuse_for_onnxruntime
+from medusa_export.targets.onnxruntime.derive import derive_graphs
 from medusa_runtime.bundles.bundle import (
     DESCRIPTION,
     GRAPH,
-    ONNXRUNTIME_BATCH_GRAPH,
-    ONNXRUNTIME_GRAPH,
     WEIGHTS,
     Acceptance,
     Bundle,
+    GraphFacts,
     HeadFacts,
     ModelFacts,
 )
@@ -44,22 +44,19 @@ def model_facts(model: PreTrainedModel, shape: CacheShape, name: str, eos_token_
         ExportError: The model doesn't say how many positions it holds.
     """
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
     return ModelFacts(
         name=name,
         model_type=config.model_type,
         **asdict(shape),
         hidden_size=config.hidden_size,
         vocab_size=model.get_output_embeddings().weight.shape[0],
-        max_positions=positions,
+        max_positions=max_positions(model),
         eos_token_ids=eos_token_ids,
     )
 
 
 def write_bundle(
-    graph: ir.Model,
+    graph: StepGraph,
     step: MedusaStep,
     tokenizer: PreTrainedTokenizerBase | None,
     target: Path,
@@ -74,7 +71,7 @@ def write_bundle(
     """Writes a bundle; it appears whole or not at all.
 
     Args:
-        graph: The step's graph, by ``onnx_export.build_graph``.
+        graph: The step's graph.
         step: What it was traced from.
         tokenizer: Its tokenizer, or None.
         target: The folder to write.
@@ -107,14 +104,8 @@ def write_bundle(
     try:
         check_target(target, replace_existing=replace_existing)
         with atomic_folder(target) as folder:
-            ir.save(graph, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD)
-            derived = ir.load(folder / GRAPH)
-            positions = bundle.model.max_positions
-            if fuse_for_onnxruntime(derived, margin=step.tree.max_depth, max_positions=positions):
-                ir.save(derived, folder / ONNXRUNTIME_GRAPH)  # its weights stay references to those of the first
-            derived = ir.load(folder / GRAPH)
-            if fuse_batch_for_onnxruntime(derived, margin=step.tree.max_depth):
-                ir.save(derived, folder / ONNXRUNTIME_BATCH_GRAPH)
+            ir.save(graph.model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD)
+            graphs = {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder)
                 _check_tokenizer(folder, target)
@@ -127,7 +118,7 @@ def write_bundle(
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             }
-            bundle = replace(bundle, files=files)
+            bundle = replace(bundle, files=files, graphs=graphs)
             (folder / DESCRIPTION).write_text(bundle.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExportError(f"The bundle can't be written to {target}: {error}.") from error

@@ -14,10 +14,11 @@ import torch
 from medusa_export.graph import layer_reuse
 from medusa_export.graph import trace as onnx_trace
 from medusa_export.graph.export import build_graph
+from medusa_export.graph.rewrites.rewrite import StepFacts
 from medusa_export.heads.modules import MedusaConfig, MedusaHeads
 from medusa_export.step.eager import EagerBackend
-from medusa_export.targets.onnxruntime.fusions import split_argmax
-from medusa_export.targets.onnxruntime.nodes import IR_VERSION
+from medusa_export.targets.onnxruntime.best_token import SplitArgMax
+from medusa_export.targets.onnxruntime.constants import IR_VERSION
 from medusa_runtime import BackendError, Bundle, Tree
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPHS
@@ -165,7 +166,7 @@ def test_the_best_token_is_found_in_the_best_block(vocab_size: int, split: bool)
     )
     graph.value_info.append(logits)
     model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)]))
-    split_argmax(model.graph)
+    SplitArgMax(StepFacts(margin=0, max_positions=64))(model)
     proto = ir.to_proto(model)
     proto.ir_version = IR_VERSION
     assert any(node.op_type == "ReduceMax" for node in proto.graph.node) == split

@@ -13,7 +13,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,7 +21,6 @@ from polygraphy.comparator import Comparator, CompareFunc
 
 from medusa_export.cli import main
 from medusa_export.common.errors import EngineBuildError
-from medusa_export.targets.tensorrt import rewrites as tensorrt_rewrites
 from medusa_export.targets.tensorrt.build import (
     BuildOptions,
     EngineBuilder,
@@ -34,7 +32,7 @@ from medusa_export.targets.tensorrt.build import (
     write_engine,
 )
 from medusa_export.targets.tensorrt.messages import build_error, remedy
-from medusa_export.targets.tensorrt.rewrites import REWRITES, graph_for_tensorrt
+from medusa_export.targets.tensorrt.rewrites.pipeline import TENSORRT, graph_for_tensorrt
 from medusa_runtime import BackendError, Bundle, BundleError
 from medusa_runtime.backends.tensorrt import library as libraries
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
@@ -103,17 +101,12 @@ def test_the_graph_stays_small(stock: Stock, dtype: str, sampling: bool) -> None
 def test_each_rewrite_takes_place(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
     """But for soft caps, which this model has none of."""
     bundle = stock.export(dtype="float16").bundle
-    model = ir.load(bundle.graph)
-    tensorrt_rewrites.freeze_capacity(model, LIMITS.capacity)
-    counts = []
-    for rewrite in REWRITES:
-        assert rewrite(model) > 0 or rewrite is tensorrt_rewrites.spell_out_soft_caps
-        tensorrt_rewrites.passes.RemoveUnusedNodesPass()(model)
-        counts.append(len(model.graph))
     caplog.clear()
-    data = graph_for_tensorrt(bundle, LIMITS.capacity)
+    graph = graph_for_tensorrt(bundle, LIMITS.capacity)
     assert caplog.text == ""  # the graph is complete: every value that has a shape has a type
-    assert len(onnx.load_from_string(data).graph.node) == counts[-1]
+    assert list(graph.rewrites) == [rewrite.name for rewrite in TENSORRT.rewrites]
+    assert [name for name, count in graph.rewrites.items() if count == 0] == ["spell_out_soft_caps"]
+    onnx.load_from_string(graph.data)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Polygraphy's figures, of zeros
@@ -125,7 +118,7 @@ def test_rewrites_change_no_result(family: str, stock: Stock, tmp_path: Path) ->
     exported = stock.export(family, SEEDS.get(family, 0)).bundle
     bundle = Bundle.load(Path(shutil.copytree(exported.folder, tmp_path / "bundle")))
     rewritten = tmp_path / "bundle" / "for-tensorrt.onnx"
-    rewritten.write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity))
+    rewritten.write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity).data)
     onnx.checker.check_model(str(rewritten))
     feeds = [random_inputs(bundle, size, draws) for size in (1, 4, TREE.size, 20) for draws in (0, size)]
     runners = [OnnxrtRunner(SessionFromOnnx(str(graph))) for graph in (bundle.graph, rewritten)]

@@ -1,26 +1,34 @@
-"""Products with transposed weights in a graph derived for ONNX Runtime.
-
-A weight that is both embedding and ``lm_head`` is stored once, as rows. ONNX Runtime transposes such a weight while it
-loads a graph, but none from 1 GiB on: a step would do it instead, as often as it runs.
-"""
+"""Read transposed weights as they are stored."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.graph.rewrites import replace_value, transposed_weight
-from medusa_export.targets.onnxruntime.nodes import CONTRIB
+from medusa_export.graph.rewrites.linears import transposed_weight
+from medusa_export.graph.rewrites.matching import replace_value
+from medusa_export.graph.rewrites.rewrite import Rewrite
+from medusa_export.targets.onnxruntime.constants import CONTRIB
 
 
-def fuse_transposed_weights(graph: ir.Graph) -> int:
-    """x Wᵀ: one ``FusedMatMul``, which reads W as it is stored. Gives the number of places."""
-    count = 0
-    for node in [node for node in graph if node.op_type == "MatMul"]:
-        weight = transposed_weight(node)
-        if weight is None:
-            continue
-        fused = ir.node("FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=CONTRIB, name=node.name)
-        graph.insert_before(node, fused)
-        replace_value(node.outputs[0], fused.outputs[0])
-        count += 1
-    return count
+class FuseTransposedWeights(Rewrite):
+    """Makes one ``FusedMatMul`` of a product with a transposed weight.
+
+    1. x Wᵀ becomes ``FusedMatMul``, which reads W as it is stored.
+
+    Such a weight is embedding and ``lm_head`` at once, and is stored once, as rows. ONNX Runtime transposes it while it
+    loads a graph if it is smaller than 1 GiB. It transposes a larger one in each step.
+    """
+
+    name = "fuse_transposed_weights"
+
+    def apply(self, model: ir.Model) -> int:
+        count = 0
+        for node in [node for node in model.graph if node.op_type == "MatMul"]:
+            weight = transposed_weight(node)
+            if weight is None:
+                continue
+            fused = ir.node("FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=CONTRIB, name=node.name)
+            model.graph.insert_before(node, fused)
+            replace_value(node.outputs[0], fused.outputs[0])
+            count += 1
+        return count

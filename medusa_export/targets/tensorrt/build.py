@@ -19,7 +19,7 @@ from typing import Any
 from medusa_export.common.errors import EngineBuildError, OutputError
 from medusa_export.common.files import atomic_folder, check_target, write_bytes
 from medusa_export.targets.tensorrt.messages import NO_DRIVER, build_error, parser_error
-from medusa_export.targets.tensorrt.rewrites import graph_for_tensorrt
+from medusa_export.targets.tensorrt.rewrites.pipeline import graph_for_tensorrt
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, error_log
 from medusa_runtime.bundles.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS, Bundle
@@ -204,7 +204,7 @@ class EngineBuilder:
         self.network = self._builder.create_network(1 << int(flag) if flag is not None else 0)
         self._parser = trt.OnnxParser(self.network, self.log)
         graph = graph_for_tensorrt(self.bundle, self.options.limits.capacity)
-        if not self._parser.parse(graph, str(self.bundle.graph.resolve())):
+        if not self._parser.parse(graph.data, str(self.bundle.graph.resolve())):
             raise parser_error(self._parser, self.log)
         check_network(trt, self.network, self.bundle, self.options.limits.capacity)
         self._allow_decomposed_attention()

@@ -39,6 +39,7 @@ Width = Annotated[int, Meta(ge=1, le=2**20)]
 VocabSize = Annotated[int, Meta(ge=1, le=2**24)]
 Positions = Annotated[int, Meta(ge=1, le=2**40)]
 TokenId = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Reason = Annotated[str, Meta(min_length=1, max_length=4096)]
 NumHeads = Annotated[int, Meta(ge=0, le=64)]
 
 
@@ -123,6 +124,19 @@ class Acceptance(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
+class GraphFacts:
+    """How a graph of a bundle was made.
+
+    Attributes:
+        rewrites: Number of places that each rewrite changed, by the rewrite's name, in the order in which they ran.
+        left_out: Why the bundle does not have the graph; None if it has.
+    """
+
+    rewrites: Mapping[Name, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
+    left_out: Reason | None = None
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A bundle's folder, and the content of its description.
 
@@ -143,6 +157,7 @@ class Bundle:
         generation: The values that the model's generation config sets; empty in older bundles.
         acceptance_rules: The names of the graph's acceptance rules. Rules other than ``exact`` and ``typical`` may
             accept drafts of any request that the base model has not chosen.
+        graphs: How each graph was made, by file name; empty in older bundles.
         digests_checked: Whether the files were compared with their digests.
     """
 
@@ -159,6 +174,7 @@ class Bundle:
     end_tokens: tuple[EndToken, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     acceptance_rules: tuple[str, ...] = ("exact", "typical")
+    graphs: Mapping[str, GraphFacts] = field(default_factory=dict)
     digests_checked: bool = field(default=True, compare=False)
 
     @property
@@ -214,6 +230,7 @@ class Bundle:
             "acceptance_rules": list(self.acceptance_rules),
             "tree": {"name": self.tree_name, "paths": self.tree.paths},
             "acceptance": msgspec.to_builtins(self.acceptance),
+            "graphs": {name: asdict(facts) for name, facts in self.graphs.items()},
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
         }
@@ -273,6 +290,7 @@ class _Description(msgspec.Struct):
     end_tokens: tuple[EndToken, ...] = ()
     generation: dict[Name, Any] = msgspec.field(default_factory=dict)
     acceptance_rules: tuple[Name, ...] = ("exact", "typical")
+    graphs: dict[Name, GraphFacts] = msgspec.field(default_factory=dict)
 
 
 def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes | None:
@@ -325,6 +343,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         end_tokens=description.end_tokens,
         generation=description.generation,
         acceptance_rules=description.acceptance_rules,
+        graphs=description.graphs,
         digests_checked=check_digests,
     )
     if (description.inputs, description.outputs) != (bundle.inputs, bundle.outputs):

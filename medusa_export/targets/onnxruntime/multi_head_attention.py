@@ -1,51 +1,60 @@
-"""Derive from a bundle's graph the one that ONNX Runtime runs fastest for several rows.
-
-``GroupQueryAttention`` takes several tokens of one row only. For more rows ``Attention`` becomes
-``MultiHeadAttention``, which reads keys and values where they lie in the cache: the query heads that share a key head
-are laid out as further tokens of it, so that its entries are read once for all of them. It reads the whole capacity.
-New entries are written behind the others of their row by ``TensorScatter``, and none are carried from step to step: as
-in the graph for one row, ``accepted_path`` tells the backend what to move. Norms, and what plain steps pass by, are as
-there, too.
-"""
+"""Replace attention by ONNX Runtime's attention for several rows."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from medusa_export.graph.rewrites import producer
-from medusa_export.targets.onnxruntime.fusions import finish, flat, take_place_of_merging
-from medusa_export.targets.onnxruntime.nodes import CONTRIB, Builder, given, initializer, integers, shape_of
+from medusa_export.graph.rewrites.building import Builder
+from medusa_export.graph.rewrites.matching import given, graph_input, producer, shape_of
+from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
+from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
+from medusa_export.targets.onnxruntime.heads_layout import flat, replace_merged_heads
 
 # [B, S, N, g, d] to [B, g, S, N, d], and back.
 _INTO_GROUPS = (0, 3, 1, 2, 4)
 _OUT_OF_GROUPS = (0, 2, 3, 1, 4)
 
 
-def fuse_batch_for_onnxruntime(model: ir.Model, *, margin: int) -> bool:
-    """Rewrites a step graph in place.
+class FuseMultiHeadAttention(Rewrite):
+    """Makes one ``MultiHeadAttention`` of each attention.
 
-    Args:
-        model: A graph of the contract.
-        margin: M, the slots in front of the caches.
+    ``GroupQueryAttention`` takes several tokens of one row only. This operator takes several rows.
 
-    Returns:
-        False, with nothing done, if ONNX Runtime's operators can't compute this model.
+    1. ``Attention`` and the changes of layout around it become one ``MultiHeadAttention``, which reads keys and values
+       where they lie in the cache, over the whole capacity.
+    2. Query heads that share a key head become further tokens of that head, so that its entries are read once.
+    3. ``TensorScatter`` writes new entries only, behind the others of their row.
+
+    Precondition: Queries are fp32; no attention has a soft cap.
+
+    Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0.
     """
-    graph = model.graph
-    nodes = [node for node in graph if node.op_type == "Attention"]
-    single = all(given(node.inputs[0]).dtype == ir.DataType.FLOAT for node in nodes)
-    if not single or any(node.attributes["softcap"].as_float() for node in nodes):
-        return False
-    fusion = _BatchAttention(graph, margin)
-    for node in nodes:
-        fusion.fuse(node)
-    finish(model, margin)
-    return True
+
+    name = "fuse_multi_head_attention"
+
+    def requires(self, model: ir.Model) -> None:
+        for node in _attentions(model):
+            dtype = given(node.inputs[0]).dtype
+            if dtype != ir.DataType.FLOAT:
+                raise NotApplicableError(f"queries are {dtype}, and MultiHeadAttention with a bias needs fp32")
+            if node.attributes["softcap"].as_float():
+                raise NotApplicableError("attention has a soft cap, and MultiHeadAttention has none")
+
+    def apply(self, model: ir.Model) -> int:
+        fusion = _Fusion(model.graph, self.step.margin)
+        attentions = _attentions(model)
+        for node in attentions:
+            fusion.fuse(node)
+        return len(attentions)
 
 
-class _BatchAttention:
-    """Puts ``MultiHeadAttention`` in the place of attention, and keeps pending entries out of the caches.
+def _attentions(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "Attention"]
+
+
+class _Fusion:
+    """Replaces attentions one after the other.
 
     Args:
         graph: The graph.
@@ -57,8 +66,7 @@ class _BatchAttention:
         self._margin = margin
         self._biases: dict[tuple[ir.Value, int], ir.Value] = {}
         head = Builder(graph)
-        lengths = next(value for value in graph.inputs if value.name == "cache_lengths")
-        self._slots = head("Add", [lengths, integers(graph, "margin", [margin])])
+        self._slots = head("Add", [graph_input(graph, "cache_lengths"), integers(graph, "margin", [margin])])
         graph.insert_before(graph[0], head.nodes)
 
     def fuse(self, node: ir.Node) -> None:
@@ -85,7 +93,7 @@ class _BatchAttention:
             split = [0, groups, -1, kv_heads, head_dim]
             output = self._exchange(build, output, split, _OUT_OF_GROUPS, num_heads * head_dim)
         self._graph.insert_before(node, build.nodes)
-        take_place_of_merging(node, output)
+        replace_merged_heads(node, output)
 
     def _write_new_only(self, cache: ir.Value) -> None:
         scatter = producer(cache, "TensorScatter")
@@ -99,7 +107,7 @@ class _BatchAttention:
     def _exchange(
         self, build: Builder, tensor: ir.Value, split: list[int], order: tuple[int, ...], width: int
     ) -> ir.Value:
-        """Splits the axes of [B, …, …] as said, brings them into another order, and makes rows of a width of them."""
+        """Splits the axes of [B, …, …], permutes them, and merges them into rows [B, …, width]."""
         parts = build("Reshape", [tensor, integers(self._graph, f"split_{'_'.join(map(str, split))}", split)])
         return build(
             "Reshape",
@@ -107,7 +115,7 @@ class _BatchAttention:
         )
 
     def _bias(self, mask: ir.Value, groups: int) -> ir.Value:
-        """[B, 1, g · S, C]: 0 where a query may look and -inf elsewhere."""
+        """[B, 1, g · S, C]: 0 where the mask lets a query look, and -inf elsewhere."""
         key = (mask, groups)
         if key not in self._biases:
             maker = mask.producer()

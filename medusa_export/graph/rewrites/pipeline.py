@@ -1,0 +1,92 @@
+"""Pipelines of rewrites, by name; extensions add rewrites to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from medusa_export.common.errors import RewriteError, first_line
+from medusa_export.common.extensions import load_extensions
+from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite, RewriteResult, StepFacts
+
+
+class Pipeline:
+    """An ordered list of rewrites.
+
+    Args:
+        name: The graph that the pipeline makes, for messages.
+        rewrites: The rewrites in the order in which they run.
+        domains: Operator domains, besides the standard one, that the rewrites use, with their versions.
+    """
+
+    def __init__(self, name: str, *rewrites: type[Rewrite], domains: Mapping[str, int] = MappingProxyType({})) -> None:
+        self.name = name
+        self._rewrites = list(rewrites)
+        self._domains = domains
+
+    @property
+    def rewrites(self) -> tuple[type[Rewrite], ...]:
+        """The rewrites in the order in which they run, those of extensions included."""
+        load_extensions()
+        return tuple(self._rewrites)
+
+    def register(self, rewrite: type[Rewrite], *, after: type[Rewrite] | None = None) -> None:
+        """Adds a rewrite.
+
+        Args:
+            rewrite: The rewrite. Its name must be new in this pipeline.
+            after: The rewrite that it follows; the last one if None.
+
+        Raises:
+            ValueError: The name is taken, or ``after`` is not in the pipeline.
+        """
+        if any(known.name == rewrite.name for known in self._rewrites):
+            raise ValueError(f"The pipeline {self.name} has a rewrite {rewrite.name!r} already: choose another name.")
+        place = len(self._rewrites) if after is None else self._rewrites.index(after) + 1
+        self._rewrites.insert(place, rewrite)
+
+    @contextmanager
+    def registered(self, rewrite: type[Rewrite], *, after: type[Rewrite] | None = None) -> Iterator[None]:
+        """Adds a rewrite for the duration of a block."""
+        self.register(rewrite, after=after)
+        try:
+            yield
+        finally:
+            self._rewrites.remove(rewrite)
+
+    def run(self, model: ir.Model, step: StepFacts) -> dict[str, int]:
+        """Applies all rewrites to a graph in place. After each, unused nodes are removed and the others are sorted.
+
+        Args:
+            model: The graph. After an error it may be half rewritten: discard it.
+            step: Facts about its step.
+
+        Returns:
+            The number of places that each rewrite changed, by its name, in the order in which they ran.
+
+        Raises:
+            RewriteError: A rewrite failed, or its precondition is not met. It names the rewrite.
+        """
+        counts = {}
+        for rewrite in self.rewrites:
+            counts[rewrite.name] = self._apply(rewrite, model, step)
+        model.opset_imports.update(self._domains)
+        passes.NameFixPass()(model)  # the nodes of a branch may have names of nodes outside
+        return counts
+
+    def _apply(self, rewrite: type[Rewrite], model: ir.Model, step: StepFacts) -> int:
+        try:
+            result = rewrite(step)(model)
+            passes.RemoveUnusedNodesPass()(model)  # unused nodes would count among the readers of a value
+            passes.TopologicalSortPass()(model)
+        except NotApplicableError as error:
+            raise RewriteError(self.name, rewrite.name, f"can't be applied: {error}") from error
+        # A rewrite is any code, of any extension.
+        except Exception as error:
+            raise RewriteError(self.name, rewrite.name, f"failed: {first_line(error)}") from error
+        assert isinstance(result, RewriteResult)
+        return result.count

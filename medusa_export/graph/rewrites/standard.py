@@ -1,0 +1,12 @@
+"""The rewrites of the standard graph. Their results are standard ONNX."""
+
+from __future__ import annotations
+
+from medusa_export.graph.rewrites.linears import LayOutLinears
+from medusa_export.graph.rewrites.pipeline import Pipeline
+from medusa_export.graph.rewrites.rms_norm import FuseRmsNorm
+from medusa_export.graph.rewrites.rotary_embedding import FuseRotaryEmbedding
+from medusa_export.graph.rewrites.row_index import GatherRows
+from medusa_runtime.bundles.bundle import GRAPH
+
+STANDARD = Pipeline(GRAPH, FuseRmsNorm, FuseRotaryEmbedding, GatherRows, LayOutLinears)

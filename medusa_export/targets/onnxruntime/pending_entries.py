@@ -1,0 +1,32 @@
+"""Give out the accepted path in place of pending entries."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from medusa_export.graph.rewrites.matching import graph_input, value_named
+from medusa_export.graph.rewrites.rewrite import Rewrite
+from medusa_export.targets.onnxruntime.constants import PATH
+
+
+class ReplacePendingEntries(Rewrite):
+    """Replaces pending entries by the output ``accepted_path`` [B, M + 1].
+
+    1. The input ``pending_kv`` and the output ``next_pending_kv`` go. The backend moves the entries of accepted nodes
+       to their slots by ``accepted_path`` (see ``medusa_runtime.backends.onnxruntime``).
+
+    A graph without a tree (M = 0) has no pending entries, and stays as it is.
+
+    Precondition: Attention reads and writes new entries only.
+    """
+
+    name = "replace_pending_entries"
+
+    def apply(self, model: ir.Model) -> int:
+        if not self.step.margin:
+            return 0
+        graph = model.graph
+        graph.outputs.remove(next(value for value in graph.outputs if value.name == "next_pending_kv"))
+        graph.inputs.remove(graph_input(graph, "pending_kv"))
+        graph.outputs.append(value_named(graph, PATH))
+        return 1

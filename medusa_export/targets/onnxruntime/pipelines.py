@@ -1,0 +1,32 @@
+"""The graphs that are derived for ONNX Runtime, and their rewrites.
+
+They refer to the weights of the standard graph and compute the same step with ONNX Runtime's own operators, in which a
+decoder layer has a third of the nodes. In the place of ``pending_kv`` and ``next_pending_kv`` they have the output
+``accepted_path``.
+"""
+
+from __future__ import annotations
+
+from medusa_export.graph.rewrites.pipeline import Pipeline
+from medusa_export.graph.rewrites.rewrite import Rewrite
+from medusa_export.targets.onnxruntime.best_token import SplitArgMax
+from medusa_export.targets.onnxruntime.constants import CONTRIB
+from medusa_export.targets.onnxruntime.greedy_steps import SkipSamplingInGreedySteps
+from medusa_export.targets.onnxruntime.group_query_attention import FuseGroupQueryAttention
+from medusa_export.targets.onnxruntime.linears import FuseTransposedWeights
+from medusa_export.targets.onnxruntime.multi_head_attention import FuseMultiHeadAttention
+from medusa_export.targets.onnxruntime.pending_entries import ReplacePendingEntries
+from medusa_export.targets.onnxruntime.plain_masks import SkipMasksInPlainSteps
+from medusa_export.targets.onnxruntime.plain_trees import SkipTreesInPlainSteps
+from medusa_export.targets.onnxruntime.skip_norms import FuseSkipNorms
+from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+
+_FUSIONS: tuple[type[Rewrite], ...] = (ReplacePendingEntries, FuseSkipNorms, FuseTransposedWeights)
+_BRANCHES: tuple[type[Rewrite], ...] = (SkipSamplingInGreedySteps, SkipTreesInPlainSteps, SplitArgMax)
+_DOMAINS = {CONTRIB: 1}
+
+ONE_ROW = Pipeline(
+    ONNXRUNTIME_GRAPH, FuseGroupQueryAttention, *_FUSIONS, SkipMasksInPlainSteps, *_BRANCHES, domains=_DOMAINS
+)
+SEVERAL_ROWS = Pipeline(ONNXRUNTIME_BATCH_GRAPH, FuseMultiHeadAttention, *_FUSIONS, *_BRANCHES, domains=_DOMAINS)
+DERIVED = (ONE_ROW, SEVERAL_ROWS)

@@ -1,0 +1,52 @@
+"""Read the start of a table by index."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from medusa_export.graph.rewrites.matching import constant, producer, replace
+from medusa_export.graph.rewrites.rewrite import Rewrite
+
+
+class LookUpPrefixes(Rewrite):
+    """Makes ``Gather`` of a ``Slice`` that takes the first n rows of a table.
+
+    1. The ``Slice`` becomes ``Gather`` by 0 … n - 1, where the graph has a ``Range`` up to n already, and n is a
+       ``Min`` with a number of at most the rows of the table.
+
+    TensorRT's parser makes 26 layers of a slice whose end it doesn't know, and one of a gather.
+    """
+
+    name = "look_up_prefixes"
+
+    def apply(self, model: ir.Model) -> int:
+        ranges = {
+            node.inputs[1]: node.outputs[0]
+            for node in model.graph
+            if node.op_type == "Range" and _is(node.inputs[0], 0) and _is(node.inputs[2], 1)
+        }
+        slices = [node for node in model.graph if node.op_type == "Slice" and len(node.inputs) == 5]
+        return sum(_look_up(node, ranges) for node in slices)
+
+
+def _look_up(node: ir.Node, ranges: dict[ir.Value | None, ir.Value]) -> bool:
+    """Replaces one ``Slice``. ``ranges`` holds the values 0 … n - 1 by n."""
+    table, begin, end, axes, step = node.inputs
+    reshape, axis = producer(end, "Reshape"), constant(axes)
+    limit = producer(reshape.inputs[0], "Min") if reshape else None
+    if limit is None or table is None or table.shape is None or axis is None or axis.size != 1:
+        return False
+    length, rows = table.shape[int(axis[0])], ranges.get(limit.outputs[0])
+    bounds = [bound for value in limit.inputs if (bound := constant(value)) is not None]
+    if rows is None or not isinstance(length, int) or not any(int(bound) <= length for bound in bounds):
+        return False
+    if not (_is(begin, 0) and _is(step, 1)):
+        return False
+    replace(node.outputs[0], [ir.node("Gather", [table, rows], {"axis": int(axis[0])}, name=node.name)])
+    return True
+
+
+def _is(value: ir.Value | None, number: int) -> bool:
+    """Whether a value is a constant that holds this number only."""
+    known = constant(value)
+    return known is not None and known.size == 1 and int(known.reshape(())) == number

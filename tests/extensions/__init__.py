@@ -1,0 +1,1 @@
+"""Extensions, each of one file and one registration. The how-to pages show them."""
