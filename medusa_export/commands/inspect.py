@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from medusa_export.commands.options import extra
+from medusa_runtime.bundles.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
 from medusa_runtime.errors import BundleError
 
 
@@ -23,11 +24,9 @@ def command(bundle: Path, as_json: bool) -> None:
         import onnx
         from rich import box
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
         from rich.text import Text
 
-        from medusa_runtime.bundles.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
         from medusa_runtime.bundles.compiled import CompiledEngine, is_engine
 
     opened = Bundle.load(bundle, check_digests=False)
@@ -76,15 +75,8 @@ def command(bundle: Path, as_json: bool) -> None:
             table.add_row(kind, *row)
     console.print(table)
 
-    for name, counts in ops.items():
-        console.print(f"[bold]{name}[/bold]: {sum(counts.values()):,} nodes")
-        console.print(", ".join(f"{op} {count}" for op, count in counts.most_common()), highlight=False)
-        if name in opened.graphs:
-            applied = [f"{rewrite} {count}" for rewrite, count in opened.graphs[name].rewrites.items() if count]
-            console.print(f"rewrites: {', '.join(applied) or 'none'}", highlight=False)
-    for name, made in opened.graphs.items():
-        if made.left_out is not None:
-            console.print(f"[bold]{name}[/bold]: left out. {escape(made.left_out)}", highlight=False)
+    for line in _graphs(opened, ops):
+        console.print(line, highlight=False)
 
 
 def _answering(bundle: Any) -> list[tuple[str, str]]:
@@ -99,6 +91,19 @@ def _answering(bundle: Any) -> list[tuple[str, str]]:
     sampled = [f"{listed}, by the generation config, for requests that ask for it"] if listed else []
     named = (("ends at", ends or ["no token: nothing names one"]), ("not applied", left_out), ("sampling", sampled))
     return [("" if number else name, text) for name, texts in named for number, text in enumerate(texts)]
+
+
+def _graphs(bundle: Bundle, ops: Mapping[str, Counter[str]]) -> Iterator[str]:
+    """Lines about the operators and the rewrites of each graph, with rich's markup."""
+    from rich.markup import escape
+
+    for name, counts in ops.items():
+        yield f"[bold]{name}[/bold]: {sum(counts.values()):,} nodes"
+        yield ", ".join(f"{op} {count}" for op, count in counts.most_common())
+        if name in bundle.graphs:
+            applied = [f"{rewrite} {count}" for rewrite, count in bundle.graphs[name].rewrites.items() if count]
+            yield f"rewrites: {', '.join(applied) or 'none'}"
+    yield from map(escape, bundle.notes)
 
 
 def _grouped(specs: Any) -> list[tuple[str, str, str]]:

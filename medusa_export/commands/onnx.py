@@ -33,7 +33,7 @@ from medusa_export.commands.options import DTYPES, Progress, extra
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the bundle to.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def command(  # noqa: PLR0915  # what it does is a list
+def command(  # noqa: PLR0912, PLR0915  # what it does is a list
     model: str,
     heads: str | None,
     init_heads: int | None,
@@ -146,7 +146,6 @@ def command(  # noqa: PLR0915  # what it does is a list
         replace_existing=overwrite,
         end_tokens=ends,
     )
-    for name, facts in bundle.graphs.items():
-        if facts.left_out is not None:
-            click.echo(f"note: {name} is left out. {facts.left_out}", err=True)
+    for note in bundle.notes:
+        click.echo(f"note: {note}", err=True)
     progress("done")

@@ -60,10 +60,6 @@ class RewriteError(ExportError):
         self.rewrite = rewrite
 
 
-class ExtensionError(MedusaError):
-    """An extension of the exporter that can't be imported."""
-
-
 class EngineBuildError(ExportError):
     """TensorRT refused a graph, or can't build for what was asked.
 

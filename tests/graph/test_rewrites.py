@@ -12,9 +12,8 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from extensions.silu import FuseSilu
 from medusa_export.cli import main
-from medusa_export.common.errors import RewriteError
+from medusa_export.common.errors import ExtensionError, RewriteError
 from medusa_export.graph.export import build_graph
 from medusa_export.graph.rewrites.linears import LayOutLinears
 from medusa_export.graph.rewrites.pipeline import Pipeline
@@ -26,6 +25,7 @@ from medusa_export.targets.onnxruntime.pipelines import ONE_ROW, SEVERAL_ROWS
 from medusa_runtime import Bundle, MedusaEngine
 from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from support.decoding import export, greedy, guessing_heads, make_step
+from support.extensions.silu import FuseSilu
 from support.stock import Stock
 from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families, tiny_model
 
@@ -158,7 +158,7 @@ def test_reasons_of_a_bundle(stock: Stock) -> None:
     bundle = stock.export("gemma2").bundle
     assert "soft cap" in (bundle.graphs[ONNXRUNTIME_BATCH_GRAPH].left_out or "")
     result = CliRunner().invoke(main, ["inspect", str(bundle.folder)])
-    assert f"{ONNXRUNTIME_BATCH_GRAPH}: left out. The rewrite 'fuse_multi_head_attention'" in result.output
+    assert f"{ONNXRUNTIME_BATCH_GRAPH} is left out. The rewrite 'fuse_multi_head_attention'" in result.output
 
 
 def test_bundles_without_counts_load(stock: Stock, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_bundles_without_counts_load(stock: Stock, tmp_path: Path) -> None:
 
 def test_a_pipeline_takes_each_name_once() -> None:
     pipeline = Pipeline("test", LayOutLinears)
-    with pytest.raises(ValueError, match="has a rewrite 'lay_out_linears' already"):
+    with pytest.raises(ExtensionError, match="has a rewrite 'lay_out_linears' already"):
         pipeline.register(LayOutLinears)
     pipeline.register(Invalid, after=LayOutLinears)
     pipeline.register(Failing, after=LayOutLinears)

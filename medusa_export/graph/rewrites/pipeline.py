@@ -1,17 +1,41 @@
-"""Pipelines of rewrites, by name; extensions add rewrites to them."""
+"""Pipelines of rewrites.
+
+An installed package adds rewrites by an entry point of the group ``medusa_export.rewrites``. The entry point names a
+module that registers the rewrites when it is imported.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from types import MappingProxyType
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from medusa_export.common.errors import RewriteError, first_line
-from medusa_export.common.extensions import load_extensions
+from medusa_export.common.errors import ExtensionError, RewriteError, first_line
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite, RewriteResult, StepFacts
+
+ENTRY_POINTS = "medusa_export.rewrites"
+
+
+@functools.cache
+def _load_extensions() -> None:
+    """Imports the modules that register rewrites, once per process.
+
+    Raises:
+        ExtensionError: One of them can't be imported.
+    """
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        # A module of another package may raise anything.
+        except Exception as error:
+            raise ExtensionError(
+                f"The rewrites {entry.name} can't be loaded from {entry.value}: {first_line(error)}."
+            ) from error
 
 
 class Pipeline:
@@ -31,7 +55,7 @@ class Pipeline:
     @property
     def rewrites(self) -> tuple[type[Rewrite], ...]:
         """The rewrites in the order in which they run, those of extensions included."""
-        load_extensions()
+        _load_extensions()
         return tuple(self._rewrites)
 
     def register(self, rewrite: type[Rewrite], *, after: type[Rewrite] | None = None) -> None:
@@ -42,10 +66,14 @@ class Pipeline:
             after: The rewrite that it follows; the last one if None.
 
         Raises:
-            ValueError: The name is taken, or ``after`` is not in the pipeline.
+            ExtensionError: The name is taken, or ``after`` is not in the pipeline.
         """
         if any(known.name == rewrite.name for known in self._rewrites):
-            raise ValueError(f"The pipeline {self.name} has a rewrite {rewrite.name!r} already: choose another name.")
+            raise ExtensionError(f"The graph {self.name} has a rewrite {rewrite.name!r} already: choose another name.")
+        if after is not None and after not in self._rewrites:
+            raise ExtensionError(
+                f"The graph {self.name} has no rewrite {after.name!r} that {rewrite.name!r} can follow."
+            )
         place = len(self._rewrites) if after is None else self._rewrites.index(after) + 1
         self._rewrites.insert(place, rewrite)
 

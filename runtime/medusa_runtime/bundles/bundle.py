@@ -183,6 +183,11 @@ class Bundle:
         return self.folder / GRAPH
 
     @property
+    def notes(self) -> list[str]:
+        """A sentence about each derived graph that the bundle does not have."""
+        return [f"{name} is left out. {facts.left_out}" for name, facts in self.graphs.items() if facts.left_out]
+
+    @property
     def listed(self) -> ListedFolder:
         """The bundle's folder, of which only the listed files are read."""
         return ListedFolder(self.folder, self.files, self.digests_checked, DESCRIPTION, "bundle")
