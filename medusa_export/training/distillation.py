@@ -321,10 +321,11 @@ def _new(own: Parts, seeds: Sequence[Conversation], settings: DistillSettings) -
 def _answer(
     writer: Writer, settings: DistillSettings, batch: Sequence[Conversation], number: int
 ) -> list[dict[str, Any]]:
-    """The rows of a part: each conversation played until it is cut off, has its turns, or has no room for one more.
+    """Writes the conversations of a part, and returns its rows.
 
-    A prompt that leaves no room for an answer has no row. One that the chat template refuses has a row that says why. A
-    conversation also ends where the template refuses what was said.
+    A conversation ends when it has all its turns, when an answer is cut off, when there is no room for another turn, or
+    when the chat template refuses it. A prompt without room for an answer has no row. A prompt that the template
+    refuses has a row with the reason.
     """
     users = [list(prompt.user_turns) for prompt in batch]
     talks: list[list[Message]] = [list(prompt.system) for prompt in batch]

@@ -179,7 +179,7 @@ def compute_features(
         folder: Folder that keeps the features.
         key: Everything that the features depend on.
         name: What to call them on the progress bar.
-        otherwise: What else to do where there is no room for them, as an error says.
+        otherwise: What the user can do if there is no room for them, as the end of an error message.
         quiet: No progress.
 
     Raises:
