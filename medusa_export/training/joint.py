@@ -125,7 +125,7 @@ class JointLoss(nn.Module):
             output["places"] = targets.new_full(targets.shape, _NONE)
             output["places"][drafts] = found["places"]
         if self.adapted:
-            with self._as_it_was(), torch.no_grad():
+            with self._original(), torch.no_grad():
                 _, teacher = hidden_states(self.model, input_ids, attention_mask, predicts)
             own, was = (torch.log_softmax(scores[0].float(), -1) for scores in (logits, teacher))
             divergence = (was.exp() * (was - own)).sum(-1)
@@ -139,14 +139,14 @@ class JointLoss(nn.Module):
         return output
 
     def train(self, mode: bool = True) -> JointLoss:
-        """Without LoRA the base model is never in training: heads see it as it will be."""
+        """Sets the mode. Without LoRA the base model stays in eval mode: heads get the states that inference gives."""
         super().train(mode)
         if not self.adapted:
             self.model.eval()
         return self
 
     @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _original(self) -> Iterator[None]:
         """A context manager in which the base model runs without LoRA and without dropout."""
         training = self.model.training
         self.model.eval()
