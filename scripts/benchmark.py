@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.benchmarks import bench
+from medusa_export.benchmarks import contestants as bench
 from medusa_runtime import MedusaEngine
 from medusa_runtime.bundles.bundle import WEIGHTS
 

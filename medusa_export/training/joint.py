@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from medusa_export.common.progress import OnProgress, ignore_progress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.models.checkpoints import quiet_libraries
 from medusa_export.training.conversations import Sample
@@ -219,7 +220,7 @@ def train_joint(
     lora: Lora,
     max_length: int,
     device: torch.device,
-    quiet: bool = False,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[dict[str, Any]]:
     """Trains heads, and LoRA if the model has it, in place. Continues from the last checkpoint, if there is one.
 
@@ -248,7 +249,7 @@ def train_joint(
         collate=lambda batch: collate(batch, num_heads=heads.config.num_heads, max_length=max_length),
         metrics=_metrics,
         device=device,
-        quiet=quiet,
+        on_progress=on_progress,
         optimizer=optimizer,
         callbacks=ramp,
     )
