@@ -122,7 +122,7 @@ def main(folder: Path, length: int, chunks: tuple[int, ...], rounds: int, thread
     arrival(service, chunk_times, length, 0)  # warms up
     for turn in range(rounds):
         for place, chunk in enumerate(chunks):
-            service._thread.turns.prefill_chunk = chunk  # not a new service, which would load the weights again
+            service._thread.loop.prefill_chunk = chunk  # not a new service, which would load the weights again
             arrivals[chunk].append(arrival(service, chunk_times, length, 7 * (turn * len(chunks) + place + 1)))
     service.close()
     names = [field.name for field in fields(Arrival)]

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.benchmarks.prompts import bench_prompts
+from medusa_export.benchmarks.bench import bench_prompts
 from medusa_runtime import Bundle, MedusaEngine, MedusaService
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.text.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def main(
     assert tokenizer is not None
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}]) for prompt in bench_prompts()]
     service = MedusaService(bundle, OnnxRuntimeBackend(bundle, rows=requests, threads=threads), tokenizer)
-    runner = service._thread.runner  # one service for all tree sizes, as each would load the weights again
+    tree_sizes = service._thread.loop.sizes  # one service for all tree sizes, as each would load the weights again
     contestants: dict[str, Contestant] = {}
     if not no_engine:
         engine = MedusaEngine.load(folder, threads=threads, check_digests=False)
@@ -154,7 +154,7 @@ def main(
 
     def with_size(size: int | str) -> Contestant:
         def run(group: list[list[int]], count: int) -> Tokens:
-            runner._tree_size = size  # safe, as no request is running
+            tree_sizes.tree_size = size  # safe, as no request is running
             return at_a_time(service)(group, count)
 
         return run
@@ -167,8 +167,8 @@ def main(
     if alone:
         baselines.append(max(alone, key=lambda name: statistics.median(found.speeds[name])))
     Console(width=140).print(found.table(baselines))
-    sizes = runner.choice.sizes
-    accuracy = [runner.choice.accuracy(guessed=guessed) for guessed in (False, True)]
+    sizes = tree_sizes.choice.sizes
+    accuracy = [tree_sizes.choice.accuracy(hit=hit) for hit in (False, True)]
     Console().print(
         f"Tree sizes that auto chooses, by number of rows, as (without, with) a lookup hit: {sizes}. Accepted tokens "
         f"relative to the acceptance estimates: {accuracy[0]:.2f} without a lookup hit, {accuracy[1]:.2f} with one."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 
 from medusa_export.common.errors import ExportError
-from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.graph.layer_reuse import decoder_layers
 from medusa_export.graph.layers import expand_layers
 from medusa_export.graph.rewrites.rewrite import StepFacts
@@ -22,6 +21,8 @@ from medusa_export.models.supported import max_positions
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
 from medusa_runtime.bundles.contract import TensorSpec
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StepGraph:
     rewrites: Mapping[str, int]
 
 
-def build_graph(step: MedusaStep, on_progress: OnProgress = ignore_progress) -> StepGraph:
+def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> StepGraph:
     """Traces a step and brings the graph into the form of the contract.
 
     Weights are not copied until the graph is written. Results of a step that are no outputs (see ``StepOutput``) are
@@ -47,16 +48,16 @@ def build_graph(step: MedusaStep, on_progress: OnProgress = ignore_progress) -> 
 
     Args:
         step: The step, in eval mode.
-        on_progress: Receives reports.
+        progress: Called with what is being done.
 
     Raises:
         ModelNotSupportedError: The model needs something that a step can't honour.
         ExportError: Tracing or assembling failed.
         RewriteError: A rewrite failed.
     """
-    on_progress(Progress("tracing"))
+    progress("tracing")
     model = trace(step)
-    on_progress(Progress("assembling"))
+    progress("assembling")
     for node in model.graph:
         if node.op_type == "Attention":
             node.resize_outputs(1)

@@ -1,1 +1,1 @@
-"""Exports to bundles, and graphs for ONNX Runtime and TensorRT."""
+"""What a graph is written for: a bundle, ONNX Runtime, TensorRT."""

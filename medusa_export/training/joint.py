@@ -23,7 +23,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from medusa_export.common.progress import OnProgress, ignore_progress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.models.checkpoints import quiet_libraries
 from medusa_export.training.conversations import Sample
@@ -126,7 +125,7 @@ class JointLoss(nn.Module):
             output["places"] = targets.new_full(targets.shape, _NONE)
             output["places"][drafts] = found["places"]
         if self.adapted:
-            with self._original(), torch.no_grad():
+            with self._as_it_was(), torch.no_grad():
                 _, teacher = hidden_states(self.model, input_ids, attention_mask, predicts)
             own, was = (torch.log_softmax(scores[0].float(), -1) for scores in (logits, teacher))
             divergence = (was.exp() * (was - own)).sum(-1)
@@ -140,14 +139,14 @@ class JointLoss(nn.Module):
         return output
 
     def train(self, mode: bool = True) -> JointLoss:
-        """Sets the mode. Without LoRA the base model stays in eval mode: heads get the states that inference gives."""
+        """Without LoRA the base model is never in training: heads see it as it will be."""
         super().train(mode)
         if not self.adapted:
             self.model.eval()
         return self
 
     @contextmanager
-    def _original(self) -> Iterator[None]:
+    def _as_it_was(self) -> Iterator[None]:
         """A context manager in which the base model runs without LoRA and without dropout."""
         training = self.model.training
         self.model.eval()
@@ -220,7 +219,7 @@ def train_joint(
     lora: Lora,
     max_length: int,
     device: torch.device,
-    on_progress: OnProgress = ignore_progress,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Trains heads, and LoRA if the model has it, in place. Continues from the last checkpoint, if there is one.
 
@@ -249,7 +248,7 @@ def train_joint(
         collate=lambda batch: collate(batch, num_heads=heads.config.num_heads, max_length=max_length),
         metrics=_metrics,
         device=device,
-        on_progress=on_progress,
+        quiet=quiet,
         optimizer=optimizer,
         callbacks=ramp,
     )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from medusa_export.common.progress import OnProgress, ignore_progress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.training.features import Features
 from medusa_export.training.run import Schedule, run_training
@@ -168,7 +167,7 @@ def train_medusa1(
     teacher: Teacher | None,
     soft: float,
     device: torch.device,
-    on_progress: OnProgress = ignore_progress,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Trains heads in place. Continues from the last checkpoint in ``checkpoints``, if there is one.
 
@@ -188,5 +187,5 @@ def train_medusa1(
         collate=lambda batch: batch,
         metrics=accuracies,
         device=device,
-        on_progress=on_progress,
+        quiet=quiet,
     )

@@ -1,1 +1,1 @@
-"""Checks bundles, backends and weights against PyTorch."""
+"""Parity of bundles, backends and weights with PyTorch."""

@@ -1,4 +1,4 @@
-"""Compares whole generations of an engine with transformers: greedy tokens and sampled ones."""
+"""Whole generations of an engine against transformers: greedy tokens, and drawn ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from medusa_export.common.progress import OnProgress, Progress
 from medusa_export.step.sampling import lags
 from medusa_export.step.step import MedusaStep
-from medusa_export.verification.checks import Check, Tolerances
+from medusa_export.verification.checks import Check, Progress, Tolerances
 from medusa_export.verification.reference import Prompt, with_own_attention
 from medusa_runtime.engine import MedusaEngine
 from medusa_runtime.errors import NotFiniteError
@@ -26,28 +25,16 @@ def generation_checks(
     sizes: Sequence[int],
     chunks: Sequence[int],
     tolerances: Tolerances,
-    on_progress: OnProgress,
+    progress: Progress,
 ) -> Iterator[Check]:
-    """Compares whole generations: greedy ones, and sampled ones if the bundle supports sampling.
-
-    Args:
-        engine: The engine to check.
-        step: The reference, computing in fp32.
-        prompts: Prompts with the reference's answers.
-        sizes: Tree sizes to decode with, in nodes.
-        chunks: Chunk sizes, in tokens per step.
-        tolerances: Differences that pass.
-        on_progress: Receives reports.
-
-    Yields:
-        One check per tree size, and one for sampled tokens.
-    """
+    """Whole generations of the engine, as a service runs them: greedy ones, and sampled ones if the bundle can."""
     for size in sizes:
-        on_progress(Progress(f"generating with tree size {size}"))
+        progress(f"generating with tree size {size}")
         check = Check(f"tokens, tree size {size}")
         steps = emitted = 0
         for chunk in chunks:
             for number, prompt in enumerate(prompts):
+                engine.evict()  # the whole prompt is to be checked
                 try:
                     result = engine.generate(
                         prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, prefill_chunk=chunk
@@ -93,10 +80,10 @@ def _compare_tokens(
 def _sampling_checks(
     engine: MedusaEngine, step: MedusaStep, prompts: Sequence[Prompt], sizes: Sequence[int], tolerances: Tolerances
 ) -> list[Check]:
-    """Checks sampled tokens, with trees of several sizes; no check if the bundle is greedy only.
+    """Samples answers with trees of several sizes, and looks at each token by itself; none if it is greedy only.
 
-    The sampled token is the winner of a race among all tokens. It is right if it also wins in the reference, or if it
-    is as close to the winner there as two logits in a tie. Log probabilities have the tolerance of logits.
+    Tokens win a race among all, so one is right if in the reference it is the winner, or as near to it as logits are in
+    a tie. Log probabilities have to be as close as logits.
     """
     if not engine.bundle.sampling:
         return []
@@ -123,7 +110,7 @@ def _sampling_checks(
         check.compared += len(tokens)
         check.mismatches += len(wrong)
         check.notes += [
-            f"prompt {number}, token {place}: {tokens[place]} is {behind[place]:.2g} behind the winner of the draw"
+            f"prompt {number}, token {place}: {tokens[place]} is {behind[place]:.2g} behind the one that is drawn"
             for place in wrong[:2]
         ]
     check.figures["logprob_max_abs"] = furthest

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from medusa_runtime.handle import RequestHandle
     from medusa_runtime.metrics import Metrics, PrometheusMetrics
-    from medusa_runtime.request import Chunk, GenerationResult, RequestOptions, Stats
+    from medusa_runtime.request import Chunk, EngineOptions, GenerationOptions, GenerationResult, RequestOptions, Stats
     from medusa_runtime.sampling import SamplingParams
     from medusa_runtime.service import MedusaService
     from medusa_runtime.session import ChatSession
@@ -43,7 +43,9 @@ _MODULES = {
     "Chunk": "request",
     "DeadlineError": "errors",
     "DoubtfulRowsError": "errors",
+    "EngineOptions": "request",
     "ForkError": "errors",
+    "GenerationOptions": "request",
     "GenerationResult": "request",
     "GenerationStream": "engine",
     "MedusaEngine": "engine",
@@ -74,7 +76,9 @@ __all__ = [
     "Chunk",
     "DeadlineError",
     "DoubtfulRowsError",
+    "EngineOptions",
     "ForkError",
+    "GenerationOptions",
     "GenerationResult",
     "GenerationStream",
     "MedusaEngine",

@@ -1,47 +1,66 @@
-"""The engine: one request at a time, drafted, verified and accepted step by step."""
+"""The engine: one request at a time, in the caller's thread."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 from medusa_runtime.backends import open_backend
-from medusa_runtime.backends.base import Backend, StepResult
+from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.common.closeable import Closeable, State
 from medusa_runtime.common.critical_section import CriticalSection
 from medusa_runtime.common.processes import ProcessBound, close_at_exit, keep_in_children, native_work
-from medusa_runtime.decoding.latency import LatencyTable
-from medusa_runtime.decoding.retry import retried
+from medusa_runtime.decoding.latency import LatencyTable, measured_tables
+from medusa_runtime.decoding.loop import DecodeLoop
+from medusa_runtime.decoding.scheduler import Job
 from medusa_runtime.decoding.sequence import TokenSequence, check_integer, check_tree_size
-from medusa_runtime.decoding.steps import decoding_steps, guided_steps
-from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSize
+from medusa_runtime.decoding.tree_choice import TreeChoice
 from medusa_runtime.errors import BackendError, MedusaError, RequestError
-from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
-from medusa_runtime.sampling import SamplingParams
+from medusa_runtime.metrics import Metrics
+from medusa_runtime.request import (
+    Chunk,
+    EngineOptions,
+    GenerationResult,
+    Prompt,
+    Stats,
+    TreeSize,
+    check_names,
+    generation_options,
+)
 from medusa_runtime.text.tokenizer import Tokenizer
+from medusa_runtime.tuning import LONE_CHUNK
 
-PREFILL_CHUNK = 512
-# The tokens of a step, and their log probabilities.
-Emitted = tuple[list[int], list[float] | None]
+_OVERTAKEN = (
+    "This stream's engine has begun another request: read a stream to its end first, load a second engine, or use "
+    "MedusaService."
+)
 
 
 class MedusaEngine(Closeable):
     """Generates text from a bundle, one request at a time.
+
+    The engine keeps the K/V entries of its last request. A prompt that begins with the same tokens, such as the next
+    turn of a conversation, computes only what is new: ``stats.cached_tokens`` says how many tokens were reused.
 
     Threads may share an engine. ``generate`` calls run one after the other. A newer stream or answer ends an older
     stream, which then raises ``RequestError``; no call ever gets another one's tokens. ``close`` waits for the step
     that runs. All calls block, so an event loop needs ``MedusaService`` instead. In a child made by ``fork`` every call
     raises ``ForkError``. An engine that is open when the process ends is closed then.
 
+    The constructor measures nothing. ``tree_size="auto"`` then goes by step times that an earlier measurement has kept
+    in the bundle. Without these it is plain decoding, until ``measure`` is called. ``load`` calls it.
+
     Args:
         bundle: The bundle, checked.
-        backend: What runs its graph.
-        tokenizer: Its tokenizer, or None if it has none: then prompts are token ids and results too.
+        backend: The backend that runs its graph, with one row or more; the engine uses the first row. Engines may
+            share a backend as long as one request ends before the next one begins.
+        tokenizer: The bundle's tokenizer. If it is None, prompts are token ids, and so are answers.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer | None) -> None:
@@ -49,11 +68,19 @@ class MedusaEngine(Closeable):
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = tokenizer
-        self._choice: TreeChoice | None = None
+        kept = None if bundle.acceptance.hopeless else LatencyTable.kept(bundle, backend, backend.rows)
+        self._loop = DecodeLoop(
+            bundle,
+            backend,
+            choice=None if kept is None else TreeChoice(bundle.acceptance, bundle.tree, {backend.rows: kept}),
+            metrics=Metrics(),
+            clock=time.perf_counter,
+        )
         self._closed = False
         self._failure: Exception | None = None
-        self._turn = 0  # counts who may use the backend: the newest stream
-        self._requests = threading.RLock()  # held by who begins a request, and by ``generate`` to its end
+        self._turn = 0  # the number of the newest stream, which may use the backend
+        self._interrupted = False  # a step was left by an exception that is no Exception
+        self._requests = threading.RLock()  # held while a request begins, and by ``generate`` to its end
         self._backend_use = CriticalSection("This engine")
         keep_in_children(backend)
         close_at_exit(self)
@@ -66,141 +93,161 @@ class MedusaEngine(Closeable):
         *,
         threads: int | None = None,
         check_digests: bool = True,
+        measure: bool = True,
     ) -> Self:
         """Opens a bundle.
+
+        The first time on a machine, this measures steps of all tree sizes, which takes a few seconds for a model of a
+        hundred million weights. The figures are kept in the bundle, if its folder can be written to. Nothing is
+        measured if the heads are untrained, as trees gain nothing then.
 
         Args:
             bundle: The folder that ``medusa-export onnx`` or ``medusa-export trt`` wrote.
             backend: ``onnxruntime`` (on the CPU), ``onnxruntime-cuda``, the flavor of a compiled engine (``tensorrt``,
-                ``tensorrt-rtx``), or ``auto`` for the best that the folder and this machine have.
-            threads: CPU threads of one step; all that this process may use if None.
-            check_digests: Read all files to compare their digests.
+                ``tensorrt-rtx``), or ``auto`` for the best one that the folder and this machine allow.
+            threads: CPU threads of one step; None for all that this process may use.
+            check_digests: If True, all files are read and their digests are compared.
+            measure: If False, nothing is measured. This is for callers that give each request a tree size of its own;
+                see the class for ``auto``.
 
         Raises:
-            BundleError: The bundle can't be served; the message says why.
-            BackendError: The backend is unknown or not installed, or it can't load the graph.
-            RequestError: ``threads`` is no number of threads.
+            BundleError: The bundle can't be used; the message says why.
+            BackendError: The backend is unknown or not installed, it can't load the graph, or the graph failed.
+            RequestError: ``threads`` is not a positive integer.
         """
         threads = None if threads is None else check_integer("threads", threads, at_least=1)
         with native_work():
             checked = Bundle.load(bundle, check_digests=check_digests)
             tokenizer = Tokenizer.load(checked.listed)
-            return cls(checked, open_backend(backend, checked, threads=threads, check_digests=check_digests), tokenizer)
+            opened = open_backend(backend, checked, threads=threads, check_digests=check_digests)
+            try:
+                engine = cls(checked, opened, tokenizer)
+                if measure:
+                    engine.measure()
+            except BaseException:
+                opened.close()
+                raise
+            return engine
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        tree_size: TreeSize = "auto",
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        sampling: SamplingParams | None = None,
-        logprobs: bool = False,
-        lookup: bool = True,
-        prefill_chunk: int = PREFILL_CHUNK,
-    ) -> GenerationResult:
+    def measure(self) -> None:
+        """Measures the steps that ``tree_size="auto"`` chooses from, unless the bundle has figures of this machine.
+
+        A stream that is not read to its end is ended.
+
+        Raises:
+            RequestError: The engine is closed, or this call interrupts a step in the same thread.
+            BackendError: The graph failed, or there is no memory.
+        """
+        self.check_process()
+        self._backend_use.check()
+        with self._requests, native_work():
+            turn = self._turn = self._turn + 1
+            with self._using_backend(turn):
+                self._end_stream()
+                self._loop.evict()
+                tables = measured_tables(self.bundle, self.backend)
+                self._loop.sizes.choice = TreeChoice(self.bundle.acceptance, self.bundle.tree, tables)
+
+    def evict(self) -> None:
+        """Gives up the entries of earlier requests, so that the next prompt is computed in full.
+
+        Measurements and checks need that. A stream that runs goes on.
+
+        Raises:
+            RequestError: The engine is closed, or this call interrupts a step in the same thread.
+        """
+        self.check_process()
+        self._backend_use.check()
+        with self._using_backend(self._turn):
+            self._loop.evict()
+
+    def generate(self, prompt: Prompt, **options: Unpack[EngineOptions]) -> GenerationResult:
         """Answers a prompt.
 
         Args:
             prompt: Text, chat messages (``{"role": …, "content": …}``, one or a list), or token ids.
-            max_new_tokens: Tokens to generate at most.
-            tree_size: Nodes to verify per step, from 1 (plain decoding) to the bundle's tree; ``auto``
-                takes in each step the size with the best expected speed on this machine. It never changes the result,
-                but for that of typical acceptance.
-            stop: Strings that end the text; they are not part of it. A special token in one, such as
-                ``<|im_start|>``, is matched by that token.
-            stop_token_ids: Tokens that end it, besides the model's own.
-            sampling: How to draw tokens; greedy if None.
-            logprobs: Give log probabilities.
-            lookup: Also guess what followed the last tokens when the text had them before. It never changes the
-                result, and is not done under typical acceptance, where it would.
-            prefill_chunk: Tokens of the prompt that one step takes in.
+            options: See ``EngineOptions``: ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``sampling``,
+                ``logprobs``, ``lookup``, ``tree_size`` and ``prefill_chunk``.
 
         Raises:
-            RequestError: The request can't be served as it stands.
-            BackendError: The graph failed.
+            RequestError: The request can't be served; the message says why.
+            BackendError: The graph failed, or there is no room for prompt and answer.
         """
         self.check_process()
         with self._requests:
-            stream = self.stream(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                tree_size=tree_size,
-                stop=stop,
-                stop_token_ids=stop_token_ids,
-                sampling=sampling,
-                logprobs=logprobs,
-                lookup=lookup,
-                prefill_chunk=prefill_chunk,
-            )
-            return stream.result()
+            return self.stream(prompt, **options).result()
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        tree_size: TreeSize = "auto",
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        sampling: SamplingParams | None = None,
-        logprobs: bool = False,
-        lookup: bool = True,
-        prefill_chunk: int = PREFILL_CHUNK,
-    ) -> GenerationStream:
-        """Answers a prompt piece by piece: iterate over the chunks; arguments and errors as for ``generate``.
+    def stream(self, prompt: Prompt, **options: Unpack[EngineOptions]) -> GenerationStream:
+        """Answers a prompt piece by piece: iterate over the chunks. Arguments and errors are those of ``generate``.
 
-        The request is checked at once, before the first chunk is asked for. The engine serves one
-        stream at a time: once there is a newer one, the one before raises ``RequestError``. While another thread is in
-        ``generate``, this waits for its answer.
+        The request is checked at once, before the first chunk is asked for. The engine serves one stream at a time: a
+        newer one ends it, and it then raises ``RequestError``. While another thread is in ``generate``, this waits for
+        that answer.
         """
+        check_names(options, EngineOptions)
         self.check_process()
         with native_work():
-            sequence = TokenSequence.of(
-                self.bundle,
-                self.tokenizer,
-                prompt,
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                stop_token_ids=stop_token_ids,
-                sampling=sampling,
-                logprobs=logprobs,
-                lookup=lookup,
-            )
-        prefill_chunk = check_integer("prefill_chunk", prefill_chunk, at_least=1)
-        tree_size = tree_size if tree_size == "auto" else check_tree_size(self.bundle, tree_size)
+            sequence = TokenSequence.of(self.bundle, self.tokenizer, prompt, **generation_options(options))
+        chunk = check_integer("prefill_chunk", options.get("prefill_chunk", LONE_CHUNK), at_least=1)
+        size = options.get("tree_size", "auto")
+        size = size if size == "auto" else check_tree_size(self.bundle, size)
+        answer = _Answer()
+        job = Job(sequence, answer)
         with self._requests:
-            turn, choice = self._begin(sequence, tree_size)
-        return GenerationStream(sequence, self._in_turn(self._steps(sequence, choice, prefill_chunk), turn), self)
+            turn = self._begin(job, answer, size, chunk)
+        return GenerationStream(job, answer, self, turn)
 
-    def _begin(self, sequence: TokenSequence, tree_size: TreeSize) -> tuple[int, TreeChoice]:
-        """Empties the row for a request; gives its turn, and how it chooses trees."""
+    def _begin(self, job: Job, answer: _Answer, tree_size: TreeSize, prefill_chunk: int) -> int:
+        """Ends the stream that runs, and gives the row to a request.
+
+        Returns:
+            The number of the turn, which the stream needs for its steps.
+        """
         self._backend_use.check()
-        # What used the backend before loses its turn at once: else it might go on before this thread gets hold of it.
+        # An older stream loses its turn at once: else it might run another step before this thread gets the backend.
         turn = self._turn = self._turn + 1
         with self._using_backend(turn):
-            try:
-                choice = self._auto() if tree_size == "auto" else TreeChoice.fixed(self.bundle, tree_size)
-                self.backend.reset(0)
-                self.backend.assign(0, sequence.draws)
-            except Exception as error:
-                self._failure = error
-                raise
-            self._failure = None
-            return turn, choice
+            self._end_stream()
+            loop = self._loop
+            loop.sizes.tree_size = tree_size
+            loop.prefill_chunk = loop.lone_chunk = prefill_chunk
+            loop.reset_error = None
+            loop.submit(job)
+            job.sequence.stats.queue_seconds = 0.0
+            self._failure = _cause(answer.error) if isinstance(answer.error, BackendError) else None
+            if answer.error is not None:
+                raise answer.error
+        return turn
 
-    def _in_turn(self, steps: Iterator[Emitted | None], turn: int) -> Iterator[Emitted]:
-        """Runs each step while no other thread uses the backend, and as long as it is this stream's turn."""
-        while True:
-            with self._using_backend(turn):
-                try:
-                    emitted = next(steps)
-                except Exception:
-                    self._check_backend()
-                    raise
-            if emitted is not None:
-                yield emitted
+    def _end_stream(self) -> None:
+        """Ends the stream that has the row, if there is one. The row keeps its entries, unless a step was torn."""
+        if self._interrupted and not self._loop.scheduler.is_idle:
+            self._loop.recover(RequestError(_OVERTAKEN))
+        self._interrupted = False
+        self._loop.end_all(RequestError(_OVERTAKEN))
+
+    def advance(self, job: Job, turn: int) -> None:
+        """Runs one step of a stream; for the stream.
+
+        Args:
+            job: The stream's request.
+            turn: The number of its turn.
+
+        Raises:
+            RequestError: The engine is closed, it has begun another request, or this call interrupts a step.
+        """
+        with self._using_backend(turn):
+            if job.sequence.prefilled == job.sequence.stats.cached_tokens:
+                job.admitted = time.perf_counter()  # prefill begins when the first chunk is asked for
+            try:
+                self._loop.step()
+            except Exception as error:  # noqa: BLE001  # the stream raises it, as the end of its request
+                self._loop.recover(error)
+            except BaseException:
+                self._interrupted = True
+                raise
+            if self._loop.reset_error is not None:
+                self._failure = _cause(self._loop.reset_error)
 
     @contextlib.contextmanager
     def _using_backend(self, turn: int) -> Iterator[None]:
@@ -208,7 +255,7 @@ class MedusaEngine(Closeable):
 
         Raises:
             RequestError: The engine is closed, it has begun another request, or this call interrupts a step.
-            BackendError: What the block raised, if it is no error of this project.
+            BackendError: The block raised something else than an error of this project.
         """
         with self._backend_use.entered():
             try:
@@ -222,76 +269,11 @@ class MedusaEngine(Closeable):
                 if self._closed:  # by a call that has interrupted the step
                     self.backend.close()
 
-    def _check_backend(self) -> None:
-        """Finds out after a failure whether the backend is still of use."""
-        try:
-            self.backend.reset(0)
-        except Exception as error:  # noqa: BLE001  # it says so to whoever asks for the state
-            self._failure = error
-
-    def _steps(self, sequence: TokenSequence, choice: TreeChoice, prefill_chunk: int) -> Iterator[Emitted | None]:
-        """What steps emit, without end: a token at the end of prefill, at least one from every decoding step.
-
-        None stands for a chunk of the prompt that is not the last one.
-        """
-        backend, depth, stats = self.backend, self.bundle.tree.max_depth, sequence.stats
-        length = len(sequence.prompt_ids)
-        drafting = min(choice.largest, self.bundle.drafting_size)  # what the last chunk is padded to
-        limit = min(prefill_chunk, backend.max_tokens or prefill_chunk)
-        last = (length - 1) % limit + 1
-        # The last step of the prompt, and the last one of all, which begins with two tokens less than there will be.
-        prefilled = length - last + max(last, drafting)
-        backend.reserve(depth + max(prefilled, length + sequence.max_new_tokens - 2 + choice.largest))
-        started = time.perf_counter()
-        while sequence.is_prefilling:
-            chunk = sequence.next_chunk(limit)
-            result = backend.step(max(len(chunk), drafting), {0: chunk})
-            if not result.count[0]:
-                result = self._retried({0: chunk})
-            sequence.prefilled += len(chunk)
-            if sequence.is_prefilling:
-                yield None
-        stats.prefill_seconds = time.perf_counter() - started
-        yield result.emitted(0)
-        started = time.perf_counter()
-        most = min(choice.largest, depth + 1)  # tokens that a step emits
-        choice.begin(0)
-        if sequence.looks_up and most > 1:
-            steps = guided_steps(backend, choice, lambda: sequence.guess(most - 1), self.bundle.tree, self._retried)
-        else:
-            steps = decoding_steps(backend, choice, lambda: sequence.tokens_left > most, self._retried)
-        for step in steps:
-            emitted = step.result.emitted(0)
-            choice.observe(step.size, {0: len(emitted[0])}, [0] if step.guessed else [])
-            stats.count_step(len(emitted[0]), step.size)
-            stats.decode_seconds = time.perf_counter() - started
-            yield emitted
-
-    def _retried(self, prompts: Mapping[int, Sequence[int]] | None = None) -> StepResult:
-        """A step of the row's chunk alone, or a plain step, after one that emitted nothing."""
-        size = len(prompts[0]) if prompts else 1
-        return retried(self.backend, 0, self.bundle.dtype, lambda: self.backend.step(size, prompts))
-
     def _check_turn(self, turn: int) -> None:
         if self._closed:
             raise RequestError("This engine is closed: load another.")
         if turn != self._turn:
-            raise RequestError(
-                "This stream's engine has begun another request: read a stream to its end first, load a second engine, "
-                "or use MedusaService."
-            )
-
-    def _auto(self) -> TreeChoice:
-        if self._choice is None:
-            self._choice = self._measured()
-        return self._choice
-
-    def _measured(self) -> TreeChoice:
-        """What has the most expected tokens per second on this machine."""
-        if self.bundle.acceptance.hopeless:
-            return TreeChoice.fixed(self.bundle, 1)
-        table = LatencyTable.measured(self.bundle, self.backend)
-        return TreeChoice(self.bundle.acceptance, self.bundle.tree, {1: table})
+            raise RequestError(_OVERTAKEN)
 
     @property
     def state(self) -> State:
@@ -305,11 +287,11 @@ class MedusaEngine(Closeable):
 
     @property
     def failure(self) -> Exception | None:
-        """Why the state is ``failed``; None if it is not."""
+        """The reason for the state ``failed``; None in other states."""
         return self.fork_error if self.in_forked_child else self._failure
 
     def close(self) -> None:
-        """Gives the backend's memory back, once the step that runs has ended; a stream that is left fails."""
+        """Gives the backend's memory back, once the step that runs has ended. A stream that is left fails."""
         self.check_process()
         self._closed = True
         self._turn += 1
@@ -317,34 +299,63 @@ class MedusaEngine(Closeable):
             self.backend.close()  # else this call interrupts a step of this thread, which closes it at its end
 
 
-class GenerationStream(Iterator[Chunk], ProcessBound):
-    """A running request: iterate over it for chunks; ``result()`` runs it to its end.
+class _Answer:
+    """Receives chunks and the end of a request for a stream."""
 
-    Threads may share it: each chunk goes to one of them. Its calls block, as those of its engine. In a child made by
-    ``fork`` they raise ``ForkError``.
+    def __init__(self) -> None:
+        self.chunks: deque[Chunk] = deque()
+        self.outcome: GenerationResult | MedusaError | None = None
+
+    @property
+    def done(self) -> bool:
+        """True once the request has ended."""
+        return self.outcome is not None
+
+    @property
+    def error(self) -> MedusaError | None:
+        """The error that ended the request, if one did."""
+        return self.outcome if isinstance(self.outcome, MedusaError) else None
+
+    def put(self, chunk: Chunk) -> None:
+        """Receives the next chunk."""
+        self.chunks.append(chunk)
+
+    def end(self, outcome: GenerationResult | MedusaError) -> None:
+        """Receives the end."""
+        self.outcome = outcome
+
+
+class GenerationStream(Iterator[Chunk], ProcessBound):
+    """A request that an engine runs: iterate over it for chunks, or call ``result()``, which runs it to its end.
+
+    Threads may share a stream: each chunk goes to one of them. Its calls block. In a child made by ``fork`` they raise
+    ``ForkError``.
 
     Args:
-        sequence: The request.
-        steps: What its steps emit.
-        engine: Who runs them.
+        job: The request.
+        answer: Receives its chunks and its end.
+        engine: Runs its steps.
+        turn: The number of its turn in the engine.
     """
 
-    def __init__(self, sequence: TokenSequence, steps: Iterator[Emitted], engine: ProcessBound) -> None:
+    def __init__(self, job: Job, answer: _Answer, engine: MedusaEngine, turn: int) -> None:
         super().__init__()
-        self._sequence = sequence
-        self._steps = steps
+        self._job = job
+        self._sequence = job.sequence
+        self._answer = answer
         self._engine = engine
+        self._turn = turn
         self._reading = CriticalSection("This stream")
-        self._failure: Exception | None = None  # what ended it early
+        self._failure: Exception | None = None  # the error that ended it early
 
     @property
     def finish_reason(self) -> str | None:
-        """``stop`` or ``length`` once it has ended, else None."""
+        """``stop`` or ``length`` once the text has ended, None before."""
         return self._sequence.finish_reason
 
     @property
     def stats(self) -> Stats:
-        """How it goes."""
+        """Figures of the request so far."""
         return self._sequence.stats
 
     def __next__(self) -> Chunk:
@@ -352,12 +363,12 @@ class GenerationStream(Iterator[Chunk], ProcessBound):
             raise StopIteration
         self._engine.check_process()
         with self._reading.entered():
-            if self.finish_reason is not None:  # by another thread, for which this one has waited
+            if self.finish_reason is not None:  # another thread has read the last chunk
                 raise StopIteration
             if self._failure is not None:
                 raise self._failure
             try:
-                return self._sequence.accept(*next(self._steps))
+                return self._next_chunk()
             except Exception as error:
                 self._failure = error
                 raise
@@ -365,8 +376,21 @@ class GenerationStream(Iterator[Chunk], ProcessBound):
                 self._failure = RequestError("This stream was interrupted: begin another.")
                 raise
 
+    def _next_chunk(self) -> Chunk:
+        """Runs steps until one emits something: chunks of the prompt emit nothing, except the last one."""
+        while not self._answer.chunks:
+            if self._answer.error is not None:
+                raise self._answer.error
+            self._engine.advance(self._job, self._turn)
+        return self._answer.chunks.popleft()
+
     def result(self) -> GenerationResult:
-        """Runs to the end and gives the whole."""
+        """Runs the request to its end and gives the complete answer."""
         while self.finish_reason is None:
             next(self, None)
         return self._sequence.result()
+
+
+def _cause(error: BackendError) -> Exception:
+    """The exception of a backend that an error of this project stands for."""
+    return error.__cause__ if isinstance(error.__cause__, Exception) else error

@@ -1,4 +1,4 @@
-"""A request's outside: chunks as they come, and one end, for threads and event loops alike."""
+"""The handle of a submitted request: its chunks and its end, for threads and event loops."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from medusa_runtime.sampling import number_of
 class RequestHandle(Closeable):
     """A submitted request.
 
-    Iterate over it for chunks, with ``for`` or ``async for``, or ask for the whole with ``result()`` or ``aresult()``.
-    Whoever gave the request a time limit, cancelled it or closed the service gets the error from both. Chunks wait here
-    until they are read, so that a slow reader stalls nobody. As a context manager it cancels what is left of
-    the request at the end of the block.
+    Iterate over it for chunks, with ``for`` or ``async for``, or get the complete answer with ``result()`` or
+    ``aresult()``. If the request was cancelled, was late, failed, or the service was closed, both raise the error.
+    Chunks wait in the handle until they are read, so a slow reader delays no other request. As a context manager it
+    cancels the request at the end of the block, unless it has ended.
 
     Threads and event loops may share it: each chunk goes to one of them, the end to all. In a child made by ``fork``
     it raises ``ForkError``, unless the request had ended before.
 
     Args:
-        stats: Where the request keeps its figures.
-        on_cancel: Called once somebody asks for its end.
+        stats: Figures of the request.
+        on_cancel: Is called when the request is cancelled.
 
     Attributes:
-        stats: How it goes; of use while it runs, too.
+        stats: Figures of the request, also while it runs.
     """
 
     def __init__(self, stats: Stats, on_cancel: Callable[[MedusaError | None], None]) -> None:
@@ -47,24 +47,24 @@ class RequestHandle(Closeable):
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, in whichever way."""
+        """True once the request has ended, with an answer or an error."""
         return self._outcome is not None
 
     def cancel(self) -> None:
-        """Ends the request before its next step, with ``RequestCancelledError``; one that has ended stays as it is."""
+        """Ends the request before its next step, with ``RequestCancelledError``. It does nothing if it has ended."""
         if not self.done:
             self.check_process()
             self._on_cancel(None)
 
     def result(self, timeout: float | None = None) -> GenerationResult:
-        """Waits for the end.
+        """Waits for the complete answer.
 
         Args:
-            timeout: Seconds to wait at most; the request goes on all the same.
+            timeout: Seconds to wait at most; None for no limit. The request goes on after that.
 
         Raises:
-            TimeoutError: It had not ended by then.
-            MedusaError: It ended without a result; the class says why.
+            TimeoutError: The request has not ended in that time.
+            MedusaError: The request ended without an answer; the class says why.
         """
         seconds = waiting_time(timeout)
         if not self.done:
@@ -75,7 +75,7 @@ class RequestHandle(Closeable):
         return self._result()
 
     async def aresult(self) -> GenerationResult:
-        """As ``result``, for asyncio; whoever awaits it may be cancelled, and the request goes on."""
+        """As ``result``, for asyncio. If the awaiting task is cancelled, the request goes on."""
         while not self.done:
             await self._change(lambda: self.done)
         return self._result()
@@ -124,12 +124,12 @@ class RequestHandle(Closeable):
         return None
 
     async def _change(self, reached: Callable[[], bool]) -> None:
-        """Waits until something has changed, unless what is waited for is already so."""
+        """Waits for the next change, unless the condition holds already."""
         self.check_process()
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def notify() -> None:
-            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to tell
+            with contextlib.suppress(RuntimeError):  # that event loop is closed, and nothing waits in it
                 loop.call_soon_threadsafe(event.set)
 
         with self._changed:
@@ -143,13 +143,13 @@ class RequestHandle(Closeable):
                 self._listeners.remove(notify)
 
     def put(self, chunk: Chunk) -> None:
-        """Delivers a chunk; for the service."""
+        """Receives the next chunk from the service."""
         with self._changed:
             self._chunks.append(chunk)
             self._notify()
 
     def end(self, outcome: GenerationResult | MedusaError) -> None:
-        """Ends the request; for the service."""
+        """Receives the end from the service: the complete answer, or the error that ended the request."""
         with self._changed:
             assert self._outcome is None, "a request ends once"
             self._outcome = outcome
@@ -161,19 +161,24 @@ class RequestHandle(Closeable):
             listener()
 
     def close(self) -> None:
-        """As ``cancel``; what a ``with`` block does at its end."""
+        """As ``cancel``. A ``with`` block calls it at its end."""
         self.cancel()
 
 
 def follow(handle: RequestHandle, on_chunk: Callable[[Chunk], None], fail: Callable[[BaseException], None]) -> None:
-    """Gives a request's chunks to a callback, in a thread of its own; ``fail`` hears of an exception in it.
+    """Starts a thread that calls a callback with each chunk of a request.
+
+    Args:
+        handle: The request.
+        on_chunk: The callback.
+        fail: Is called with an exception that the callback raises.
 
     Raises:
         RuntimeError: No thread can be started.
     """
 
     def run() -> None:
-        with contextlib.suppress(MedusaError):  # whoever asks for the result learns of it
+        with contextlib.suppress(MedusaError):  # ``result`` raises it
             for chunk in handle:
                 try:
                     on_chunk(chunk)
@@ -185,10 +190,10 @@ def follow(handle: RequestHandle, on_chunk: Callable[[Chunk], None], fail: Calla
 
 
 def waiting_time(timeout: object) -> float | None:
-    """Seconds that a lock can wait for, from a number of any kind; None for no limit.
+    """Seconds that a lock can wait for, from a number of any type; None for no limit.
 
     Raises:
-        RequestError: It is no number.
+        RequestError: ``timeout`` is not a number.
     """
     if timeout is None:
         return None

@@ -1,4 +1,4 @@
-"""What a service tells about itself while it runs."""
+"""Metrics of a service: hooks that it calls while it runs, and counters for Prometheus."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ _log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Hooks that do nothing: derive from it and override what you want to count.
+    """Hooks that do nothing: derive a class and override the hooks that you need.
 
-    All are called in the service's own thread but ``rejected``, which any thread that submits may call. They should
-    return at once, and can't wait for the service. What they raise is logged and goes no further. A service takes an
-    object of its own.
+    The service's own thread calls them, except ``rejected``, which is called in the thread that submits. They should
+    return at once, and can't wait for the service. Exceptions that they raise are logged and have no other effect. Each
+    service needs an object of its own.
     """
 
     def rejected(self) -> None:
         """The queue was full."""
 
     def load(self, waiting: int, running: int) -> None:
-        """How many wait and run, before each step."""
+        """The number of requests that wait and run, before each step."""
 
     def step(self, kind: str, rows: int, size: int, tokens: int, seconds: float) -> None:
         """A step has ended.
 
         Args:
             kind: ``prefill`` or ``decode``.
-            rows: Rows that took part.
+            rows: Number of rows that took part.
             size: Tokens per row.
-            tokens: Prompt tokens taken in, or tokens emitted.
-            seconds: How long it took.
+            tokens: Number of prompt tokens taken in, or of tokens emitted.
+            seconds: Duration of the step.
         """
 
     def ended(self, outcome: str, stats: Stats) -> None:
-        """A request has ended; ``outcome`` is its finish reason, or the name of the error's class."""
+        """A request has ended. ``outcome`` is its finish reason, or the name of the error's class."""
 
 
 def tell(hook: Callable[..., None], *figures: object) -> None:
-    """Calls a hook of ``Metrics``; what it raises is logged."""
+    """Calls a hook of ``Metrics`` and logs its exceptions."""
     try:
         hook(*figures)
-    except (Exception, SystemExit):  # noqa: BLE001  # a stranger's code, which may call sys.exit
+    except (Exception, SystemExit):  # noqa: BLE001  # a user's code, which may call sys.exit
         _log.exception("A hook for metrics failed")
 
 
 @dataclass(frozen=True)
 class _Collectors:
-    """What ``prometheus_client`` collects under one prefix in one registry."""
+    """The collectors of ``prometheus_client`` under one prefix in one registry."""
 
     requests: Any
     waiting: Any
@@ -71,10 +71,11 @@ class _Collectors:
 
     @classmethod
     def registered(cls, prometheus: Any, registry: Any, prefix: str) -> Self:
-        """New ones.
+        """Registers new collectors.
 
         Raises:
-            ValueError: The prefix is no name, or the registry holds one of these names. Nothing is registered.
+            ValueError: The prefix is not a valid name, or the registry has one of these names already. Nothing is
+                registered.
         """
         made = []
 
@@ -100,7 +101,7 @@ class _Collectors:
             raise
 
 
-# By registry and prefix, so that several services in one process may count in the same names.
+# Collectors by registry and prefix, so that several services in one process can share them.
 _shared: WeakKeyDictionary[Any, dict[str, _Collectors]] = WeakKeyDictionary()
 _sharing = threading.Lock()
 
@@ -108,15 +109,15 @@ _sharing = threading.Lock()
 class PrometheusMetrics(Metrics):
     """Counters, gauges and histograms of ``prometheus_client``.
 
-    Each service takes an object of its own. Those with the same registry and prefix count together: the page shows the
-    sum of their services. Give them different prefixes or registries to tell them apart.
+    Each service needs an object of its own. Objects with the same registry and prefix count together: the page shows
+    the sum of their services. Different prefixes or registries keep services apart.
 
     Args:
-        registry: Where they are registered; the library's default one if None.
-        prefix: What their names begin with.
+        registry: The registry; the library's default registry if None.
+        prefix: The first part of all names.
 
     Raises:
-        MedusaError: The library is not installed, the prefix is no name, or something else has taken the names.
+        MedusaError: The library is not installed, the prefix is not a valid name, or the names are in use already.
     """
 
     def __init__(self, registry: Any = None, prefix: str = "medusa") -> None:
@@ -137,15 +138,15 @@ class PrometheusMetrics(Metrics):
                         f"The metrics {prefix}_… can't be registered: {error}. Choose another prefix or registry."
                     ) from error
             self._collectors = shared[prefix]
-        self._load = (0, 0)  # what this object has added to the gauges
+        self._load = (0, 0)  # the figures that this object has added to the gauges
 
     @classmethod
     def in_own_registry(cls) -> tuple[Self, Any]:
-        """Metrics and the registry that holds nothing but them."""
+        """Makes metrics in a registry of their own; gives both."""
         try:
             from prometheus_client import CollectorRegistry
         except ImportError:
-            return cls(), None  # raises, and says what to do
+            return cls(), None  # the constructor raises, with the remedy
         registry = CollectorRegistry()
         return cls(registry), registry
 
@@ -169,7 +170,7 @@ class PrometheusMetrics(Metrics):
             collectors.tokens.labels("cached").inc(stats.cached_tokens)
         for length, times in stats.accepted_lengths.items():
             collectors.accepted.labels(str(length)).inc(times)
-        collectors.tokens.labels("completion").inc(stats.completion_tokens)  # not all that steps emitted are kept
+        collectors.tokens.labels("completion").inc(stats.completion_tokens)  # not the tokens behind its end
         if stats.completion_tokens:
             collectors.queue.observe(stats.queue_seconds)
             collectors.first.observe(stats.queue_seconds + stats.prefill_seconds)

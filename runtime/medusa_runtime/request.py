@@ -1,34 +1,35 @@
-"""What a request asks for and what it gets back."""
+"""What a request asks for, and what it gets back."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.sampling import SamplingParams
 
-# Text, token ids (an array of integers among them), a chat, or a single message of one.
+# Text; token ids, as a sequence or an array of integers; the messages of a chat; or one message.
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+# Nodes that a step verifies: a fixed number, or "auto" for the number with the best expected speed.
+TreeSize = int | Literal["auto"]
 
 
-class RequestOptions(TypedDict, total=False):
-    """What a request to a service may ask for besides its prompt; what is left out has its default.
+class GenerationOptions(TypedDict, total=False):
+    """Options that every request has. Each may be left out.
 
     Attributes:
-        max_new_tokens: Tokens to generate at most; 128.
-        stop: Strings that end the text and are not part of it; none. One may hold special tokens, such as
-            ``<|im_start|>``, which the text leaves out; each is matched by that token, and by its name in the text.
-        stop_token_ids: Tokens that end it, besides the model's own; none.
-        sampling: How to draw tokens; greedy if None.
-        logprobs: Whether to give log probabilities; False.
-        lookup: Whether to guess also what followed the last tokens when the text had them before; True.
-        priority: Requests with a higher one get a row first; 0.
-        timeout: Seconds from submission until it ends with ``DeadlineError``, wherever it is; None for no limit.
+        max_new_tokens: The most tokens to generate. Default: 128.
+        stop: Strings that end the text. They are not part of it. A string may contain special tokens, such as
+            ``<|im_start|>``: each matches that token, and its name in the text. Default: none.
+        stop_token_ids: Token ids that end the text, besides the model's own. Default: none.
+        sampling: How tokens are drawn. Default: None, which is greedy decoding.
+        logprobs: If True, the answer has log probabilities. Default: False.
+        lookup: If True, steps also verify the tokens that followed when the text had the same last tokens before.
+            This never changes the answer. It is off under typical acceptance, where it would. Default: True.
     """
 
     max_new_tokens: int
@@ -37,24 +38,63 @@ class RequestOptions(TypedDict, total=False):
     sampling: SamplingParams | None
     logprobs: bool
     lookup: bool
+
+
+class EngineOptions(GenerationOptions, total=False):
+    """Options of a request to an engine: those of ``GenerationOptions``, and these.
+
+    Attributes:
+        tree_size: Nodes that each step verifies, from 1 (plain decoding) to the size of the bundle's tree. ``auto``
+            chooses for each step the size with the best expected speed on this machine. It never changes the answer,
+            except under typical acceptance. Default: ``auto``.
+        prefill_chunk: The most tokens of the prompt that one step takes in. Default: 512.
+    """
+
+    tree_size: TreeSize
+    prefill_chunk: int
+
+
+class RequestOptions(GenerationOptions, total=False):
+    """Options of a request to a service: those of ``GenerationOptions``, and these.
+
+    Attributes:
+        priority: Requests with a higher priority get a row first. Default: 0.
+        timeout: Seconds after submission at which the request ends with ``DeadlineError``, whether it waits or runs.
+            Default: None, which is no limit.
+    """
+
     priority: int
     timeout: float | None
 
 
+def check_names(given: Mapping[str, Any], known: type) -> None:
+    """Raises ``TypeError`` if a request has an option of another name than those of a ``TypedDict``."""
+    names = known.__annotations__
+    unknown = given.keys() - names.keys()
+    if unknown:
+        raise TypeError(f"There is no option {min(unknown)!r}: a request has {', '.join(names)}.")
+
+
+def generation_options(options: GenerationOptions) -> GenerationOptions:
+    """The options of ``GenerationOptions`` among those of a request."""
+    names = GenerationOptions.__annotations__
+    return cast("GenerationOptions", {name: value for name, value in options.items() if name in names})
+
+
 @dataclass
 class Stats:
-    """How a request went.
+    """Figures of one request.
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        cached_tokens: How many of them were in a cache already, and were not computed again.
+        cached_tokens: Tokens of the prompt whose entries were in a cache already. They were not computed again.
         completion_tokens: Tokens generated.
-        steps: Decoding steps; the first token comes from prefill and takes none.
-        accepted_lengths: How many steps emitted 1, 2, … tokens.
-        tree_sizes: How many steps verified trees of 1, 2, … nodes.
-        queue_seconds: Until it was its turn; 0 in an engine, which has no queue.
-        prefill_seconds: From then until the first token.
-        decode_seconds: From then to the last.
+        steps: Decoding steps. The first token comes from prefill and needs none.
+        accepted_lengths: Number of steps by the number of tokens that they emitted.
+        tree_sizes: Number of steps by the number of nodes that they verified.
+        queue_seconds: Seconds from submission until the request got a row. 0 in an engine, which has no queue.
+        prefill_seconds: Seconds from then until the first token.
+        decode_seconds: Seconds from the first token to the last.
     """
 
     prompt_tokens: int = 0
@@ -68,41 +108,41 @@ class Stats:
     decode_seconds: float = 0.0
 
     def count_step(self, emitted: int, tree_size: int) -> None:
-        """Notes a decoding step, how many tokens it emitted and how many nodes it verified."""
+        """Counts a decoding step that verified ``tree_size`` nodes and emitted ``emitted`` tokens."""
         self.steps += 1
         self.accepted_lengths[emitted] += 1
         self.tree_sizes[tree_size] += 1
 
     @property
     def tokens_per_step(self) -> float:
-        """Mean tokens emitted by a decoding step; 1 if there was none."""
+        """Mean number of tokens that a decoding step emitted; 1 if there was no step."""
         return _mean(self.accepted_lengths)
 
     @property
     def nodes_per_step(self) -> float:
-        """Mean nodes verified by a decoding step; 1 if there was none."""
+        """Mean number of nodes that a decoding step verified; 1 if there was no step."""
         return _mean(self.tree_sizes)
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed, prefill left out; 0 if no step was needed."""
+        """Decoding speed without prefill; 0 if there was no step."""
         return (self.completion_tokens - 1) / self.decode_seconds if self.steps and self.decode_seconds else 0.0
 
 
 def _mean(counts: Counter[int]) -> float:
-    found = list(counts.items())  # all at once: another thread may count on
+    found = list(counts.items())  # a copy, as another thread may go on counting
     return sum(number * times for number, times in found) / sum(times for _, times in found) if found else 1.0
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step adds to a stream: the new tokens, and the text that is final by now.
+    """What one step adds to an answer: its tokens, and the text that will not change any more.
 
     Attributes:
         text: The text.
         token_ids: The tokens.
-        logprobs: For each token log p by the base model's own distribution, before temperature and whatever else
-            shapes it; None unless asked for.
+        logprobs: For each token log p by the base model's own distribution, before temperature and cut-offs. None if
+            the request did not ask for log probabilities.
     """
 
     text: str
@@ -112,13 +152,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A finished request.
+    """A complete answer.
 
     Attributes:
-        text: The completion without special tokens, cut before a stop string; empty without a tokenizer.
-        token_ids: The completion's tokens, an end-of-text token included.
-        finish_reason: ``stop`` (a stop token or string) or ``length``.
-        stats: How it went.
+        text: The text without special tokens, up to a stop string. Empty if the bundle has no tokenizer.
+        token_ids: The tokens, including an end-of-text token.
+        finish_reason: ``stop`` (a stop token or stop string) or ``length`` (``max_new_tokens`` was reached).
+        stats: Figures of the request.
         logprobs: As in ``Chunk``, for all tokens.
     """
 

@@ -1,8 +1,9 @@
-"""A service: many requests at a time, batched continuously over the rows of one backend.
+"""The service: many requests at a time, batched continuously over the rows of one backend.
 
-One thread owns the backend, a ``ServiceThread``. Between steps it lets go of requests that are cancelled or late, gives
-free rows to those that wait, takes in one chunk of one prompt, and then verifies the trees of all rows that decode. So
-a long prompt delays the next tokens of the others by one chunk at most, or by what it takes to move its row instead.
+One thread owns the backend (``ServiceThread``) and drives a decode loop (``DecodeLoop``). Between steps it ends
+requests that were cancelled or are late. In each step it gives free rows to requests that wait, takes in one chunk of
+one prompt, and verifies the trees of all rows that decode. So a long prompt delays the next tokens of other requests
+by one chunk, or by the time that it takes to move its row.
 """
 
 from __future__ import annotations
@@ -14,26 +15,32 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
-from medusa_runtime.backends import open_batch_backend
-from medusa_runtime.backends.base import BatchBackend
+from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.common.closeable import Closeable, State
 from medusa_runtime.common.processes import close_at_exit, keep_in_children, native_work
 from medusa_runtime.common.steady_clock import SteadyClock
-from medusa_runtime.decoding.runner import BatchRunner
-from medusa_runtime.decoding.scheduler import Job, Scheduler
+from medusa_runtime.decoding.loop import DecodeLoop
+from medusa_runtime.decoding.scheduler import Job
 from medusa_runtime.decoding.sequence import TokenSequence, check_integer, check_tree_size
-from medusa_runtime.decoding.tree_choice import TreeSize
 from medusa_runtime.errors import CallbackError, MedusaError, QueueFullError, RequestCancelledError, RequestError
 from medusa_runtime.handle import RequestHandle, follow, waiting_time
 from medusa_runtime.metrics import Metrics, tell
-from medusa_runtime.request import Chunk, GenerationResult, Prompt, RequestOptions
+from medusa_runtime.request import (
+    Chunk,
+    GenerationResult,
+    Prompt,
+    RequestOptions,
+    TreeSize,
+    check_names,
+    generation_options,
+)
 from medusa_runtime.sampling import number_of
 from medusa_runtime.service_thread import ServiceThread
 from medusa_runtime.session import ChatSession
 from medusa_runtime.text.tokenizer import Tokenizer
-
-PREFILL_CHUNK = 64  # beside rows that decode
+from medusa_runtime.tuning import SHARED_CHUNK
 
 
 class ServiceOptions(TypedDict, total=False):
@@ -46,7 +53,7 @@ class ServiceOptions(TypedDict, total=False):
 
 
 class _CheckedOptions(TypedDict):
-    """Options as Python's own numbers, which don't overflow."""
+    """Options with Python's own integers, which don't overflow."""
 
     max_queue: int
     tree_size: TreeSize
@@ -56,36 +63,39 @@ class _CheckedOptions(TypedDict):
 class MedusaService(Closeable):
     """Answers many requests at a time.
 
-    Any thread and any event loop may call all methods at any time. Those that wait block a thread; an event loop calls
-    ``submit``, ``agenerate`` and ``astream``, and the rest in a thread. In a child made by ``fork`` every call raises
-    ``ForkError``. A service that is open when the process ends is closed then.
+    Any thread and any event loop may call all methods at any time. Those that wait block a thread. An event loop calls
+    ``asubmit``, ``agenerate`` and ``astream``, and other methods in a thread. In a child made by ``fork`` every call
+    raises ``ForkError``. A service that is open when the process ends is closed then.
+
+    The constructor returns once steps are measured. The first time on a machine this takes some seconds; the figures
+    are kept in the bundle.
 
     Args:
         bundle: The bundle, checked.
-        backend: What runs its graph; the service is its only user, and closes it.
-        tokenizer: Its tokenizer, or None if it has none.
-        max_queue: Requests that may wait for a row; beyond that ``submit`` raises ``QueueFullError``.
-        tree_size: Nodes per row and step. ``auto`` fits them to the number of rows that decode, by steps measured once
-            on this machine, which takes some seconds. It never changes a result.
-        prefill_chunk: Tokens of a prompt that one step takes in while other requests decode: more of them bring the
-            first token sooner, fewer the next token of the others.
-        metrics: What to tell about it all.
-        clock: Tells seconds.
+        backend: The backend that runs its graph. The service is its only user, and closes it.
+        tokenizer: The bundle's tokenizer, or None if it has none.
+        max_queue: Requests that may wait for a row. If there are more, ``submit`` raises ``QueueFullError``.
+        tree_size: Nodes per row and step. ``auto`` chooses them by the number of rows that decode, from measured step
+            times. It never changes an answer, except under typical acceptance.
+        prefill_chunk: Tokens of a prompt that one step takes in while other requests decode. A larger number brings
+            the first token sooner, a smaller one the next tokens of the other requests.
+        metrics: Hooks that the service calls while it runs.
+        clock: Gives the time in seconds.
 
     Raises:
-        RequestError: An option makes no sense.
-        BackendError: The graph failed while its steps were measured.
+        RequestError: An option has a value that makes no sense.
+        BackendError: The graph failed while steps were measured.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        backend: BatchBackend,
+        backend: Backend,
         tokenizer: Tokenizer | None,
         *,
         max_queue: int = 256,
         tree_size: TreeSize = "auto",
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int = SHARED_CHUNK,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -98,11 +108,7 @@ class MedusaService(Closeable):
         self._metrics = metrics or Metrics()
         self._clock = SteadyClock(clock)
         self._thread = ServiceThread(
-            BatchRunner(bundle, backend, checked["tree_size"]),
-            Scheduler(backend.rows, checked["max_queue"]),
-            prefill_chunk=checked["prefill_chunk"],
-            metrics=self._metrics,
-            clock=self._clock,
+            bundle, backend, DecodeLoop(bundle, backend, metrics=self._metrics, clock=self._clock, **checked)
         )
         keep_in_children(backend)
         close_at_exit(self)
@@ -122,17 +128,17 @@ class MedusaService(Closeable):
         """Opens a bundle.
 
         Args:
-            bundle: The folder that ``medusa-export onnx`` wrote.
-            backend: ``onnxruntime``, which runs on the CPU, or ``auto``, which is the same so far.
-            rows: Requests that run at a time.
-            threads: CPU threads of one step; all that this process may use if None.
-            check_digests: Read all files to compare their digests.
+            bundle: The folder that ``medusa-export onnx`` or ``medusa-export trt`` wrote.
+            backend: As for ``MedusaEngine.load``. On backends other than ``onnxruntime`` each step runs over all rows.
+            rows: Requests that run at a time. A compiled engine holds as many as it was built for (``--max-batch``).
+            threads: CPU threads of one step; None for all that this process may use.
+            check_digests: If True, all files are read and their digests are compared.
             options: ``max_queue``, ``tree_size``, ``prefill_chunk`` and ``metrics``, as for the class.
 
         Raises:
-            BundleError: The bundle can't be served; the message says why.
-            BackendError: The backend is unknown or not installed, or it can't load the graph.
-            RequestError: An option makes no sense.
+            BundleError: The bundle can't be used; the message says why.
+            BackendError: The backend is unknown or not installed, it can't load the graph, or the graph failed.
+            RequestError: An option has a value that makes no sense.
         """
         rows = check_integer("rows", rows, at_least=1)
         threads = None if threads is None else check_integer("threads", threads, at_least=1)
@@ -140,7 +146,7 @@ class MedusaService(Closeable):
             checked = Bundle.load(bundle, check_digests=check_digests)
             _check_options(checked, options)
             tokenizer = Tokenizer.load(checked.listed)
-            opened = open_batch_backend(backend, checked, rows=rows, threads=threads)
+            opened = open_backend(backend, checked, rows=rows, threads=threads, check_digests=check_digests)
             try:
                 return cls(checked, opened, tokenizer, **options)
             except BaseException:
@@ -154,23 +160,21 @@ class MedusaService(Closeable):
         on_chunk: Callable[[Chunk], None] | None = None,
         **options: Unpack[RequestOptions],
     ) -> RequestHandle:
-        """Queues a request and comes back at once.
+        """Queues a request and returns at once.
 
         Args:
-            prompt: Text, a list of chat messages (``{"role": …, "content": …}``), or token ids.
-            on_chunk: Called with each chunk, in a thread of the request's own, in place of iterating over the handle.
-                What it raises ends the request with ``CallbackError``, unless it has ended before.
-            options: See ``RequestOptions``.
+            prompt: Text, chat messages (``{"role": …, "content": …}``, one or a list), or token ids.
+            on_chunk: Is called with each chunk, in a thread of the request's own. Use it instead of iterating over the
+                handle. An exception that it raises ends the request with ``CallbackError``.
+            options: See ``RequestOptions``: ``max_new_tokens``, ``stop``, ``stop_token_ids``, ``sampling``,
+                ``logprobs``, ``lookup``, ``priority`` and ``timeout``.
 
         Raises:
-            RequestError: The request can't be served as it stands.
-            QueueFullError: There is no room in the queue.
-            ServiceClosedError: The service is closed or about to be.
+            RequestError: The request can't be served; the message says why.
+            QueueFullError: The queue is full.
+            ServiceClosedError: The service is closed or drained.
         """
-        unknown = options.keys() - RequestOptions.__annotations__.keys()
-        if unknown:
-            known = ", ".join(RequestOptions.__annotations__)
-            raise TypeError(f"There is no option {min(unknown)!r}: a request has {known}.")
+        check_names(options, RequestOptions)
         self.check_process()
         timeout = options.get("timeout")
         if timeout is not None:
@@ -179,17 +183,7 @@ class MedusaService(Closeable):
             timeout = number_of(timeout)
         priority = check_integer("priority", options.get("priority", 0))
         with native_work():
-            sequence = TokenSequence.of(
-                self.bundle,
-                self.tokenizer,
-                prompt,
-                max_new_tokens=options.get("max_new_tokens", 128),
-                stop=options.get("stop", ()),
-                stop_token_ids=options.get("stop_token_ids", ()),
-                sampling=options.get("sampling"),
-                logprobs=options.get("logprobs", False),
-                lookup=options.get("lookup", True),
-            )
+            sequence = TokenSequence.of(self.bundle, self.tokenizer, prompt, **generation_options(options))
         now = self._clock()
         handle = RequestHandle(sequence.stats, lambda error: self._request_end(job, error))
         job = Job(sequence, handle, priority, now, None if timeout is None else now + timeout)
@@ -199,17 +193,17 @@ class MedusaService(Closeable):
             tell(self._metrics.rejected)
             raise
         if on_chunk is not None:
-            self._follow(job, on_chunk)
+            self._follow(job, handle, on_chunk)
         return handle
 
     def _request_end(self, job: Job, error: MedusaError | None) -> None:
         self._thread.request_end(job, error or RequestCancelledError("The request was cancelled."))
 
-    def _follow(self, job: Job, on_chunk: Callable[[Chunk], None]) -> None:
-        """Calls back in a thread of the request's own.
+    def _follow(self, job: Job, handle: RequestHandle, on_chunk: Callable[[Chunk], None]) -> None:
+        """Starts a thread that calls ``on_chunk`` for each chunk of a request.
 
         Raises:
-            CallbackError: No thread can be started, so that the request ends.
+            CallbackError: No thread can be started. The request ends.
         """
 
         def fail(error: BaseException) -> None:
@@ -218,7 +212,7 @@ class MedusaService(Closeable):
             self._request_end(job, failure)
 
         try:
-            follow(job.handle, on_chunk, fail)
+            follow(handle, on_chunk, fail)
         except RuntimeError as error:
             failure = CallbackError(
                 f"The request's callback has no thread to run in ({error}): iterate over the handle, or end other "
@@ -228,13 +222,16 @@ class MedusaService(Closeable):
             raise failure from error
 
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Iterator[Chunk]:
-        """Answers piece by piece; closing the iterator before its end cancels the request. Otherwise as ``submit``."""
+        """Answers a prompt piece by piece: iterate over the chunks. Arguments and errors are those of ``submit``.
+
+        Closing the iterator before its end cancels the request.
+        """
         handle = self.submit(prompt, **options)
 
         def chunks() -> Iterator[Chunk]:
             with handle:
-                yield Chunk("", ())  # for nobody: one that has not begun could be left without cancelling anything
-                while (chunk := next(handle, None)) is not None:  # "yield from" would close the handle in forks, too
+                yield Chunk("", ())  # starts the generator, so that closing it cancels the request; not delivered
+                while (chunk := next(handle, None)) is not None:  # "yield from" would also close the handle in forks
                     yield chunk
 
         iterator = chunks()
@@ -242,10 +239,13 @@ class MedusaService(Closeable):
         return iterator
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
-        """Answers a prompt and waits for it; arguments and errors as for ``submit``, besides those of the handle."""
+        """Answers a prompt and waits for the answer.
+
+        Arguments and errors are those of ``submit``. Errors that end the request are raised, too.
+        """
         self._thread.check_thread()
         handle = self.submit(prompt, **options)
-        with handle:  # whoever interrupts the wait wants no answer
+        with handle:  # an interrupted wait cancels the request
             return handle.result()
 
     async def asubmit(
@@ -257,9 +257,9 @@ class MedusaService(Closeable):
     ) -> RequestHandle:
         """As ``submit``, for asyncio: a thread checks and encodes the prompt, while the event loop goes on.
 
-        A task that is cancelled meanwhile cancels its request. Requests of tasks side by side may queue in any order.
+        A task that is cancelled meanwhile cancels its request. Requests of concurrent tasks may queue in any order.
         """
-        self.check_process()  # here, as the event loop of a forked child may have no threads
+        self.check_process()  # before a thread is needed, as the event loop of a forked child may have none
         abandoned, submitted = threading.Event(), list[RequestHandle]()
 
         def submit() -> RequestHandle:
@@ -271,65 +271,65 @@ class MedusaService(Closeable):
         try:
             return await asyncio.to_thread(submit)
         except asyncio.CancelledError:
-            abandoned.set()  # before the look at what was submitted, as the thread looks the other way round
+            abandoned.set()  # first this, then the look at ``submitted``: the thread does both in the other order
             for handle in submitted:
                 handle.cancel()
             raise
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
-        """As ``generate``, for asyncio; a task that is cancelled cancels its request."""
+        """As ``generate``, for asyncio. A task that is cancelled cancels its request."""
         handle = await self.asubmit(prompt, **options)
         with handle:
             return await handle.aresult()
 
     async def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncIterator[Chunk]:
-        """As ``stream``, for asyncio; it submits the request when the first chunk is asked for."""
+        """As ``stream``, for asyncio. The request is submitted when the first chunk is asked for."""
         handle = await self.asubmit(prompt, **options)
         with handle:
             async for chunk in handle:
                 yield chunk
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> ChatSession:
-        """A conversation that begins with these messages."""
+        """Begins a conversation, with messages that were exchanged before."""
         return ChatSession(self, messages)
 
     @property
     def load_figures(self) -> tuple[int, int]:
-        """How many requests wait, and how many run."""
+        """The number of requests that wait, and of those that run."""
         self.check_process()
         return self._thread.load_figures
 
     @property
     def state(self) -> State:
-        """What it does with a new request.
+        """``ready``, ``draining``, ``closed`` or ``failed``.
 
-        ``ready``: takes it. ``draining`` and ``closed``: refuses it, as somebody has called ``drain`` or ``close``.
-        ``failed``: refuses it, as the service has died by itself, or as this is a forked child; see ``failure``.
+        A ready service accepts requests. A draining or closed one refuses them, after a call of ``drain`` or ``close``.
+        A failed one refuses them as its thread has died, or as this is a forked child; see ``failure``.
         """
         return "failed" if self.in_forked_child else self._thread.state
 
     @property
     def failure(self) -> Exception | None:
-        """Why the state is ``failed``; None if it is not."""
+        """The reason for the state ``failed``; None in other states."""
         return self.fork_error if self.in_forked_child else self._thread.failure
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Takes no more requests and waits for those that it has.
+        """Refuses new requests, and waits until those that it has have ended.
 
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Seconds to wait at most; None for no limit.
 
         Returns:
-            Whether all have ended.
+            True if all have ended.
 
         Raises:
-            RequestError: ``timeout`` is no number, or a hook for metrics calls this in the service's own thread.
+            RequestError: ``timeout`` is not a number, or a hook for metrics calls this in the service's own thread.
         """
         self.check_process()
         return self._thread.drain(waiting_time(timeout))
 
     def close(self) -> None:
-        """Ends all requests with ``ServiceClosedError`` after the step at hand, and gives the backend's memory back."""
+        """Ends all requests with ``ServiceClosedError`` after the current step, and gives the backend's memory back."""
         self.check_process()
         self._thread.close()
 
@@ -337,7 +337,7 @@ class MedusaService(Closeable):
 def _check_options(bundle: Bundle, options: ServiceOptions) -> _CheckedOptions:
     tree_size = options.get("tree_size", "auto")
     return {
-        "prefill_chunk": check_integer("prefill_chunk", options.get("prefill_chunk", PREFILL_CHUNK), at_least=1),
+        "prefill_chunk": check_integer("prefill_chunk", options.get("prefill_chunk", SHARED_CHUNK), at_least=1),
         "max_queue": check_integer("max_queue", options.get("max_queue", 0), at_least=0),
         "tree_size": tree_size if tree_size == "auto" else check_tree_size(bundle, tree_size),
     }

@@ -1,58 +1,53 @@
-"""The thread that owns a service's backend: it takes turns until the service is closed.
+"""The thread of a service: it owns the backend, and runs steps of the decode loop until the service is closed.
 
-A failure that no request is to blame for ends what runs. Where nothing runs or waits, the service has failed.
+A failure that no request has caused ends the requests that run. If none runs or waits, the service has failed.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
+from medusa_runtime.backends.base import Backend
+from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.common.closeable import State
-from medusa_runtime.decoding.runner import BatchRunner
-from medusa_runtime.decoding.scheduler import Job, Scheduler
-from medusa_runtime.decoding.turns import ServiceTurns
+from medusa_runtime.decoding.latency import measured_tables
+from medusa_runtime.decoding.loop import DecodeLoop
+from medusa_runtime.decoding.scheduler import Job
+from medusa_runtime.decoding.tree_choice import TreeChoice
 from medusa_runtime.errors import BackendError, DeadlineError, MedusaError, RequestError, ServiceClosedError
-from medusa_runtime.metrics import Metrics, tell
+from medusa_runtime.metrics import tell
 
 _log = logging.getLogger(__name__)
 
 
 class ServiceThread:
-    """Runs what is queued until it is closed. Other threads may call all public methods.
+    """Runs queued requests until it is closed. Other threads may call all public methods.
 
     Args:
-        runner: Runs steps.
-        scheduler: The queue and the rows, empty.
-        prefill_chunk: Tokens of a prompt that one step takes in while other requests decode.
-        metrics: What to tell about it all.
-        clock: Tells seconds, and never goes back.
+        bundle: The bundle that the backend runs.
+        backend: The backend.
+        loop: The decode loop over the backend, without requests.
+
+    Attributes:
+        loop: As given.
+        scheduler: The loop's queue and rows.
+        changed: Guards the scheduler. Is notified when something has changed.
+        thread: The thread itself.
+        failure: The exception that ended the thread; None if none did.
     """
 
-    def __init__(
-        self,
-        runner: BatchRunner,
-        scheduler: Scheduler,
-        *,
-        prefill_chunk: int,
-        metrics: Metrics,
-        clock: Callable[[], float],
-    ) -> None:
-        self.runner = runner
-        self.scheduler = scheduler
+    def __init__(self, bundle: Bundle, backend: Backend, loop: DecodeLoop) -> None:
+        self.loop = loop
+        self.scheduler = loop.scheduler
+        self.changed = loop.changed
         self.failure: Exception | None = None
-        self._metrics = metrics
-        self._clock = clock
-        # Requests that somebody wants to end, and with what. Takes no lock, since a garbage collector may put it there.
+        self._bundle, self._backend = bundle, backend
+        # Requests to be ended, and their errors. It takes no lock, as a garbage collector may add to it anywhere.
         self._ends: SimpleQueue[tuple[Job, MedusaError]] = SimpleQueue()
         self._started: Future[None] = Future()
-        self.changed = threading.Condition()  # guards all below, and the scheduler
-        self.turns = ServiceTurns(
-            runner, scheduler, self.changed, prefill_chunk=prefill_chunk, metrics=metrics, clock=clock
-        )
         self._accepting = True
         self._closing = False
         self._has_ended = False
@@ -61,7 +56,7 @@ class ServiceThread:
     # What callers' threads do.
 
     def start(self) -> None:
-        """Starts the thread and waits until it has measured steps, before anybody has work for these cores.
+        """Starts the thread and waits until it has measured steps, so that nothing else runs on these cores meanwhile.
 
         Raises:
             BackendError: The graph failed, or no thread can be started. The backend is closed.
@@ -69,7 +64,7 @@ class ServiceThread:
         try:
             self.thread.start()
         except RuntimeError as error:
-            self.runner.backend.close()
+            self._backend.close()
             raise BackendError(f"The service's thread can't be started: {error}. End other threads.") from error
         try:
             self._started.result()
@@ -79,7 +74,7 @@ class ServiceThread:
 
     @property
     def state(self) -> State:
-        """``ready``; ``draining``: it takes no more; ``closed``; ``failed``: the thread has died by itself."""
+        """``ready``, ``draining`` (it refuses new requests), ``closed``, or ``failed`` (an exception has ended it)."""
         if self.failure is not None:
             return "failed"
         if self._closing:
@@ -88,7 +83,7 @@ class ServiceThread:
 
     @property
     def load_figures(self) -> tuple[int, int]:
-        """How many requests wait, and how many run."""
+        """The number of requests that wait, and of those that run."""
         with self.changed:
             return len(self.scheduler.waiting), len(self.scheduler.running)
 
@@ -96,8 +91,8 @@ class ServiceThread:
         """Queues a request.
 
         Raises:
-            QueueFullError: There is no room.
-            ServiceClosedError: It takes no more requests.
+            QueueFullError: The queue is full.
+            ServiceClosedError: The service refuses new requests.
         """
         with self.changed:
             if self.failure is not None:
@@ -108,8 +103,8 @@ class ServiceThread:
             self.changed.notify_all()
 
     def request_end(self, job: Job, error: MedusaError) -> None:
-        """Has a request ended before its next step; takes no lock."""
-        self._ends.put((job, error))  # nobody is told: the thread sleeps only where there is nothing to end
+        """Asks for the end of a request, before its next step. It takes no lock."""
+        self._ends.put((job, error))  # without notifying: the thread sleeps only while no request runs or waits
 
     def drain(self, timeout: float | None) -> bool:
         """As ``MedusaService.drain``."""
@@ -124,11 +119,11 @@ class ServiceThread:
             self._accepting = False
             self._closing = True
             self.changed.notify_all()
-        if self.thread.ident is not None and threading.current_thread() is not self.thread:  # as a hook may be
+        if self.thread.ident is not None and threading.current_thread() is not self.thread:  # a hook may call this
             self.thread.join()
 
     def check_thread(self) -> None:
-        """Raises ``RequestError`` in this thread, which a hook for metrics may have wait for itself."""
+        """Raises ``RequestError`` if a hook for metrics calls this in the thread, which can't wait for itself."""
         if threading.current_thread() is self.thread:
             raise RequestError("A hook for metrics can't wait for its own service: do this in another thread.")
 
@@ -136,17 +131,18 @@ class ServiceThread:
 
     def _run(self) -> None:
         try:
-            self.runner.measure()
+            if self.loop.sizes.tree_size == "auto":
+                tables = measured_tables(self._bundle, self.loop.backend)
+                self.loop.sizes.choice = TreeChoice(self._bundle.acceptance, self._bundle.tree, tables)
             self._started.set_result(None)
             while not self._closing:
                 try:
                     if self._wait_for_work():
-                        self.turns.take()
-                except Exception as error:  # noqa: BLE001  # others go on, whatever it is
-                    _log.error("A turn of the service failed", exc_info=error)
-                    with self.changed:
-                        self.turns.recover(error)
-        except BaseException as error:  # noqa: BLE001  # whatever it is, nobody may wait forever
+                        self.loop.step()
+                except Exception as error:  # noqa: BLE001  # other requests go on, whatever the error
+                    _log.error("A step of the service failed", exc_info=error)
+                    self.loop.recover(error)
+        except BaseException as error:  # noqa: BLE001  # whatever the error, no caller may wait forever
             if self._started.done():
                 _log.exception("The service's thread failed")
                 self.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
@@ -156,7 +152,7 @@ class ServiceThread:
             self._finish()
 
     def _finish(self) -> None:
-        """Ends all requests, for one of two reasons, and closes the backend."""
+        """Ends all requests, as the service was closed or has failed, and closes the backend."""
         with self.changed:
             self._accepting = False
             for job in [*self.scheduler.running.values(), *self.scheduler.waiting]:
@@ -165,42 +161,40 @@ class ServiceThread:
                     outcome = BackendError(f"The service failed and is closed: {self.failure!r}.")
                     outcome.__cause__ = self.failure
                 try:
-                    self.turns.end(job, outcome)
-                except BaseException:  # noqa: BLE001  # whatever it is, nobody may wait forever
+                    self.loop.end(job, outcome)
+                except BaseException:  # noqa: BLE001  # whatever the error, no caller may wait forever
                     _log.exception("A request could not be ended in order")
-                    if not job.handle.done:
-                        job.handle.end(outcome)
+                    if not job.receiver.done:
+                        job.receiver.end(outcome)
             self._has_ended = True
             self.changed.notify_all()
-        tell(self._metrics.load, 0, 0)
+        tell(self.loop.metrics.load, 0, 0)
         try:
-            self.runner.backend.close()
+            self.loop.backend.close()
         except MedusaError:
             _log.exception("The service's backend could not be closed")
 
     def _wait_for_work(self) -> bool:
-        """Until something can run; False once the service is to be closed."""
+        """Ends requests as asked, and waits until there are others; False once the service is to be closed."""
         with self.changed:
             while not self._closing:
-                self._let_go()
-                self.turns.admit()
-                if self.scheduler.running:
-                    tell(self._metrics.load, len(self.scheduler.waiting), len(self.scheduler.running))
+                self._end_some()
+                if not self.scheduler.is_idle:
                     return True
-                tell(self._metrics.load, 0, 0)
-                if not (self._closing or self.scheduler.waiting):  # by that hook
+                tell(self.loop.metrics.load, 0, 0)
+                if not self._closing and self.scheduler.is_idle:  # that hook may have changed it
                     self.changed.wait()
             return False
 
-    def _let_go(self) -> None:
-        """Ends requests that were cancelled or have run out of time."""
-        while not self._ends.empty():  # nobody else takes from it
+    def _end_some(self) -> None:
+        """Ends requests that were cancelled or are late."""
+        while not self._ends.empty():  # no other thread takes from it
             job, error = self._ends.get()
-            if not job.handle.done:
-                self.turns.end(job, error)
-        now = self._clock()
+            if not job.receiver.done:
+                self.loop.end(job, error)
+        now = self.loop.clock()
         for job in [*self.scheduler.running.values(), *self.scheduler.waiting]:
             if job.deadline is not None and now >= job.deadline:
-                self.turns.end(
+                self.loop.end(
                     job, DeadlineError(f"The request was not answered in {job.deadline - job.submitted:g} s.")
                 )

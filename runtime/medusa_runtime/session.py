@@ -1,4 +1,4 @@
-"""A conversation of several turns with a service."""
+"""A session: a conversation of several turns with a service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medusa_runtime.request import GenerationResult, Prompt, RequestOptions
 
 
 class AnswersPrompts(Protocol):
-    """What a session needs of a service: answers to prompts, and a refusal in a forked child."""
+    """The part of a service that a session uses."""
 
     def check_process(self) -> None:
         """Raises ``ForkError`` in a child made by ``fork``."""
@@ -28,22 +28,22 @@ class AnswersPrompts(Protocol):
 
 
 class ChatSession:
-    """Keeps what was said, and asks for the next answer to it.
+    """Keeps the messages of a conversation, and asks for the next answer.
 
-    A turn goes on in the row where the one before ended, and computes only what is new, as long as no other request has
-    needed that row: then the conversation is computed again. Either way the answer is the same, and
-    ``stats.cached_tokens`` says which it was. Sessions side by side are independent.
+    A turn continues in the row of the turn before and computes only what is new. If another request has used that row
+    since, the conversation is computed again. The answer is the same in both cases; ``stats.cached_tokens`` says how
+    many tokens were reused. Sessions are independent of each other.
 
-    Threads and event loops may share a session, one turn at a time: to say something while an answer is awaited is
-    refused with ``RequestError``, as its place in the conversation would be chance. In a child made by ``fork`` both
-    methods raise ``ForkError``.
+    Threads and event loops may share a session, one turn at a time. A message that comes while an answer is awaited is
+    refused with ``RequestError``, as its place in the conversation would depend on chance. In a child made by ``fork``
+    both methods raise ``ForkError``.
 
     Args:
-        service: Who answers.
-        messages: What was said before, a system message for one.
+        service: The service that answers.
+        messages: Messages from before, such as a system message.
 
     Attributes:
-        messages: The conversation so far; a turn that failed leaves no trace in it.
+        messages: The conversation so far. A turn that failed adds nothing.
     """
 
     def __init__(self, service: AnswersPrompts, messages: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -52,7 +52,7 @@ class ChatSession:
         self._turn = threading.Lock()
 
     def send(self, text: str, **options: Unpack[RequestOptions]) -> GenerationResult:
-        """Says something and waits for the answer; arguments and errors as for ``MedusaService.generate``."""
+        """Sends a message and waits for the answer. Options and errors are those of ``MedusaService.generate``."""
         with self._taking_turn():
             return self._said(text, self._service.generate(self._asked(text), **options))
 
@@ -65,7 +65,7 @@ class ChatSession:
     def _taking_turn(self) -> Iterator[None]:
         self._service.check_process()
         if not self._turn.acquire(blocking=False):
-            raise RequestError("This session waits for an answer: say one thing at a time, or begin another session.")
+            raise RequestError("This session waits for an answer: send one message at a time, or begin another.")
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ import medusa_runtime
 from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, RequestError, errors
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH
-from medusa_runtime.decoding.latency import CACHE_FILE, LatencyTable
+from medusa_runtime.decoding.latency import CACHE_FILE
 from support.decoding import TREE, greedy
 from support.stock import Stock
 from support.tiny_models import tiny_model
@@ -117,16 +117,19 @@ def test_a_refused_request_leaves_a_stream_alone(tiny_bundle: Bundle, monkeypatc
     assert stream.result().token_ids == expected
 
     def fail(*_: object, **__: object) -> None:
-        engine.backend.reset(0)
         raise BackendError("broken")
 
-    stream = engine.stream(PROMPT, max_new_tokens=30, tree_size=4)
-    next(stream)
-    monkeypatch.setattr(LatencyTable, "measured", fail)
-    with pytest.raises(BackendError, match="broken"):
-        engine.stream("Hi")
-    with pytest.raises(RequestError, match="begun another request"):
-        stream.result()
+    for name, call in (("assign", lambda: engine.stream("Hi")), ("reserve", engine.measure)):
+        stream = engine.stream(PROMPT, max_new_tokens=30, tree_size=4)
+        next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.backend, name, fail)
+            patch.setattr("medusa_runtime.decoding.latency._read", lambda *_: {})
+            with pytest.raises(BackendError, match="broken"):
+                call()
+        with pytest.raises(RequestError, match="begun another request"):
+            stream.result()
+    assert engine.generate(PROMPT, max_new_tokens=30, tree_size=4).token_ids == expected
 
 
 def test_a_closed_engine_says_so(tiny_bundle: Bundle) -> None:
@@ -179,9 +182,9 @@ def test_caches_are_as_large_as_needed(tiny_bundle: Bundle) -> None:
     backend, depth = engine.backend, TREE.max_depth
     step = backend.step
 
-    def checked(size: int, prompts: object = None) -> object:
+    def checked(size: int, *others: object) -> object:
         assert depth + int(backend.lengths[0]) + size <= backend.capacity
-        return step(size, prompts)
+        return step(size, *others)
 
     backend.step = checked
     rng = np.random.default_rng(0)
@@ -213,20 +216,23 @@ def test_without_a_tokenizer(stock: Stock) -> None:
 def test_auto_measures_once_and_keeps_it(tiny_bundle: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
     (folder / CACHE_FILE).unlink(missing_ok=True)
+    with MedusaEngine.load(folder, threads=1, measure=False) as engine:
+        assert set(engine.generate(PROMPT, max_new_tokens=3).stats.tree_sizes) == {1}
+        assert not (folder / CACHE_FILE).exists()
     with MedusaEngine.load(folder, threads=1) as engine:
-        assert engine.generate(PROMPT, max_new_tokens=3).stats.steps
+        assert (folder / CACHE_FILE).exists()  # before the first request
     (known,) = json.loads((folder / CACHE_FILE).read_text()).values()
     assert {"1", "2"} <= set(known) <= {"1", "2", "4", "6", "8", "9"}  # those for which there is some hope
     (folder / CACHE_FILE).write_text(
         json.dumps({k: dict.fromkeys(known, 1.0) for k in json.loads((folder / CACHE_FILE).read_text())})
     )
-    with MedusaEngine.load(folder, threads=1) as engine:  # now all sizes take equally long
+    with MedusaEngine.load(folder, threads=1, measure=False) as engine:  # now all sizes take equally long
         stats = engine.generate(PROMPT, max_new_tokens=3).stats
         assert set(stats.tree_sizes) == {max(map(int, known))}
 
 
 @pytest.mark.parametrize("kept", [None, "slow", {}, {"2": 1.0}, {"1": "slow"}, {"1": 0.0}, {"1": 1.0, "two": 1.0}])
-def test_a_damaged_measurement_is_made_anew(tiny_bundle: Bundle, tmp_path: Path, kept: object) -> None:
+def test_a_damaged_measurement_is_made_again(tiny_bundle: Bundle, tmp_path: Path, kept: object) -> None:
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
     with MedusaEngine.load(folder, threads=1) as engine:
         expected = engine.generate(PROMPT, max_new_tokens=3).token_ids

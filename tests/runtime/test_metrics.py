@@ -62,7 +62,7 @@ def test_prefixes_and_registries_tell_services_apart() -> None:
         assert place.get_sample_value(f"{prefix}_requests_total", {"outcome": "rejected"}) == 1
 
 
-def test_names_that_something_else_has_taken() -> None:
+def test_names_that_are_in_use_already() -> None:
     """Nothing stays registered of what was in vain."""
     registry = CollectorRegistry()
     stranger = Gauge("medusa_requests_running", "somebody else's", registry=registry)
@@ -74,7 +74,7 @@ def test_names_that_something_else_has_taken() -> None:
     assert registry.get_sample_value("medusa_requests_waiting") == 0
 
 
-def test_collectors_that_were_unregistered_are_made_anew() -> None:
+def test_collectors_that_were_unregistered_are_made_again() -> None:
     """As tests do between each other."""
     registry = CollectorRegistry()
     PrometheusMetrics(registry)

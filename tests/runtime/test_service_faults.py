@@ -1,4 +1,4 @@
-"""A backend that fails in any call: only the requests whose fault it is end, and the service goes on."""
+"""A backend that fails in any call: only the requests that caused it end, and the service goes on."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_call_that_always_fails_for_a_while(tiny_bundle: Bundle, engine: Medus
 
 
 @pytest.mark.parametrize("name", ["copy", "assign"])
-def test_the_fault_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
+def test_a_failure_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
     fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
     with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
         running = service.submit(SHARED, max_new_tokens=300)
@@ -141,7 +141,7 @@ def test_the_fault_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: Med
 
 
 @pytest.mark.parametrize("name", ["arrange", "approach", "lengths"])
-def test_what_is_nobodys_fault_is_tried_again(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
+def test_a_failure_that_no_request_caused_is_tried_again(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
     """A single failure, wherever rows are moved, ends nothing; nor does one before a step of several rows."""
     prompts = [[5] * 30, [7] * 11]
     fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
@@ -155,7 +155,7 @@ def test_what_is_nobodys_fault_is_tried_again(tiny_bundle: Bundle, engine: Medus
             assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=300).token_ids
 
 
-def test_a_failure_that_is_nobodys_ends_what_runs(
+def test_a_failure_that_no_request_caused_ends_running_requests(
     tiny_bundle: Bundle, engine: MedusaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(tiny_bundle, rows=2)
@@ -177,7 +177,7 @@ def test_a_failure_that_is_nobodys_ends_what_runs(
         assert service.generate([5] * 30, max_new_tokens=40).finish_reason == "length"
 
 
-def test_a_failure_with_nothing_to_end_is_the_services(tiny_bundle: Bundle) -> None:
+def test_a_failure_without_any_request_ends_the_service(tiny_bundle: Bundle) -> None:
     class Clock:
         broken = False
 
@@ -221,7 +221,9 @@ def test_a_hook_that_calls_exit(tiny_bundle: Bundle) -> None:
         assert service.state == "ready"
 
 
-def test_whatever_ends_the_thread_ends_all(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_that_ends_the_thread_ends_all_requests(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = MedusaService(tiny_bundle, Gate(tiny_bundle, rows=2), None, tree_size=4)
     monkeypatch.setattr(service._thread.scheduler, "remove", lambda *_: sys.exit(1))
     handles = [service.submit(PROMPT, max_new_tokens=5) for _ in range(4)]

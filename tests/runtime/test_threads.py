@@ -177,9 +177,9 @@ def test_a_session_takes_one_turn_at_a_time(tiny_bundle: Bundle) -> None:
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(session.send, "Hi", max_new_tokens=5)
             assert gate.entered.acquire(timeout=30)
-            with pytest.raises(RequestError, match="one thing at a time"):
+            with pytest.raises(RequestError, match="one message at a time"):
                 session.send("And", max_new_tokens=5)
-            with pytest.raises(RequestError, match="one thing at a time"):
+            with pytest.raises(RequestError, match="one message at a time"):
                 asyncio.run(session.asend("And", max_new_tokens=5))
             gate.open.set()
             first.result(30)

@@ -1,1 +1,1 @@
-"""Helpers that several test files share."""
+"""What several test files share."""

@@ -23,7 +23,7 @@ from medusa_export.training.job import SETTINGS
 from medusa_export.training.run import Schedule, run_training
 from medusa_export.trees.calibration import Calibration
 from medusa_runtime import Bundle, MedusaEngine
-from medusa_runtime.decoding.lookup import DEEPEST_GUESS
+from medusa_runtime.decoding.lookup import DEEPEST_LOOKUP
 from support.full_disk import no_file_larger_than
 from support.tiny_models import tiny_model
 
@@ -194,6 +194,7 @@ def scaled(module: Scale, checkpoints: Path, *, epochs: float) -> list[dict[str,
         collate=lambda batch: {"targets": torch.stack(batch)},
         metrics=lambda *_: {},
         device=torch.device("cpu"),
+        quiet=True,
     )
 
 
@@ -327,7 +328,7 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     run(*common, "--data", tmp_path / "again.jsonl", "-o", tmp_path / "again.json")
     again = Calibration.load(tmp_path / "again.json")
     assert 0 < again.hit_share < 1 and not alone.hit_paths
-    assert again.hit_paths[(0,) * DEEPEST_GUESS] > 0.5 > again.hit_paths.get((1,), 0)
+    assert again.hit_paths[(0,) * DEEPEST_LOOKUP] > 0.5 > again.hit_paths.get((1,), 0)
     assert alone.accuracies == once.accuracies
     assert np.abs(np.array(rounded) - np.array(once.accuracies)).max() < 0.05
     assert twice.positions == 2 * once.positions

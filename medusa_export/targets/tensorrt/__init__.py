@@ -1,1 +1,1 @@
-"""Compiles bundles to TensorRT engines."""
+"""TensorRT engines."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from medusa_runtime.backends.base import Backend, BatchBackend, can_copy_rows, can_move_rows
+from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.registry import (
     AUTO,
     BackendKind,
@@ -63,14 +61,3 @@ register_backend(
 register_backend(BackendKind("onnxruntime", _open_onnxruntime, auto_order=20))
 for _flavor in ("tensorrt", "tensorrt-rtx"):
     register_backend(BackendKind(_flavor, _open_tensorrt, runs=_flavor, auto_order=10))
-
-
-def open_batch_backend(name: str, bundle: Bundle, *, rows: int, threads: int | None = None) -> BatchBackend:
-    """Opens a bundle with a backend that moves and copies rows, as the service's runner needs it."""
-    opened = open_backend(name, bundle, rows=rows, threads=threads)
-    if not (can_move_rows(opened) and can_copy_rows(opened)):
-        opened.close()
-        raise BackendError(
-            "A service runs a bundle on backend 'onnxruntime' only: load the bundle with that, or use MedusaEngine."
-        )
-    return cast("BatchBackend", opened)

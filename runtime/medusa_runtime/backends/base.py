@@ -257,7 +257,3 @@ def can_copy_rows(backend: Backend) -> TypeGuard[CopiesRows]:
 def can_give_outputs(backend: Backend) -> TypeGuard[GivesOutputs]:
     """True if a backend has ``extra_output``."""
     return hasattr(backend, "extra_output")
-
-
-class BatchBackend(MovesRows, CopiesRows, Protocol):
-    """What the service's runner still asks for: a backend that moves and copies rows."""

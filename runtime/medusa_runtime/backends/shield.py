@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from medusa_runtime.backends.base import BatchBackend
+from medusa_runtime.backends.base import Backend
 from medusa_runtime.errors import BackendError, MedusaError
+
+_B = TypeVar("_B", bound=Backend)
 
 
 class _Shield:
@@ -43,6 +45,6 @@ def _typed(name: str) -> Iterator[None]:
         raise BackendError(f"The backend failed in {name}: {error!r}.") from error
 
 
-def shielded(backend: BatchBackend) -> BatchBackend:
+def shielded(backend: _B) -> _B:
     """The same backend, which raises nothing but ``MedusaError``."""
-    return cast("BatchBackend", _Shield(backend))
+    return cast("_B", _Shield(backend))

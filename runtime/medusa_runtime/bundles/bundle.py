@@ -194,7 +194,7 @@ class Bundle:
 
     @property
     def slots(self) -> SlotLayout:
-        """The arithmetic of slots in the caches, for this tree."""
+        """Where entries are in the caches, and how many slots a step takes."""
         return SlotLayout(self.tree.max_depth)
 
     @property

@@ -1,1 +1,1 @@
-"""Decoding: which requests run, which tree each step verifies, and the steps themselves."""
+"""Decoding: the loop that admits requests, chooses trees, runs steps and delivers tokens."""

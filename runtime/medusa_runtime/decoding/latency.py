@@ -1,4 +1,4 @@
-"""How long a step takes on this machine, by tree size: what ``tree_size="auto"`` chooses by."""
+"""Measured step times of this machine by tree size. ``tree_size="auto"`` chooses by them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,22 +14,22 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from medusa_runtime.backends.base import Backend, BatchBackend
+from medusa_runtime.backends.base import Backend, can_move_rows
 from medusa_runtime.bundles.bundle import DESCRIPTION, Bundle
 from medusa_runtime.bundles.json_file import Name, parse_json
 from medusa_runtime.bundles.listed_folder import FileFacts, read_cache_file, write_cache_file
-from medusa_runtime.errors import BundleError
+from medusa_runtime.errors import BackendError, BundleError
 
 CACHE_FILE = ".medusa-latency.json"
-MAX_CACHE_BYTES = 2**20  # thousands of tables
-FILL = 64  # entries in the cache while measuring
+MAX_CACHE_BYTES = 2**20  # room for thousands of tables
+FILL = 64  # entries of each row while steps are measured
 WARM_UP = 2  # rounds that do not count
-FEWEST, MOST = WARM_UP + 3, WARM_UP + 7
-PATIENCE = 4.0  # seconds after which the fewest rounds will do
-HOPELESS = 0.6  # of the best speed so far: larger trees than one of this are not measured again
-MOST_TOKENS = 64  # in a step of several rows: no CPU that we know verifies more of them any faster
+FEWEST, MOST = WARM_UP + 3, WARM_UP + 7  # rounds
+PATIENCE = 4.0  # seconds after which no more than the fewest rounds are run
+HOPELESS = 0.6  # trees beyond the first one with less than this part of the best speed are measured no further
+MOST_TOKENS = 64  # in a step of several rows: no CPU that we know verifies more tokens any faster
 
-# The schema of a table: seconds by size, which JSON has as text.
+# The schema of a table in JSON: seconds by tree size, which is text there.
 SizeName = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,4}$")]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 Table = dict[SizeName, Seconds]
@@ -43,38 +42,54 @@ class LatencyTable:
     seconds: dict[int, float]
 
     @classmethod
-    def measured(cls, bundle: Bundle, backend: Backend) -> LatencyTable:
-        """The table of this machine for one row: from the file beside the bundle, or measured now and kept there."""
-        return cls._kept(bundle, backend.name, lambda: _measure(bundle, backend, backend.step, rows=1))
+    def measured(cls, bundle: Bundle, backend: Backend, rows: int = 1) -> LatencyTable:
+        """The table of this machine for steps of the first ``rows`` rows: from the file in the bundle, or measured.
 
-    @classmethod
-    def measured_batch(cls, bundle: Bundle, backend: BatchBackend, rows: int) -> LatencyTable:
-        """The same for steps of the first ``rows`` rows together."""
+        A table that is measured is kept in that file, if the folder can be written to.
 
-        def step(size: int, prompts: Mapping[int, Sequence[int]]) -> None:
-            backend.step(size, prompts, range(rows))
-
-        name = f"{backend.name}, {rows} of a batch"
-        return cls._kept(bundle, name, lambda: _measure(bundle, backend, step, rows=rows))
-
-    @classmethod
-    def _kept(cls, bundle: Bundle, name: str, measure: Callable[[], Table]) -> LatencyTable:
+        Raises:
+            BackendError: The graph failed, or there is no memory.
+        """
         path = bundle.folder / CACHE_FILE
-        key = _key(bundle, name)
+        key = _key(bundle, backend, rows)
         known = _read(path, bundle.tree.size)
         if key not in known:
-            known[key] = measure()
+            known[key] = _measure(bundle, backend, rows=rows)
             _write(path, known)
-        return cls(dict(sorted((int(size), seconds) for size, seconds in known[key].items())))
+        return cls(_by_size(known[key]))
+
+    @classmethod
+    def kept(cls, bundle: Bundle, backend: Backend, rows: int = 1) -> LatencyTable | None:
+        """The table that ``measured`` would find in the file; None if there is none."""
+        table = _read(bundle.folder / CACHE_FILE, bundle.tree.size).get(_key(bundle, backend, rows))
+        return None if table is None else cls(_by_size(table))
+
+
+def measured_tables(bundle: Bundle, backend: Backend) -> dict[int, LatencyTable]:
+    """The tables of this machine by number of rows, ascending; none if trees can't be faster than plain decoding.
+
+    Raises:
+        BackendError: The graph failed, or there is no memory.
+    """
+    if bundle.acceptance.hopeless:
+        return {}
+    # Where rows don't move, each step runs over all of them.
+    fewer = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < backend.rows] if can_move_rows(backend) else []
+    return {count: LatencyTable.measured(bundle, backend, count) for count in [*fewer, backend.rows]}
+
+
+def _by_size(table: Table) -> dict[int, float]:
+    return dict(sorted((int(size), seconds) for size, seconds in table.items()))
 
 
 def candidate_sizes(largest: int) -> list[int]:
-    """A few sizes up to the largest, denser where they are small."""
+    """The tree sizes to measure, up to the largest: small ones are closer together."""
     return [size for size in (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128) if size < largest] + [largest]
 
 
-def _key(bundle: Bundle, name: str) -> str:
-    """What a measurement holds for: this machine, these versions, this graph."""
+def _key(bundle: Bundle, backend: Backend, rows: int) -> str:
+    """The conditions of a measurement: machine, versions, graph and number of rows."""
+    name = backend.name if backend.rows == 1 else f"{backend.name}, {rows} of a batch"
     graph = FileFacts.of(bundle.folder / DESCRIPTION).sha256[:16]
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
@@ -84,7 +99,7 @@ def _key(bundle: Bundle, name: str) -> str:
 
 
 def _read(path: Path, largest: int) -> dict[str, Table]:
-    """The tables that are kept, of sizes up to the largest; what isn't one is measured again."""
+    """The tables in the file, of sizes up to the largest. Damaged ones are left out, to be measured again."""
     kept = read_cache_file(path, at_most=MAX_CACHE_BYTES)
     tables: dict[str, Table] = {}
     with contextlib.suppress(BundleError):
@@ -101,55 +116,70 @@ def _write(path: Path, known: dict[str, Table]) -> None:
     write_cache_file(path, msgspec.json.format(msgspec.json.encode(known), indent=1) + b"\n")
 
 
-def _measure(
-    bundle: Bundle,
-    backend: Backend,
-    step: Callable[[int, Mapping[int, Sequence[int]]], object],
-    *,
-    rows: int,
-) -> dict[str, float]:
-    """Seconds of a step, sizes interleaved so that a busy moment hits them all alike.
+def _measure(bundle: Bundle, backend: Backend, *, rows: int) -> Table:
+    """Measures steps of the first ``rows`` rows, which are empty afterwards.
 
-    What counts is how they compare: so it is the median ratio to a plain step of the same round, times the median of
-    those. A machine that slows down for a minute then changes little. Once it has warmed up (a GPU's steps are captured
-    in their second run, which takes longer), trees much larger than the best are left out.
+    Sizes take turns in rounds, so that a busy moment affects all of them. Each step is compared with the plain step of
+    its round; a size's time is the median of these ratios, times the median of plain steps. So a machine that slows
+    down for a minute changes little. After the warm-up, trees much larger than the best one are left out. (A GPU
+    captures the second step of a size, which takes longer.)
 
-    Args:
-        bundle: What the backend runs.
-        backend: Whose rows are measured; the first ``rows`` are empty afterwards.
-        step: Runs a step of these rows.
-        rows: How many.
+    Returns:
+        Seconds of a step by tree size.
     """
     sizes = [size for size in candidate_sizes(bundle.tree.size) if size == 1 or rows == 1 or size * rows <= MOST_TOKENS]
-    depth = bundle.tree.max_depth
-    fill = min(FILL, backend.max_tokens or FILL)
-    backend.reserve(depth + fill + (len(sizes) + 1) * (depth + 1) + bundle.tree.size)
+    sizes, fill = _make_room(bundle, backend, sizes)
+    first_step = max(fill, sizes[-1])
     prompt = [token % bundle.model.vocab_size for token in range(fill)]
+    together = range(rows)
 
     def seconds(size: int) -> float:
         started = time.perf_counter()
-        step(size, {})
+        backend.step(size, {}, together)
         return time.perf_counter() - started
 
     rounds: list[dict[int, float]] = []
     begun = time.perf_counter()
     while len(rounds) < FEWEST or (len(rounds) < MOST and time.perf_counter() - begun < PATIENCE):
-        for row in range(rows):
+        for row in together:
             backend.reset(row)
-        step(max(fill, bundle.tree.size), dict.fromkeys(range(rows), prompt))
-        step(1, {})  # the one after a large step takes longer
+        backend.step(first_step, dict.fromkeys(together, prompt), together)
+        backend.step(1, {}, together)  # the step after a large one takes longer
         taken: dict[int, float] = {}
-        best = [0.0, 0.0]  # without and with a guess from the text
+        best = [0.0, 0.0]  # without and with a lookup hit
         for size in sizes:
             taken[size] = seconds(size)
-            rates = [sum(bundle.acceptance.values(hit=kind)[:size]) / taken[size] for kind in (False, True)]
+            rates = [sum(bundle.acceptance.values(hit=hit)[:size]) / taken[size] for hit in (False, True)]
             best = [*map(max, best, rates)]
             if len(rounds) == WARM_UP and all(rate < HOPELESS * most for rate, most in zip(rates, best, strict=True)):
                 break
         sizes = list(taken)
         rounds.append(taken)
-    for row in range(rows):
+    for row in together:
         backend.reset(row)
     rounds = rounds[WARM_UP:]
     plain = statistics.median(taken[1] for taken in rounds)
     return {str(size): plain * statistics.median(taken[size] / taken[1] for taken in rounds) for size in sizes}
+
+
+def _make_room(bundle: Bundle, backend: Backend, sizes: list[int]) -> tuple[list[int], int]:
+    """Makes room for a round of measurements.
+
+    Returns:
+        The sizes that there is room for, and the number of prompt tokens that a round begins with.
+
+    Raises:
+        BackendError: There is no room for one step.
+    """
+    wanted = min(FILL, backend.max_tokens or FILL)
+    for count in range(len(sizes), 0, -1):
+        for fill in (wanted, 1):
+            # Each step commits a whole path at most, and the last one verifies the largest tree.
+            length = fill + (count + 1) * (bundle.tree.max_depth + 1)
+            try:
+                backend.reserve(bundle.slots.capacity(length, sizes[count - 1]))
+            except BackendError as error:
+                failure = error
+            else:
+                return sizes[:count], fill
+    raise failure

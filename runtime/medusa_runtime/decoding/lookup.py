@@ -1,39 +1,40 @@
-"""Guesses from the text itself: what followed the last tokens when they stood there before.
+"""Lookup: proposes the tokens that followed when the text had the same last tokens before.
 
-Answers quote their prompt and repeat themselves, names and code above all, and there a look at the text is right more
-often than any head (prompt lookup decoding; LLMA, arXiv 2304.04487). It costs a dictionary, and the tree has
-room for it: a guess takes the place of the heads' first candidates, which move up one place.
+Answers quote their prompt and repeat themselves, above all names and code. There, lookup is right more often than any
+head (prompt lookup decoding; LLMA, arXiv 2304.04487). It costs one dictionary. A lookup hit takes the place of the
+heads' first candidates, which move up by one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# The end of the text has to have stood there before with at least so many tokens: single ones promise too little.
+# A match has at least this many tokens: single tokens promise too little.
 SHORTEST_MATCH = 2
-# Of two places the one that has more in common with the end of the text counts, up to so many tokens.
+# Of two places the one with the longer match wins. Matches are compared up to this length.
 LONGEST_MATCH = 8
-# How far trees go down for guesses where heads have ended. Further down little is left, and a step costs more.
-DEEPEST_GUESS = 8
-# So many places are looked at, the latest first.
+# How deep trees go for lookup hits, below the last head. Deeper nodes are seldom right, and each makes steps longer.
+DEEPEST_LOOKUP = 8
+# Earlier places that are compared, the latest first.
 PLACES = 16
 
 
 class TokenLookup:
-    """A text, token by token, and where each pair of tokens in it stood last.
+    """A text as tokens, with the last place of each pair of tokens.
 
     Args:
-        tokens: How it begins.
+        tokens: The first tokens of the text.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self._tokens: list[int] = []
         self._last: dict[tuple[int, int], int] = {}
-        self._before: list[int] = []  # where the pair that ends at a place ended the time before; -1 if nowhere
+        # For each place: the place before it at which the same pair of tokens ended; -1 if there is none.
+        self._before: list[int] = []
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Adds tokens at the end."""
+        """Appends tokens."""
         for token in tokens:
             place = len(self._tokens)
             self._tokens.append(token)
@@ -44,10 +45,10 @@ class TokenLookup:
                 self._last[pair] = place
             self._before.append(before)
 
-    def guess(self, count: int) -> list[int]:
-        """The next ``count`` tokens, if they are what followed before; none if the text's end is new.
+    def find(self, count: int) -> list[int]:
+        """The ``count`` tokens that followed the last tokens of the text before; an empty list if they are new.
 
-        Where that place is so near that not enough follows, the text is taken to go round.
+        If fewer tokens follow that place, they are repeated as often as needed.
         """
         tokens, end = self._tokens, len(self._tokens) - 1
         place = self._before[end] if tokens and count > 0 else -1

@@ -1,8 +1,9 @@
-"""Tries a step once more whose logits are not finite.
+"""Repeats a step whose logits were not finite.
 
-A draft that overflows makes the logits of its whole row NaN, although the row rejects it. So does a value that an
-earlier request left in a slot: attention reads it with weight 0, and 0 · NaN is NaN. The graph then emits nothing for
-the row and leaves its state as it was. Without these values, the same step gives what plain decoding gives.
+A draft that overflows makes all logits of its row NaN, although the row rejects it. A value that an earlier request
+left in a slot does the same: attention reads it with weight 0, and 0 · NaN is NaN. In both cases the graph emits
+nothing for the row and leaves the row's state as it was. Without these values the same step gives what plain decoding
+gives.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from medusa_runtime.errors import NotFiniteError
 
 
 def retried(backend: Backend, row: int, dtype: str, again: Callable[[], StepResult]) -> StepResult:
-    """The result of a step that emits for a row which emitted nothing in the step before.
+    """Cleans a row that emitted nothing in the last step, and repeats the step.
 
     Args:
-        backend: The backend; no step may be under way.
+        backend: The backend, with no step in flight.
         row: The row.
         dtype: The type of the bundle's weights, for the message.
         again: Runs the step with the fewest tokens: the root alone, or a chunk without padding.
 
+    Returns:
+        The result of that step.
+
     Raises:
-        NotFiniteError: It emits nothing again. The row is empty afterwards.
+        NotFiniteError: The row emits nothing again. The row is empty afterwards.
     """
     backend.scrub(row)
     result = again()

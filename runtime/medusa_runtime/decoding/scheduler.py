@@ -1,14 +1,14 @@
-"""Who runs next: a bounded queue in front of a fixed number of rows.
+"""The scheduler: a bounded queue in front of a fixed number of rows.
 
-Pure bookkeeping, without threads, clocks or a backend, so that its laws can be tested by themselves:
+It is bookkeeping only, without threads, clocks or a backend, so that its laws can be tested alone:
 
 - a request waits, runs in one row, or is gone; a row runs one request at most;
-- nobody waits while a row is free;
-- of those that wait, the one with the highest priority goes first, then the one that came first;
-- of rows that prefill, those take turns that have the highest priority.
+- no request waits while a row is free;
+- of the requests that wait, the one with the highest priority goes first, then the oldest;
+- of the rows that prefill, those with the highest priority take turns.
 
-A row that nobody uses keeps the entries of its last request: the next one takes over what both begin with. Where
-another row has more in common with a new request, its entries are copied.
+A free row keeps the entries of its last request. The next request in that row keeps the entries of the tokens that
+both begin with. If another row shares more tokens with a new request, its entries are copied.
 """
 
 from __future__ import annotations
@@ -17,35 +17,54 @@ import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.decoding.sequence import TokenSequence
-from medusa_runtime.errors import QueueFullError
-from medusa_runtime.handle import RequestHandle
+from medusa_runtime.errors import MedusaError, QueueFullError
+from medusa_runtime.request import Chunk, GenerationResult
+from medusa_runtime.tuning import SHORTEST_COPY
 
-# A copy of fewer entries than this is not worth its while.
-SHORTEST_COPY = 16
+
+class Receiver(Protocol):
+    """Receives the chunks of a request, then its end."""
+
+    @property
+    def done(self) -> bool:
+        """True once the request has ended."""
+        ...
+
+    def put(self, chunk: Chunk) -> None:
+        """Receives the next chunk."""
+        ...
+
+    def end(self, outcome: GenerationResult | MedusaError) -> None:
+        """Receives the end: the complete answer, or the error that ended the request."""
+        ...
 
 
 @dataclass(eq=False)
 class Job:
-    """A request and its place in the service.
+    """A request in a decode loop.
+
+    Times are seconds of the loop's clock.
 
     Attributes:
-        sequence: Its tokens.
-        handle: Its outside.
-        priority: Higher goes first.
-        submitted: When it came, in seconds of the service's clock.
-        deadline: When its time is up; None if it has all the time in the world.
-        admitted: When it got its row.
-        first_token: When its first token came.
-        row: The row that it runs in, if it does.
+        sequence: The request's tokens.
+        receiver: Receives its chunks and its end.
+        priority: Requests with a higher priority go first.
+        submitted: Time of submission.
+        deadline: Time at which it ends with ``DeadlineError``; None for no limit.
+        admitted: Time at which it got a row.
+        first_token: Time of its first token.
+        row: Its row while it runs, else None.
+        turn: Its place in the order of submissions, and later in the order of prefill turns.
     """
 
     sequence: TokenSequence
-    handle: RequestHandle
+    receiver: Receiver
     priority: int = 0
     submitted: float = 0.0
     deadline: float | None = None
@@ -57,12 +76,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Admission:
-    """A request gets a row.
+    """A request that gets a row.
 
     Attributes:
-        job: The request, its ``row`` set.
-        source: The row whose first entries it takes over; its own or another one.
-        shared: How many.
+        job: The request, with its ``row`` set.
+        source: The row whose first entries it reuses: its own row or another one.
+        shared: Number of these entries.
     """
 
     job: Job
@@ -74,33 +93,39 @@ class Scheduler:
     """The queue and the rows.
 
     Args:
-        rows: How many requests run at a time.
-        max_queue: How many may wait besides.
+        rows: Number of requests that run at a time.
+        max_queue: Number of requests that may wait besides.
+        copies: True if entries can be copied from row to row; else a request reuses those of its own row only.
+
+    Attributes:
+        running: Requests that run, by row.
+        waiting: Requests that wait, the next one first.
     """
 
-    def __init__(self, rows: int, max_queue: int) -> None:
+    def __init__(self, rows: int, max_queue: int, *, copies: bool = True) -> None:
         self.max_queue = max_queue
+        self._copies = copies
         self.running: dict[int, Job] = {}
-        self.waiting: list[Job] = []  # in the order in which they go
-        self._held: list[Sequence[int]] = [()] * rows  # the tokens whose entries a free row still has
-        self._freed: list[int] = [0] * rows  # when each became free
+        self.waiting: list[Job] = []
+        self._held: list[Sequence[int]] = [()] * rows  # tokens whose entries a free row still has
+        self._freed: list[int] = [0] * rows  # when each row became free
         self._turns = itertools.count(1)
 
     @property
     def rows(self) -> int:
-        """How many requests run at a time."""
+        """Number of requests that run at a time."""
         return len(self._held)
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """True if no request runs or waits."""
         return not self.running and not self.waiting
 
     def add(self, job: Job) -> None:
         """Queues a request.
 
         Raises:
-            QueueFullError: There is no room.
+            QueueFullError: The queue is full.
         """
         if len(self.waiting) >= self.max_queue + self.rows - len(self.running):
             raise QueueFullError(
@@ -111,11 +136,12 @@ class Scheduler:
         bisect.insort(self.waiting, job, key=lambda other: (-other.priority, other.turn))
 
     def admit(self, lengths: Sequence[int] | NDArray[np.int64]) -> Iterator[Admission]:
-        """Gives free rows to those that wait.
+        """Gives free rows to requests that wait.
+
+        Carry out each admission before you ask for the next one.
 
         Args:
-            lengths: Committed entries per row, as they are at each moment: an admission has to be carried out
-                before the next one is asked for.
+            lengths: Reusable entries per row, [rows]. It is read again for each admission.
         """
         while self.waiting and len(self.running) < self.rows:
             job = self.waiting[0]
@@ -128,17 +154,18 @@ class Scheduler:
             yield Admission(job, source, shared)
 
     def _place(self, job: Job, lengths: Sequence[int] | NDArray[np.int64]) -> tuple[int, int, int]:
-        """The row for a request, the row that has most in common with it, and how many entries that is."""
+        """The row for a request, the row that shares most tokens with it, and their number."""
         prompt = job.sequence.prompt_ids
-        # The last token is always computed: what follows it is what we want to know.
+        # The last token of a prompt is always computed, as the first token of the answer follows from it.
         shared = [
             _common(prompt[:-1], self._tokens(row)[: lengths[row]] if lengths[row] else ()) for row in range(self.rows)
         ]
         free = [row for row in range(self.rows) if row not in self.running]
-        source = max(range(self.rows), key=lambda row: (shared[row], row in free))
-        if source in free and shared[source] and shared[source] == len(self._held[source]):
-            return source, source, shared[source]  # it goes on where another, or its own session, ended
-        # The one free for longest, empty ones first; another one than the source, if there is.
+        source = max(range(self.rows) if self._copies else free, key=lambda row: (shared[row], row in free))
+        continues = shared[source] and shared[source] == len(self._held[source])
+        if source in free and (continues or (not self._copies and shared[source] >= SHORTEST_COPY)):
+            return source, source, shared[source]
+        # The row that has been free for longest, empty rows first; not the source, if another one is free.
         row = min(free, key=lambda row: (row == source and shared[row] > 0, bool(self._held[row]), self._freed[row]))
         if row != source and shared[source] >= shared[row] + SHORTEST_COPY:
             return row, source, shared[source]
@@ -149,7 +176,7 @@ class Scheduler:
         return self._held[row] if job is None else [*job.sequence.prompt_ids, *job.sequence.token_ids]
 
     def prefilling(self) -> Job | None:
-        """Whose prompt is to go on next."""
+        """The request whose prompt continues next; None if no request prefills."""
         jobs = [job for job in self.running.values() if job.sequence.is_prefilling]
         if not jobs:
             return None
@@ -158,15 +185,15 @@ class Scheduler:
         return job
 
     def decoding(self) -> list[Job]:
-        """All that have their prompt behind them, by row."""
+        """The requests whose prompt is complete, by row."""
         return [self.running[row] for row in sorted(self.running) if not self.running[row].sequence.is_prefilling]
 
     def remove(self, job: Job, length: int = 0) -> None:
-        """Takes a request out of its row or of the queue.
+        """Removes a request from its row or from the queue.
 
         Args:
             job: The request.
-            length: Entries of its row that hold good.
+            length: Number of entries that its row keeps.
         """
         if job.row is None:
             self.waiting.remove(job)
@@ -176,8 +203,12 @@ class Scheduler:
         del self.running[job.row]
         job.row = None
 
-    def forget(self) -> list[int]:
-        """Gives up what free rows hold, and says which did."""
+    def evict(self) -> list[int]:
+        """Gives up the entries of free rows.
+
+        Returns:
+            The rows that had any.
+        """
         rows = [row for row, held in enumerate(self._held) if held]
         for row in rows:
             self._held[row] = ()
@@ -185,7 +216,7 @@ class Scheduler:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """With how many equal tokens both begin."""
+    """The number of equal tokens at the beginning of both."""
     for place, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return place

@@ -1,16 +1,16 @@
-"""One request on its way: what is left of its prompt, what it has generated, and when it ends."""
+"""The tokens of one request: its prompt, its completion, and the conditions that end it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self, TypeGuard, cast
+from typing import Any, Self, TypeGuard, Unpack, cast
 
 import numpy as np
 
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.lookup import TokenLookup
 from medusa_runtime.errors import RequestError
-from medusa_runtime.request import Chunk, GenerationResult, Prompt, Stats
+from medusa_runtime.request import Chunk, GenerationOptions, GenerationResult, Prompt, Stats
 from medusa_runtime.sampling import GREEDY, Draws, SamplingParams
 from medusa_runtime.text.limits import bounded, shown
 from medusa_runtime.text.prompts import encode_prompt
@@ -23,20 +23,20 @@ class TokenSequence:
     """A prompt and the tokens that follow it.
 
     Args:
-        prompt_ids: The prompt.
-        max_new_tokens: Tokens to generate at most.
-        stop_token_ids: Tokens that end it.
+        prompt_ids: Token ids of the prompt.
+        max_new_tokens: The most tokens to generate.
+        stop_token_ids: Token ids that end the completion.
         text: Decodes the completion and finds stop strings; None without a tokenizer.
-        draws: What its row draws with; None if it is greedy and nobody asks for log probabilities.
-        logprobs: Whether log probabilities are asked for.
-        lookup: Finds what of the text may come again; None if nobody asks.
+        draws: The numbers that the row draws tokens with; None if it is greedy and needs no log probabilities.
+        logprobs: If True, log probabilities are kept.
+        lookup: Finds lookup hits in prompt and completion; None if the request does without.
 
     Attributes:
         prefilled: Tokens of the prompt that the cache holds.
-        token_ids: The completion so far, a stop token included.
-        finish_reason: ``stop`` or ``length`` once it has ended, else None.
+        token_ids: Token ids of the completion so far, including a stop token.
+        finish_reason: ``stop`` or ``length`` once the completion has ended, None before.
         draws: As given.
-        stats: How it goes.
+        stats: Figures of the request.
     """
 
     def __init__(
@@ -63,47 +63,44 @@ class TokenSequence:
 
     @classmethod
     def of(
-        cls,
-        bundle: Bundle,
-        tokenizer: Tokenizer | None,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        sampling: SamplingParams | None = None,
-        logprobs: bool = False,
-        lookup: bool = True,
+        cls, bundle: Bundle, tokenizer: Tokenizer | None, prompt: Prompt, **options: Unpack[GenerationOptions]
     ) -> Self:
-        """Checks what a request asks of a bundle.
+        """Checks a request and makes its sequence.
+
+        Args:
+            bundle: The bundle that answers it.
+            tokenizer: The bundle's tokenizer, or None if it has none.
+            prompt: The prompt, of any kind.
+            options: Options of the request. Their defaults are here.
 
         Raises:
-            RequestError: The request can't be served as it stands.
+            RequestError: The bundle can't serve the request; the message says why.
         """
-        stops, stop_ids = check_stop(stop), _stop_ids(bundle, stop_token_ids)
+        stops = check_stop(options.get("stop", ()))
+        stop_ids = _stop_ids(bundle, options.get("stop_token_ids", ()))
         prompt_ids = encode_prompt(bundle, tokenizer, prompt)
-        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
+        max_new_tokens = check_integer("max_new_tokens", options.get("max_new_tokens", 128), at_least=1)
         if stops and tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and this bundle has none: use stop_token_ids.")
         _check_length(bundle, len(prompt_ids), max_new_tokens)
-        logprobs = check_flag("logprobs", logprobs)
-        sampling = _check_sampling(bundle, sampling, logprobs)
+        logprobs = check_flag("logprobs", options.get("logprobs", False))
+        sampling = _check_sampling(bundle, options.get("sampling"), logprobs)
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
         drawn = not sampling.greedy or logprobs
         draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
-        lookup = check_flag("lookup", lookup)
-        # Typical acceptance takes guesses that are merely likely: those from the text would make it repeat itself.
+        lookup = check_flag("lookup", options.get("lookup", True))
+        # Typical acceptance accepts tokens that are merely likely, so that lookup would make the text repeat itself.
         index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
         return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index)
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether some of the prompt is left."""
+        """True while some of the prompt is not in the cache yet."""
         return self.prefilled < len(self.prompt_ids)
 
     @property
     def tokens_left(self) -> int:
-        """How many it may still generate."""
+        """Tokens that may still be generated."""
         return self.max_new_tokens - len(self.token_ids)
 
     def next_chunk(self, limit: int) -> Sequence[int]:
@@ -112,15 +109,19 @@ class TokenSequence:
 
     @property
     def looks_up(self) -> bool:
-        """Whether ``guess`` may ever find anything."""
+        """True if the request uses lookup."""
         return self._lookup is not None
 
-    def guess(self, count: int) -> list[int]:
-        """The next ``count`` tokens, if the text so far lets guess them."""
-        return self._lookup.guess(count) if self._lookup is not None else []
+    def look_up(self, count: int) -> list[int]:
+        """The next ``count`` tokens by lookup; an empty list if there is no hit."""
+        return self._lookup.find(count) if self._lookup is not None and count > 0 else []
 
     def accept(self, emitted: Sequence[int], logprobs: Sequence[float] | None = None) -> Chunk:
-        """Takes the tokens of a step and gives what of them belongs to the completion; it may have ended with that."""
+        """Appends the tokens that a step emitted, up to the end of the completion.
+
+        Returns:
+            The part of them that belongs to the completion. ``finish_reason`` says whether that was the last part.
+        """
         tokens, reason = self._until_stop(list(emitted))
         text = ""
         if self._text is not None:
@@ -142,7 +143,7 @@ class TokenSequence:
         return Chunk(text, tuple(tokens), tuple(logprobs[: len(tokens)]))
 
     def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
-        """Cuts a step's tokens behind a stop token or at the length asked for; says which it was."""
+        """Cuts a step's tokens behind a stop token or at ``max_new_tokens``; also gives the finish reason, if any."""
         left = self.tokens_left
         for place, token in enumerate(tokens[:left]):
             if token in self._stop_token_ids:
@@ -150,7 +151,7 @@ class TokenSequence:
         return tokens[:left], "length" if len(tokens) >= left else None
 
     def result(self) -> GenerationResult:
-        """The whole, once it has ended."""
+        """The complete answer, once the completion has ended."""
         assert self.finish_reason is not None
         text = self._text.text if self._text is not None else ""
         logprobs = None if self._logprobs is None else tuple(self._logprobs)
@@ -158,7 +159,7 @@ class TokenSequence:
 
 
 def _stop_ids(bundle: Bundle, asked_for: object) -> frozenset[int]:
-    """The tokens that end a request: the model's own, and those asked for."""
+    """The token ids that end a request: the model's own, and those of the request."""
     vocab_size = bundle.model.vocab_size
     one = not isinstance(asked_for, Iterable) or isinstance(asked_for, str)
     given = cast("Iterable[object]", (asked_for,) if one else asked_for)
@@ -190,7 +191,7 @@ def _check_sampling(bundle: Bundle, sampling: object, logprobs: bool) -> Samplin
 
 
 def check_tree_size(bundle: Bundle, tree_size: object) -> int:
-    """A number of nodes; raises ``RequestError`` unless the bundle's tree has as many."""
+    """A number of nodes as Python's integer; raises ``RequestError`` unless the bundle's tree has at least as many."""
     largest = bundle.tree.size
     if not _is_integer(tree_size) or not 1 <= tree_size <= largest:
         raise RequestError(f"tree_size is {shown(tree_size)}: this bundle's tree allows 1 to {largest}, or 'auto'.")
@@ -198,7 +199,7 @@ def check_tree_size(bundle: Bundle, tree_size: object) -> int:
 
 
 def check_integer(name: str, value: object, *, at_least: int | None = None) -> int:
-    """A value as Python's integer, which never overflows; raises ``RequestError`` unless it is one of at least that."""
+    """A value as Python's integer, which never overflows; raises ``RequestError`` if it is none, or below a bound."""
     if not _is_integer(value) or (at_least is not None and value < at_least):
         least = "" if at_least is None else f" of at least {at_least}"
         raise RequestError(f"{name} is {shown(value)}: expected an integer{least}.")

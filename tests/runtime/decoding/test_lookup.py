@@ -1,4 +1,4 @@
-"""Guesses from the text: what is found, where it goes in a tree, and that it changes no answer."""
+"""Lookup: what is found, where it goes in a tree, and that it changes no answer."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ def test_the_longest_match_is_followed(tokens: list[int], cut: int, count: int) 
     """However the text came."""
     lookup = TokenLookup(tokens[:cut])
     lookup.extend(tokens[cut:])
-    assert lookup.guess(count) == found_by_brute_force(tokens, count)
-    assert lookup.guess(0) == []
+    assert lookup.find(count) == found_by_brute_force(tokens, count)
+    assert lookup.find(0) == []
 
 
 def test_what_is_found() -> None:
-    assert TokenLookup().guess(3) == []
-    assert TokenLookup([1, 2, 3, 4]).guess(3) == []
-    assert TokenLookup([1, 2, 3, 4, 9, 1, 2]).guess(3) == [3, 4, 9]
+    assert TokenLookup().find(3) == []
+    assert TokenLookup([1, 2, 3, 4]).find(3) == []
+    assert TokenLookup([1, 2, 3, 4, 9, 1, 2]).find(3) == [3, 4, 9]
     # The latest place has one token more in common.
-    assert TokenLookup([7, 1, 2, 3, 8, 1, 2, 4, 8, 1, 2]).guess(1) == [4]
+    assert TokenLookup([7, 1, 2, 3, 8, 1, 2, 4, 8, 1, 2]).find(1) == [4]
     # A text that goes round.
-    assert TokenLookup([5, 6, 5, 6]).guess(5) == [5, 6, 5, 6, 5]
+    assert TokenLookup([5, 6, 5, 6]).find(5) == [5, 6, 5, 6, 5]
 
 
 @given(rank_paths(), st.data())
-def test_guesses_go_in_front(paths: list[tuple[int, ...]], data: st.DataObject) -> None:
+def test_lookup_hits_go_in_front(paths: list[tuple[int, ...]], data: st.DataObject) -> None:
     tree = Tree.from_paths(paths)
     size = data.draw(st.integers(1, tree.size))
     before = np.array(data.draw(st.permutations(range(100, 100 + tree.size))), np.int64)
@@ -98,16 +98,16 @@ def tell(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
         known = self._tokens
         return next((text[len(known) :][:count] for text in texts if text[: len(known)] == known), [])
 
-    monkeypatch.setattr(TokenLookup, "guess", guess)
+    monkeypatch.setattr(TokenLookup, "find", guess)
 
 
 @pytest.mark.parametrize("size", [2, 4, 9])
-def test_right_guesses_fill_steps_and_wrong_ones_change_no_answer(
+def test_right_hits_fill_steps_and_wrong_ones_change_no_answer(
     engine: MedusaEngine, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = greedy(tiny_model("llama"), PROMPT, 80)
     assert list(engine.generate(PROMPT, max_new_tokens=80, tree_size=size).token_ids) == expected
-    monkeypatch.setattr(TokenLookup, "guess", lambda self, count: [len(self._tokens)] * count)
+    monkeypatch.setattr(TokenLookup, "find", lambda self, count: [len(self._tokens)] * count)
     assert list(engine.generate(PROMPT, max_new_tokens=80, tree_size=size).token_ids) == expected
     tell(monkeypatch, [PROMPT + expected])
     result = engine.generate(PROMPT, max_new_tokens=80, tree_size=size)
@@ -125,18 +125,16 @@ def test_drawn_tokens_stay_the_same(engine: MedusaEngine) -> None:
     assert answers[0].token_ids == answers[1].token_ids
 
 
-def test_typical_acceptance_takes_no_guesses_from_the_text(
-    engine: MedusaEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_typical_acceptance_uses_no_lookup(engine: MedusaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts what is merely likely, so the text would repeat itself."""
-    monkeypatch.setattr(TokenLookup, "guess", lambda self, count: pytest.fail("it did"))
+    monkeypatch.setattr(TokenLookup, "find", lambda self, count: pytest.fail("it did"))
     typical = SamplingParams(temperature=0.5, seed=1, acceptance="typical")
     assert engine.generate(PROMPT, max_new_tokens=20, tree_size=9, sampling=typical)
     assert engine.generate(PROMPT, max_new_tokens=20, tree_size=1)
     assert engine.generate(PROMPT, max_new_tokens=20, tree_size=9, lookup=False)
 
 
-def test_a_service_guesses_for_each_row(
+def test_a_service_looks_up_for_each_row(
     tiny_bundle: Bundle, engine: MedusaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [PROMPT, [5, 9] * 4, [3] * 6, [(11 * i + 2) % 97 for i in range(20)]]
@@ -161,7 +159,7 @@ def test_a_wrong_value_is_refused(engine: MedusaEngine) -> None:
         engine.generate(PROMPT, max_new_tokens=2, lookup="yes")
 
 
-def test_what_would_have_been_guessed() -> None:
+def test_hits_at_each_position_of_a_sample() -> None:
     """At each position the runtime knows the token that the base model has chosen there, and none after it."""
     ids = [1, 2, 3, 4, 1, 2, 3, 4, 1]
     sample = Sample(ids, [False] * 4 + [True] * 5)
@@ -170,7 +168,7 @@ def test_what_would_have_been_guessed() -> None:
     assert torch.equal(lookup_tokens([], 2), torch.zeros(0, 2, dtype=torch.int32))
 
 
-def test_where_targets_stand_behind_guesses() -> None:
+def test_ranks_of_targets_behind_hits() -> None:
     """As if the guess was inserted into the heads' candidates, in a tree that holds them all."""
     targets = np.array([[5, 6], [5, 6], [5, 6], [5, 6], [5, -1]])
     places = np.array([[2, 1], [0, 0], [3, 1], [10, 0], [1, -1]])
@@ -206,7 +204,7 @@ def test_paths_are_counted_where_steps_begin() -> None:
     assert not calibration.hit_paths
 
 
-def test_steps_with_a_guess_are_counted_apart_and_go_deeper_than_heads() -> None:
+def test_steps_with_a_hit_are_counted_apart_and_go_deeper_than_heads() -> None:
     heads = np.array([[1, 0], [0, 0], [0, 1], [10, -1]])
     targets = np.array([[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, -1, -1]])
     steps = below_heads(heads, targets)
@@ -226,7 +224,7 @@ def test_steps_with_a_guess_are_counted_apart_and_go_deeper_than_heads() -> None
     assert acceptance.expected_tokens(7) == 1 + (1.5 + 2.5) / 2
 
 
-def test_the_search_begins_with_steps_that_have_no_guess() -> None:
+def test_the_search_begins_with_steps_without_a_hit() -> None:
     """And goes on below the heads where guesses do, on the path of best candidates alone."""
     chain = {(0,) * depth: 0.95**depth for depth in range(1, 7)}
     heads = {(0,): 0.4, (1,): 0.2, (2,): 0.1, (0, 0): 0.15, (0, 1): 0.02}

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from medusa_runtime.decoding.scheduler import SHORTEST_COPY, Job, Scheduler
+from medusa_runtime.decoding.scheduler import Job, Scheduler
 from medusa_runtime.decoding.sequence import TokenSequence
 from medusa_runtime.errors import QueueFullError
 from medusa_runtime.handle import RequestHandle
+from medusa_runtime.tuning import SHORTEST_COPY
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=60)
 
@@ -101,8 +102,8 @@ class Laws(RuleBasedStateMachine):
         self.alive.remove(job)
 
     @rule()
-    def forget(self) -> None:
-        for row in self.scheduler.forget():
+    def evict(self) -> None:
+        for row in self.scheduler.evict():
             assert row not in self.scheduler.running
             self.caches[row] = []
 
@@ -139,7 +140,7 @@ def test_prompts_take_turns(lengths: list[int], size: int) -> None:
         assert not left or max(left) - min(left) <= size
 
 
-def test_a_row_is_taken_over_by_whoever_goes_on_with_it() -> None:
+def test_a_row_goes_to_the_request_that_continues_its_text() -> None:
     scheduler = Scheduler(2, 4)
     lengths = [0, 0]
 

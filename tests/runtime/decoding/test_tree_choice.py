@@ -1,4 +1,4 @@
-"""Which tree is chosen: what pays by table and by what was accepted, and never one that doesn't."""
+"""Tree choice: by step times and counted acceptance, and never a tree that is slower than plain decoding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_tree_has_to_pay() -> None:
     assert size(choice(1.0, 1.3, 1.5), rows=5) == 1  # nobody has measured so many rows
 
 
-def test_guesses_that_fail_end_the_tree_and_it_is_tried_again() -> None:
+def test_rejected_drafts_end_a_tree_and_it_is_tried_again() -> None:
     tree = choice(1.0, 1.3, 2.5)
     assert size(tree) == 2
     steps = 0
@@ -41,7 +41,7 @@ def test_guesses_that_fail_end_the_tree_and_it_is_tried_again() -> None:
         tree.observe(2, dict.fromkeys(range(4), 1))
         steps += 1
     assert steps < 60
-    assert tree.accuracy_of(0, guessed=False) < 0.51
+    assert tree.accuracy_of(0, hit=False) < 0.51
     idle = 0
     while size(tree) == 1:
         tree.observe(1, dict.fromkeys(range(4), 1))
@@ -49,23 +49,23 @@ def test_guesses_that_fail_end_the_tree_and_it_is_tried_again() -> None:
     assert idle > 10 * steps  # trying costs little
 
 
-def test_guesses_that_hold_make_it_larger() -> None:
+def test_accepted_drafts_make_a_tree_larger() -> None:
     tree = choice(1.0, 1.5, 1.9)
     assert size(tree) == 2
     for _ in range(200):
         tree.observe(2, dict.fromkeys(range(4), 2))
-    assert tree.accuracy(guessed=False) == pytest.approx(1 / 0.6, rel=0.1)
+    assert tree.accuracy(hit=False) == pytest.approx(1 / 0.6, rel=0.1)
     assert size(tree) == 4
 
 
-def test_a_request_that_is_hard_to_guess_is_known_by_its_row() -> None:
+def test_a_request_that_is_hard_to_draft_for_has_its_own_count() -> None:
     tree = choice(1.0, 1.3, 1.5)
     for _ in range(40):
         tree.observe(4, {0: 1, 1: 3, 2: 3, 3: 3})
     assert tree.size([1, 2, 3]) == 4
     assert tree.size([0]) == 1
     tree.begin(0)
-    assert tree.accuracy_of(0, guessed=False) == tree.accuracy(guessed=False)
+    assert tree.accuracy_of(0, hit=False) == tree.accuracy(hit=False)
     assert tree.size([0]) == 4
 
 
@@ -81,7 +81,7 @@ def test_accuracy_is_found_from_trees_of_any_depth(accuracy: float) -> None:
         tree.observe(nodes, {0: 1 + int(right.sum())})
         if nodes == 4:
             counts.append(1 + right.sum())
-    assert tree.accuracy(guessed=False) == pytest.approx(accuracy, rel=0.05)
+    assert tree.accuracy(hit=False) == pytest.approx(accuracy, rel=0.05)
     assert tree.expected_tokens(4, accuracy) == pytest.approx(np.mean(counts), rel=0.02)
 
 
@@ -90,7 +90,7 @@ def test_accuracy_is_found_from_trees_of_any_depth(accuracy: float) -> None:
 def test_it_is_never_slower_by_its_own_account(seconds: list[float], chance: float, seed: int) -> None:
     tree, rng = choice(*seconds), np.random.default_rng(seed)
     for _ in range(50):
-        accuracies = [tree.accuracy_of(row, guessed=False) for row in range(4)]
+        accuracies = [tree.accuracy_of(row, hit=False) for row in range(4)]
         nodes = tree.size(range(4))
         taken = dict(zip((1, 2, 4), seconds, strict=True))
         rate = sum(tree.expected_tokens(nodes, accuracy) for accuracy in accuracies) / taken[nodes]
@@ -99,25 +99,25 @@ def test_it_is_never_slower_by_its_own_account(seconds: list[float], chance: flo
         tree.observe(nodes, {row: 1 + (rng.random() < chance) * (nodes > 1) for row in range(4)})
 
 
-def test_steps_with_a_guess_from_the_text_have_a_size_and_a_count_of_their_own() -> None:
+def test_steps_with_a_lookup_hit_have_a_size_and_a_count_of_their_own() -> None:
     told = Acceptance("calibrated", (1.0, 0.3, 0.1, 0.0), (1.0, 0.9, 0.85, 0.8), 0.25)
     tree = choice(1.0, 1.35, 1.6, acceptance=told)
     assert tree.size([0, 1]) == 1
-    assert tree.size([0, 1], guessed=[0, 1]) == 4
-    assert tree.size([0, 1], guessed=[0]) == 4  # one that has much to gain
+    assert tree.size([0, 1], hits=[0, 1]) == 4
+    assert tree.size([0, 1], hits=[0]) == 4  # one that has much to gain
     assert tree.sizes == {4: (1, 4)}
     assert tree.largest == 4
     for _ in range(60):
-        tree.observe(4, {0: 1, 1: 4}, guessed=[0, 1])
-    assert tree.accuracy_of(0, guessed=True) < 0.5 < 1 < tree.accuracy_of(1, guessed=True)
-    assert tree.accuracy_of(0, guessed=False) == 1
-    assert tree.size([0], guessed=[0]) == 1
-    assert tree.size([1], guessed=[1]) == 4
+        tree.observe(4, {0: 1, 1: 4}, hits=[0, 1])
+    assert tree.accuracy_of(0, hit=True) < 0.5 < 1 < tree.accuracy_of(1, hit=True)
+    assert tree.accuracy_of(0, hit=False) == 1
+    assert tree.size([0], hits=[0]) == 1
+    assert tree.size([1], hits=[1]) == 4
     tree.begin(0)
-    assert tree.accuracy_of(0, guessed=True) == tree.accuracy(guessed=True)
+    assert tree.accuracy_of(0, hit=True) == tree.accuracy(hit=True)
 
 
-def test_an_outlook_is_no_decision() -> None:
+def test_an_outlook_changes_no_decision() -> None:
     """Where room is made for a step its size is asked for beforehand: a tree that isn't used is not begun with."""
     told = Acceptance("calibrated", (1.0, 0.02, 0.01, 0.0), (1.0, 0.9, 0.85, 0.8), 0.25)
     tree = choice(1.0, 1.01, 1.6, acceptance=told)
@@ -126,7 +126,7 @@ def test_an_outlook_is_no_decision() -> None:
     assert tree.outlook(range(5)) == 1
 
 
-def test_an_older_bundle_tells_nothing_of_guesses() -> None:
+def test_an_older_bundle_has_one_estimate_for_both_kinds_of_steps() -> None:
     tree = choice(1.0, 1.3, 1.9)
-    assert tree.size([0], guessed=[0]) == tree.size([0]) == 2
+    assert tree.size([0], hits=[0]) == tree.size([0]) == 2
     assert ACCEPTANCE.expected_tokens(4) == 2.0

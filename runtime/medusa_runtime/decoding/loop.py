@@ -1,0 +1,355 @@
+"""The decode loop: everything that engine and service do with a backend.
+
+``DecodeLoop.step`` admits requests, takes in one chunk of one prompt, runs a decoding step of the rows whose prompt is
+complete, and delivers what that emitted. ``MedusaEngine`` calls it with one row in the caller's thread.
+``MedusaService`` calls it with several rows in a thread of its own.
+
+A failure ends the requests that caused it, and no others:
+
+1. A call for one request (its admission, a chunk of its prompt) ends that request.
+2. A step of several requests is repeated for each alone, which shows the one that fails. If rows may have changed
+   since, the step can't be repeated: all its requests end.
+3. Moves of rows are skipped. The steps themselves fail if there is no room.
+4. Any other failure is for the caller to ``recover`` from: all running requests end, and all rows are emptied. If none
+   runs, the first one that waits ends, so that the same failure can't come again and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from medusa_runtime.backends.base import Backend, StepResult
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.decoding.ownership import Ownership
+from medusa_runtime.decoding.runner import StepRunner
+from medusa_runtime.decoding.scheduler import Admission, Job, Scheduler
+from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSizes
+from medusa_runtime.errors import BackendError, DoubtfulRowsError, MedusaError, RequestError
+from medusa_runtime.metrics import Metrics, tell
+from medusa_runtime.request import GenerationResult, TreeSize
+from medusa_runtime.tuning import LONE_CHUNK, MOVED_BESIDES
+
+_log = logging.getLogger(__name__)
+
+
+class DecodeLoop:
+    """Runs requests over the rows of a backend, one synchronous step at a time.
+
+    One thread at a time may call its methods. Other threads may look at ``scheduler``, and add to it, while they hold
+    ``changed``.
+
+    Args:
+        bundle: The bundle that the backend runs.
+        backend: The backend.
+        max_queue: Requests that may wait for a row.
+        tree_size: Nodes per row and step, or ``auto``.
+        choice: Chooses them if it is ``auto``.
+        prefill_chunk: Tokens of a prompt that one step takes in while other requests decode.
+        metrics: Hooks that are called for steps and ends.
+        clock: Gives seconds, and never goes back.
+
+    Attributes:
+        scheduler: The queue and the rows. ``changed`` guards it.
+        changed: Is notified when a request has ended.
+        sizes: The tree sizes of steps.
+        prefill_chunk: As given. It may be set between steps.
+        lone_chunk: Tokens of a prompt that one step takes in while no request decodes. It may be set between steps.
+        backend: The backend, which raises errors of this project only.
+        metrics: As given.
+        clock: As given.
+        reset_error: The error of the last attempt to empty a row; None if it worked.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        max_queue: int = 0,
+        tree_size: TreeSize = "auto",
+        choice: TreeChoice | None = None,
+        prefill_chunk: int = LONE_CHUNK,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.sizes = TreeSizes(tree_size, choice or TreeChoice(bundle.acceptance, bundle.tree, {}))
+        self.runner = StepRunner(bundle, backend, self.sizes)
+        self.scheduler = Scheduler(backend.rows, max_queue, copies=self.runner.copies)
+        self.changed = threading.Condition()
+        self.prefill_chunk = prefill_chunk
+        self.lone_chunk = LONE_CHUNK
+        self.reset_error: BackendError | None = None
+        self.backend = self.runner.backend
+        self._in_flight = self.runner.in_flight
+        self._room = self.runner.room
+        self._ownership = Ownership(backend)
+        self.metrics = metrics
+        self.clock = clock
+
+    def step(self) -> None:
+        """Admits requests, takes in one chunk of one prompt, decodes, and delivers what was emitted."""
+        if not self._in_flight:
+            self.admit()
+        tell(self.metrics.load, len(self.scheduler.waiting), len(self.scheduler.running))
+        groups, moved = self._arranged()
+        if moved <= MOVED_BESIDES and not self._in_flight:
+            self._prefill([job.row for jobs in groups for job in jobs if job.row is not None])
+        for jobs in groups:
+            self._decode(jobs)
+
+    def submit(self, job: Job) -> None:
+        """Queues a request, and gives it a row if one is free."""
+        with self.changed:
+            self.scheduler.add(job)
+            self.admit()
+
+    def admit(self) -> None:
+        """Gives free rows to requests that wait."""
+        with self.changed:
+            if not self.scheduler.waiting:
+                return
+            try:
+                lengths = self.backend.lengths
+            except BackendError as error:
+                if not self.scheduler.running:  # else it is tried again after their next step
+                    self.end(self.scheduler.waiting[0], error)
+                return
+            if not self._ownership.claim(lengths):
+                self.scheduler.evict()
+            for admission in self.scheduler.admit(lengths):
+                self._begin(admission)
+
+    def _begin(self, admission: Admission) -> None:
+        """Prepares a row for a request."""
+        job, row = admission.job, admission.job.row
+        assert row is not None
+        self._ownership.take(row)
+        sequence = job.sequence
+        job.admitted = self.clock()
+        sequence.stats.queue_seconds = job.admitted - job.submitted
+        with self._blamed_on(job):
+            self._room.admit(len(sequence.prompt_ids) + sequence.max_new_tokens)
+            self.runner.admit(row, admission.source, admission.shared)
+            self.backend.assign(row, sequence.draws)
+
+    def _arranged(self) -> tuple[list[list[Job]], int]:
+        """The requests that decode, as they step together, with room for that; and the number of moved entries."""
+        with self.changed:
+            jobs = {job.row: job for job in self.scheduler.decoding() if job.row is not None}
+        if not jobs:
+            return [], 0
+        moved = 0
+        try:
+            self._room.regroup(list(jobs))
+        except BackendError:
+            return [[job] for job in jobs.values()], 0  # the steps themselves will say so
+        with contextlib.suppress(BackendError):  # they go on as they are
+            moved += self._room.gather()
+        for rows in self._room.groups:
+            with contextlib.suppress(BackendError):  # the step itself will say so
+                moved += self._room.prepare(rows)
+        return [[jobs[row] for row in rows] for rows in self._room.groups], moved
+
+    def _prefill(self, decoding: Sequence[int]) -> None:
+        """Takes in one chunk of one prompt, beside rows that decode."""
+        with self.changed:
+            job = self.scheduler.prefilling()
+        if job is None or job.row is None:
+            return
+        with self._blamed_on(job):
+            chunk, moved = self._chunk_with_room(job, job.row, decoding)
+            if moved > MOVED_BESIDES and decoding:
+                return  # moving rows takes its time: the others first
+            with self._timed("prefill", 1, len(chunk)) as tokens:
+                result = self.runner.prefill(job.row, chunk, self.runner.chunk_size(job.row, len(chunk), decoding))
+                if not result.count[job.row]:
+                    result = self.runner.retry(job.row, chunk)
+                job.sequence.prefilled += len(chunk)
+                tokens.append(len(chunk))
+            if not job.sequence.is_prefilling:
+                job.first_token = self.clock()
+                job.sequence.stats.prefill_seconds = job.first_token - job.admitted
+                self._deliver(job, *result.emitted(job.row))
+
+    def _chunk_with_room(self, job: Job, row: int, decoding: Sequence[int]) -> tuple[Sequence[int], int]:
+        """The next chunk of a prompt, with room for it; and the number of moved entries."""
+        limit = self.runner.chunk_limit(self.prefill_chunk if decoding else self.lone_chunk)
+        make = self._room.make_in_part if decoding else lambda row, size: self._room.make([row], size)
+        chunk = job.sequence.next_chunk(limit)
+        try:
+            return chunk, make(row, self.runner.chunk_size(row, len(chunk), decoding))
+        except BackendError:
+            self.evict()
+            chunk = chunk[: self._room.fitting(len(chunk))]
+            return chunk, make(row, self.runner.chunk_size(row, len(chunk), decoding))
+
+    def _decode(self, jobs: Sequence[Job]) -> None:
+        """Runs a decoding step of some requests. If it fails, runs one for each alone, to see which one fails."""
+        try:
+            self._decode_together(jobs)
+        except DoubtfulRowsError as error:
+            for job in jobs:
+                self.end(job, error)
+        except BackendError:
+            _log.warning("A step of %d requests failed: trying each by itself", len(jobs), exc_info=True)
+            self.evict()
+            for job in jobs:
+                with self._blamed_on(job):
+                    self._decode_together([job])
+
+    def _decode_together(self, jobs: Sequence[Job]) -> None:
+        if self._in_flight is not None and self._can_step_ahead(jobs):
+            self._decode_ahead(jobs[0])
+            return
+        rows = _rows(jobs)
+        deepest = self.runner.deepest_hit
+        hits = {row: hit for job, row in zip(jobs, rows, strict=True) if (hit := job.sequence.look_up(deepest))}
+        size = self.sizes.of(rows, hits)
+        with self._timed("decode", len(rows), size) as tokens:
+            result = self.runner.decode(rows, size, hits)
+            silent = [job for job, row in zip(jobs, rows, strict=True) if not result.count[row]]
+            for job in jobs:
+                if job not in silent:
+                    tokens.append(self._deliver_step(job, result, size))
+        for job in silent:
+            self._retry(job)
+
+    def _can_step_ahead(self, jobs: Sequence[Job]) -> bool:
+        """True if the next step need not wait for this one: one request runs alone, and nothing is looked up."""
+        if self._in_flight:
+            return True
+        looks_up = jobs[0].sequence.looks_up and self.runner.deepest_hit > 0
+        return len(jobs) == len(self.scheduler.running) == 1 and not looks_up
+
+    def _decode_ahead(self, job: Job) -> None:
+        """Runs a decoding step of the only request, and submits the one after it, unless another request waits."""
+        assert job.row is not None
+        sure = not self.scheduler.waiting and job.sequence.tokens_left > self.runner.deepest_hit + 1
+        started = self.clock()
+        size, result = self.runner.decode_ahead(job.row, is_sure=sure)
+        if not result.count[job.row]:
+            self._retry(job)
+            return
+        emitted = self._deliver_step(job, result, size)
+        tell(self.metrics.step, "decode", 1, size, emitted, self.clock() - started)
+
+    def _retry(self, job: Job) -> None:
+        """Runs a plain step for a request whose last step emitted nothing."""
+        with self._blamed_on(job), self._timed("decode", 1, 1) as tokens:
+            tokens.append(self._deliver_step(job, self.runner.retry(_rows([job])[0]), 1))
+
+    def _deliver_step(self, job: Job, result: StepResult, size: int) -> int:
+        """Delivers the tokens that a step of ``size`` nodes emitted for a request; gives their number."""
+        assert job.row is not None
+        emitted, logprobs = result.emitted(job.row)
+        stats = job.sequence.stats
+        stats.count_step(len(emitted), size)
+        stats.decode_seconds = self.clock() - job.first_token
+        self._deliver(job, emitted, logprobs)
+        return len(emitted)
+
+    def _deliver(self, job: Job, emitted: Sequence[int], logprobs: Sequence[float] | None) -> None:
+        try:
+            chunk = job.sequence.accept(emitted, logprobs)
+        except Exception as error:  # noqa: BLE001  # a tokenizer that fails ends its own request only
+            failure = RequestError(f"The tokens of this request can't be made text: {error!r}.")
+            failure.__cause__ = error
+            self.end(job, failure)
+            return
+        job.receiver.put(chunk)
+        if job.sequence.finish_reason is not None:
+            self.end(job, job.sequence.result())
+
+    @contextlib.contextmanager
+    def _blamed_on(self, job: Job) -> Iterator[None]:
+        """Ends a request with the backend's error."""
+        try:
+            yield
+        except BackendError as error:
+            if not job.receiver.done:
+                self.end(job, error)
+
+    @contextlib.contextmanager
+    def _timed(self, kind: str, rows: int, size: int) -> Iterator[list[int]]:
+        """Reports a step that did not fail to the metrics; the block appends its numbers of tokens."""
+        tokens: list[int] = []
+        started = self.clock()
+        yield tokens
+        tell(self.metrics.step, kind, rows, size, sum(tokens), self.clock() - started)
+
+    def end(self, job: Job, outcome: GenerationResult | MedusaError) -> None:
+        """Ends a request and frees its row. The row keeps its entries for later requests, unless the backend failed."""
+        with self.changed:
+            row = job.row
+            kept = 0 if row is None or isinstance(outcome, BackendError) else self._kept(job, row)
+            self.scheduler.remove(job, kept)
+            if row is not None and not kept:
+                self._reset(row)
+            result = outcome if isinstance(outcome, GenerationResult) else None
+            tell(self.metrics.ended, result.finish_reason if result else type(outcome).__name__, job.sequence.stats)
+            job.receiver.end(outcome)
+            self.changed.notify_all()
+
+    def end_all(self, error: MedusaError) -> None:
+        """Ends all requests with an error."""
+        with self.changed:
+            for job in [*self.scheduler.running.values(), *self.scheduler.waiting]:
+                self.end(job, error)
+
+    def recover(self, error: Exception) -> None:
+        """Ends all running requests after a failure that none of them caused, and empties all rows.
+
+        Raises:
+            Exception: The failure, if no request runs or waits.
+        """
+        with self.changed:
+            jobs = [*self.scheduler.running.values()] or self.scheduler.waiting[:1]
+            if not jobs:
+                raise error
+            for job in jobs:
+                failure = BackendError(f"Decoding failed and has ended what was running: {error!r}.")
+                failure.__cause__ = error
+                self.end(job, failure)
+            self.scheduler.evict()
+            for row in range(self.scheduler.rows):
+                self._reset(row)
+            self._room.forget()
+
+    def evict(self) -> None:
+        """Gives up the entries of free rows, which may take the room that is needed."""
+        with self.changed:
+            for row in self.scheduler.evict():
+                self._reset(row)
+
+    def _kept(self, job: Job, row: int) -> int:
+        """Entries that a row keeps when its request ends; 0 if the backend can't say."""
+        if self._in_flight:
+            self._in_flight.discard()
+            # The length is not known before the step in flight has ended, but these tokens are in the cache.
+            return len(job.sequence.prompt_ids) + len(job.sequence.token_ids) - 1
+        try:
+            length = int(self.backend.lengths[row])
+        except BackendError:
+            _log.exception("The length of row %d is not available", row)
+            return 0
+        self._ownership.leave(row, length)
+        return length
+
+    def _reset(self, row: int) -> None:
+        """Empties a row. If that fails, it is tried again before the next request gets the row."""
+        if self._in_flight:
+            self._in_flight.discard()
+        self._ownership.leave(row, 0)
+        try:
+            self.backend.reset(row)
+            self.reset_error = None
+        except BackendError as error:
+            self.reset_error = error
+            _log.exception("Row %d could not be reset", row)
+
+
+def _rows(jobs: Sequence[Job]) -> list[int]:
+    return [job.row for job in jobs if job.row is not None]
