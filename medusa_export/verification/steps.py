@@ -17,7 +17,7 @@ from medusa_export.step.step import MedusaStep, StepOutput
 from medusa_export.verification.checks import Check, Tolerances
 from medusa_export.verification.oracle import oracle_tree
 from medusa_export.verification.reference import Prompt
-from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.base import Backend, StepResult, can_give_outputs
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
 
@@ -61,7 +61,13 @@ class StepChecks:
     """
 
     def __init__(
-        self, bundle: Bundle, step: MedusaStep, name: str, compiled: Any, extra: Sequence[str], tolerances: Tolerances
+        self,
+        bundle: Bundle,
+        step: MedusaStep,
+        name: str,
+        compiled: Backend,
+        extra: Sequence[str],
+        tolerances: Tolerances,
     ) -> None:
         self._bundle, self._step, self._tolerances = bundle, step, tolerances
         self._tree = bundle.tree
@@ -152,9 +158,10 @@ class StepChecks:
         self._eager.step(width, parts)
         output = self._eager.output
         assert output is not None
-        for name, logits in self._logits.items():
-            expected = getattr(output, name)
-            logits.add(self._compiled.extra_output(name), expected.float().numpy())
+        if can_give_outputs(self._compiled):
+            for name, logits in self._logits.items():
+                expected = getattr(output, name)
+                logits.add(self._compiled.extra_output(name), expected.float().numpy())
         parted = [self._compare_row(row, width, got, int(lengths[row]), output) for row in range(self._rows)]
         return not any(parted)
 

@@ -1,4 +1,4 @@
-"""A backend whose failures all have one type."""
+"""Makes all failures of a backend ``BackendError``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _B = TypeVar("_B", bound=Backend)
 
 
 class _Shield:
-    """Passes calls and attributes on; what fails in them becomes a ``BackendError``."""
+    """Passes calls and attributes on to a backend; their exceptions become ``BackendError``."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend

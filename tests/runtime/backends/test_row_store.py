@@ -192,7 +192,7 @@ def test_no_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return allocate(shape, dtype)
 
     monkeypatch.setattr(np, "zeros", zeros)
-    with pytest.raises(BackendError, match="no room for 1000 entries in 3 rows"):
+    with pytest.raises(BackendError, match="no memory for 1000 slots in each of 3 rows"):
         store.arrange([0, 1], 1000)
     assert [list(block.rows) for block in store.blocks] == before
     assert store.arrange([0, 1], 600).block.capacity == 640  # where a quarter more can't be had

@@ -1,1 +1,1 @@
-"""ONNX Runtime backends."""
+"""The backends that run graphs with ONNX Runtime."""

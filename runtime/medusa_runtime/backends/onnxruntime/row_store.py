@@ -1,12 +1,12 @@
-"""Where the caches of many rows lie: each row in one of a few blocks.
+"""The caches of many rows, in blocks.
 
-A step reads the caches of its rows from one block, where they lie one behind the other with the same capacity, and
-attention reads all of that. But rows come and go, and one may be ten times as long as another. So rows that step
-together are brought together, in a block that fits the longest of them. A row that steps by itself, because it is
-taking in its prompt, gets a block of its own once it outgrows the others', which neither move nor read more for it.
+A step reads the caches of its rows from one block. They are beside each other there and have the same capacity, and
+attention reads all of it. But rows come and go, and one row may be ten times as long as another. So rows that step
+together are brought together, in a block that fits the longest of them. A row that prefills steps alone: once it
+outgrows the block of the others it gets a block of its own, and the others neither move nor read more for it.
 
-A new block for rows that are far from empty can be filled bit by bit, so that nobody has to wait for all of it: a row
-stays where it is and goes on until its copy is complete, but for what it has appended since.
+A new block for long rows can be filled in parts, so that no step has to wait for all of it. Meanwhile a row stays where
+it is and goes on. Entries that it appends after they would have been copied are copied in the end.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Block:
         return int(self.caches.shape[3])
 
     def holds(self, row: int) -> bool:
-        """Whether the row lies here."""
+        """True if the row is in this block."""
         return row in self.rows
 
 
 @dataclass
 class Growth:
-    """A block in the making, with copies of rows that lie elsewhere until it is complete.
+    """A new block that is being filled with copies of rows, which stay elsewhere until it is complete.
 
     Attributes:
-        lengths: How many entries of each row are copied; it has at least these as long as the block is of use.
-        block: Where they go, in this order.
-        copied: How many caches of these rows are there, those of the first row first.
+        lengths: The number of entries to copy, by row. A row that becomes shorter makes the copy useless.
+        block: The new block; the rows get its places in the order of ``lengths``.
+        copied: The number of caches that have been copied, those of the first row first.
     """
 
     lengths: dict[int, int]
@@ -61,7 +61,13 @@ class Growth:
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring places of a block, and the rows in them, in that order."""
+    """Neighbouring places of a block.
+
+    Attributes:
+        block: The block.
+        start: The first place.
+        rows: The rows in these places, in their order.
+    """
 
     block: Block
     start: int
@@ -77,15 +83,15 @@ class RowStore:
     """The caches of some rows.
 
     Args:
-        lengths: Committed entries per row, [rows]; whoever runs steps keeps them up to date.
+        lengths: Committed entries per row, [rows]; the owner of the array keeps it up to date.
         num_caches: Caches of a row (2L).
         heads: Key/value heads (N).
-        head_dim: Their size (d).
+        head_dim: Size of a head (d).
         margin: Slots in front of the first entry (M).
-        dtype: What an entry consists of.
+        dtype: Type of keys and values.
 
     Attributes:
-        blocks: All there are.
+        blocks: All blocks.
         moved: Entries that were moved so far.
         changes: Counts the changes of where rows are; a ``Window`` is valid until the next one.
     """
@@ -115,7 +121,7 @@ class RowStore:
         return max((block.capacity for block in self.blocks), default=0)
 
     def holds(self, row: int) -> bool:
-        """Whether a row has a place."""
+        """True if a row has a place."""
         return self._block_of(row) is not None
 
     def row(self, row: int) -> NDArray[np.generic]:
@@ -125,7 +131,7 @@ class RowStore:
         return block.caches[:, block.rows.index(row)]
 
     def window(self, rows: Sequence[int]) -> Window | None:
-        """Where rows lie that were arranged together; None if they no longer do."""
+        """The places of rows that were arranged together; None if they aren't beside each other any more."""
         block = self._block_of(rows[0])
         if block is None or not all(block.holds(row) for row in rows):
             return None
@@ -164,12 +170,12 @@ class RowStore:
         return window
 
     def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
-        """Fills about so many slots of the new block that ``arrange`` would make, if it would make one.
+        """Fills about ``at_most`` slots of the new block that ``arrange`` would make, if it would make one.
 
-        Entries that a row has now may not change until then, but more may follow.
+        Until ``arrange`` is called, rows may append entries, but the entries that they have now may not change.
 
         Returns:
-            Whether ``arrange`` may be called now: little is left to copy, and little was copied by this call.
+            True if ``arrange`` may be called now: little is left to copy, and this call has copied little.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.
@@ -187,7 +193,7 @@ class RowStore:
         return growth.copied == len(rows) * self._num_caches and self.moved - before <= at_most // LAST_MOVE
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Gives a row, which has room for it, the first entries of another one."""
+        """Copies the first ``length`` entries of a row to another one, which has room for them."""
         end = self._margin + length
         self.row(target)[:, :, :end] = self.row(source)[:, :, :end]
 
@@ -201,7 +207,7 @@ class RowStore:
         return next((block for block in self.blocks if block.holds(row)), None)
 
     def _fitting(self, rows: Sequence[int], capacity: int) -> Block | None:
-        """A block that these rows are in or can move to: the one that most of them are in already."""
+        """Finds a block that has places for these rows: of several the one that most of the rows are in."""
         best, most = None, -1
         for block in self.blocks:
             inside = sum(block.holds(row) for row in rows)
@@ -211,13 +217,14 @@ class RowStore:
         return best
 
     def _is_vacant(self, row: int | None, wanted: Sequence[int]) -> bool:
-        """Whether a place with this row in it can be given to one that is wanted."""
+        """True if a place with this row in it can be given to one of the wanted rows."""
         return row is None or (self._lengths[row] == 0 and row not in wanted)
 
     def _moved_to_new(self, rows: Sequence[int], capacity: int, *, exact: bool) -> Block:
-        """Moves rows to a new block: of one place, or of one for each row there is, if they are several.
+        """Moves rows to a new block.
 
-        Of these those that would be left behind in a block that others leave move, too.
+        It has one place for one row. For several rows it has a place for every row of the store, and rows that would
+        stay behind in a block that these rows leave move along.
         """
         growth = self._growth_of(rows, capacity, exact=exact)
         self._copy_some(growth, len(rows) * self._num_caches)
@@ -229,7 +236,7 @@ class RowStore:
             old = self._block_of(row)
             if old is not None:
                 before = old.rows.index(row)
-                # What came after the copy, and what was pending then: the last M entries may have been written anew.
+                # Entries that came after the copy, and the M newest of then: they were pending and may have changed.
                 begin, end = copied, self._margin + int(self._lengths[row])
                 block.caches[:, place, :, begin:end] = old.caches[:, before, :, begin:end]
                 old.rows[before] = None
@@ -240,10 +247,10 @@ class RowStore:
         return block
 
     def _growth_of(self, rows: Sequence[int], capacity: int, *, exact: bool = False) -> Growth:
-        """The growth towards a block for these rows, a new one if there is none that is of use."""
+        """The growth towards a block for these rows; a new one if there is none, or none that fits."""
         key = frozenset(rows)
         if key not in self._growths or not _fits(self._growths[key].block, capacity):
-            # A row is going to one place only.
+            # A row can move to one place only.
             self._growths = {other: growth for other, growth in self._growths.items() if not other & key}
             self._drop_empty()
             block = self._allocated(1 if len(rows) == 1 else len(self._lengths), capacity, exact=exact)
@@ -251,7 +258,7 @@ class RowStore:
         return self._growths[key]
 
     def _copy_some(self, growth: Growth, count: int) -> None:
-        """Copies so many caches more, one of one row each."""
+        """Copies ``count`` more caches; each is one cache of one row."""
         for place, (row, length) in enumerate(growth.lengths.items()):
             first = growth.copied - place * self._num_caches
             last = min(first + count, self._num_caches)
@@ -266,7 +273,7 @@ class RowStore:
             count -= last - first
 
     def _drop_outdated_growths(self) -> None:
-        """Gives up those with a row that has begun anew, or was cut: what it will hold is another text."""
+        """Gives up growths with a row that was reset or truncated: it will hold another text."""
         self._growths = {
             rows: growth
             for rows, growth in self._growths.items()
@@ -275,7 +282,7 @@ class RowStore:
         }
 
     def _vacate(self, old: Block, block: Block) -> None:
-        """Moves the rows that others left behind, for a block with places for all: what it held is given back."""
+        """Moves the rows that are left in an old block to a new one that has places for all."""
         for row in [row for row in old.rows if row is not None and self._lengths[row]]:
             needed = self._margin + int(self._lengths[row])
             if needed <= block.capacity:
@@ -284,12 +291,12 @@ class RowStore:
                 try:
                     alone = self._allocated(1, needed)
                 except BackendError:
-                    continue  # it may as well stay
+                    continue  # the row stays in the old block
                 self.blocks.append(alone)
                 self._move(row, alone, 0)
 
     def _drop_empty(self, kept: Block | None = None) -> None:
-        """Gives back the blocks of rows that hold nothing."""
+        """Gives back the blocks whose rows are all empty."""
         self.changes += 1
         holding = [
             block for block in self.blocks if any(row is not None and self._lengths[row] > 0 for row in block.rows)
@@ -302,18 +309,18 @@ class RowStore:
             slots = rounded_capacity(capacity)
             shape = (self._num_caches, places, self._heads, slots, self._head_dim)
             try:
-                # Slots that no token has reached are attended with weight 0, so they must hold numbers. Zeros take no
-                # memory before something is written.
+                # Attention reads slots that hold no entry with weight 0, so they have to hold numbers. The system
+                # gives zeros no memory before something is written.
                 return Block(np.zeros(shape, self._dtype), [None] * places)
             except MemoryError as error:
                 failure = error
         size = int(np.prod(shape)) * self._dtype.itemsize
         raise BackendError(
-            f"There is no room for {needed} entries in {places} rows: caches of {size / 2**20:.0f} MiB can't be had."
+            f"There is no memory for {needed} slots in each of {places} rows: the caches take {size / 2**20:,.0f} MiB."
         ) from failure
 
     def _gather(self, block: Block, rows: Sequence[int]) -> None:
-        """Brings rows into a block, and next to each other."""
+        """Moves rows into a block, and there beside each other."""
         for row in rows:
             if not block.holds(row):
                 self._move(row, block, self._vacancy(block, rows))
@@ -327,7 +334,7 @@ class RowStore:
                 self._swap(block, place, strays.pop())
 
     def _vacancy(self, block: Block, rows: Sequence[int]) -> int:
-        """The vacant place that is nearest to rows that are there already."""
+        """The vacant place that is nearest to the rows that are in the block already."""
         there = [place for place, row in enumerate(block.rows) if row in rows] or [0]
         vacant = [place for place, row in enumerate(block.rows) if self._is_vacant(row, rows)]
         return min(vacant, key=lambda place: min(abs(place - other) for other in there))
@@ -359,5 +366,5 @@ class RowStore:
 
 
 def _fits(block: Block, capacity: int) -> bool:
-    """Whether a block has so many slots, and not so many more that steps would waste their time on them."""
+    """True if a block has enough slots, and not so many more that steps would lose time on them."""
     return capacity <= block.capacity <= 2 * capacity + SPARE_SLOTS

@@ -1,1 +1,1 @@
-"""The TensorRT backend."""
+"""The backend for engines that TensorRT has compiled."""

@@ -1,4 +1,4 @@
-"""The few calls of the CUDA runtime that a backend needs, through NVIDIA's ``cuda-bindings``.
+"""The calls of the CUDA runtime that the backend needs, through NVIDIA's ``cuda-bindings``.
 
 Every failure is a ``BackendError`` with the error's name, its description and what was being done.
 Addresses, streams and events are integers here.
@@ -25,7 +25,7 @@ _REMEDIES = {
 
 
 def import_cudart() -> Any:
-    """The module ``cuda.bindings.runtime``.
+    """Imports the module ``cuda.bindings.runtime``.
 
     Raises:
         BackendError: It is not installed.
@@ -45,8 +45,8 @@ class Device:
     """A GPU.
 
     Attributes:
-        name: As its vendor calls it.
-        architecture: Such as sm89.
+        name: Its product name.
+        architecture: Its compute capability, such as sm89.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Cuda:
     """The CUDA runtime on the current device.
 
     Args:
-        runtime: The module.
+        runtime: The module ``cuda.bindings.runtime``.
     """
 
     def __init__(self, runtime: Any) -> None:
@@ -65,10 +65,10 @@ class Cuda:
 
     @classmethod
     def open(cls) -> Cuda:
-        """The runtime, once it has found a GPU.
+        """Opens the runtime and looks for a GPU.
 
         Raises:
-            BackendError: There is none, or the driver is missing or too old.
+            BackendError: There is no GPU, or the driver is missing or too old.
         """
         cuda = cls(import_cudart())
         count = cuda.call("looking for a GPU", "cudaGetDeviceCount")
@@ -80,13 +80,13 @@ class Cuda:
         """Calls a function of the runtime.
 
         Args:
-            doing: For the message of a failure: what the call is part of, with shapes.
-            name: The function.
-            arguments: Its arguments.
+            doing: The work that the call is part of, with shapes, for the message of a failure.
+            name: The function's name.
+            arguments: The function's arguments.
 
         Raises:
-            OutOfDeviceMemoryError: The device has no memory for it.
-            BackendError: It failed otherwise.
+            OutOfDeviceMemoryError: The device has no memory left.
+            BackendError: The call failed otherwise.
         """
         code, *results = getattr(self._runtime, name)(*arguments)
         if int(code) != 0:
@@ -110,7 +110,7 @@ class Cuda:
         return Device(facts.name.partition(b"\0")[0].decode(), f"sm{facts.major}{facts.minor}")
 
     def allocate(self, size: int, doing: str) -> int:
-        """The address of ``size`` bytes of device memory."""
+        """Allocates ``size`` bytes of device memory and gives their address."""
         return int(self.call(doing, "cudaMalloc", size))
 
     def free(self, address: int) -> None:
@@ -118,9 +118,9 @@ class Cuda:
         self.call("freeing device memory", "cudaFree", address)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """A zeroed array in page-locked host memory, which the device copies to and from without the host's help.
+        """Makes a zeroed array in page-locked host memory, which the device can copy to and from by itself.
 
-        ``unpin`` gives it back.
+        ``unpin`` gives the memory back.
         """
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
@@ -130,12 +130,12 @@ class Cuda:
         return array
 
     def unpin(self, array: NDArray[Any]) -> None:
-        """Gives back what ``pinned`` gave."""
+        """Gives the memory of an array back that ``pinned`` made."""
         self.call("freeing pinned memory", "cudaFreeHost", array.ctypes.data)
 
 
 class Stream:
-    """A queue of work on the device: what is put in runs in order, while the host goes on.
+    """A queue of work on the device. It runs in order, while the host goes on.
 
     Args:
         cuda: The runtime.
@@ -187,14 +187,18 @@ class Stream:
         self._cuda.call(doing, "cudaStreamSynchronize", self._stream)
 
     def event(self) -> Event:
-        """An event to be recorded here."""
+        """Makes an event that can be recorded in this stream."""
         return Event(self._cuda, self._stream)
 
     def capture(self, work: Callable[[], None], doing: str) -> Graph:
-        """Records what ``work`` puts into the stream, without running it.
+        """Records the work that a function puts into the stream, without running it.
+
+        Args:
+            work: The function.
+            doing: The work, for the message of a failure.
 
         Raises:
-            BackendError: Something in it can't be captured.
+            BackendError: A part of the work can't be captured.
         """
         mode = self._cuda.constant("cudaStreamCaptureMode").cudaStreamCaptureModeThreadLocal
         self._cuda.call(doing, "cudaStreamBeginCapture", self._stream, mode)
@@ -214,7 +218,7 @@ class Stream:
             self._cuda.call(doing, "cudaGraphDestroy", graph)
 
     def _abandon_capture(self) -> None:
-        """Ends a capture that failed, so that the stream works again; what it holds is of no use."""
+        """Ends a capture that failed and discards it, so that the stream works again."""
         with contextlib.suppress(BackendError):
             graph = self._cuda.call("ending a capture that failed", "cudaStreamEndCapture", self._stream)
             if graph is not None and int(graph):
@@ -222,7 +226,7 @@ class Stream:
         self._forget_error()
 
     def _forget_error(self) -> None:
-        """Clears the error that CUDA keeps of a capture, which later calls may otherwise take for their own."""
+        """Clears the error that CUDA keeps after a failed capture: later calls might report it as their own."""
         with contextlib.suppress(BackendError):
             self._cuda.call("forgetting a capture that failed", "cudaGetLastError")
 
@@ -240,11 +244,11 @@ class Event:
         self._event = cuda.call("making an event", "cudaEventCreateWithFlags", flags)
 
     def record(self, doing: str) -> None:
-        """Marks where the stream stands."""
+        """Marks the current end of the stream."""
         self._cuda.call(doing, "cudaEventRecord", self._event, self._stream)
 
     def wait(self, doing: str) -> None:
-        """Has the host wait until the stream has passed the mark."""
+        """Waits until the stream has passed the mark."""
         self._cuda.call(doing, "cudaEventSynchronize", self._event)
 
     def close(self) -> None:
@@ -253,13 +257,13 @@ class Event:
 
 
 class Graph:
-    """Captured work, ready to run again and again; made by ``Stream.capture``."""
+    """Captured work that can be run many times; made by ``Stream.capture``."""
 
     def __init__(self, cuda: Cuda, graph: Any, stream: Any) -> None:
         self._cuda, self._graph, self._stream = cuda, graph, stream
 
     def launch(self, doing: str) -> None:
-        """Puts all of it into the stream."""
+        """Puts the captured work into the stream."""
         self._cuda.call(doing, "cudaGraphLaunch", self._graph, self._stream)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The two TensorRT libraries that share one Python API, and what an engine is built for.
+"""The two TensorRT libraries, which share one Python API.
 
 ``tensorrt`` builds for the GPU at hand; ``tensorrt_rtx`` also builds ahead of time, on a machine without a GPU.
 """
@@ -14,16 +14,16 @@ from typing import Any
 from medusa_runtime.errors import BackendError
 
 AUTO = "auto"
-# Flavors and the module of each. The extras of this package have the names of the flavors.
+# The module of each flavor. The extras of this package are named after the flavors.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
 class TensorRTLibrary:
-    """One of them, imported.
+    """An imported TensorRT library.
 
     Attributes:
-        flavor: Its name among ``MODULES``.
+        flavor: The library's name in ``MODULES``.
         trt: The module.
     """
 
@@ -32,7 +32,7 @@ class TensorRTLibrary:
 
     @property
     def version(self) -> str:
-        """Such as 1.7.1.116."""
+        """The library's version, such as 1.7.1.116."""
         version: str = self.trt.__version__
         return version
 
@@ -43,10 +43,13 @@ def installed_flavors() -> list[str]:
 
 
 def import_tensorrt(flavor: str = AUTO) -> TensorRTLibrary:
-    """Imports a flavor; ``auto`` is the one that is installed.
+    """Imports a TensorRT library.
+
+    Args:
+        flavor: Its name; ``auto`` stands for the one that is installed.
 
     Raises:
-        BackendError: It is unknown, not installed or broken, or ``auto`` would have to choose.
+        BackendError: The flavor is unknown, not installed or broken, or several are installed and it is ``auto``.
     """
     if flavor == AUTO:
         flavor = _the_only_flavor()
@@ -75,11 +78,11 @@ def _the_only_flavor() -> str:
 
 
 def error_log(trt: Any, *, ignore: str | None = None) -> Any:
-    """A logger for TensorRT that prints nothing and keeps errors, as its ``errors``.
+    """Makes a logger for TensorRT that prints nothing and keeps errors in its attribute ``errors``.
 
     Args:
-        trt: The TensorRT module, whose logger it derives from.
-        ignore: A pattern of messages that are none.
+        trt: The TensorRT module, whose logger class it derives from.
+        ignore: A regular expression; messages that match it are not kept.
     """
 
     class ErrorLog(trt.ILogger):  # type: ignore[misc]  # its base is known at run time only

@@ -1,4 +1,4 @@
-"""Open a compiled engine: everything that can be wrong with it is found, and said, before the first step."""
+"""Opens a compiled engine, and reports everything that can be wrong with it before the first step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MAX_KERNELS_BYTES = 2**30
 
 
 class KernelCache:
-    """The kernels that TensorRT-RTX compiled for a GPU, kept beside the engine from one process to the next.
+    """A file with the kernels that TensorRT-RTX has compiled for this GPU.
 
     Args:
-        path: The file; one that can't be read, or is of another GPU or version, is as none.
+        path: The file, beside the engine. It is made again if it can't be read, or is of another GPU or version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +30,7 @@ class KernelCache:
         self._cache: Any = None
 
     def attach(self, config: Any) -> None:
-        """Has contexts of a runtime configuration take their kernels from here, and leave them here."""
+        """Makes contexts of a runtime configuration take their kernels from here, and add new ones."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             kept = read_cache_file(self._path, at_most=MAX_KERNELS_BYTES)
@@ -39,11 +39,11 @@ class KernelCache:
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Writes it, if the folder can be written to; a service may well mount it read-only."""
+        """Writes the file if the folder can be written to. A service may mount it read-only."""
         if self._cache is None:
             return
         data = self._cache.serialize()
-        if data is not None:  # otherwise it can't be written down, and is made again
+        if data is not None:  # None: TensorRT can't serialise it
             write_cache_file(self._path, memoryview(data))
 
 
@@ -52,12 +52,12 @@ class LoadedEngine:
     """An engine on the device.
 
     Attributes:
-        description: What ``engine.json`` says.
+        description: The engine's description, from ``engine.json``.
         library: The TensorRT that runs it.
         device: The GPU.
         engine: TensorRT's ``ICudaEngine``.
-        log: Its logger, which keeps errors.
-        kernels: What was compiled for this GPU so far, where the flavor compiles at run time.
+        log: TensorRT's logger, which keeps errors.
+        kernels: The kernels that were compiled for this GPU so far, if the flavor compiles at run time.
     """
 
     description: CompiledEngine
@@ -69,7 +69,7 @@ class LoadedEngine:
 
     @property
     def scratch_size(self) -> int:
-        """Bytes of scratch memory that a step of any profile needs."""
+        """Bytes of scratch memory that are enough for a step of any profile."""
         profiles = range(self.engine.num_optimization_profiles)
         return max(int(self.engine.get_device_memory_size_for_profile_v2(index)) for index in profiles)
 
@@ -77,8 +77,8 @@ class LoadedEngine:
         """An execution context without scratch memory of its own.
 
         Args:
-            eager: Have kernels for its shapes compiled at once, where the flavor compiles at run time. Otherwise they
-                are compiled beside the steps, which suits shapes that come once.
+            eager: Compile the kernels for its shapes at once, if the flavor compiles at run time. Otherwise they are
+                compiled beside the steps, which suits shapes that come once.
         """
         trt = self.library.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -96,18 +96,24 @@ class LoadedEngine:
         return context
 
     def words(self) -> str:
-        """What TensorRT complained of last; forgets it."""
+        """TensorRT's last error messages, which are forgotten then."""
         text = " ".join(self.log.errors[-3:]) or "it gave no reason."
         self.log.errors.clear()
         return text
 
 
 def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLibrary, cuda: Cuda) -> LoadedEngine:
-    """Deserialises an engine and holds it against the contract.
+    """Deserialises an engine and compares it with the contract.
+
+    Args:
+        bundle: The bundle that the engine was built from.
+        description: The engine's description.
+        library: The TensorRT to run it.
+        cuda: The CUDA runtime.
 
     Raises:
-        OutOfDeviceMemoryError: The GPU has no memory for its weights.
-        BackendError: It is of another version or GPU, it can't be read, or it is not what the contract says.
+        OutOfDeviceMemoryError: The GPU has no memory for the engine's weights.
+        BackendError: The engine is of another version or GPU, can't be read, or has other inputs and outputs.
     """
     if library.version != description.version:
         raise BackendError(
@@ -143,7 +149,7 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
 
 
 def _check_validity(trt: Any, runtime: Any, data: bytes, description: CompiledEngine) -> None:
-    """Asks TensorRT-RTX, which can tell before it loads an engine."""
+    """Asks TensorRT-RTX if an engine can run here, which it knows before it loads the engine."""
     if not hasattr(runtime, "get_engine_validity"):
         return
     validity, diagnostics = runtime.get_engine_validity(data)
@@ -180,5 +186,5 @@ def _check_tensors(loaded: LoadedEngine, bundle: Bundle) -> None:
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a shape is as expected; where -1 is, any size will do, as one that all profiles share may be given."""
+    """True if a shape is as expected. -1 stands for any size: a size that all profiles share may be given instead."""
     return len(shape) == len(expected) and all(ours in (-1, size) for size, ours in zip(shape, expected, strict=True))
