@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that help is instant and needs no torch."""
+"""The command line. Each command imports its packages when it runs, so that help is instant and needs no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import import_module
 import click
 
 from medusa_export.commands.options import Failure
+from medusa_export.commands.progress import shown_warnings
 from medusa_runtime import __version__
 from medusa_runtime.common.cpus import limit_openmp_threads
 from medusa_runtime.errors import MedusaError
@@ -19,12 +20,12 @@ COMMANDS = {
     "generate": "Answer a prompt with a bundle.",
     "inspect": "Show what is in a bundle.",
     "verify": "Check a bundle against PyTorch.",
-    "distill": "Have a model write the data that its heads are trained on.",
-    "train": "Train heads on what a model wrote.",
+    "distill": "Have a model write training data for its heads.",
+    "train": "Train heads on conversations.",
     "calibrate": "Measure how often heads are right.",
-    "heads": "Convert files of heads.",
+    "heads": "Work with files of heads.",
     "tree": "Search the best draft tree for calibrated heads.",
-    "bench": "Measure what the tree brings.",
+    "bench": "Measure decoding speed.",
 }
 
 
@@ -47,11 +48,12 @@ class _Commands(click.Group):
     def invoke(self, context: click.Context) -> object:
         limit_openmp_threads(os.environ)  # before a command imports torch
         try:
-            return super().invoke(context)
+            with shown_warnings():
+                return super().invoke(context)
         except MedusaError as error:
             raise Failure(str(error)) from error
         except OSError as error:
-            if error.errno == errno.EPIPE:  # click knows what that is
+            if error.errno == errno.EPIPE:  # click ends quietly
                 raise
             raise Failure(f"{error}.") from error
 

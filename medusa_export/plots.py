@@ -1,4 +1,7 @@
-"""Plots, as PNG files. matplotlib is of the extra for training: import this module only where a plot is asked for."""
+"""Plots as PNG files.
+
+Only the extra ``train`` installs matplotlib, so import this module only to draw a plot.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,22 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from medusa_export.benchmarks.bench import Speed
+from medusa_export.benchmarks.speeds import Speed
 from medusa_export.common.files import atomic_file
 from medusa_export.training.report import held_out
 from medusa_export.trees.calibration import Calibration
 
 
 def plot_sizes(sizes: Mapping[int, Speed], auto: Speed, target: Path) -> None:
-    """Speed, tokens per step and overhead over the tree size, those of ``auto`` as stars, as a PNG.
+    """Plots speedup, tokens per step and overhead over the tree size. Stars show ``auto``.
+
+    Args:
+        sizes: The speed at each tree size, by its number of nodes.
+        auto: The speed with the tree size that the engine chooses.
+        target: The PNG file to write.
 
     Raises:
-        OutputError: It can't be written.
+        OutputError: The file can't be written.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -34,10 +42,15 @@ def plot_sizes(sizes: Mapping[int, Speed], auto: Speed, target: Path) -> None:
 
 
 def plot_training(history: Sequence[dict[str, Any]], num_heads: int, target: Path) -> None:
-    """Losses and accuracies over epochs, as a PNG.
+    """Plots losses and accuracies over epochs.
+
+    Args:
+        history: What a training logged.
+        num_heads: Number of heads.
+        target: The PNG file to write.
 
     Raises:
-        OutputError: It can't be written.
+        OutputError: The file can't be written.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, hits = figure.subplots(1, 2)
@@ -57,10 +70,14 @@ def plot_training(history: Sequence[dict[str, Any]], num_heads: int, target: Pat
 
 
 def plot_calibration(calibration: Calibration, target: Path) -> None:
-    """Cumulative accuracy over the number of candidates, a line per head, as a PNG.
+    """Plots the cumulative accuracy over the number of candidates, a line per head.
+
+    Args:
+        calibration: The measured hit rates.
+        target: The PNG file to write.
 
     Raises:
-        OutputError: It can't be written.
+        OutputError: The file can't be written.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.benchmarks import bench
+from medusa_export.benchmarks import contestants as bench
 from medusa_runtime import MedusaEngine
 from medusa_runtime.bundles.bundle import WEIGHTS
 
@@ -118,7 +118,7 @@ def main(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     orders = random.Random(0)  # noqa: S311  # no secret
     for run in range(rounds + 1):
-        for name in orders.sample(list(contestants), len(contestants)):  # so that no contestant follows always the same
+        for name in orders.sample(list(contestants), len(contestants)):  # so that none always follows the same one
             taken = contestants[name](tokens)
             if run > 0:  # the first round warms up
                 seconds[name].append(taken / (tokens - 1))

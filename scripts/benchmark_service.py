@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.benchmarks.bench import bench_prompts
+from medusa_export.benchmarks.prompts import bench_prompts
 from medusa_runtime import Bundle, MedusaEngine, MedusaService
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.text.tokenizer import Tokenizer

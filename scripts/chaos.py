@@ -34,7 +34,8 @@ from faults import FaultyBackend, JumpyClock
 from soak import Consumer, Ends, Outcome, Request, RequestSource, corpus, verdict
 from tiny_bundle import bundle_folder
 
-from medusa_export.common.progress import progress_bar
+from medusa_export.commands.progress import shown_progress
+from medusa_export.common.progress import Task
 from medusa_runtime import Bundle, Chunk, ForkError, MedusaEngine, MedusaError, MedusaService
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.text.tokenizer import Tokenizer
@@ -275,12 +276,13 @@ def main(
         source = RequestSource(corpus(path, seed), 200, 40, 0.5, bundle.sampling, seed)
         tally, engine = Tally(), MedusaEngine.load(path, threads=1)
         scenario = Scenario(source, engine, rate, rows, seed)
-        with progress_bar("requests", requests) as bar:
+        with shown_progress(quiet=False) as on_progress:
+            task = Task("requests", requests, on_progress)
             for first in range(0, requests, per_service):
                 numbers = range(first, min(first + per_service, requests))
                 asyncio.run(ServiceRun(scenario, numbers, tally).run())
                 for _ in numbers:
-                    bar.finish_piece()
+                    task.finish_piece()
         engine.close()
     report = {"requests": requests, "seconds": round(time.monotonic() - started), **vars(tally)}
     click.echo(json.dumps(report, indent=1))

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from medusa_export.benchmarks.bench import engine_contestant, race, speeds
+from medusa_export.benchmarks.contestants import engine_contestant
+from medusa_export.benchmarks.speeds import race, speeds
 from medusa_export.common.files import write_text
 from medusa_export.step.reference import load_reference, prompt_ids
 from medusa_export.targets.tensorrt.build import BuildOptions, choose_limits, write_engine

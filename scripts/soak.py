@@ -32,7 +32,8 @@ import numpy as np
 import psutil
 from tiny_bundle import bundle_folder
 
-from medusa_export.common.progress import progress_bar
+from medusa_export.commands.progress import shown_progress
+from medusa_export.common.progress import Task
 from medusa_runtime import (
     Bundle,
     Chunk,
@@ -239,10 +240,11 @@ def main(
         service.close()
         engine = MedusaEngine.load(bundle, threads=threads)
         verdicts: Counter[str] = Counter()
-        with progress_bar("each alone", requests) as bar:
+        with shown_progress(quiet=False) as on_progress:
+            task = Task("each alone", requests, on_progress)
             for number in range(requests):
                 verdicts[verdict(number, source.request(number), outcomes.get(number), engine)] += 1
-                bar.finish_piece()
+                task.finish_piece()
         report |= {"wrong": verdicts["wrong"], "ties": verdicts["tie"]}
     report |= {"rows": rows, "ended": sum(ends.count.values())}
     click.echo(json.dumps(report, indent=1))
@@ -278,9 +280,10 @@ async def run_requests(
         with suppress(TimeoutError):  # without an outcome, the request counts as lost
             outcomes[number] = await consumer.follow(await consumer.submit(service))
         room.release()
-        bar.finish_piece()
+        task.finish_piece()
 
-    with progress_bar("requests", requests) as bar:
+    with shown_progress(quiet=False) as on_progress:
+        task = Task("requests", requests, on_progress)
         async with asyncio.TaskGroup() as consumers:
             for number, pause in enumerate(pauses):
                 await asyncio.sleep(pause)

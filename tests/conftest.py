@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from medusa_export.cli import main
-from medusa_export.targets.tensorrt.build import BuildOptions, write_engine
+import medusa_export
+from medusa_export import DistillOptions
+from medusa_export.targets.tensorrt.build import write_engine
+from medusa_export.targets.tensorrt.options import BuildOptions
 from medusa_runtime import Bundle
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
 from medusa_runtime.bundles.compiled import CompiledEngine, EngineLimits
-from support.distilling import distilled
 from support.stock import Stock
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import make_tokenizer
@@ -48,14 +48,11 @@ def tiny_bundle(stock: Stock) -> Bundle:
 
 @pytest.fixture(scope="session")
 def untrained_bundle(stock: Stock, tiny_model_folder: Path) -> Bundle:
-    """That folder with two fresh heads, exported by the command."""
-
-    def fill(folder: Path) -> None:
-        arguments = ["onnx", str(tiny_model_folder), "--init-heads", "2", "--top-k", "2", "-o", str(folder), "-q"]
-        result = CliRunner().invoke(main, arguments)
-        assert result.exit_code == 0, result.output
-
-    return Bundle.load(stock.folder("untrained-bundle", fill))
+    """That folder with two fresh heads, exported."""
+    folder = stock.folder(
+        "untrained-bundle", lambda out: medusa_export.export(tiny_model_folder, out, init_heads=2, top_k=2)
+    )
+    return Bundle.load(folder)
 
 
 @pytest.fixture(scope="session")
@@ -80,11 +77,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(stock: Stock, tiny_model_folder: Path, prompts: Path) -> Path:
     """What that model answers to those prompts, as ``distill`` writes it."""
 
-    def fill(folder: Path) -> None:
-        code, output = distilled(tiny_model_folder, folder, "--prompts", prompts, "--temperature", 1)
-        assert code == 0, output
-
-    return stock.folder("distilled", fill)
+    options = DistillOptions(batch_size=4, max_new_tokens=12, heldout=0.3, temperature=1)
+    return stock.folder(
+        "distilled", lambda out: medusa_export.distill(tiny_model_folder, out, prompts=[prompts], options=options)
+    )
 
 
 @pytest.fixture(scope="session")

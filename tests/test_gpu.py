@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_export.targets.tensorrt.build import BuildOptions, write_engine
+from medusa_export.targets.tensorrt.build import write_engine
+from medusa_export.targets.tensorrt.options import BuildOptions
 from medusa_export.verification.backend import verify_backend
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends import open_backend

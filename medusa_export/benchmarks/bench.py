@@ -1,356 +1,182 @@
-"""Decoding speed told honestly: everything in turns, on the same prompts, against plain decoding in the same engine.
+"""Measures decoding speed with a bundle: the whole way in one call.
 
-Each repeat every contestant answers every prompt, in an order drawn anew each time (from a fixed seed): whoever always
-came after the same neighbour would always have that one's threads and caches to deal with. Speeds are totals over
-prompts, ratios are taken within a repeat, and medians over repeats.
+Everything runs in turns, on the same prompts, against plain decoding in the same engine.
 """
 
 from __future__ import annotations
 
-import json
 import platform
-import random
 import resource
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from medusa_export.common.errors import CheckpointError, DatasetError
-from medusa_runtime import MedusaEngine
-from medusa_runtime.request import TreeSize
+from medusa_export.benchmarks.contestants import (
+    Contestants,
+    engine_contestant,
+    genai_contestant,
+    llama_cpp_contestant,
+    resident,
+    transformers_contestant,
+)
+from medusa_export.benchmarks.prompts import BenchPrompt, bench_prompts
+from medusa_export.benchmarks.speeds import Speed, by_category, race, speeds
+from medusa_export.common import defaults
+from medusa_export.common.errors import DatasetError, OptionError
+from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
+from medusa_runtime.common.cpus import usable_cpus
+from medusa_runtime.engine import MedusaEngine
 
 LLAMA_CPP = "llama.cpp"
 AUTO = "auto"
+_USUAL_SIZES = (2, 4, 6, 8, 10, 12, 16, 32, 64)
 
 
 @dataclass(frozen=True)
-class BenchPrompt:
-    """A prompt, and what kind of request it is."""
+class BenchPeers:
+    """Other programs to measure beside a bundle; those that are None are left out.
 
-    category: str
-    prompt: str
+    Attributes:
+        plain: A bundle of the same model without heads.
+        model: The model to run with transformers: a folder, a hub id or a ``.gguf`` file.
+        genai: The folder of a model for onnxruntime-genai.
+        llama_cpp: A GGUF file for llama.cpp.
+    """
+
+    plain: Path | None = None
+    model: str | None = None
+    genai: Path | None = None
+    llama_cpp: Path | None = None
 
 
 @dataclass(frozen=True)
-class Generation:
-    """One answer.
+class BenchResult:
+    """The result of a bench.
 
     Attributes:
-        token_ids: All of it.
-        prefill_seconds: Until the first token.
-        decode_seconds: From there to the last.
-        steps: After the first token.
-        nodes_per_step: Tokens that each of them verified, on average.
+        speeds: The speed of each contestant, by name. ``auto`` chooses its tree size at each step.
+        sizes: The speed at each fixed tree size, by its number of nodes; 1 is plain decoding, the baseline.
+        categories: Speedup and tokens per step of ``auto``, by category of prompts.
     """
 
-    token_ids: tuple[int, ...]
-    prefill_seconds: float
-    decode_seconds: float
-    steps: int
-    nodes_per_step: float = 1.0
+    speeds: Mapping[str, Speed]
+    sizes: Mapping[int, Speed]
+    categories: Mapping[str, Mapping[str, float]]
 
+    @property
+    def auto(self) -> Speed:
+        """The speed with the tree size that the engine chooses by itself."""
+        return self.speeds[AUTO]
 
-# Answers token ids with at most so many tokens, greedily.
-Contestant = Callable[[list[int], int], Generation]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a contestant came to; medians over repeats.
-
-    Attributes:
-        tokens_per_second: After the first token.
-        spread: The slowest and the fastest repeat.
-        tokens_per_step: Tokens that a step emitted on average.
-        nodes_per_step: Nodes that it verified.
-        speedup: Tokens per second against the baseline's, within a repeat.
-        overhead: Seconds per step against the baseline's.
-        first_token_seconds: Median over prompts, too.
-        identical: The tokens are the baseline's.
-        memory_mib: What loading it, and a first answer, added to this process; None if it wasn't looked at. Tree sizes
-            share one engine.
-    """
-
-    tokens_per_second: float
-    spread: tuple[float, float]
-    tokens_per_step: float
-    nodes_per_step: float
-    speedup: float
-    overhead: float
-    first_token_seconds: float
-    identical: bool
-    memory_mib: int | None = None
-
-
-def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
-    """The fixed prompts that come with the package, or those of a file: JSON lines of ``category`` and ``prompt``.
-
-    Raises:
-        DatasetError: The file can't be read.
-    """
-    source: Any = path if path is not None else files("medusa_export") / "data" / "bench_prompts.jsonl"
-    try:
-        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
-        found = [BenchPrompt(str(row.get("category", "")), str(row["prompt"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DatasetError(f"{source} can't be read as JSON lines of category and prompt ({error!r}).") from error
-    if not found:
-        raise DatasetError(f"{source} holds no prompts.")
-    return found
-
-
-def engine_contestant(engine: MedusaEngine, tree_size: TreeSize, *, lookup: bool = True) -> Contestant:
-    """An engine at one tree size, with or without guesses from the text."""
-    # What it learns of the heads' guesses is its own: others meet other steps.
-    own = MedusaEngine(engine.bundle, engine.backend, engine.tokenizer)
-    if tree_size == "auto":
-        own.measure()
-
-    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
-        own.evict()  # each answer pays for its prompt
-        result = own.generate(prompt, max_new_tokens=max_new_tokens, tree_size=tree_size, lookup=lookup)
-        stats = result.stats
-        return Generation(
-            result.token_ids, stats.prefill_seconds, stats.decode_seconds, stats.steps, stats.nodes_per_step
-        )
-
-    return answer
-
-
-def transformers_contestant(
-    model_path: str, threads: int | None, end_tokens: Sequence[int] | None = None
-) -> Contestant:
-    """transformers' greedy ``generate``, in fp32.
-
-    Args:
-        model_path: The model.
-        threads: CPU threads; by default torch's own choice.
-        end_tokens: Ids of the tokens that end an answer, as a bundle has them; the model's own if None.
-    """
-    import torch  # noqa: PLC0415  # slow to import, and not always wanted
-
-    from medusa_export.models.checkpoints import load_model  # noqa: PLC0415
-    from medusa_export.verification.reference import greedy_config  # noqa: PLC0415
-
-    if threads:
-        torch.set_num_threads(threads)
-    model: Any = load_model(model_path, dtype=torch.float32)
-    model.generation_config = greedy_config(model, end_tokens)
-
-    def timed(ids: Any, count: int) -> tuple[float, Any]:
-        started = time.perf_counter()
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
-        return time.perf_counter() - started, output[0, ids.shape[1] :].tolist()
-
-    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
-        ids = torch.tensor([prompt])
-        first, _ = timed(ids, 1)
-        whole, tokens = timed(ids, max_new_tokens)
-        return Generation(tuple(tokens), first, whole - first, len(tokens) - 1)
-
-    return answer
-
-
-def genai_contestant(folder: Path, threads: int | None) -> Contestant:
-    """onnxruntime-genai with a model of the same weights.
-
-    Raises:
-        CheckpointError: It can't be loaded.
-    """
-    import onnxruntime_genai as og  # noqa: PLC0415  # optional
-
-    try:
-        config = og.Config(str(folder))
-        config.clear_providers()
-        if threads:
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-        model = og.Model(config)
-    except RuntimeError as error:
-        raise CheckpointError(f"onnxruntime-genai can't load a model from {folder}: {error}.") from error
-
-    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=len(prompt) + max_new_tokens, do_sample=False)
-        generator = og.Generator(model, params)
-        # Not from its `get_sequence`, which leaves out the token that ends an answer.
-        tokens: list[int] = []
-        started = time.perf_counter()
-        generator.append_tokens(prompt)
-        generator.generate_next_token()
-        first = time.perf_counter()
-        tokens.append(int(generator.get_next_tokens()[0]))
-        while not generator.is_done():
-            generator.generate_next_token()
-            tokens.append(int(generator.get_next_tokens()[0]))
-        done = time.perf_counter()
-        return Generation(tuple(tokens), first - started, done - first, len(tokens) - 1)
-
-    return answer
-
-
-def llama_cpp_contestant(gguf: Path, threads: int | None) -> Contestant:
-    """llama.cpp with a GGUF file, as it is: a quantized one stays so, and may well say other tokens.
-
-    Raises:
-        CheckpointError: It can't be loaded.
-    """
-    from llama_cpp import Llama  # noqa: PLC0415  # optional
-
-    try:
-        llama = Llama(str(gguf), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"llama.cpp can't load {gguf}: {error}.") from error
-    stop = llama.token_eos()
-
-    def answer(prompt: list[int], max_new_tokens: int) -> Generation:
-        tokens: list[int] = []
-        llama.reset()  # or else it takes over what this prompt and the last one begin with
-        started = first = time.perf_counter()
-        for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
-            if not tokens:
-                first = time.perf_counter()
-            tokens.append(int(token))
-            if token == stop or len(tokens) == max_new_tokens:
-                break
-        return Generation(tuple(tokens), first - started, time.perf_counter() - first, len(tokens) - 1)
-
-    return answer
-
-
-class Paddock:
-    """Where contestants are made ready: loaded and warmed up one after another, and weighed.
-
-    Args:
-        prompt: What each answers to warm up.
-        max_new_tokens: Of that answer.
-
-    Attributes:
-        contestants: Those that are ready, by name.
-        memory: What each added to this process, in bytes.
-    """
-
-    def __init__(self, prompt: list[int], max_new_tokens: int) -> None:
-        self._prompt, self._max_new_tokens = prompt, max_new_tokens
-        self.contestants: dict[str, Contestant] = {}
-        self.memory: dict[str, int] = {}
-
-    def add(self, name: str, load: Callable[[], Contestant], *, since: int | None = None) -> None:
-        """Makes one ready.
-
-        Args:
-            name: What to call it.
-            load: Loads it.
-            since: Memory of the process before any of it was loaded, as ``resident`` told; now if None.
-        """
-        before = resident() if since is None else since
-        contestant = load()
-        contestant(self._prompt, self._max_new_tokens)
-        self.memory[name] = resident() - before
-        self.contestants[name] = contestant
-
-
-def resident() -> int:
-    """Memory of this process, in bytes."""
-    rss: int = psutil.Process().memory_info().rss
-    return rss
-
-
-def race(
-    contestants: Mapping[str, Contestant],
-    baseline: str,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    repeats: int,
-    told: Callable[[], None] = lambda: None,
-) -> dict[str, list[list[Generation]]]:
-    """Everyone's answers, [repeat][prompt]."""
-    names = [baseline, *(name for name in contestants if name != baseline)]
-    answers: dict[str, list[list[Generation]]] = {name: [[] for _ in range(repeats)] for name in names}
-    orders = random.Random(0)  # noqa: S311  # no secret
-    for repeat in range(repeats):
-        for prompt in prompts:
-            for name in orders.sample(names, len(names)):
-                answers[name][repeat].append(contestants[name](prompt, max_new_tokens))
-            told()
-    return answers
-
-
-def speeds(
-    answers: Mapping[str, list[list[Generation]]], baseline: str, memory: Mapping[str, int] | None = None
-) -> dict[str, Speed]:
-    """Speeds of everyone against the baseline; ``memory`` is in bytes, by name."""
-    taken = memory or {}
-    rates = {name: [_rate(repeat) for repeat in repeats] for name, repeats in answers.items()}
-    step_seconds = {name: [_step_seconds(repeat) for repeat in repeats] for name, repeats in answers.items()}
-    expected = [answer.token_ids for answer in answers[baseline][0]]
-    return {
-        name: Speed(
-            tokens_per_second=statistics.median(rates[name]),
-            spread=(min(rates[name]), max(rates[name])),
-            tokens_per_step=statistics.median(_per_step(repeat, _tokens(repeat)) for repeat in repeats),
-            nodes_per_step=statistics.median(_per_step(repeat, _nodes(repeat)) for repeat in repeats),
-            speedup=_ratio(rates[name], rates[baseline]),
-            overhead=_ratio(step_seconds[name], step_seconds[baseline]),
-            first_token_seconds=statistics.median(a.prefill_seconds for repeat in repeats for a in repeat),
-            identical=all([answer.token_ids for answer in repeat] == expected for repeat in repeats),
-            memory_mib=taken[name] >> 20 if name in taken else None,
-        )
-        for name, repeats in answers.items()
-    }
-
-
-def by_category(
-    answers: Mapping[str, list[list[Generation]]], categories: Sequence[str], name: str, baseline: str
-) -> dict[str, dict[str, float]]:
-    """Speedup and tokens per step of one contestant, by kind of request."""
-    figures = {}
-    for category in dict.fromkeys(categories):
-        part = {
-            who: [
-                [a for a, kind in zip(repeat, categories, strict=True) if kind == category] for repeat in answers[who]
-            ]
-            for who in {name, baseline}
+    def figures(self) -> dict[str, Any]:
+        """Returns all figures for JSON. Those of ``auto`` are at the top; its tree size is a mean over steps."""
+        return {
+            "speedup": self.auto.speedup,
+            "tokens_per_step": self.auto.tokens_per_step,
+            "overhead": self.auto.overhead,
+            "tree_size": self.auto.nodes_per_step,
+            # llama.cpp computes with quantized weights in another way, so its tokens prove nothing.
+            "identical": all(speed.identical for name, speed in self.speeds.items() if name != LLAMA_CPP),
+            "contestants": {name: asdict(speed) for name, speed in self.speeds.items()},
+            "categories": {name: dict(figures) for name, figures in self.categories.items()},
+            "environment": environment(),
         }
-        speed = speeds(part, baseline)[name]
-        figures[category] = {"speedup": speed.speedup, "tokens_per_step": speed.tokens_per_step}
-    return figures
 
 
-def _tokens(repeat: Sequence[Generation]) -> int:
-    """Tokens after the first of each answer."""
-    return sum(len(answer.token_ids) - 1 for answer in repeat)
+def bench(
+    bundle: str | PathLike[str],
+    *,
+    tree_sizes: Sequence[int] | None = None,
+    prompts: Sequence[BenchPrompt] | None = None,
+    max_new_tokens: int = defaults.BENCH_TOKENS,
+    repeats: int = defaults.BENCH_REPEATS,
+    threads: int | None = None,
+    peers: BenchPeers = BenchPeers(),
+    on_progress: OnProgress = ignore_progress,
+) -> BenchResult:
+    """Measures tokens per second, tokens per step and the cost of a step with a bundle.
+
+    Args:
+        bundle: The folder of the bundle.
+        tree_sizes: Tree sizes to measure, in nodes; a few if None. Plain decoding and ``auto`` are always measured.
+        prompts: Prompts to answer; the fixed ones that come with the package if None.
+        max_new_tokens: Tokens to generate per prompt, 2 or more.
+        repeats: Number of times that each prompt is answered.
+        threads: CPU threads of each contestant; all that this process may use if None.
+        peers: Other programs to measure, too.
+        on_progress: Receives reports.
+
+    Returns:
+        The speeds.
+
+    Raises:
+        OptionError: A tree size is larger than the bundle's tree.
+        BundleError: A bundle can't be read.
+        CheckpointError: A peer's model can't be loaded.
+        DatasetError: The bundle has no tokenizer.
+        MissingExtraError: A peer's package is not installed.
+    """
+    threads = threads or usable_cpus()  # for all contestants, because some take one per physical core by themselves
+    asked = bench_prompts() if prompts is None else prompts
+    on_progress(Progress(f"loading {fspath(bundle)}"))
+    empty = resident()
+    engine = MedusaEngine.load(Path(bundle), threads=threads)
+    ids = _encoded(engine, asked)
+    names = {size: f"tree size {size}" for size in _measured_sizes(engine, tree_sizes)}
+    contestants = Contestants(ids[0], max_new_tokens)
+    for size, name in names.items():
+        contestants.add(name, partial(engine_contestant, engine, size), since=empty)
+    contestants.add(AUTO, partial(engine_contestant, engine, "auto"), since=empty)
+    if engine.bundle.tree.size > 1:
+        contestants.add(f"{AUTO}, no lookup", partial(engine_contestant, engine, "auto", lookup=False), since=empty)
+    _add_peers(contestants, peers, threads, engine.bundle.model.eos_token_ids)
+    task = Task("answering", len(ids) * repeats, on_progress)
+    answers = race(
+        contestants.by_name,
+        names[1],
+        ids,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        on_prompt=task.finish_piece,
+    )
+    measured = speeds(answers, names[1], contestants.memory)
+    categories = by_category(answers, [prompt.category for prompt in asked], AUTO, names[1])
+    return BenchResult(measured, {size: measured[name] for size, name in names.items()}, categories)
 
 
-def _rate(repeat: Sequence[Generation]) -> float:
-    return _tokens(repeat) / max(sum(answer.decode_seconds for answer in repeat), 1e-9)
+def _encoded(engine: MedusaEngine, prompts: Sequence[BenchPrompt]) -> list[list[int]]:
+    if engine.tokenizer is None:
+        raise DatasetError(f"{engine.bundle.folder} has no tokenizer to read prompts with.")
+    return [engine.tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}]) for prompt in prompts]
 
 
-def _step_seconds(repeat: Sequence[Generation]) -> float:
-    return _per_step(repeat, sum(answer.decode_seconds for answer in repeat))
+def _measured_sizes(engine: MedusaEngine, asked: Sequence[int] | None) -> list[int]:
+    """Returns tree sizes in ascending order, plain decoding among them."""
+    largest = engine.bundle.tree.size
+    sizes = sorted({1, *(asked or (size for size in _USUAL_SIZES if size <= largest))})
+    if sizes[-1] > largest:
+        raise OptionError(f"The tree size {sizes[-1]} is too large: the tree of this bundle has {largest} nodes.")
+    return sizes
 
 
-def _nodes(repeat: Sequence[Generation]) -> float:
-    return sum(answer.steps * answer.nodes_per_step for answer in repeat)
-
-
-def _per_step(repeat: Sequence[Generation], amount: float) -> float:
-    return amount / max(sum(answer.steps for answer in repeat), 1)
-
-
-def _ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(value / max(other, 1e-12) for value, other in zip(values, others, strict=True))
+def _add_peers(contestants: Contestants, peers: BenchPeers, threads: int, end_tokens: Sequence[int]) -> None:
+    plain, genai, llama_cpp, model = peers.plain, peers.genai, peers.llama_cpp, peers.model
+    if plain is not None:
+        contestants.add("without heads", lambda: engine_contestant(MedusaEngine.load(plain, threads=threads), 1))
+    if genai is not None:
+        contestants.add("onnxruntime-genai", lambda: genai_contestant(genai, threads))
+    if llama_cpp is not None:
+        contestants.add(LLAMA_CPP, lambda: llama_cpp_contestant(llama_cpp, threads))
+    if model is not None:
+        contestants.add("transformers", lambda: transformers_contestant(model, threads, end_tokens))
 
 
 def environment() -> dict[str, Any]:
-    """Where a figure was measured."""
+    """Returns facts about this machine and its packages, for JSON."""
     found = {}
     for package in ("medusa-export", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers"):
         try:
@@ -361,19 +187,4 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": found,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-
-
-def report(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The figures of a bench as JSON: at the top those of ``auto``, whose tree size is a mean over steps."""
-    return {
-        "speedup": measured[AUTO].speedup,
-        "tokens_per_step": measured[AUTO].tokens_per_step,
-        "overhead": measured[AUTO].overhead,
-        "tree_size": measured[AUTO].nodes_per_step,
-        # llama.cpp calculates with quantized weights in another way, so that its tokens prove nothing.
-        "identical": all(speed.identical for name, speed in measured.items() if name != LLAMA_CPP),
-        "contestants": {name: asdict(speed) for name, speed in measured.items()},
-        "categories": {name: dict(figures) for name, figures in categories.items()},
-        "environment": environment(),
     }

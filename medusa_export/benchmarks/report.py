@@ -1,4 +1,4 @@
-"""A bench as a table, as Markdown, as a plot, and against an earlier one."""
+"""A bench as a table and as Markdown, and its comparison with an earlier one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from medusa_export.benchmarks.bench import Speed
+from medusa_export.benchmarks.speeds import Speed
 from medusa_export.common.errors import DatasetError
 
 COLUMNS = (
     "", "tokens/s", "range", "tokens per step", "nodes per step", "over- head", "speedup", "first token", "memory",
     "same tokens",
 )  # fmt: skip
-# Left out at a terminal, which is narrow.
+# Not shown at a terminal, which is narrow.
 _WIDE = {"range", "nodes per step"}
 
 
 def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
-    """A line of words per contestant."""
+    """Returns the cells of the table, a row per contestant."""
     return [
         (
             name,
@@ -43,7 +43,7 @@ def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
 
 
 def as_table(measured: Mapping[str, Speed]) -> Table:
-    """For people at a terminal."""
+    """Returns a table for a terminal."""
     shown = [column not in _WIDE for column in COLUMNS]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in compress(COLUMNS, shown):
@@ -54,7 +54,7 @@ def as_table(measured: Mapping[str, Speed]) -> Table:
 
 
 def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[str, float]]) -> str:
-    """For people elsewhere."""
+    """Returns tables in Markdown: contestants, and speed by category."""
     lines = [f"| {' | '.join(column.replace('- ', '') for column in COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(row)} |" for row in rows(measured)]
     if categories:
@@ -63,33 +63,42 @@ def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[
     return "\n".join(lines) + "\n"
 
 
-# What is compared with an earlier report: ratios, not tokens per second, as another machine has other speeds.
+# Figures to compare with an earlier report. They are ratios, because another machine has other tokens per second.
 _RATIOS = ("speedup", "tokens_per_step", "overhead")
 
 
 def earlier_report(file: Path) -> dict[str, float]:
-    """What ``regressions`` needs of an earlier report.
+    """Reads the figures of an earlier report that ``regressions`` compares.
+
+    Args:
+        file: A JSON report of ``medusa-export bench``.
 
     Raises:
-        DatasetError: It can't be read.
+        DatasetError: The file can't be read, or is no such report.
     """
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
         ratios = {name: float(old[name]) for name in _RATIOS}
         if not all(map(math.isfinite, ratios.values())):
-            raise ValueError("a figure is no number")
+            raise ValueError("a figure is not finite")
         return ratios | {"identical": bool(old["identical"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is no report of 'medusa-export bench' ({error!r}).") from error
 
 
 def regressions(new: Mapping[str, Any], old: Mapping[str, float], tolerance: float) -> list[str]:
-    """Where a bench falls behind an earlier one, in words."""
+    """Returns a sentence for each figure that is worse than in an earlier report.
+
+    Args:
+        new: Figures of a bench.
+        old: Figures of the earlier report.
+        tolerance: Share by which a ratio may be worse.
+    """
     found = []
     for name in _RATIOS:
         value = old[name]
         holds = new[name] <= value * (1 + tolerance) if name == "overhead" else new[name] >= value * (1 - tolerance)
-        if not holds:  # as with NaN
+        if not holds:  # NaN never holds
             found.append(f"{name.replace('_', ' ')} is {new[name]:.2f}, was {value:.2f}")
     if old["identical"] and not new["identical"]:
         found.append("the tokens are no longer the same")

@@ -1,1 +1,1 @@
-"""One module per subcommand; each has a ``command`` and imports heavy packages only when it runs."""
+"""Commands, one module each: a ``command`` parses options, calls the Python API, and prints the result."""

@@ -6,31 +6,41 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import DTYPES, Progress, extra
+from medusa_export.commands.options import Command
+from medusa_export.commands.progress import shown_progress
+from medusa_export.common import defaults
+from medusa_export.common.dtypes import DTYPES, Dtype
+from medusa_export.common.extras import extra
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=Command)
 @click.argument("model")
 @click.option(
-    "--heads", metavar="PATH", required=True, help="Heads in any published format: a file, a folder or a hub id."
+    "--heads", metavar="PATH", required=True, help="The heads: a file, a folder or a hub id, in any published format."
 )
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
     required=True,
     multiple=True,
-    help="What 'distill' wrote: its held-out part is used. Or a file of conversations: all of it is. May be repeated.",
+    help="A folder of 'distill', whose held-out part is used, or a file of conversations. May be given more than once.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Also write a plot, as PNG.")
-@click.option("--max-length", type=click.IntRange(3), default=2048, show_default=True, help="Tokens of a conversation.")
-@click.option("--strict", is_flag=True, help="Refuse data with rows that can't be used, instead of skipping them.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also write a plot to this PNG.")
 @click.option(
-    "--lookup/--no-lookup", default=True, show_default=True, help="Count the runtime's guesses from the text, too."
+    "--max-length",
+    type=click.IntRange(3),
+    default=defaults.MAX_LENGTH,
+    show_default=True,
+    help="Largest number of tokens of a conversation.",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the model. [default: bf16 on a GPU, else fp32]")
-@click.option("--device", help="Such as cuda:1. [default: the GPU, if there is one]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--strict", is_flag=True, help="Refuse data with rows that can't be used, instead of skipping them.")
+@click.option("--lookup/--no-lookup", default=True, show_default=True, help="Count the runtime's lookup hits, too.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Type of the model's weights. [default: bf16 on a GPU, else fp32]"
+)
+@click.option("--device", help="The device to run on, such as cuda:1. [default: the GPU, if there is one]")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def command(
     model: str,
     heads: str,
@@ -40,60 +50,35 @@ def command(
     max_length: int,
     strict: bool,
     lookup: bool,
-    dtype: str | None,
+    dtype: Dtype | None,
     device: str | None,
     quiet: bool,
 ) -> None:
     """Measure how often the heads of MODEL are right, by head and rank, on text that they were not trained on.
 
-    'medusa-export tree' searches the best tree by it, and 'medusa-export onnx --calibration' tells the runtime.
+    'medusa-export tree' searches the best tree for the result, and 'medusa-export onnx --calibration' gives the runtime
+    acceptance estimates from it.
     """
-    progress = Progress(quiet=quiet)
-    with extra("train"):
-        import tempfile
+    with shown_progress(quiet=quiet) as on_progress:
+        with extra("train"):
+            from medusa_export import calibrate
+            from medusa_export.plots import plot_calibration
+            from medusa_export.training.report import calibration_table
 
-        import torch
-        from rich.console import Console
-
-        from medusa_export.heads.files import load_heads
-        from medusa_export.models.checkpoints import load_model
-        from medusa_export.plots import plot_calibration
-        from medusa_export.training.calibrate import counted, depth_of
-        from medusa_export.training.dataset import load_heldout
-        from medusa_export.training.device import device_of, dtype_of
-        from medusa_export.training.features import (
-            FeatureKey,
-            Features,
-            batched,
-            compute_features,
-            digest_of_samples,
+        calibration = calibrate(
+            model,
+            heads,
+            data,
+            max_length=max_length,
+            strict=strict,
+            lookup=lookup,
+            dtype=dtype,
+            device=device,
+            on_progress=on_progress,
         )
-        from medusa_export.training.report import calibration_table
-        from medusa_export.training.templates import load_chat_tokenizer
+        calibration.save(output)
+        if plot is not None:
+            plot_calibration(calibration, plot)
+    from rich.console import Console
 
-    tokenized = load_heldout(data).tokenized(load_chat_tokenizer(model), max_length, strict=strict)
-    if tokenized.note:
-        click.echo(tokenized.note, err=True)
-    progress(f"loading {model}")
-    place = device_of(device)
-    base = load_model(model, dtype=getattr(torch, dtype_of(dtype and DTYPES[dtype], place))).to(place)
-    attached = load_heads(heads, base).float().to(place)
-    depth = depth_of(attached, lookup=lookup)
-    parts, texts = [], []
-    for samples in tokenized.samples["heldout"]:
-        key = FeatureKey.of(base, Path(model).name, digest_of_samples(samples), depth, max_length)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "features"
-            otherwise = "set TMPDIR to a folder that has more, or give less data"
-            found = compute_features(base, samples, folder, key, name="heldout", otherwise=otherwise, quiet=quiet)
-            parts.append(found)
-        texts += [sample for batch in batched(samples, max_length) for sample in batch]
-    features = Features.join(parts)
-    progress(f"running the heads over {len(features):,} positions")
-    names = {"model": Path(model).name, "heads": Path(heads).name}
-    calibration = counted(attached, base, features, texts, lookup=lookup, names=names)
-    calibration.save(output)
-    if plot is not None:
-        plot_calibration(calibration, plot)
-    progress("done")
     Console().print(calibration_table(calibration))

@@ -1,4 +1,4 @@
-"""``medusa-export heads``: files of heads."""
+"""``medusa-export heads``: work with files of heads."""
 
 from __future__ import annotations
 
@@ -6,49 +6,36 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import DTYPES, Progress, extra
+from medusa_export.commands.options import Command
+from medusa_export.commands.progress import shown_progress
+from medusa_export.common import defaults
+from medusa_export.common.dtypes import DTYPES, Dtype
 
 
 @click.group("heads")
 def command() -> None:
-    """Files of heads."""
+    """Work with files of heads."""
 
 
-@command.command("convert")
+@command.command("convert", cls=Command)
 @click.argument("model")
 @click.option(
-    "--heads", metavar="PATH", required=True, help="Heads in any published format: a file, a folder or a hub id."
+    "--heads", metavar="PATH", required=True, help="The heads: a file, a folder or a hub id, in any published format."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option(
     "--format",
     "layout",
     type=click.Choice(["own", "v0.1", "v2", "vllm"]),
-    default="own",
+    default=defaults.HEADS_LAYOUT,
     show_default=True,
-    help="own: the smallest that holds all; the reference implementation's 0.1 or 2; or that of vLLM.",
+    help="own is the smallest that holds everything; v0.1 and v2 are the reference implementation's; vllm is vLLM's.",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the file. [default: as it was]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def convert(model: str, heads: str, output: Path, layout: str, dtype: str | None, quiet: bool) -> None:
+@click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights in the file. [default: as given]")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+def convert(model: str, heads: str, output: Path, layout: str, dtype: Dtype | None, quiet: bool) -> None:
     """Write the heads of MODEL in another format."""
-    progress = Progress(quiet=quiet)
-    with extra("export"):
-        import torch
+    with shown_progress(quiet=quiet) as on_progress:
+        from medusa_export import convert_heads
 
-        from medusa_export.heads.files import load_heads, stored_dtype
-        from medusa_export.heads.writer import save_heads
-        from medusa_export.models.checkpoints import load_model
-
-    kind = stored_dtype(heads) if dtype is None else getattr(torch, DTYPES[dtype])
-    progress(f"loading {model}")
-    base = load_model(model, dtype=torch.float32)
-    save_heads(
-        load_heads(heads, base),
-        output,
-        base_model_name_or_path=model,
-        dtype=kind,
-        lm_head=base.get_output_embeddings(),
-        layout=layout,
-    )
-    progress("done")
+        convert_heads(model, heads, output, layout=layout, dtype=dtype, on_progress=on_progress)

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from medusa_export.commands.options import extra
-from medusa_runtime.bundles.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
+from medusa_export.common.extras import extra
 from medusa_runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from medusa_runtime.bundles.bundle import Bundle
+    from medusa_runtime.bundles.compiled import CompiledEngine
+    from medusa_runtime.bundles.contract import TensorSpec
 
 
 @click.command("inspect")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def command(bundle: Path, as_json: bool) -> None:
     """Show what is in BUNDLE, or in a compiled engine: model, heads, tree, inputs and outputs, size, operators."""
     with extra("export"):
-        import onnx
-        from rich import box
+        from onnx import load
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
 
+        from medusa_runtime.bundles.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
         from medusa_runtime.bundles.compiled import CompiledEngine, is_engine
 
-    opened = Bundle.load(bundle, check_digests=False)
-    engine = CompiledEngine.load(bundle, check_digests=False) if is_engine(bundle) else None
-    ops = {name: _operators(bundle / name, onnx.load) for name in GRAPHS if name in opened.files and engine is None}
+        opened = Bundle.load(bundle, check_digests=False)
+        engine = CompiledEngine.load(bundle, check_digests=False) if is_engine(bundle) else None
+        ops = {name: _operators(bundle / name, load) for name in GRAPHS if name in opened.files and engine is None}
     if as_json:
         description = json.loads(opened.to_json())
         description["operators"] = {name: dict(counts.most_common()) for name, counts in ops.items()}
@@ -39,48 +43,47 @@ def command(bundle: Path, as_json: bool) -> None:
             description["engine"] = json.loads((bundle / ENGINE_DESCRIPTION).read_text(encoding="utf-8"))
         click.echo(json.dumps(description, indent=1))
         return
-
     console = Console()
-    model, heads, tree = opened.model, opened.heads, opened.tree
-    files = opened.files if engine is None else engine.files
-    size = sum(facts.size for facts in files.values())
+    console.print(_facts(opened, engine))
+    console.print("\n[bold]Tree[/bold] (rank among the head's candidates, #node)\n")
+    console.print(opened.tree.draw(), highlight=False)
+    console.print(_tensors(opened))
+    for line in _graphs(opened, ops):
+        console.print(line, highlight=False)
+
+
+def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
+    """Returns a table about the model, the heads, the tree, the files and the engine."""
+    from rich.table import Table
+    from rich.text import Text
+
+    model, heads, tree = bundle.model, bundle.heads, bundle.tree
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", f"{model.name} ({model.model_type}), {opened.dtype}")
+    facts.add_row("model", f"{model.name} ({model.model_type}), {bundle.dtype}")
     facts.add_row("", f"{model.num_layers} layers, {model.num_key_value_heads} KV heads of {model.head_dim}")
     facts.add_row("", f"vocabulary {model.vocab_size:,}, up to {model.max_positions:,} positions")
-    for name, text in _answering(opened):
+    for name, text in _answering(bundle):
         facts.add_row(name, Text(text))
     if heads is None:
         facts.add_row("heads", "none: plain decoding")
     else:
         facts.add_row("heads", f"{heads.num_heads}, {heads.variant}, {'trained' if heads.trained else 'untrained'}")
-    facts.add_row("tree", f"{opened.tree_name}: {tree.size} nodes, {tree.max_depth} deep, ranks below {tree.top_k}")
-    expected = opened.acceptance.expected_tokens(tree.size)
-    facts.add_row("", f"expected tokens per step {expected:.2f} ({opened.acceptance.source})")
-    facts.add_row("files", f"{len(files)}, {size / 2**20:,.1f} MiB")
+    facts.add_row("tree", f"{bundle.tree_name}: {tree.size} nodes, {tree.max_depth} deep, ranks below {tree.top_k}")
+    expected = bundle.acceptance.expected_tokens(tree.size)
+    facts.add_row("", f"expected tokens per step {expected:.2f} ({bundle.acceptance.source})")
+    files = bundle.files if engine is None else engine.files
+    facts.add_row("files", f"{len(files)}, {sum(file.size for file in files.values()) / 2**20:,.1f} MiB")
     if engine is not None:
         limits = engine.limits
         longest = limits.longest_sequence(tree.size, tree.max_depth)
         facts.add_row("engine", f"{engine.backend_name}, of {sum(engine.layers.values()):,} network layers")
         facts.add_row("", f"up to {limits.max_batch} sequences of {longest:,} tokens, {limits.max_prefill:,} per step")
-    facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in opened.producer.items()))
-    console.print(facts)
-
-    console.print("\n[bold]Tree[/bold] (rank among the head's candidates, #node)\n")
-    console.print(tree.draw(), highlight=False)
-
-    table = Table("", "name", "type", "shape", box=box.SIMPLE_HEAD, title="Inputs and outputs", title_justify="left")
-    for kind, specs in (("in", opened.inputs), ("out", opened.outputs)):
-        for row in _grouped(specs):
-            table.add_row(kind, *row)
-    console.print(table)
-
-    for line in _graphs(opened, ops):
-        console.print(line, highlight=False)
+    facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in bundle.producer.items()))
+    return facts
 
 
-def _answering(bundle: Any) -> list[tuple[str, str]]:
-    """Rows about what ends an answer, and about settings of the generation config."""
+def _answering(bundle: Bundle) -> list[tuple[str, str]]:
+    """Returns rows about end tokens, and about settings of the generation config."""
     from medusa_export.models.generation_settings import sampling_defaults, unapplied
 
     ends = [f"{token}, by the {', the '.join(token.sources)}" for token in bundle.end_tokens]
@@ -94,7 +97,7 @@ def _answering(bundle: Any) -> list[tuple[str, str]]:
 
 
 def _graphs(bundle: Bundle, ops: Mapping[str, Counter[str]]) -> Iterator[str]:
-    """Lines about the operators and the rewrites of each graph, with rich's markup."""
+    """Yields lines about the operators and the rewrites of each graph, with rich's markup."""
     from rich.markup import escape
 
     for name, counts in ops.items():
@@ -106,9 +109,21 @@ def _graphs(bundle: Bundle, ops: Mapping[str, Counter[str]]) -> Iterator[str]:
     yield from map(escape, bundle.notes)
 
 
-def _grouped(specs: Any) -> list[tuple[str, str, str]]:
-    """A row per tensor, but one for each kind of cache."""
-    rows: dict[str, list[Any]] = {}
+def _tensors(bundle: Bundle) -> Table:
+    """Returns a table of the graph's inputs and outputs."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table("", "name", "type", "shape", box=box.SIMPLE_HEAD, title="Inputs and outputs", title_justify="left")
+    for kind, specs in (("in", bundle.inputs), ("out", bundle.outputs)):
+        for row in _grouped(specs):
+            table.add_row(kind, *row)
+    return table
+
+
+def _grouped(specs: Sequence[TensorSpec]) -> list[tuple[str, str, str]]:
+    """Returns a row per tensor, with one row for all caches of a kind."""
+    rows: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         stem, _, index = spec.name.rpartition("_")
         rows.setdefault(stem if index.isdigit() else spec.name, []).append(spec)
@@ -123,9 +138,9 @@ def _grouped(specs: Any) -> list[tuple[str, str, str]]:
 
 
 def _operators(graph: Path, load: Callable[..., Any]) -> Counter[str]:
-    """How many nodes of a graph are of each kind."""
+    """Counts the nodes of a graph by operator."""
     try:
         nodes = load(graph, load_external_data=False).graph.node
-    except Exception as error:  # protobuf's, which is no dependency of ours
+    except Exception as error:  # protobuf's own, which is no dependency of this package
         raise BundleError(f"{graph} is damaged ({error}): export the bundle again.") from error
     return Counter(node.op_type for node in nodes)

@@ -5,8 +5,34 @@ from __future__ import annotations
 from medusa_runtime.errors import MedusaError
 
 
+class MedusaWarning(UserWarning):
+    """Something in a model, its settings or its data that the user should know; the job goes on."""
+
+
+class OptionError(MedusaError):
+    """Options that are out of range or contradict each other."""
+
+
+class MissingExtraError(MedusaError):
+    """An optional package that is not installed.
+
+    Args:
+        package: The missing package.
+        extra: The extra of ``medusa-export`` that installs it.
+
+    Attributes:
+        package: The missing package.
+        extra: The extra of ``medusa-export`` that installs it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"This needs the package {package!r}. Install it with: pip install 'medusa-export[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
 def first_line(error: BaseException) -> str:
-    """What first went wrong, in a line: libraries give pages."""
+    """The first line of an error's root cause, with its type. Libraries raise errors of many lines."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -14,11 +40,11 @@ def first_line(error: BaseException) -> str:
 
 
 class CheckpointError(MedusaError):
-    """A model or a heads file that can't be read, or that doesn't fit."""
+    """A model or a file of heads that can't be read, or that doesn't fit."""
 
 
 class ExportError(MedusaError):
-    """Tracing, rewriting or writing the graph failed."""
+    """The graph can't be traced, rewritten or written."""
 
 
 class ExtensionError(MedusaError):
@@ -30,15 +56,15 @@ class OutputError(MedusaError):
 
 
 class DatasetError(MedusaError):
-    """Prompts, conversations or cached features that can't be read, or are not what a job needs."""
+    """Prompts, conversations or kept hidden states that can't be read, or that a job can't use."""
 
 
 class SettingsError(MedusaError):
-    """A job that was begun under other settings than it is to go on with."""
+    """A folder whose job was begun with other settings."""
 
 
 class TrainingError(MedusaError):
-    """A training that can't be begun, or went wrong."""
+    """A training that can't start, or that failed."""
 
 
 class VerificationError(MedusaError):
@@ -61,12 +87,16 @@ class RewriteError(ExportError):
 
 
 class EngineBuildError(ExportError):
-    """TensorRT refused a graph, or can't build for what was asked.
+    """TensorRT refused a graph, or can't build an engine with these options.
 
     Args:
         message: What went wrong.
-        node: The ONNX node, where TensorRT names one.
-        remedy: What helps, where that is known.
+        node: The ONNX node that failed, if TensorRT names one.
+        remedy: What to do, if that is known.
+
+    Attributes:
+        node: The ONNX node that failed; None if TensorRT names none.
+        remedy: What to do; None if that is not known.
     """
 
     def __init__(self, message: str, *, node: str | None = None, remedy: str | None = None) -> None:
@@ -76,10 +106,13 @@ class EngineBuildError(ExportError):
 
 
 class ModelNotSupportedError(ExportError):
-    """The model needs something that the exported step can't honour.
+    """The model uses a feature that the decoding step does not support.
 
     Args:
-        feature: What the model needs, named for a person.
+        feature: The feature, in words.
+
+    Attributes:
+        feature: The feature, in words.
     """
 
     def __init__(self, feature: str) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Writes files and folders so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from safetensors import SafetensorError
 
 from medusa_export.common.errors import ExportError, OutputError
 
-# What is raised where a file can't be written; safetensors wraps the system's errors in its own.
+# Errors of writing a file. safetensors wraps the system's errors in its own.
 WRITE_ERRORS = (OSError, SafetensorError)
-# Open already, by whoever started this process: written to, never replaced.
+# Streams that are open already. They are written to, never replaced.
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
-_PARTIAL = ".partial"  # in the name of what isn't whole yet
+_PARTIAL = ".partial"  # in the names of files and folders that are not whole yet
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` to write to, which takes its place only if nothing failed; survives a crash.
+    """Gives a path to write to, which replaces ``target`` when the block ends without an error.
 
-    What is no file, but a stream or a device, gets what was written behind all that it has got before.
+    If ``target`` is a stream or a device, the content is appended to it.
+
+    Args:
+        target: The file to write.
 
     Raises:
-        OutputError: It can't be written.
+        OutputError: The file can't be written.
     """
     try:
         is_stream = str(target).startswith(_STREAMS) or (target.exists() and not (target.is_file() or target.is_dir()))
@@ -41,7 +44,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _instead(target: Path) -> Iterator[Path]:
-    """Whole or not at all."""
+    """Gives a path beside a file, which replaces the file when the block ends without an error."""
     place = _linked(target)
     partial = place.with_name(f".{place.stem}.{os.getpid()}{_PARTIAL}{place.suffix}")
     try:
@@ -49,7 +52,7 @@ def _instead(target: Path) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        partial.chmod(mode)  # safetensors would keep what it writes from everybody else
+        partial.chmod(mode)  # safetensors writes files that only their owner may read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(place)
@@ -59,7 +62,10 @@ def _instead(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _behind(stream: Path) -> Iterator[Path]:
-    """A file that the stream was redirected to is not begun anew, nor is what is printed later lost."""
+    """Gives a path whose content is appended to a stream.
+
+    A file that the stream is redirected to keeps its content, and what is printed later comes after it.
+    """
     with TemporaryDirectory() as scratch:
         aside = Path(scratch) / "content"
         yield aside
@@ -71,13 +77,13 @@ def _behind(stream: Path) -> Iterator[Path]:
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether a folder isn't there, or holds nothing but what a process that was killed had not written to its end."""
+    """Returns True for a folder that does not exist, or that holds only partial files of a process that was killed."""
     paths = folder.iterdir() if folder.is_dir() else iter(())
     return all(path.name.startswith(".") and _PARTIAL in path.name for path in paths)
 
 
 def _linked(target: Path) -> Path:
-    """What a link leads to, so that it stays one."""
+    """Returns the path that a link leads to, so that the link itself is kept."""
     try:
         place = target.resolve()
     except RuntimeError as error:  # up to Python 3.12
@@ -89,10 +95,13 @@ def _linked(target: Path) -> Path:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of ``target`` only if nothing failed.
+    """Gives a folder to fill, which replaces ``target`` when the block ends without an error.
+
+    Args:
+        target: The folder to write.
 
     Raises:
-        OSError: It can't be written; what fills it may raise others of ``WRITE_ERRORS``.
+        OSError: The folder can't be written. The block may raise others of ``WRITE_ERRORS``.
     """
     target = _linked(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +110,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        mode = partial.stat().st_mode & 0o666  # what any file gets here
+        mode = partial.stat().st_mode & 0o666  # the mode of new files in this place
         for file in filter(Path.is_file, partial.rglob("*")):
             file.chmod(mode)  # as above
         if target.exists():
@@ -116,20 +125,21 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.json", noun: str = "bundle") -> None:
-    """Refuses a place that holds something of the user's.
+    """Refuses a target that holds other files of the user.
 
     Args:
         target: The folder to write.
-        replace_existing: What is there may be replaced, if it is of the same kind.
-        marker: The file by which that kind is known.
-        noun: Its name.
+        replace_existing: The target may be replaced if it is of the same kind.
+        marker: The file that every folder of this kind holds.
+        noun: The name of this kind of folder.
 
     Raises:
-        ExportError: It is the working directory or holds it, or there is a file, a folder of other things, or one that
-            may not be replaced.
+        ExportError: The target is or holds the working directory, is a file, holds other files, or may not be replaced.
     """
-    if Path.cwd().is_relative_to(target.resolve()):  # it is replaced whole, which would leave its user nowhere
-        raise ExportError(f"{target} holds the folder that you are in: give another to write the {noun} to.")
+    if Path.cwd().is_relative_to(
+        target.resolve()
+    ):  # the whole folder is replaced, and the user's shell would be in none
+        raise ExportError(f"{target} holds the working directory: give another folder to write the {noun} to.")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -146,19 +156,27 @@ def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.
 
 
 def write_text(target: Path, text: str) -> None:
-    """Writes a text whole or not at all.
+    """Writes a text file, whole or not at all.
+
+    Args:
+        target: The file to write.
+        text: Its content.
 
     Raises:
-        OutputError: It can't be written.
+        OutputError: The file can't be written.
     """
     write_bytes(target, text.encode())
 
 
 def write_bytes(target: Path, data: bytes) -> None:
-    """Writes bytes whole or not at all.
+    """Writes a binary file, whole or not at all.
+
+    Args:
+        target: The file to write.
+        data: Its content.
 
     Raises:
-        OutputError: It can't be written.
+        OutputError: The file can't be written.
     """
     with atomic_file(target) as partial:
         partial.write_bytes(data)

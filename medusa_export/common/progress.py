@@ -1,88 +1,82 @@
-"""How far a long job is: a bar on a terminal, a line now and then in a log."""
+"""Progress of long jobs, reported to a callback."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-
-import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-# Seconds between two lines of a log.
-_PAUSE = 15.0
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
-class Bar:
-    """Counts finished pieces of work, and what they are worth.
+@dataclass(frozen=True)
+class Progress:
+    """One report on a running job. ``str()`` gives it as a line of text.
 
-    Args:
-        name: What is being done.
-        total: Pieces in all.
-        done: Pieces that were there from the start.
-        unit: What ``add`` counts.
-        show: Shown a new state, at most a few times a second.
+    Attributes:
+        message: What the job is doing, or what it has found.
+        done: Finished pieces of work; None if the work is not counted.
+        total: All pieces of work; None if the work is not counted.
+        rate: Speed as text, such as ``1,200 tokens/s``; empty if the job does not measure it.
     """
 
-    def __init__(self, name: str, total: int, done: int, unit: str, show: Callable[[Bar], None]) -> None:
-        self.name, self.total, self.done, self.unit = name, total, done, unit
-        self._show = show
-        self._started, self._at_start = time.monotonic(), done
+    message: str
+    done: int | None = None
+    total: int | None = None
+    rate: str = ""
+
+    def __str__(self) -> str:
+        counted = "" if self.done is None or self.total is None else f": {self.done:,} of {self.total:,}"
+        return f"{self.message}{counted}{', ' if self.rate else ''}{self.rate}"
+
+
+# Receives reports. It runs in the thread of the job, so it should return at once; an exception from it ends the job.
+OnProgress = Callable[[Progress], None]
+
+
+def ignore_progress(_: Progress) -> None:
+    """Drops all reports: the default of ``on_progress``."""
+
+
+class Task:
+    """A job of countable pieces: counts those that are finished, and reports each change.
+
+    Args:
+        message: What the job is doing.
+        total: All pieces of work.
+        on_progress: Receives the reports.
+        done: Pieces that were finished before the start.
+        unit: What ``add`` counts, such as ``tokens``.
+    """
+
+    def __init__(self, message: str, total: int, on_progress: OnProgress, *, done: int = 0, unit: str = "") -> None:
+        self._message, self._total, self._done, self._unit = message, total, done, unit
+        self._on_progress = on_progress
+        self._started = time.monotonic()
         self._amount = 0
+        self._report()
 
     def add(self, amount: int) -> None:
-        """Notes work within a piece."""
+        """Counts work within a piece, for the rate.
+
+        Args:
+            amount: Units of work.
+        """
         self._amount += amount
-        self._show(self)
+        self._report()
 
     def finish_piece(self) -> None:
-        """One piece more is done."""
-        self.reach(self.done + 1)
+        """Counts one more finished piece."""
+        self.reach(self._done + 1)
 
     def reach(self, done: int) -> None:
-        """So many pieces are done."""
-        self.done = min(done, self.total)
-        self._show(self)
+        """Sets the number of finished pieces.
 
-    @property
-    def rate(self) -> str:
-        """Units per second in words."""
+        Args:
+            done: Finished pieces; the total if it is more.
+        """
+        self._done = min(done, self._total)
+        self._report()
+
+    def _report(self) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        return f"{self._amount / seconds:,.0f} {self.unit}/s" if self._amount else ""
-
-    @property
-    def left(self) -> str:
-        """Time left in words."""
-        made = self.done - self._at_start
-        if made <= 0:
-            return "?"
-        seconds = (time.monotonic() - self._started) / made * (self.total - self.done)
-        return str(timedelta(seconds=round(seconds)))
-
-
-@contextmanager
-def progress_bar(name: str, total: int, *, done: int = 0, unit: str = "", quiet: bool = False) -> Iterator[Bar]:
-    """A bar for as long as the block lasts, on stderr."""
-    console = Console(stderr=True)
-    if quiet:
-        yield Bar(name, total, done, unit, lambda _: None)
-    elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=console) as shown:
-            task = shown.add_task(name, total=total, completed=done, rate="")
-            yield Bar(name, total, done, unit, lambda bar: shown.update(task, completed=bar.done, rate=bar.rate))
-    else:
-        last = [time.monotonic()]
-
-        def line(bar: Bar) -> None:
-            if time.monotonic() - last[0] >= _PAUSE or bar.done == bar.total:
-                last[0] = time.monotonic()
-                words = [f"{bar.name}: {bar.done} of {bar.total}", bar.rate, f"{bar.left} left"]
-                click.echo(", ".join(word for word in words if word), err=True)
-
-        yield Bar(name, total, done, unit, line)
+        rate = f"{self._amount / seconds:,.0f} {self._unit}/s" if self._amount else ""
+        self._on_progress(Progress(self._message, self._done, self._total, rate))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 
 from medusa_export.common.errors import ExportError
+from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.graph.layer_reuse import decoder_layers
 from medusa_export.graph.layers import expand_layers
 from medusa_export.graph.rewrites.rewrite import StepFacts
@@ -21,8 +22,6 @@ from medusa_export.models.supported import max_positions
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
 from medusa_runtime.bundles.contract import TensorSpec
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class StepGraph:
     rewrites: Mapping[str, int]
 
 
-def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> StepGraph:
+def build_graph(step: MedusaStep, on_progress: OnProgress = ignore_progress) -> StepGraph:
     """Traces a step and brings the graph into the form of the contract.
 
     Weights are not copied until the graph is written. Results of a step that are no outputs (see ``StepOutput``) are
@@ -48,16 +47,16 @@ def build_graph(step: MedusaStep, progress: Progress = lambda _: None) -> StepGr
 
     Args:
         step: The step, in eval mode.
-        progress: Called with what is being done.
+        on_progress: Receives reports.
 
     Raises:
         ModelNotSupportedError: The model needs something that a step can't honour.
         ExportError: Tracing or assembling failed.
         RewriteError: A rewrite failed.
     """
-    progress("tracing")
+    on_progress(Progress("tracing"))
     model = trace(step)
-    progress("assembling")
+    on_progress(Progress("assembling"))
     for node in model.graph:
         if node.op_type == "Attention":
             node.resize_outputs(1)

@@ -11,7 +11,7 @@ from medusa_export.models.stored_weights import stored_weights
 from medusa_export.step.step import MedusaStep
 
 
-def check_weights(step: MedusaStep, source: str) -> None:
+def check_weights(step: MedusaStep, source: str | None) -> None:
     """Refuses a model or heads with a weight that is not finite.
 
     A number beyond the range of a dtype becomes infinity when a checkpoint is loaded in that dtype. All answers would
@@ -19,7 +19,8 @@ def check_weights(step: MedusaStep, source: str) -> None:
 
     Args:
         step: The step to export.
-        source: The checkpoint of the model: a folder, a hub id or a GGUF file.
+        source: The checkpoint of the model: a folder, a hub id or a GGUF file. Messages give its value of the weight.
+            None if there is no checkpoint.
 
     Raises:
         ExportError: A weight is not finite. The message names the weight, its value in the checkpoint if that can be
@@ -33,7 +34,7 @@ def check_weights(step: MedusaStep, source: str) -> None:
             raise _refusal(step, source, name, weight.detach())
 
 
-def _refusal(step: MedusaStep, source: str, name: str, weight: Tensor) -> ExportError:
+def _refusal(step: MedusaStep, source: str | None, name: str, weight: Tensor) -> ExportError:
     flat = int((~weight.isfinite()).flatten().int().argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), weight.shape)]
     owner, _, own_name = name.partition(".")
@@ -54,8 +55,10 @@ def _refusal(step: MedusaStep, source: str, name: str, weight: Tensor) -> Export
     )
 
 
-def _stored_value(step: MedusaStep, source: str, name: str, weight: Tensor, flat: int) -> float | None:
+def _stored_value(step: MedusaStep, source: str | None, name: str, weight: Tensor, flat: int) -> float | None:
     """The value of one number of a weight in the checkpoint; None if the weight is stored in another form."""
+    if source is None:
+        return None
     try:
         for stored_name, own_name, values in stored_weights(Place.of(source), step.model):
             if name in (stored_name, own_name) and values.shape == weight.shape:

@@ -1,1 +1,1 @@
-"""What a graph is written for: a bundle, ONNX Runtime, TensorRT."""
+"""Exports to bundles, and graphs for ONNX Runtime and TensorRT."""

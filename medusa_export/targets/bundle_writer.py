@@ -1,4 +1,4 @@
-"""Write a bundle: graph, weights, tokenizer, generation config and the description of them all."""
+"""Writes a bundle: graphs, weights, tokenizer, generation config, and the description of all files."""
 
 from __future__ import annotations
 
@@ -33,15 +33,21 @@ from medusa_runtime.bundles.listed_folder import FileFacts
 from medusa_runtime.errors import BundleError
 from medusa_runtime.text.tokenizer import Tokenizer
 
-# Tensors of no more bytes stay within the graph, as constants of the step do.
+# Largest size in bytes of tensors that are stored in the graph itself, such as constants of the step.
 EXTERNAL_THRESHOLD = 2048
 
 
 def model_facts(model: PreTrainedModel, shape: CacheShape, name: str, eos_token_ids: tuple[int, ...]) -> ModelFacts:
-    """What the runtime has to know of a model.
+    """Returns the facts about a model that the runtime needs.
+
+    Args:
+        model: The model.
+        shape: The shape of its caches.
+        name: Its name.
+        eos_token_ids: Ids of the tokens that end an answer.
 
     Raises:
-        ExportError: The model doesn't say how many positions it holds.
+        ExportError: The model's config does not give its number of positions.
     """
     config = model.config.get_text_config()
     return ModelFacts(
@@ -71,19 +77,23 @@ def write_bundle(
     """Writes a bundle; it appears whole or not at all.
 
     Args:
-        graph: The step's graph.
-        step: What it was traced from.
-        tokenizer: Its tokenizer, or None.
+        graph: The step's graph, from ``build_graph``.
+        step: The step that it was traced from.
+        tokenizer: The model's tokenizer; None for a bundle without one.
         target: The folder to write.
-        name: What to call the model.
-        tree_name: What to call the tree.
-        acceptance: How likely its nodes are to be accepted.
-        trained: Whether the heads are more than freshly initialised.
+        name: The model's name.
+        tree_name: The tree's name.
+        acceptance: Acceptance estimates of the tree's nodes.
+        trained: True if the heads are trained, not fresh.
         replace_existing: Replace a bundle that is there.
-        end_tokens: What ends the model's answers; found here if None.
+        end_tokens: The tokens that end an answer; found in the model and the tokenizer if None.
+
+    Returns:
+        The bundle.
 
     Raises:
-        ExportError: The folder can't be written, or the model's files name an end token that is none.
+        ExportError: The folder can't be written, the runtime can't read the tokenizer, or the model's files name an
+            end token that is none.
     """
     heads = step.heads
     ends = end_tokens or EndTokens(step.model, tokenizer)
@@ -110,7 +120,7 @@ def write_bundle(
                 save_tokenizer(tokenizer, folder)
                 _check_tokenizer(folder, target)
             if step.model.generation_config is not None:
-                # Its own save_pretrained refuses settings that contradict each other, as many published ones do.
+                # save_pretrained refuses settings that contradict each other, which many published configs hold.
                 text = step.model.generation_config.to_json_string()
                 (folder / "generation_config.json").write_text(text, encoding="utf-8")
             files = {
@@ -126,11 +136,11 @@ def write_bundle(
 
 
 def _check_tokenizer(folder: Path, target: Path) -> None:
-    """Refuses a tokenizer that the runtime would refuse, such as one with a chat template that can't be compiled."""
+    """Refuses a tokenizer that the runtime can't read, such as one whose chat template can't be compiled."""
     try:
         Tokenizer.load(folder)
     except BundleError as error:
         reason = str(error).replace(str(folder), str(target))
         raise ExportError(
-            f"The runtime can't read this tokenizer. {reason} Mend the model's files, or export with --no-tokenizer."
+            f"The runtime can't read this tokenizer. {reason} Correct the model's files, or export with --no-tokenizer."
         ) from error

@@ -6,8 +6,12 @@ counted among the candidates with lookup hits before them: they determine how ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,15 +19,102 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_export.common.errors import TrainingError
+from medusa_export.common import defaults
+from medusa_export.common.dtypes import Dtype
+from medusa_export.common.errors import MedusaWarning, TrainingError
+from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.heads.base import DraftHeads
+from medusa_export.heads.files import load_heads
+from medusa_export.models.checkpoints import load_model
 from medusa_export.training.conversations import Sample
-from medusa_export.training.features import Features, positions_of
+from medusa_export.training.dataset import load_heldout
+from medusa_export.training.device import device_of, dtype_of
+from medusa_export.training.features import (
+    FeatureKey,
+    Features,
+    batched,
+    compute_features,
+    digest_of_samples,
+    positions_of,
+)
 from medusa_export.training.medusa1 import TOP, HeadLoss
+from medusa_export.training.templates import load_chat_tokenizer
 from medusa_export.trees.calibration import Calibration
 from medusa_runtime.decoding.lookup import DEEPEST_LOOKUP, TokenLookup
 
 _BATCH = 1024
+
+
+def calibrate(
+    model: str | PathLike[str],
+    heads: str | PathLike[str],
+    data: Sequence[str | PathLike[str]],
+    *,
+    max_length: int = defaults.MAX_LENGTH,
+    strict: bool = False,
+    lookup: bool = True,
+    dtype: Dtype | None = None,
+    device: str | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> Calibration:
+    """Measures how often heads are right, by head and rank, on text that they were not trained on.
+
+    ``search_tree`` finds the best tree for the result, and ``export`` gives the runtime acceptance estimates from it.
+    Rows that can't be used are left out with a ``MedusaWarning``.
+
+    Args:
+        model: The base model: a folder in Hugging Face's layout, a hub id, or the path of a ``.gguf`` file. It needs a
+            chat template.
+        heads: The heads: a file, a folder or a hub id, in any published format.
+        data: Data sets: folders that ``distill`` wrote, of which the held-out part is used, or files of conversations.
+        max_length: Largest number of tokens of a conversation; the rest is cut off.
+        strict: Refuse data with rows that can't be used, instead of leaving these rows out.
+        lookup: Count the runtime's lookup hits, too.
+        dtype: Type of the model's weights; bf16 on a GPU and fp32 elsewhere if None.
+        device: The device to run on, such as ``cuda:1``; the GPU, if there is one, if None.
+        on_progress: Receives reports.
+
+    Returns:
+        The measured hit rates; ``save`` writes them to a file.
+
+    Raises:
+        OptionError: The type is unknown.
+        CheckpointError: The model or the heads can't be read, or don't fit each other.
+        DatasetError: The data can't be read, or are too short for the heads.
+        SettingsError: A folder of data was not written by ``distill``.
+        TrainingError: The heads' logits are not finite.
+    """
+    source, place = fspath(model), device_of(device)
+    kind = dtype_of(dtype, place)
+    tokenized = load_heldout([Path(path) for path in data]).tokenized(
+        load_chat_tokenizer(source), max_length, strict=strict
+    )
+    if tokenized.note:
+        warnings.warn(tokenized.note, MedusaWarning, stacklevel=2)
+    on_progress(Progress(f"loading {source}"))
+    base = load_model(source, dtype=getattr(torch, kind)).to(place)
+    attached = load_heads(fspath(heads), base).float().to(place)
+    depth = depth_of(attached, lookup=lookup)
+    parts: list[Features] = []
+    texts: list[Sample] = []
+    for samples in tokenized.samples["heldout"]:
+        key = FeatureKey.of(base, Path(source).name, digest_of_samples(samples), depth, max_length)
+        parts.append(_computed(base, samples, key, on_progress))
+        texts += [sample for batch in batched(samples, max_length) for sample in batch]
+    features = Features.join(parts)
+    on_progress(Progress(f"running the heads over {len(features):,} positions"))
+    names = {"model": Path(source).name, "heads": Path(fspath(heads)).name}
+    return counted(attached, base, features, texts, lookup=lookup, names=names)
+
+
+def _computed(model: PreTrainedModel, samples: Sequence[Sample], key: FeatureKey, on_progress: OnProgress) -> Features:
+    """Computes features in a temporary folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "features"
+        otherwise = "set TMPDIR to a folder that has more, or give less data"
+        return compute_features(
+            model, samples, folder, key, name="heldout", otherwise=otherwise, on_progress=on_progress
+        )
 
 
 def depth_of(heads: DraftHeads, *, lookup: bool) -> int:

@@ -139,8 +139,8 @@ class TokenizedData:
 
     @property
     def note(self) -> str | None:
-        """What to say about skipped rows; None if there are none."""
-        return f"note: {summary(self.skipped, self.rows)}" if self.skipped else None
+        """A sentence about skipped rows; None if there are none."""
+        return summary(self.skipped, self.rows) if self.skipped else None
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from medusa_export.common.errors import DatasetError, SettingsError
 from medusa_export.common.files import is_unused, write_bytes, write_text
-from medusa_export.common.progress import Bar, progress_bar
+from medusa_export.common.progress import OnProgress, Task, ignore_progress
 from medusa_export.training.conversations import Conversation, Message, unique
 from medusa_export.training.generation import Writer
 from medusa_export.training.parts import Parts, to_jsonl
@@ -96,7 +96,7 @@ class Distilled:
     cut_off: int
 
 
-def distill(
+def write_dataset(
     folder: Path,
     settings: DistillSettings,
     prompts: Sequence[Conversation],
@@ -104,7 +104,7 @@ def distill(
     *,
     found: Mapping[str, Any] | None = None,
     strict: bool = False,
-    quiet: bool = False,
+    on_progress: OnProgress = ignore_progress,
 ) -> Distilled:
     """Runs a job, or the rest of a job that was interrupted.
 
@@ -115,7 +115,7 @@ def distill(
         open_writer: Loads the model. It is not called if nothing is left to write.
         found: More facts about the prompts to keep, as JSON values.
         strict: Whether to fail if the chat template refuses a prompt. Otherwise such prompts are left out.
-        quiet: No progress.
+        on_progress: Receives reports on the job.
 
     Raises:
         DatasetError: The folder holds other files, a part is damaged or answers other prompts, there is nothing to
@@ -132,8 +132,8 @@ def distill(
         _check_weights(folder / DESCRIPTION, opened.fingerprint)
         return opened
 
-    def writer(bar: Bar) -> Writer:
-        open_once().on_progress = bar.add
+    def writer(task: Task) -> Writer:
+        open_once().on_progress = task.add
         return open_once()
 
     seeds = unique([_as_prompt(prompt, settings) for prompt in prompts])
@@ -146,11 +146,11 @@ def distill(
 
     if is_wanting():
         done = len(_new(own, seeds, settings))
-        with progress_bar("writing prompts", settings.magpie, done=done, unit="tokens", quiet=quiet) as bar:
-            while is_wanting():
-                number = own.first_missing
-                own.write(number, _own_prompts(writer(bar), settings, number=number))
-                bar.reach(len(_new(own, seeds, settings)))
+        task = Task("writing prompts", settings.magpie, on_progress, done=done, unit="tokens")
+        while is_wanting():
+            number = own.first_missing
+            own.write(number, _own_prompts(writer(task), settings, number=number))
+            task.reach(len(_new(own, seeds, settings)))
     written = _new(own, seeds, settings)
     seeds = [*seeds, *written][: settings.limit]
     if not seeds:
@@ -162,17 +162,17 @@ def distill(
     batches = [seeds[i : i + settings.batch_size] for i in range(0, len(seeds), settings.batch_size)]
     _check_answers(answers, batches, settings)
     done = sum(number in answers for number in range(len(batches)))
-    with progress_bar("answering", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
-        for number, batch in enumerate(batches):
-            if number in answers:
-                continue
-            if not len(answers):
-                _check_prompts(writer(bar), seeds, settings, strict=strict)
-            made = _answer(writer(bar), settings, batch, number)
-            if not len(answers):
-                _check_answered(writer(bar), made, settings)
-            answers.write(number, made)
-            bar.finish_piece()
+    task = Task("answering", len(batches), on_progress, done=done, unit="tokens")
+    for number, batch in enumerate(batches):
+        if number in answers:
+            continue
+        if not len(answers):
+            _check_prompts(writer(task), seeds, settings, strict=strict)
+        made = _answer(writer(task), settings, batch, number)
+        if not len(answers):
+            _check_answered(writer(task), made, settings)
+        answers.write(number, made)
+        task.finish_piece()
     rows = list(answers.rows())
     refused = [Skipped(_name(seeds[row["id"]]), row["refused"]) for row in rows if "refused" in row]
     left_out = len(seeds) - len(rows)
@@ -321,10 +321,11 @@ def _new(own: Parts, seeds: Sequence[Conversation], settings: DistillSettings) -
 def _answer(
     writer: Writer, settings: DistillSettings, batch: Sequence[Conversation], number: int
 ) -> list[dict[str, Any]]:
-    """The rows of a part: each conversation played until it is cut off, has its turns, or has no room for one more.
+    """Writes the conversations of a part, and returns its rows.
 
-    A prompt that leaves no room for an answer has no row. One that the chat template refuses has a row that says why. A
-    conversation also ends where the template refuses what was said.
+    A conversation ends when it has all its turns, when an answer is cut off, when there is no room for another turn, or
+    when the chat template refuses it. A prompt without room for an answer has no row. A prompt that the template
+    refuses has a row with the reason.
     """
     users = [list(prompt.user_turns) for prompt in batch]
     talks: list[list[Message]] = [list(prompt.system) for prompt in batch]

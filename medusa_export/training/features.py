@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.common.errors import DatasetError
 from medusa_export.common.files import atomic_file, is_unused, write_text
-from medusa_export.common.progress import progress_bar
+from medusa_export.common.progress import OnProgress, Task, ignore_progress
 from medusa_export.training.conversations import Sample
 
 DESCRIPTION = "features.json"
@@ -169,7 +169,7 @@ def compute_features(
     *,
     name: str,
     otherwise: str,
-    quiet: bool = False,
+    on_progress: OnProgress = ignore_progress,
 ) -> Features:
     """Reads the features of samples from a folder, or computes them and keeps them there.
 
@@ -178,9 +178,9 @@ def compute_features(
         samples: Conversations as tokens.
         folder: Folder that keeps the features.
         key: Everything that the features depend on.
-        name: What to call them on the progress bar.
-        otherwise: What else to do where there is no room for them, as an error says.
-        quiet: No progress.
+        name: Their name in reports.
+        otherwise: What the user can do if there is no room for them, as the end of an error message.
+        on_progress: Receives reports on the job.
 
     Raises:
         DatasetError: There is nothing to learn from, no room for the features, or kept features are damaged.
@@ -195,13 +195,13 @@ def compute_features(
             f"{otherwise}."
         )
     done = len(batches) - len(missing)
-    with progress_bar(f"hidden states, {name}", len(batches), done=done, unit="tokens", quiet=quiet) as bar:
-        for number, batch in missing.items():
-            tensors = _compute(model, batch, key.num_heads)
-            with atomic_file(folder / _file(number)) as path:
-                save_file(tensors, path, {_DIGEST: digest_of(tensors)})
-            bar.add(sum(len(sample.input_ids) for sample in batch))
-            bar.finish_piece()
+    task = Task(f"hidden states, {name}", len(batches), on_progress, done=done, unit="tokens")
+    for number, batch in missing.items():
+        tensors = _compute(model, batch, key.num_heads)
+        with atomic_file(folder / _file(number)) as path:
+            save_file(tensors, path, {_DIGEST: digest_of(tensors)})
+        task.add(sum(len(sample.input_ids) for sample in batch))
+        task.finish_piece()
     return _load(folder, len(batches))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_export.common.errors import SettingsError, TrainingError
+from medusa_export.common.progress import OnProgress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
@@ -38,6 +39,7 @@ from medusa_export.training.features import (
 )
 from medusa_export.training.joint import Lora, adapt, perplexity, train_joint
 from medusa_export.training.medusa1 import train_medusa1
+from medusa_export.training.options import HeadShape
 from medusa_export.training.processes import Processes
 from medusa_export.training.run import Schedule
 from medusa_export.training.teacher import Teacher
@@ -52,25 +54,6 @@ SETTINGS = "settings.json"
 _WITHOUT_ROOM = "train on fewer conversations with --limit, or compute them in every epoch with --hidden-states online"
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    """What fresh heads look like.
-
-    Attributes:
-        num_heads: K.
-        num_layers: Residual blocks per head.
-        conditioned: They are given the token that the base model has chosen.
-        draft_vocab: How many tokens they can propose, the most frequent; None for all.
-        own_projections: Each has an output projection of its own, which is trained.
-    """
-
-    num_heads: int
-    num_layers: int
-    conditioned: bool
-    draft_vocab: int | None
-    own_projections: bool
-
-
 class TrainingJob:
     """A base model, data, and a folder that keeps hidden states and checkpoints between runs.
 
@@ -82,7 +65,7 @@ class TrainingJob:
         folder: The folder.
         processes: The processes that train together.
         max_length: Tokens of a conversation, at most.
-        quiet: No progress.
+        on_progress: Receives reports on the job.
     """
 
     def __init__(
@@ -95,10 +78,10 @@ class TrainingJob:
         processes: Processes,
         max_length: int,
         *,
-        quiet: bool,
+        on_progress: OnProgress,
     ) -> None:
         self._model, self._source, self._tokenizer, self._folder = model, source, tokenizer, folder
-        self._processes, self._max_length, self._quiet = processes, max_length, quiet
+        self._processes, self._max_length, self._on_progress = processes, max_length, on_progress
         self._changed = False
         self._samples = samples
         # Digests of tokens, which also depend on the chat template.
@@ -146,7 +129,7 @@ class TrainingJob:
         """Number of tokens of a split that the assistant wrote."""
         return sum(sum(sample.is_label) for sample in self.samples(split))
 
-    def fresh_heads(self, shape: HeadShape) -> DraftHeads:
+    def fresh_heads(self, shape: HeadShape, *, own_projections: bool) -> DraftHeads:
         """Makes untrained heads, in fp32.
 
         Raises:
@@ -165,9 +148,9 @@ class TrainingJob:
             num_layers=shape.num_layers,
             conditioned=shape.conditioned,
             token_map=token_map,
-            own_projections=shape.own_projections,
+            own_projections=own_projections,
         )
-        return self._trainable(heads, projections=shape.own_projections)
+        return self._trainable(heads, projections=own_projections)
 
     def loaded_heads(self, path: str, *, projections: bool) -> DraftHeads:
         """Loads heads to continue training them, in fp32.
@@ -222,7 +205,7 @@ class TrainingJob:
             teacher=teacher,
             soft=soft,
             device=self._processes.device,
-            quiet=self._quiet,
+            on_progress=self._on_progress,
         )
 
     def medusa2(self, heads: DraftHeads, schedule: Schedule, lora: Lora) -> History:
@@ -268,7 +251,7 @@ class TrainingJob:
             lora=lora,
             max_length=self._max_length,
             device=self._processes.device,
-            quiet=self._quiet,
+            on_progress=self._on_progress,
         )
 
     def _features(self, split: str, num_heads: int) -> Features:
@@ -278,7 +261,13 @@ class TrainingJob:
             with self._processes.main_first():
                 folder = self._folder / _FEATURES / f"{split}-{digest[:12]}"
                 found = compute_features(
-                    self._model, samples, folder, key, name=split, otherwise=_WITHOUT_ROOM, quiet=self._quiet
+                    self._model,
+                    samples,
+                    folder,
+                    key,
+                    name=split,
+                    otherwise=_WITHOUT_ROOM,
+                    on_progress=self._on_progress,
                 )
             parts.append(found)
         return Features.join(parts)

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from medusa_export.common.progress import OnProgress, ignore_progress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.models.checkpoints import quiet_libraries
 from medusa_export.training.conversations import Sample
@@ -125,7 +126,7 @@ class JointLoss(nn.Module):
             output["places"] = targets.new_full(targets.shape, _NONE)
             output["places"][drafts] = found["places"]
         if self.adapted:
-            with self._as_it_was(), torch.no_grad():
+            with self._original(), torch.no_grad():
                 _, teacher = hidden_states(self.model, input_ids, attention_mask, predicts)
             own, was = (torch.log_softmax(scores[0].float(), -1) for scores in (logits, teacher))
             divergence = (was.exp() * (was - own)).sum(-1)
@@ -139,14 +140,14 @@ class JointLoss(nn.Module):
         return output
 
     def train(self, mode: bool = True) -> JointLoss:
-        """Without LoRA the base model is never in training: heads see it as it will be."""
+        """Sets the mode. Without LoRA the base model stays in eval mode: heads get the states that inference gives."""
         super().train(mode)
         if not self.adapted:
             self.model.eval()
         return self
 
     @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _original(self) -> Iterator[None]:
         """A context manager in which the base model runs without LoRA and without dropout."""
         training = self.model.training
         self.model.eval()
@@ -219,7 +220,7 @@ def train_joint(
     lora: Lora,
     max_length: int,
     device: torch.device,
-    quiet: bool = False,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[dict[str, Any]]:
     """Trains heads, and LoRA if the model has it, in place. Continues from the last checkpoint, if there is one.
 
@@ -248,7 +249,7 @@ def train_joint(
         collate=lambda batch: collate(batch, num_heads=heads.config.num_heads, max_length=max_length),
         metrics=_metrics,
         device=device,
-        quiet=quiet,
+        on_progress=on_progress,
         optimizer=optimizer,
         callbacks=ramp,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from medusa_export.common.progress import OnProgress, ignore_progress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.training.features import Features
 from medusa_export.training.run import Schedule, run_training
@@ -167,7 +168,7 @@ def train_medusa1(
     teacher: Teacher | None,
     soft: float,
     device: torch.device,
-    quiet: bool = False,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[dict[str, Any]]:
     """Trains heads in place. Continues from the last checkpoint in ``checkpoints``, if there is one.
 
@@ -187,5 +188,5 @@ def train_medusa1(
         collate=lambda batch: batch,
         metrics=accuracies,
         device=device,
-        quiet=quiet,
+        on_progress=on_progress,
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -24,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_export.common.errors import OutputError, TrainingError
 from medusa_export.common.files import WRITE_ERRORS
-from medusa_export.common.progress import progress_bar
+from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
 from medusa_export.models.checkpoints import quiet_libraries
 
 _SAVED_SHARE = 0.1  # steps between checkpoints, as a share of all steps: a killed training loses at most these
@@ -52,20 +51,19 @@ class Schedule:
 
 
 class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """A progress bar, and a line for each evaluation."""
+    """Reports steps and evaluations."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bars = ExitStack()
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        quiet = self._quiet or not state.is_world_process_zero
-        bar = progress_bar("training", state.max_steps, done=state.global_step, unit="steps", quiet=quiet)
-        self._bar = self._bars.enter_context(bar)
+        if not state.is_world_process_zero:
+            self._on_progress = ignore_progress
+        self._task = Task("training", state.max_steps, self._on_progress, done=state.global_step, unit="steps")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._bar.add(1)
-        self._bar.finish_piece()
+        self._task.add(1)
+        self._task.finish_piece()
 
     def on_log(
         self,
@@ -78,12 +76,10 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         found = logs or {}
         if not np.isfinite([value for name, value in found.items() if name in ("loss", "eval_loss")]).all():
             raise _not_a_number()
-        if "eval_loss" in found and not self._quiet and state.is_world_process_zero:
+        if "eval_loss" in found:
             hits = " ".join(f"{value:.1%}" for name, value in found.items() if name.endswith("_top1"))
-            click.echo(f"epoch {found['epoch']:.3g}: held-out loss {found['eval_loss']:.4g}, top-1 {hits}", err=True)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._bars.close()
+            line = f"epoch {found['epoch']:.3g}: held-out loss {found['eval_loss']:.4g}, top-1 {hits}"
+            self._on_progress(Progress(line))
 
 
 class _WithEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -176,7 +172,7 @@ def run_training(
     collate: Callable[[Any], dict[str, Any]],
     metrics: Callable[..., dict[str, float]],
     device: torch.device,
-    quiet: bool,
+    on_progress: OnProgress = ignore_progress,
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
@@ -191,7 +187,7 @@ def run_training(
         collate: Makes a batch of examples. The batch has a key ``targets``.
         metrics: Computes figures from the arrays that the module returned beside its loss, in order.
         device: The device to train on.
-        quiet: No progress.
+        on_progress: Receives reports on steps and evaluations.
         optimizer: The optimizer; AdamW without weight decay if None.
         callbacks: More callbacks for the Trainer.
 
@@ -240,7 +236,7 @@ def run_training(
         data_collator=collate,
         compute_metrics=lambda found: metrics(*_as_tuple(found.predictions)),
         optimizers=(optimizer, None),
-        callbacks=[*callbacks, _WithEvaluation(), _Shown(quiet=quiet)],
+        callbacks=[*callbacks, _WithEvaluation(), _Shown(on_progress)],
     )
     trainer.remove_callback(PrinterCallback)
     with quiet_libraries():

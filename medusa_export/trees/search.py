@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import heapq
+from os import PathLike
+from pathlib import Path
 
+from medusa_export.common import defaults
 from medusa_export.trees.calibration import Calibration
 from medusa_runtime.bundles.tree import RankPath, Tree
 
@@ -12,7 +15,7 @@ from medusa_runtime.bundles.tree import RankPath, Tree
 WITHOUT_HIT = 4
 
 
-def search_tree(calibration: Calibration, size: int) -> Tree:
+def search_tree(calibration: str | PathLike[str] | Calibration, size: int = defaults.TREE_SIZE) -> Tree:
     """Searches the tree with the most expected tokens per step; every prefix of it is the best tree of its size.
 
     The search adds the node that is most likely to be accepted until the tree is full. This greedy choice is optimal:
@@ -22,9 +25,17 @@ def search_tree(calibration: Calibration, size: int) -> Tree:
     steps.
 
     Args:
-        calibration: Measured frequencies of the heads.
+        calibration: Measured hit rates of the heads by ``calibrate``, or the file that holds them.
         size: The most nodes, the root included. A node that was never right is not added.
+
+    Returns:
+        The tree, its nodes in the order in which they were added.
+
+    Raises:
+        DatasetError: The file can't be read.
     """
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration.load(Path(calibration))
     first = _grown((), size if not calibration.hit_paths else min(size, WITHOUT_HIT), calibration, hit=False)
     return Tree(_grown(first, size, calibration, hit=None))
 

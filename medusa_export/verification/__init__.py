@@ -1,1 +1,1 @@
-"""Parity of bundles, backends and weights with PyTorch."""
+"""Checks bundles, backends and weights against PyTorch."""

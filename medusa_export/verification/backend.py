@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
+from medusa_export.common import defaults
+from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.bundle import check_same, tree_sizes_of
-from medusa_export.verification.checks import Progress, Tolerances, Verification
+from medusa_export.verification.checks import Tolerances, Verification
 from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.reference import answered_prompts
 from medusa_export.verification.steps import StepChecks
@@ -25,42 +27,51 @@ def verify_backend(
     step: MedusaStep,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = defaults.VERIFIED_TOKENS,
     tree_sizes: Sequence[int] | None = None,
-    prefill_chunks: Sequence[int] = (512, 5),
+    prefill_chunks: Sequence[int] = defaults.PREFILL_CHUNKS,
     tolerances: Tolerances | None = None,
-    progress: Progress = lambda _: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Verification:
-    """Holds a backend by name, with a bundle or a compiled engine, against PyTorch.
+    """Checks a backend against PyTorch. It compares no logits, because a compiled engine does not return them.
 
-    Arguments are those of ``verify_bundle``. Logits are not compared, as a compiled engine keeps them to itself.
+    Args:
+        bundle: The bundle or the compiled engine that the backend runs.
+        backend: The backend's name.
+        step: The reference: the same model, heads and tree, computing in fp32.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Tokens to generate per prompt.
+        tree_sizes: Tree sizes to decode with, in nodes; 1, a middle one and all if None.
+        prefill_chunks: Chunk sizes, in tokens per step.
+        tolerances: Differences that pass; by the bundle's dtype if None.
+        on_progress: Receives reports.
 
     Returns:
-        The outcome; ``not_run`` says why if the backend can't be opened on this machine.
+        The outcome. ``not_run`` says why if this machine can't open the backend.
 
     Raises:
-        VerificationError: The bundle is of another model or tree than the step.
+        VerificationError: The bundle has another model or tree than the step.
         BackendError: The backend failed in a step.
     """
     check_same(bundle, step)
     tolerances = tolerances or Tolerances.of(bundle.dtype)
     sizes = tree_sizes_of(bundle, tree_sizes)
-    progress(f"opening {backend}")
+    on_progress(Progress(f"opening {backend}"))
     try:
         opened = _open_two_rows(backend, bundle)
     except BackendError as error:
         return Verification([], tolerances, not_run=str(error))
     with closing(opened):
         chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
-        answered = answered_prompts(step, prompts, max_new_tokens, progress, bundle.model.eos_token_ids)
-        progress(f"comparing steps of {opened.name}")
+        answered = answered_prompts(step, prompts, max_new_tokens, on_progress, bundle.model.eos_token_ids)
+        on_progress(Progress(f"comparing steps of {opened.name}"))
         checks = StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
-        checks += generation_checks(engine, step, answered, sizes, chunks, tolerances, progress)
+        checks += generation_checks(engine, step, answered, sizes, chunks, tolerances, on_progress)
     return Verification(checks, tolerances)
 
 
 def _open_two_rows(backend: str, bundle: Bundle) -> Any:
-    """A backend of two rows, or of one where an engine holds no more."""
+    """Opens a backend of two rows, or of one row if the engine holds no more."""
     rows = min(2, CompiledEngine.load(bundle.folder).limits.max_batch) if is_engine(bundle.folder) else 2
     return open_backend(backend, bundle, rows=rows, check_digests=False)

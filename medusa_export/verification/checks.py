@@ -1,22 +1,19 @@
-"""What a verification consists of: checks, what passes, and the outcome."""
+"""Checks of a verification, their tolerances, and the outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far a bundle may be from its reference.
+    """Largest differences between a bundle and its reference that pass.
 
     Attributes:
-        max_abs: Of logits.
-        cosine: At least this, between logits of a token.
-        norm_ratio: Between logits of a token, at most this far from 1.
-        margin: Two logits of the reference that lie no further apart are a tie.
+        max_abs: Largest absolute difference of a logit.
+        cosine: Smallest cosine between the logits of one token.
+        norm_ratio: Largest distance from 1 of the ratio between the norms of one token's logits.
+        margin: Largest difference between two logits of the reference that makes the choice between them a tie.
     """
 
     max_abs: float
@@ -26,7 +23,11 @@ class Tolerances:
 
     @classmethod
     def of(cls, dtype: str) -> Tolerances:
-        """What rounding explains, by the dtype of weights and cache."""
+        """Returns the differences that rounding explains.
+
+        Args:
+            dtype: Type of weights and caches, such as ``float16``.
+        """
         if dtype == "float32":
             return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4)
         return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25)
@@ -34,14 +35,14 @@ class Tolerances:
 
 @dataclass
 class Check:
-    """One comparison: how much was compared, what came out, and whether that is good enough.
+    """One comparison and its result.
 
     Attributes:
-        name: What was compared.
-        compared: How many values or tokens; a check of none fails.
-        mismatches: How many were wrong.
-        figures: Further figures by name.
-        notes: What a person should know: ties with their margins, the first mismatches.
+        name: What is compared.
+        compared: Number of compared values or tokens. A check that compared none fails.
+        mismatches: Number of them that were wrong.
+        figures: Further figures, by name.
+        notes: Sentences on ties, with their margins, and on the first mismatches.
     """
 
     name: str
@@ -52,18 +53,18 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Something was compared, and nothing was wrong."""
+        """True if something was compared and nothing was wrong."""
         return self.compared > 0 and self.mismatches == 0
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of ``verify_bundle`` or of ``verify_backend``.
+    """The outcome of a verification.
 
     Attributes:
-        checks: What was compared.
-        tolerances: What passes.
-        not_run: Why nothing could be compared on this machine, if so.
+        checks: The comparisons.
+        tolerances: Differences that pass.
+        not_run: The reason if this machine can't run the backend; otherwise None.
     """
 
     checks: list[Check]
@@ -72,5 +73,5 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """All checks passed, there was at least one, and the backend could be run."""
+        """True if the backend could run, and there was at least one check, and all passed."""
         return self.not_run is None and bool(self.checks) and all(check.passed for check in self.checks)

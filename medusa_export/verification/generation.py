@@ -1,4 +1,4 @@
-"""Whole generations of an engine against transformers: greedy tokens, and drawn ones."""
+"""Compares whole generations of an engine with transformers: greedy tokens and sampled ones."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from medusa_export.common.progress import OnProgress, Progress
 from medusa_export.step.sampling import lags
 from medusa_export.step.step import MedusaStep
-from medusa_export.verification.checks import Check, Progress, Tolerances
+from medusa_export.verification.checks import Check, Tolerances
 from medusa_export.verification.reference import Prompt, with_own_attention
 from medusa_runtime.engine import MedusaEngine
 from medusa_runtime.errors import NotFiniteError
@@ -25,11 +26,24 @@ def generation_checks(
     sizes: Sequence[int],
     chunks: Sequence[int],
     tolerances: Tolerances,
-    progress: Progress,
+    on_progress: OnProgress,
 ) -> Iterator[Check]:
-    """Whole generations of the engine, as a service runs them: greedy ones, and sampled ones if the bundle can."""
+    """Compares whole generations: greedy ones, and sampled ones if the bundle supports sampling.
+
+    Args:
+        engine: The engine to check.
+        step: The reference, computing in fp32.
+        prompts: Prompts with the reference's answers.
+        sizes: Tree sizes to decode with, in nodes.
+        chunks: Chunk sizes, in tokens per step.
+        tolerances: Differences that pass.
+        on_progress: Receives reports.
+
+    Yields:
+        One check per tree size, and one for sampled tokens.
+    """
     for size in sizes:
-        progress(f"generating with tree size {size}")
+        on_progress(Progress(f"generating with tree size {size}"))
         check = Check(f"tokens, tree size {size}")
         steps = emitted = 0
         for chunk in chunks:
@@ -80,10 +94,10 @@ def _compare_tokens(
 def _sampling_checks(
     engine: MedusaEngine, step: MedusaStep, prompts: Sequence[Prompt], sizes: Sequence[int], tolerances: Tolerances
 ) -> list[Check]:
-    """Samples answers with trees of several sizes, and looks at each token by itself; none if it is greedy only.
+    """Checks sampled tokens, with trees of several sizes; no check if the bundle is greedy only.
 
-    Tokens win a race among all, so one is right if in the reference it is the winner, or as near to it as logits are in
-    a tie. Log probabilities have to be as close as logits.
+    The sampled token is the winner of a race among all tokens. It is right if it also wins in the reference, or if it
+    is as close to the winner there as two logits in a tie. Log probabilities have the tolerance of logits.
     """
     if not engine.bundle.sampling:
         return []
@@ -110,7 +124,7 @@ def _sampling_checks(
         check.compared += len(tokens)
         check.mismatches += len(wrong)
         check.notes += [
-            f"prompt {number}, token {place}: {tokens[place]} is {behind[place]:.2g} behind the one that is drawn"
+            f"prompt {number}, token {place}: {tokens[place]} is {behind[place]:.2g} behind the winner of the draw"
             for place in wrong[:2]
         ]
     check.figures["logprob_max_abs"] = furthest

@@ -1,4 +1,4 @@
-"""What a bundle is held against: the same model as transformers runs it, with its own attention and cache."""
+"""The reference of a verification: the same model in transformers, with its own attention and cache."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from medusa_export.common.progress import OnProgress, Progress
 from medusa_export.step.step import MedusaStep
-from medusa_export.verification.checks import Progress
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what transformers answers."""
+    """A prompt and its answer by transformers, as token ids."""
 
     ids: list[int]
     expected: list[int]
 
 
 def greedy_config(model: Any, end_tokens: Sequence[int] | None = None) -> GenerationConfig:
-    """Greedy decoding and nothing else: a model's own settings may hold penalties, beams or banned words.
+    """Returns a generation config for greedy decoding, without the penalties, beams or banned words of the model's own.
 
     Args:
         model: The model.
-        end_tokens: Ids of the tokens that end an answer, as a bundle has them; the model's own if None.
+        end_tokens: Ids of the tokens that end an answer; the model's own if None.
     """
     own = model.generation_config
     ends = own.eos_token_id if end_tokens is None else [*end_tokens] or None
@@ -36,7 +36,7 @@ def greedy_config(model: Any, end_tokens: Sequence[int] | None = None) -> Genera
 
 @contextmanager
 def with_own_attention(step: MedusaStep) -> Iterator[None]:
-    """Has a step's model attend as transformers has it."""
+    """Gives the step's model transformers' own attention while the block lasts."""
     model: Any = step.model
     ours = model.config._attn_implementation
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
@@ -49,17 +49,20 @@ def with_own_attention(step: MedusaStep) -> Iterator[None]:
 def reference_tokens(
     step: MedusaStep, prompt: Sequence[int], count: int, end_tokens: Sequence[int] | None = None
 ) -> list[int]:
-    """transformers' greedy tokens, with its own attention and cache.
+    """Decodes greedily with transformers, with its own attention and cache.
 
     Args:
         step: A step whose model computes in fp32.
         prompt: Token ids.
-        count: How many to generate at most.
-        end_tokens: As for ``greedy_config``.
+        count: Largest number of tokens to generate.
+        end_tokens: Ids of the tokens that end an answer; the model's own if None.
+
+    Returns:
+        The generated token ids.
     """
     model: Any = step.model
     own, ids = model.generation_config, torch.tensor([list(prompt)])
-    # In the model's place, as generate() takes from there what it is not told.
+    # generate() takes all settings that it is not given from the model's own.
     model.generation_config = greedy_config(model, end_tokens)
     try:
         with with_own_attention(step):
@@ -74,9 +77,17 @@ def answered_prompts(
     step: MedusaStep,
     prompts: Sequence[Sequence[int]],
     count: int,
-    progress: Progress,
+    on_progress: OnProgress,
     end_tokens: Sequence[int] | None = None,
 ) -> list[Prompt]:
-    """Prompts with up to ``count`` tokens of transformers' each; ``end_tokens`` as for ``greedy_config``."""
-    progress(f"answering {len(prompts)} prompts with transformers")
+    """Answers prompts with ``reference_tokens``.
+
+    Args:
+        step: A step whose model computes in fp32.
+        prompts: Token ids of each prompt.
+        count: Largest number of tokens to generate per prompt.
+        on_progress: Receives reports.
+        end_tokens: Ids of the tokens that end an answer; the model's own if None.
+    """
+    on_progress(Progress(f"answering {len(prompts)} prompts with transformers"))
     return [Prompt(list(ids), reference_tokens(step, ids, count, end_tokens)) for ids in prompts]

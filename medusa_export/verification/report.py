@@ -14,7 +14,7 @@ from medusa_export.verification.checks import Check, Verification
 
 
 def as_table(verification: Verification) -> Table:
-    """For people: a line per check."""
+    """Returns a table for a terminal, a line per check."""
     table = Table("check", "compared", "wrong", "figures", "", box=box.SIMPLE_HEAD)
     for check in verification.checks:
         verdict = "[green]pass[/green]" if check.passed else "[bold red]FAIL[/bold red]"
@@ -31,7 +31,7 @@ def _figures(check: Check) -> str:
 
 
 def as_json(verification: Verification) -> str:
-    """For programs: ``passed``, ``tolerances`` and ``checks`` with their figures."""
+    """Returns JSON with ``passed``, ``not_run``, ``tolerances`` and ``checks`` with their figures."""
     report = {
         "passed": verification.passed,
         "not_run": verification.not_run,
@@ -45,12 +45,12 @@ def as_json(verification: Verification) -> str:
 
 
 def _finite_or_null(check: Check) -> dict[str, float | None]:
-    """JSON has no NaN and no infinity."""
+    """Returns the figures, with None for NaN and infinity, which JSON lacks."""
     return {name: value if math.isfinite(value) else None for name, value in check.figures.items()}
 
 
 def as_junit(verification: Verification) -> str:
-    """For CI systems: a test case per check."""
+    """Returns JUnit XML for CI systems, a test case per check."""
     skipped = verification.not_run
     failures = sum(not check.passed for check in verification.checks)
     suite = ElementTree.Element(

@@ -1,4 +1,4 @@
-"""A backend and the eager module side by side, step by step: numbers, and the integers that a step gives."""
+"""Compares single steps of a backend with the eager module: logits, and the integers that a step returns."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from medusa_runtime.backends.base import Backend, StepResult, can_give_outputs
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
 
-# A row that left its reference is compared no further, so each scenario is short and there are several.
+# After a difference a row is not compared any more, so there are several short scenarios.
 STEPS_PER_SCENARIO = 8
 
 
 def graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> StepChecks:
-    """The checks of a bundle's graph in ONNX Runtime, logits included."""
+    """Prepares the checks of one graph of a bundle in ONNX Runtime, logits included."""
     contract = graph == GRAPH
-    # The derived graph keeps head logits to itself, in a branch; what they lead to is compared all the same.
+    # Head logits of a derived graph are inside a branch. The candidates that follow from them are compared anyway.
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
     data = _with_outputs(bundle.folder / graph, extra)
     backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
@@ -36,7 +36,7 @@ def graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Toler
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
-    """A graph with named inner values as outputs too."""
+    """Returns the serialised graph with inner values as further outputs."""
     model = onnx.load(path, load_external_data=False)
     inner = {name for node in model.graph.node for name in node.output}
     missing = [name for name in names if name not in inner]
@@ -54,10 +54,10 @@ class StepChecks:
     Args:
         bundle: The bundle.
         step: The reference.
-        name: What runs, for the names of checks.
-        compiled: The backend; closed at the end.
-        extra: Inner values that it gives as ``extra_output``.
-        tolerances: What passes.
+        name: Name of the graph or backend, for the names of checks.
+        compiled: The backend to check; ``run`` closes it.
+        extra: Names of inner values that it returns by ``extra_output``.
+        tolerances: Differences that pass.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class StepChecks:
         self._logits = {value: _Logits(f"{name}: {value.replace('_', ' ')}", tolerances) for value in extra}
         self._integers = Check(f"{name}: integers of a step")
         self._accepted: Counter[int] = Counter()
-        self._turns: Counter[int] = Counter()  # of depths
+        self._turns: Counter[int] = Counter()  # scenarios' steps by the depth that their draft is right down to
 
     def run(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> list[Check]:
-        """All scenarios: groups of prompts by tree size and chunk."""
+        """Runs all scenarios, groups of prompts by tree size and chunk size, and returns the checks."""
         try:
             self._run_all(prompts, sizes, chunks)
         finally:
@@ -108,7 +108,7 @@ class StepChecks:
             self._integers.mismatches += 1
 
     def _scenario(self, prompts: Sequence[Prompt], size: int, chunk: int, rng: np.random.Generator) -> None:
-        """Prefills in chunks, then decodes with drafts that are right to a depth drawn at random."""
+        """Prefills in chunks, then decodes with drafts that are right down to chosen depths."""
         depth = self._tree.max_depth
         left = [list(prompt.ids) for prompt in prompts]
         emitted: list[list[int]] = [[] for _ in prompts]
@@ -125,7 +125,7 @@ class StepChecks:
                 rest = prompt.expected[len(emitted[row]) :]
                 if row in parts or not emitted[row]:
                     continue
-                if len(rest) <= depth:  # the reference ends here
+                if len(rest) <= depth:  # the reference's answer ends here
                     return
                 node = self._next_node(min(width, self._tree.size), rng)
                 draft = oracle_tree(self._tree, emitted[row][-1], rest, node, self._bundle.model.vocab_size)
@@ -145,14 +145,14 @@ class StepChecks:
                     emitted[row] += output.tokens[row, :count].tolist()
 
     def _next_node(self, size: int, rng: np.random.Generator) -> int:
-        """The node that the next draft is right up to, of the depth with the fewest turns, the deepest first."""
+        """Chooses the node that the next draft is right down to, at random from the depth that was chosen least."""
         depths = self._tree.depths[:size]
         depth = min(range(int(depths.max()) + 1), key=lambda depth: (self._turns[depth], -depth))
         self._turns[depth] += 1
         return int(rng.choice(np.flatnonzero(depths == depth)))
 
     def _compare_step(self, width: int, parts: dict[int, list[int]]) -> bool:
-        """One step of both; whether they still go the same way."""
+        """Runs one step of both. Returns False if a row differs, so that the scenario ends."""
         got = self._compiled.step(width, parts)
         lengths = np.array(self._compiled.lengths)
         self._eager.step(width, parts)
@@ -166,10 +166,10 @@ class StepChecks:
         return not any(parted)
 
     def _compare_row(self, row: int, width: int, got: StepResult, length: int, output: StepOutput) -> bool:
-        """Compares the integers of a row, and notes what is wrong; whether the two go another way from here on."""
+        """Compares the integers of a row and notes a difference. Returns True if they differ."""
         count, reachable = int(output.count[row]), min(width, self._tree.size)
         found: list[tuple[str, Any, Any]] = [
-            # What a step emits, what becomes of it, and what the heads make of that: each follows from the one before.
+            # In this order each follows from the one before: emitted tokens, new length, new draft.
             ("tokens", got.tokens[row, : got.count[row]].tolist(), output.tokens[row, :count].tolist()),
             ("next_cache_lengths", length, int(output.next_cache_lengths[row])),
             (
@@ -192,22 +192,22 @@ class StepChecks:
         return True
 
     def _margin(self, name: str, row: int, output: StepOutput, got: Any, expected: Any) -> float:
-        """How close the reference's choice was that a difference may come from; infinite where none could."""
-        if name == "tokens":  # the base model's, after the node that both accepted last
+        """Returns the reference's margin at the choice that may explain a difference; infinity if no choice can."""
+        if name == "tokens":  # chosen by the base model after the last node that both accepted
             place = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
             if place is None:
                 return float("inf")
             best = output.logits[row, output.accepted_path[row, place]].float().topk(2).values
             return float(best[0] - best[1])
         if name == "next_input_ids" and output.head_logits is not None and output.head_logits.numel():
-            # Candidates change places where two of the best lie close together.
+            # Candidates change places if two of the best are close together.
             best = output.head_logits[row].float().topk(self._tree.top_k + 1, dim=-1).values
             return float((best[..., :-1] - best[..., 1:]).min())
         return float("inf")
 
 
 class _Logits:
-    """Gathers how close logits are; what is NaN stays NaN in every figure."""
+    """Collects how close logits are. NaN stays NaN in every figure."""
 
     def __init__(self, name: str, tolerances: Tolerances) -> None:
         self.check = Check(name)
@@ -216,7 +216,12 @@ class _Logits:
         self._not_finite = 0
 
     def add(self, got: NDArray[Any], expected: NDArray[np.float32]) -> None:
-        """Compares [..., V] with [..., V]."""
+        """Compares logits.
+
+        Args:
+            got: [..., V], of the backend.
+            expected: [..., V], of the reference.
+        """
         got = got.astype(np.float64).reshape(-1, got.shape[-1])
         reference = expected.astype(np.float64).reshape(-1, expected.shape[-1])
         if not len(got):

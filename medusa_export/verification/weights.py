@@ -1,7 +1,7 @@
-"""Parity of a loaded model with its files: each tensor against the weight that it should have become.
+"""Compares a loaded model with its files: each tensor with the weight that it should have become.
 
-The loader and this check share no code: ``stored_weights`` reads the files. It finds a weight that the loader left out,
-made up, permuted or rounded otherwise.
+The loader and this check share no code, because ``stored_weights`` reads the files. So it finds a weight that the
+loader left out, made up, permuted or rounded in another way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medusa_export.verification.checks import Check
 
 CHECK = "weights in memory and in the files"
 _MAX_NOTES = 5
-# Tables that older versions of transformers saved, and that newer ones compute.
+# Tables that old versions of transformers saved, and that new versions compute.
 _TABLES = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
@@ -29,9 +29,9 @@ def weights_check(source: str, model: PreTrainedModel, dtype: str) -> Check:
     """Compares a model with the files that it was loaded from.
 
     Args:
-        source: What was loaded: a folder, a hub id or a GGUF file.
+        source: The folder, hub id or GGUF file that the model was loaded from.
         model: The model.
-        dtype: torch's name of what its weights were rounded to when loaded; they may have become fp32 since.
+        dtype: PyTorch's name of the type that the weights were loaded in. They may be fp32 by now.
 
     Raises:
         CheckpointError: The files can't be read.
@@ -60,9 +60,7 @@ def _compare(check: Check, name: str, loaded: Tensor, stored: Tensor, dtype: tor
         )
         return
     if not stored.is_floating_point():
-        _fault(
-            check, stored.numel(), f"{name} is {stored.dtype} in the files: whole numbers are no weights by themselves"
-        )
+        _fault(check, stored.numel(), f"{name} is {stored.dtype} in the files: integers alone are no weights")
         return
     expected = stored.to(dtype).to(loaded.dtype)
     wrong = int(((expected != loaded) & ~(expected.isnan() & loaded.isnan())).sum())
@@ -79,32 +77,32 @@ def _fault(check: Check, values: int, words: str) -> None:
 
 
 class _Weights:
-    """A model's weights under the names and in the layout that its files have."""
+    """A model's weights, under the names and in the layout of its files."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        # As transformers would save them: where it renames, splits or joins tensors while loading, this undoes it.
+        # As transformers would save them. This reverts its renaming, splitting and joining of tensors.
         self._named: dict[str, Tensor] = revert_weight_conversion(model, dict(model.state_dict()))
         self._taken: set[int] = set()
 
     def find(self, name: str) -> str | None:
-        """The model's name of a tensor of the files: the same, or with or without the prefix of the base model."""
+        """Returns the model's name of a tensor in the files, with or without the base model's prefix; or None."""
         prefix = f"{self._model.base_model_prefix}."
         return next((known for known in (name, prefix + name, name.removeprefix(prefix)) if known in self._named), None)
 
     def take(self, name: str) -> Tensor:
-        """The values of a weight, which is then accounted for, with all that share its memory."""
+        """Returns a weight, and counts it and all weights that share its memory as found."""
         self._taken.add(self._named[name].data_ptr())
         return self._named[name]
 
     def left(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that nobody has taken."""
+        """Yields the weights that were not found in the files."""
         ignored = self._model._keys_to_ignore_on_load_missing or ()
         for name, values in self._named.items():
             if values.data_ptr() not in self._taken and not any(re.search(pattern, name) for pattern in ignored):
                 yield name, values
 
     def may_be_ignored(self, name: str) -> bool:
-        """Whether a tensor of the files belongs to heads, or the model's class has no use for it."""
+        """Returns True for a tensor of heads, and for one that the model's class ignores."""
         patterns = (*_TABLES, *(self._model._keys_to_ignore_on_load_unexpected or ()))
         return bool(HEADS.search(name)) or any(re.search(pattern, name) for pattern in patterns)

@@ -16,18 +16,16 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from medusa_export.benchmarks.bench import (
+from medusa_export.benchmarks.contestants import (
     Contestant,
+    Contestants,
     Generation,
-    Paddock,
-    bench_prompts,
-    by_category,
     engine_contestant,
     genai_contestant,
-    race,
-    speeds,
 )
+from medusa_export.benchmarks.prompts import bench_prompts
 from medusa_export.benchmarks.report import as_markdown, as_table, earlier_report, regressions
+from medusa_export.benchmarks.speeds import by_category, race, speeds
 from medusa_export.cli import main
 from medusa_export.common.errors import DatasetError
 from medusa_runtime import Bundle, MedusaEngine
@@ -153,19 +151,19 @@ def test_engines_learn_apart(tiny_bundle: Bundle) -> None:
 
 
 def test_contestants_are_weighed() -> None:
-    paddock = Paddock([1], max_new_tokens=3)
+    contestants = Contestants([1], max_new_tokens=3)
     kept: list[bytearray] = []
 
     def heavy() -> Contestant:
         kept.append(bytearray(os.urandom(1 << 26)))
         return lambda _, count: answer(count, 1.0, count)
 
-    paddock.add("heavy", heavy)
-    paddock.add("light", lambda: lambda _, count: answer(count, 1.0, count))
-    assert paddock.memory["heavy"] >> 20 in range(60, 140)
-    assert paddock.memory["light"] >> 20 < 20
-    found = speeds({name: [[answer(10, 1.0, 10)]] for name in paddock.contestants}, "light", paddock.memory)
-    assert found["heavy"].memory_mib == paddock.memory["heavy"] >> 20
+    contestants.add("heavy", heavy)
+    contestants.add("light", lambda: lambda _, count: answer(count, 1.0, count))
+    assert contestants.memory["heavy"] >> 20 in range(60, 140)
+    assert contestants.memory["light"] >> 20 < 20
+    found = speeds({name: [[answer(10, 1.0, 10)]] for name in contestants.by_name}, "light", contestants.memory)
+    assert found["heavy"].memory_mib == contestants.memory["heavy"] >> 20
 
 
 def test_no_prompt_is_among_those_that_heads_are_trained_on() -> None:

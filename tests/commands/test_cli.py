@@ -158,7 +158,7 @@ def test_a_prompt_that_is_no_utf8(tiny_bundle: Bundle) -> None:
         (("onnx",), "Missing argument"),
         (("onnx", "m", "-o", "o"), "--init-heads K"),
         (("onnx", "m", "-o", "o", "--no-heads", "--init-heads", "2"), "exactly one of"),
-        (("onnx", "m", "-o", "o", "--no-heads", "--tree", "t.json"), "--tree needs heads"),
+        (("onnx", "m", "-o", "o", "--no-heads", "--tree", "t.json"), "A tree needs heads"),
         (("onnx", "m", "-o", "o", "--no-heads", "--dtype", "int3"), "int3"),
         (("generate", "b", "p", "--tree-size", "some"), "neither a number nor 'auto'"),
         (("verify", "b", "--model", "m", "--tree-sizes", "1,many"), "not a list of sizes"),

@@ -45,7 +45,7 @@ def trained(model: PreTrainedModel, checkpoints: Path) -> BottleneckHeads:
     data = features(model)
     schedule = Schedule(epochs=20, learning_rate=0.02, batch_size=32)
     history = train_medusa1(
-        heads, model, data, data, schedule, checkpoints, teacher=None, soft=0.0, device=torch.device("cpu"), quiet=True
+        heads, model, data, data, schedule, checkpoints, teacher=None, soft=0.0, device=torch.device("cpu")
     )
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert losses[-1] < 0.9 * losses[0]

@@ -1,4 +1,4 @@
-"""Files of heads in the formats that others publish, and the logits that they must give."""
+"""Heads in the formats of other projects, and the logits that they must give."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reference(num_heads: int = 3, num_layers: int = 1, *, shared: bool = False, 
 
 
 def vllm(tensors: dict[str, Tensor], num_layers: int = 1, prefix: str = "") -> dict[str, Tensor]:
-    """The same heads with vLLM's names, and like most of its checkpoints without biases."""
+    """The same heads with vLLM's names, and without biases, like most of vLLM's checkpoints."""
     renamed = {}
     for name, tensor in tensors.items():
         k, j, *rest = name.split(".")

@@ -21,17 +21,12 @@ from polygraphy.comparator import Comparator, CompareFunc
 
 from medusa_export.cli import main
 from medusa_export.common.errors import EngineBuildError
-from medusa_export.targets.tensorrt.build import (
-    BuildOptions,
-    EngineBuilder,
-    choose_limits,
-    known_targets,
-    parse_targets,
-    profiles_for,
-    updated_in_place,
-    write_engine,
-)
+from medusa_export.targets.tensorrt.build import write_engine
+from medusa_export.targets.tensorrt.builder import EngineBuilder
 from medusa_export.targets.tensorrt.messages import build_error, remedy
+from medusa_export.targets.tensorrt.network import updated_in_place
+from medusa_export.targets.tensorrt.options import BuildOptions, check_targets, choose_limits, known_targets
+from medusa_export.targets.tensorrt.profiles import profiles_for
 from medusa_export.targets.tensorrt.rewrites.pipeline import TENSORRT, graph_for_tensorrt
 from medusa_runtime import BackendError, Bundle, BundleError
 from medusa_runtime.backends.tensorrt import library as libraries
@@ -199,7 +194,6 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
     [
         (("--target", "sm90"), "can't build for 'sm90': it knows sm75, sm80"),
         (("--target", "ampere"), "can't build for 'ampere'"),
-        (("--target", ","), "names no architecture"),
         (("--target", "sm89", "--max-seq-len", "11"), "--max-seq-len 11 is smaller than a step: the tree has 9 nodes"),
         (("--target", "sm89", "--max-prefill", "8"), "--max-prefill 8 is smaller than the tree of 9"),
         (("--target", "sm89", "--max-prefill", "62", "--max-seq-len", "64"), "Give at most 60"),
@@ -253,7 +247,7 @@ def test_a_timing_cache(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest
         builder.log.errors[:] = ["Skipping timing cache: it is of another device."]
         with pytest.raises(EngineBuildError, match=r"cache can't be used: .* of another device") as raised:
             builder._config()
-        assert "delete it, or give another file" in str(raised.value.remedy)
+        assert "delete it or give another file" in str(raised.value.remedy)
     folder = replace(options, timing_cache=tmp_path)
     with pytest.raises(EngineBuildError, match="can't be read"):
         EngineBuilder(library, tiny_bundle, folder)._config()
@@ -270,7 +264,7 @@ def test_a_flavor_that_builds_for_the_gpu_at_hand_only() -> None:
     library = libraries.TensorRTLibrary("tensorrt", Module)
     assert known_targets(library) == ()
     with pytest.raises(EngineBuildError, match="drop --target"):
-        parse_targets(library, "sm89")
+        check_targets(library, ["sm89"])
 
 
 def test_a_refused_node_is_named(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +274,7 @@ def test_a_refused_node_is_named(tiny_bundle: Bundle, tmp_path: Path, monkeypatc
         node.op_type, node.name = "Bernoulli", "the_odd_one"
         return model.SerializeToString()
 
-    monkeypatch.setattr("medusa_export.targets.tensorrt.build.graph_for_tensorrt", spoil)
+    monkeypatch.setattr("medusa_export.targets.tensorrt.builder.graph_for_tensorrt", spoil)
     code, output = run("trt", tiny_bundle.folder, "-o", tmp_path / "out", "--target", "sm89", "-q")
     assert code == 1
     assert "'the_odd_one' (Bernoulli)" in output

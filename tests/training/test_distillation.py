@@ -183,7 +183,7 @@ def test_a_deleted_part_of_prompts_is_made_again(tmp_path: Path) -> None:
             ]
 
     def run() -> None:
-        distillation.distill(folder, settings, [], Author, quiet=True)  # type: ignore[arg-type]
+        distillation.write_dataset(folder, settings, [], Author)  # type: ignore[arg-type]
 
     run()
     expected, parts = rows_of(folder), sorted((folder / "prompts").iterdir())
@@ -214,12 +214,12 @@ def test_conversations_end_where_the_model_has_no_room(tmp_path: Path, capsys: p
     assert writer.answer(talks[1:2], max_new_tokens=8, temperature=0, seed=0) == [None]
     settings = DistillSettings("model", [], 0, None, 9, None, 8, 0.0, 1.0, 0.3, 4, 0, "float32")
     prompts = [Conversation(({"role": "user", "content": text},) * 9) for text in ("a", "b" * 50)]
-    made = distillation.distill(tmp_path / "data", settings, prompts, lambda: writer, quiet=True)
+    made = distillation.write_dataset(tmp_path / "data", settings, prompts, lambda: writer)
     assert made.left_out == 1
     (row,) = rows_of(tmp_path / "data")
     assert len(row["messages"]) % 2 == 0
     with pytest.raises(DatasetError, match="None of 1 prompts leaves room"):
-        distillation.distill(tmp_path / "none", settings, prompts[1:], lambda: writer, quiet=True)
+        distillation.write_dataset(tmp_path / "none", settings, prompts[1:], lambda: writer)
 
 
 def test_a_model_writes_its_own_prompts_over_several_turns(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ class Parrot:
 def test_a_model_that_repeats_itself_is_reported(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_export.training.generation.Writer", lambda *_: Parrot())
+    monkeypatch.setattr("medusa_export.training.distill.Writer", lambda *_: Parrot())
     code, output = distilled(tiny_model_folder, tmp_path / "d", "--magpie", 5)
     assert code == 0
     assert "of 5 prompts the model wrote 1" in output

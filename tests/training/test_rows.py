@@ -241,7 +241,7 @@ def test_a_training_skips_rows_and_reports_them(picky_model: Path, mixed: Path, 
     assert not out.exists()  # the training did not begin
     result = run(*command)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert result.output.count("note: skipped 5 of 11 rows: data.jsonl line 7: its conversation is empty; ") == 1
+    assert result.output.count("warning: skipped 5 of 11 rows: data.jsonl line 7: its conversation is empty; ") == 1
     kept = json.loads((out / SETTINGS).read_text())["rows"]
     assert (kept["read"], kept["skipped"]) == (11, 5)
     assert kept["first"] == [f"data.jsonl {reason}" for reason in REASONS]
@@ -257,7 +257,7 @@ def test_a_training_skips_rows_and_reports_them(picky_model: Path, mixed: Path, 
     assert "With --strict" in run(*heads, "-o", tmp_path / "c.json", "--strict").output
     result = run(*heads, "-o", tmp_path / "c.json")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "note: skipped 5 of 11 rows" in result.output
+    assert "warning: skipped 5 of 11 rows" in result.output
 
 
 def test_the_error_for_a_split_with_nothing_to_learn_gives_reasons(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_distillation_skips_rows_and_records_them(picky_model: Path, mixed: Pa
     assert not folder.exists()
     code, output = distilled(picky_model, folder, "--prompts", mixed)
     assert code == 0, output
-    assert "note: skipped 1 of 11 rows: data.jsonl line 7: its conversation is empty" in output
+    assert "warning: skipped 1 of 11 rows: data.jsonl line 7: its conversation is empty" in output
     assert "refuses some prompts: skipped 1 of 10 rows: data.jsonl line 11: The chat template can't" in output
     kept = json.loads((folder / DESCRIPTION).read_text())
     assert kept["rows"]["skipped"] == 1

@@ -194,7 +194,6 @@ def scaled(module: Scale, checkpoints: Path, *, epochs: float) -> list[dict[str,
         collate=lambda batch: {"targets": torch.stack(batch)},
         metrics=lambda *_: {},
         device=torch.device("cpu"),
-        quiet=True,
     )
 
 

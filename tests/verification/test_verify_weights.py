@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from medusa_export.cli import main
 from medusa_export.models import checkpoints
 from medusa_export.models.checkpoints import load_model
-from medusa_export.verification import bundle as verify
+from medusa_export.verification import verify
 from medusa_export.verification.checks import Check, Tolerances, Verification
 from medusa_export.verification.weights import CHECK, weights_check
 from medusa_runtime import Bundle

@@ -1,1 +1,1 @@
-"""TensorRT engines."""
+"""Compiles bundles to TensorRT engines."""

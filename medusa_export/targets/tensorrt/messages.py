@@ -1,4 +1,4 @@
-"""What TensorRT says while it parses and builds, turned into one error that names the node and the remedy."""
+"""Turns TensorRT's messages into one error that names the node and the remedy."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any
 
 from medusa_export.common.errors import EngineBuildError
 
-# Words of TensorRT's, and what helps. The first that is found counts.
+# Patterns of TensorRT's messages, with remedies. The first pattern that matches counts.
 REMEDIES: tuple[tuple[str, str], ...] = (
     (
         r"driver version is insufficient|no CUDA-capable device|getCurrentCC|cudaError (35|100)\b",
         "There is no usable GPU here: update the driver, or name architectures with --target, such as sm89.",
     ),
-    (r"out of memory|OutOfMemory|cudaError 2\b", "There is no memory for it: lower --max-batch or --max-seq-len."),
+    (r"out of memory|OutOfMemory|cudaError 2\b", "The GPU's memory is too small: lower --max-batch or --max-seq-len."),
     (r"violate shape constraints", "Raise --max-seq-len, or lower --max-prefill."),
     (
         r"static sequence length",
-        "The caches must have a fixed capacity: this graph is not of contract version 1, so export the bundle again.",
+        "The caches must have a fixed capacity. This graph is not of contract version 1: export the bundle again.",
     ),
-    (r"more than one op named", "TensorRT-RTX trips over a fixed batch here: build with --max-batch 2 or more."),
-    (r"timing cache", "The timing cache is of another TensorRT or GPU: delete it, or give another file."),
+    (r"more than one op named", "TensorRT-RTX fails on a fixed batch here: build with --max-batch 2 or more."),
+    (r"timing cache", "The timing cache belongs to another TensorRT or GPU: delete it, or give another file."),
 )
-# What TensorRT logs as an error where it builds without a driver, and goes on.
+# TensorRT logs this as an error when it builds without a driver, and goes on.
 NO_DRIVER = r"catchCudaError"
 
 
 def remedy(text: str) -> str | None:
-    """What helps, if these words of TensorRT's are known."""
+    """Returns the remedy for a message of TensorRT; None if the message is unknown."""
     return next((helps for pattern, helps in REMEDIES if re.search(pattern, text, re.IGNORECASE)), None)
 
 
 def parser_error(parser: Any, log: Any) -> EngineBuildError:
-    """What the ONNX parser stumbled over."""
+    """Returns the error for a graph that the ONNX parser refused."""
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     if not errors:
         return build_error(log.errors, ())
@@ -50,11 +50,11 @@ def parser_error(parser: Any, log: Any) -> EngineBuildError:
 
 
 def build_error(errors: Sequence[str], nodes: Iterable[str]) -> EngineBuildError:
-    """What the builder stumbled over.
+    """Returns the error for a build that failed.
 
     Args:
-        errors: What it logged, oldest first.
-        nodes: Names of the graph's nodes, the one to blame maybe among them.
+        errors: Errors that the builder logged, oldest first.
+        nodes: Names of the graph's nodes. The error names the one that the builder mentions.
     """
     text = " ".join(_clean(error) for error in errors) or "it gave no engine and no reason."
     named = sorted(
@@ -69,7 +69,10 @@ def build_error(errors: Sequence[str], nodes: Iterable[str]) -> EngineBuildError
 
 
 def _clean(text: str) -> str:
-    """One line, without the places in TensorRT's source, nor the missing driver if there is more to say."""
+    """Returns a message as one line, without positions in TensorRT's source.
+
+    Lines about a missing driver are dropped if there are others.
+    """
     lines = text.splitlines()
     text = "\n".join([line for line in lines if not re.search(NO_DRIVER, line)] or lines)
     text = re.sub(r"\[\w+\.cpp::\w+::\d+\]\s*|\s*In \w+ at \S+\.cpp:\d+", " ", text)

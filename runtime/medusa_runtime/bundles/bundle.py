@@ -194,7 +194,7 @@ class Bundle:
 
     @property
     def slots(self) -> SlotLayout:
-        """Where entries are in the caches, and how many slots a step takes."""
+        """The arithmetic of slots in the caches, for this tree."""
         return SlotLayout(self.tree.max_depth)
 
     @property

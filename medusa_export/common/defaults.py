@@ -1,0 +1,34 @@
+"""Defaults that a function and its command share. This module imports nothing, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Draft trees
+TREE = "default"
+TREE_SIZE = 64  # nodes of a tree that is searched, the root included
+TOP_K = 10  # candidates per head
+
+# Types of floating-point numbers
+EXPORT_DTYPE: Final = "fp32"  # weights and caches of a bundle
+HEADS_DTYPE: Final = "fp16"  # weights in a file of heads
+
+# TensorRT engines
+FLAVOR = "auto"
+MAX_BATCH = 4  # rows
+OPT_LEVEL = 3
+
+# Verification
+VERIFIED_TOKENS = 32  # per prompt
+PREFILL_CHUNKS = (512, 5)  # tokens
+
+# Benchmarks
+BENCH_TOKENS = 96  # per prompt
+BENCH_REPEATS = 3
+BENCH_TOLERANCE = 0.1  # share by which a ratio may be worse than an earlier one
+
+# Files of heads
+HEADS_LAYOUT: Final = "own"
+
+# Training data
+MAX_LENGTH = 2048  # tokens of a conversation

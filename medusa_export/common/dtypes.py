@@ -1,0 +1,22 @@
+"""Names of floating-point types, as options take them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from medusa_export.common.errors import OptionError
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def torch_name(dtype: str) -> str:
+    """PyTorch's name of a type, such as ``float16`` for ``fp16``.
+
+    Raises:
+        OptionError: The type is unknown.
+    """
+    if dtype not in _TORCH_NAMES:
+        raise OptionError(f"There is no type {dtype!r}: give one of {', '.join(DTYPES)}.")
+    return _TORCH_NAMES[dtype]

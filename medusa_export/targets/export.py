@@ -1,0 +1,279 @@
+"""Exports a model with heads to a bundle: the whole way in one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_export.common import defaults
+from medusa_export.common.dtypes import Dtype, torch_name
+from medusa_export.common.errors import MedusaWarning, OptionError
+from medusa_export.common.files import check_target
+from medusa_export.common.progress import OnProgress, Progress, ignore_progress
+from medusa_export.graph.export import build_graph
+from medusa_export.heads.base import DraftHeads
+from medusa_export.heads.files import load_heads
+from medusa_export.heads.modules import MedusaHeads
+from medusa_export.models.checkpoints import check_fast, load_model, load_tokenizer
+from medusa_export.models.end_tokens import EndTokens
+from medusa_export.models.files import Place
+from medusa_export.models.generation_settings import kept_settings, settings_warnings
+from medusa_export.models.gguf.cache import gguf_cache
+from medusa_export.models.supported import check_supported
+from medusa_export.step.attention import ATTENTION_NAME
+from medusa_export.step.step import MedusaStep
+from medusa_export.step.weight_range import check_weights
+from medusa_export.targets.bundle_writer import write_bundle
+from medusa_export.trees.calibration import Calibration
+from medusa_export.trees.named import NamedTree, load_tree
+from medusa_export.trees.prior import prior_acceptance
+from medusa_runtime.bundles.bundle import Acceptance, Bundle
+from medusa_runtime.bundles.tree import Tree
+
+
+def export(
+    model: str | PathLike[str] | PreTrainedModel,
+    output: str | PathLike[str],
+    *,
+    heads: str | PathLike[str] | DraftHeads | None = None,
+    init_heads: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    with_tokenizer: bool = True,
+    tree: str | PathLike[str] | Tree = defaults.TREE,
+    calibration: str | PathLike[str] | Calibration | None = None,
+    tree_size: int = defaults.TREE_SIZE,
+    top_k: int = defaults.TOP_K,
+    sampling: bool = True,
+    dtype: Dtype | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress = ignore_progress,
+) -> Bundle:
+    """Compiles a model with MEDUSA heads to a bundle.
+
+    Without ``heads`` and ``init_heads`` the bundle decodes plainly, with a tree of one node. Sentences about the
+    model that the user should know, such as sources of end tokens that disagree, are given as ``MedusaWarning``.
+
+    Args:
+        model: A folder in Hugging Face's layout, a hub id, the path of a ``.gguf`` file, or a loaded causal language
+            model on the CPU. A loaded model is left as it was.
+        output: The folder to write. It appears whole or not at all.
+        heads: Trained heads: a file, a folder or a hub id in any published format, or loaded heads of this model.
+        init_heads: The number of fresh, untrained heads, to try the pipeline; instead of ``heads``.
+        tokenizer: The tokenizer of a loaded model; the bundle has none if this is None. A model that is read brings
+            its own.
+        with_tokenizer: Put the tokenizer of a model that is read into the bundle. Without it the bundle takes and
+            gives token ids.
+        tree: The draft tree: ``default``, the name of a reference tree, a JSON file of rank paths, or a tree.
+        calibration: Measured hit rates of these heads, by ``calibrate``. The default tree is then the best one for
+            these heads, and the runtime gets measured acceptance estimates.
+        tree_size: Nodes of the tree that is searched with ``calibration``, the root included.
+        top_k: Candidates per head.
+        sampling: Let requests sample and ask for log probabilities. Without it the graph is smaller and only greedy.
+        dtype: Type of weights and caches. If None, that of a loaded model, and fp32 for a model that is read.
+        name: The model's name in the bundle. If None, the name of its folder, file or hub id.
+        overwrite: Replace a bundle that is at ``output``.
+        on_progress: Receives reports.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        OptionError: Options contradict each other, or don't fit the model or the heads.
+        CheckpointError: The model, the tokenizer or the heads can't be read, or don't fit each other.
+        ModelNotSupportedError: The decoding step does not support a feature of the model.
+        TreeError: The tree can't be read, or can't be used with these heads.
+        DatasetError: The calibration can't be read, or does not cover the tree.
+        ExportError: Tracing failed, a weight is out of range, or the bundle can't be written.
+    """
+    target = Path(output)
+    _check_options(heads, init_heads, calibration, tree)
+    check_target(target, replace_existing=overwrite)
+    measured = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
+    on_progress(Progress("loading the model"))
+    with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer) as source:
+        ends = _end_tokens(source)
+        attached = _attached(source.model, heads, init_heads, measured, on_progress)
+        chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
+        step = _step(source.model, attached, chosen.tree, sampling=sampling)
+        on_progress(Progress("checking weights"))
+        check_weights(step, source.path)
+        graph = build_graph(step, on_progress)
+        on_progress(Progress(f"writing {target}"))
+        bundle = write_bundle(
+            graph,
+            step,
+            source.tokenizer,
+            target,
+            name=name or source.name,
+            tree_name=chosen.name,
+            acceptance=_acceptance(chosen.tree, measured, trained=heads is not None),
+            trained=heads is not None,
+            replace_existing=overwrite,
+            end_tokens=ends,
+        )
+    for note in bundle.notes:
+        warnings.warn(note, MedusaWarning, stacklevel=2)
+    return bundle
+
+
+def _check_options(heads: object, init_heads: object, calibration: object, tree: object) -> None:
+    if heads is not None and init_heads is not None:
+        raise OptionError("Both heads and init_heads are given: drop one of them.")
+    if calibration is not None and heads is None:
+        raise OptionError("A calibration belongs to trained heads: give these heads too, or drop the calibration.")
+    if tree != defaults.TREE and heads is None and init_heads is None:
+        raise OptionError("A tree needs heads that draft: give heads, or drop the tree.")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to export.
+
+    Attributes:
+        model: The model; its attention is the step's.
+        tokenizer: Its tokenizer; None for a bundle without one.
+        path: The folder, file or hub id that it was read from; None for a loaded model.
+        name: The model's name.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    path: str | None
+    name: str
+
+
+@contextmanager
+def _opened(
+    model: str | PathLike[str] | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: Dtype | None,
+    *,
+    with_tokenizer: bool,
+) -> Iterator[_Source]:
+    """Reads a model, or prepares a loaded one, which is as before when the block ends."""
+    if isinstance(model, PreTrainedModel):
+        if dtype is not None and torch_name(dtype) != str(model.dtype).removeprefix("torch."):
+            raise OptionError(f"The loaded model is {model.dtype}, not {dtype}: convert it, or leave dtype out.")
+        check_supported(model)
+        with _prepared(model):
+            yield _Source(
+                model, _fast(tokenizer), None, Place.of(model.name_or_path).name if model.name_or_path else "model"
+            )
+        return
+    if tokenizer is not None:
+        raise OptionError("A model that is read brings its own tokenizer: leave tokenizer out, or load the model.")
+    path = fspath(model)
+    with gguf_cache():
+        read = load_model(
+            path, dtype=getattr(torch, torch_name(dtype or defaults.EXPORT_DTYPE)), attn_implementation=ATTENTION_NAME
+        )
+        check_supported(read)
+        yield _Source(read, _fast(load_tokenizer(path)) if with_tokenizer else None, path, Place.of(path).name)
+
+
+def _fast(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    if tokenizer is not None:
+        check_fast(tokenizer)
+    return tokenizer
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel) -> Iterator[None]:
+    """Sets a loaded model to evaluation and to the step's attention while the block lasts."""
+    if model.device.type != "cpu":
+        raise OptionError(f"The loaded model is on {model.device}: move it to the CPU with model.to('cpu').")
+    loaded: Any = model
+    was_training, attention = model.training, loaded.config._attn_implementation
+    loaded.set_attn_implementation(ATTENTION_NAME)
+    model.eval()
+    try:
+        yield
+    finally:
+        loaded.set_attn_implementation(attention)
+        model.train(was_training)
+
+
+def _end_tokens(source: _Source) -> EndTokens:
+    ends = EndTokens(source.model, source.tokenizer)
+    for text in (*ends.warnings, *settings_warnings(kept_settings(source.model.generation_config))):
+        warnings.warn(text, MedusaWarning, stacklevel=3)
+    return ends
+
+
+def _attached(
+    model: PreTrainedModel,
+    heads: str | PathLike[str] | DraftHeads | None,
+    init_heads: int | None,
+    calibration: Calibration | None,
+    on_progress: OnProgress,
+) -> DraftHeads | None:
+    if init_heads is not None:
+        return MedusaHeads.fresh(init_heads, model.get_output_embeddings())
+    if heads is None:
+        return None
+    if isinstance(heads, DraftHeads):
+        _check_heads(heads, model)
+        attached = heads
+    else:
+        on_progress(Progress(f"loading heads from {fspath(heads)}"))
+        attached = load_heads(fspath(heads), model)
+    if calibration is not None and len(calibration.accuracies) != attached.config.num_heads:
+        raise OptionError(
+            f"The calibration is of {len(calibration.accuracies)} heads, but these are {attached.config.num_heads}: "
+            "calibrate these."
+        )
+    return attached
+
+
+def _check_heads(heads: DraftHeads, model: PreTrainedModel) -> None:
+    """Refuses loaded heads that belong to another model."""
+    lm_head: nn.Linear = model.get_output_embeddings()
+    if heads.config.hidden_size != lm_head.in_features:
+        raise OptionError(
+            f"The heads have {heads.config.hidden_size} channels and the model {lm_head.in_features}: give heads of "
+            "this model."
+        )
+    if heads.shares_lm_head and heads.lm_head is not lm_head:
+        raise OptionError("The heads use the lm_head of another loaded model: load them with this model.")
+    kinds = {parameter.dtype for parameter in heads.parameters()} - {lm_head.weight.dtype}
+    if kinds:
+        raise OptionError(f"The heads are {kinds.pop()} and the model is {lm_head.weight.dtype}: convert the heads.")
+
+
+def _chosen_tree(
+    tree: str | PathLike[str] | Tree,
+    heads: DraftHeads | None,
+    calibration: Calibration | None,
+    *,
+    size: int,
+    top_k: int,
+) -> NamedTree:
+    if heads is None:
+        return NamedTree("single node", Tree())
+    limits = {"top_k": min(top_k, heads.config.draft_vocab_size)}
+    if isinstance(tree, Tree):
+        checked = Tree.from_paths(tree.paths, max_depth=heads.config.num_heads, **limits)
+        return NamedTree("given", checked)
+    return load_tree(fspath(tree), num_heads=heads.config.num_heads, calibration=calibration, size=size, **limits)
+
+
+def _step(model: PreTrainedModel, heads: DraftHeads | None, tree: Tree, *, sampling: bool) -> MedusaStep:
+    """The step of a model with the heads that the tree uses."""
+    used = min(tree.max_depth, heads.config.num_heads) if heads is not None else 0
+    return MedusaStep(
+        model, heads.truncated(used) if heads is not None and used else None, tree, sampling=sampling
+    ).eval()
+
+
+def _acceptance(tree: Tree, calibration: Calibration | None, *, trained: bool) -> Acceptance:
+    return prior_acceptance(tree, trained=trained) if calibration is None else calibration.acceptance(tree)
