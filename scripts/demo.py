@@ -74,21 +74,21 @@ def compare(
         }
         for contestant in contestants.values():
             contestant(ids[0], 8)  # first steps are slower
-    with console.status("") as status:
-        status.update(f"answering {len(ids)} prompts three times")
+    with console.status(f"answering {len(ids)} prompts three times"):
         return race(contestants, REFERENCE, ids, max_new_tokens=COMPARED_TOKENS, repeats=1)
 
 
 def speed_table(answers: dict[str, list[list[Generation]]], kinds: list[str]) -> Table:
     """Speeds by kind of prompt, and over all prompts."""
     table = Table(
-        title=f"Greedy decoding in fp32, answers of up to {COMPARED_TOKENS} tokens, {usable_cpus()} threads",
+        title=f"tokens/s: greedy, fp32, answers of up to {COMPARED_TOKENS} tokens, {usable_cpus()} threads",
         caption=f"Prompts: the first of each kind in the {len(bench_prompts())} of 'medusa-export bench'.",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1),
     )
-    table.add_column("prompt")
-    for heading in (REFERENCE, PLAIN, TREE, "tokens/step", f"against\n{PLAIN}", f"against\n{REFERENCE}"):
-        table.add_column(heading if "\n" in heading or "/" in heading else f"{heading}\ntokens/s", justify="right")
+    table.add_column("prompt", no_wrap=True)
+    for heading in ("transformers", "plain", "medusa", "tokens\nper step", "medusa :\nplain", "medusa :\ntransformers"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for kind in kinds:
         table.add_row(kind, *row(answers, lambda other, kind=kind: other == kind, kinds))
     table.add_section()
