@@ -21,7 +21,8 @@ from medusa_export.benchmarks.contestants import engine_contestant
 from medusa_export.benchmarks.speeds import race, speeds
 from medusa_export.common.files import write_text
 from medusa_export.step.reference import load_reference, prompt_ids
-from medusa_export.targets.tensorrt.build import BuildOptions, choose_limits, write_engine
+from medusa_export.targets.tensorrt.build import write_engine
+from medusa_export.targets.tensorrt.options import BuildOptions, choose_limits
 from medusa_export.verification.backend import verify_backend
 from medusa_export.verification.reference import greedy_config
 from medusa_runtime import Bundle, MedusaEngine, MedusaError

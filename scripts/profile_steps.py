@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.cli import sizes as as_sizes
+from medusa_export.commands.options import sizes as as_sizes
 from medusa_runtime import Bundle
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH

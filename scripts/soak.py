@@ -260,7 +260,7 @@ def corpus(folder: Path, seed: int) -> list[int]:
     if tokenizer is None:
         noise: list[int] = np.random.default_rng(seed).integers(1, 101, 4000).tolist()
         return noise
-    from medusa_export.benchmarks.bench import bench_prompts  # noqa: PLC0415
+    from medusa_export.benchmarks.prompts import bench_prompts  # noqa: PLC0415
 
     return [token for prompt in bench_prompts() for token in tokenizer.encode(prompt.prompt)]
 
