@@ -12,7 +12,7 @@ from medusa_runtime.bundles.contract import TensorSpec, cache_name
 
 def layers_of(network: Any) -> Iterator[Any]:
     """Yields the layers of a network."""
-    return (network.get_layer(index) for index in range(network.numlayers_of))
+    return (network.get_layer(index) for index in range(network.num_layers))
 
 
 def check_network(trt: Any, network: Any, bundle: Bundle, capacity: int) -> None:
