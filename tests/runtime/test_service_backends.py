@@ -14,6 +14,7 @@ from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.tensorrt import backend as backend_module
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.bundles.compiled import CompiledEngine
+from support.decoding import TREE
 from support.machine import Machine
 from support.on_host import OnnxRuntimeOnHost
 from support.stand_in_cuda import cudaError_t
@@ -104,7 +105,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
     tiny_bundle: Bundle, engine: MedusaEngine, machine: Machine
 ) -> None:
     """And what fits runs to the last slot, beside rows that are as long."""
-    longest = machine.description.limits.longest_sequence(9, 3)
+    longest = machine.description.limits.longest_sequence(9, TREE.max_depth)
     with MedusaService(tiny_bundle, machine.backend(3), None, tree_size=9) as service:
         for _ in range(2):  # free rows hold long texts the second time
             handles = [service.submit([token] * 60, max_new_tokens=longest - 60) for token in (5, 6, 7, 8, 9)]

@@ -118,9 +118,16 @@ class DecodeLoop:
                     self.end(self.scheduler.waiting[0], error)
                 return
             if not self._ownership.claim(lengths):
-                self.scheduler.evict()
+                self._take_over()
             for admission in self.scheduler.admit(lengths):
                 self._begin(admission)
+
+    def _take_over(self) -> None:
+        """Empties all free rows, after something else has used the backend."""
+        self.scheduler.evict()
+        for row in range(self.scheduler.rows):
+            if row not in self.scheduler.running:
+                self._reset(row)
 
     def _begin(self, admission: Admission) -> None:
         """Prepares a row for a request."""
@@ -201,6 +208,8 @@ class DecodeLoop:
                     self._decode_together([job])
 
     def _decode_together(self, jobs: Sequence[Job]) -> None:
+        if not self._in_flight and self._room.is_crowded(self.sizes.largest):
+            self.evict()
         if self._in_flight is not None and self._can_step_ahead(jobs):
             self._decode_ahead(jobs[0])
             return

@@ -72,6 +72,18 @@ class Room(ABC):
         """
 
     @abstractmethod
+    def make_for_copy(self, row: int, entries: int) -> None:
+        """Makes room for entries that are copied to an empty row.
+
+        Raises:
+            BackendError: There is no room.
+        """
+
+    @abstractmethod
+    def is_crowded(self, size: int) -> bool:
+        """True if rows that don't take part have no room for a step of ``size`` tokens, which runs over them, too."""
+
+    @abstractmethod
     def make_in_part(self, row: int, size: int) -> int:
         """As ``make`` for one row, but moves about ``MOVED_AT_ONCE`` entries at a time.
 
@@ -118,6 +130,18 @@ class SharedRoom(Room):
     def make(self, rows: Sequence[int], size: int) -> int:
         self._backend.reserve(self._slots.capacity(self.longest(range(self._backend.rows)), size))
         return 0
+
+    def make_for_copy(self, row: int, entries: int) -> None:
+        pass  # ``admit`` has made room for the whole request
+
+    def is_crowded(self, size: int) -> bool:
+        if self._backend.rows == 1:
+            return False  # ``admit`` has made room
+        try:
+            self.make([], size)
+        except BackendError:
+            return True
+        return False
 
     def make_in_part(self, row: int, size: int) -> int:
         return self.make([row], size)
@@ -178,6 +202,12 @@ class MovedRoom(Room):
 
     def make(self, rows: Sequence[int], size: int) -> int:
         return self._arrange(rows, self.longest(rows) + size)
+
+    def make_for_copy(self, row: int, entries: int) -> None:
+        self._arrange([row], entries + 1)
+
+    def is_crowded(self, size: int) -> bool:
+        return False
 
     def make_in_part(self, row: int, size: int) -> int:
         moved = self._move_in_part([row], self.longest([row]) + size)

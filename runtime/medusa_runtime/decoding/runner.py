@@ -130,7 +130,7 @@ class StepRunner:
         assert self._copier is not None
         self.backend.reset(row)
         if shared:
-            self.room.make([row], shared + 1)
+            self.room.make_for_copy(row, shared)
         self._copier.copy(source, row, shared)
 
     def _truncate(self, row: int, length: int) -> None:
