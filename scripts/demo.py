@@ -118,7 +118,7 @@ def setup_summary(loading: float) -> str:
         "Python packages": float(os.environ.get("DEMO_INSTALL_SECONDS", "0")),
         "model download": float(os.environ.get("DEMO_DOWNLOAD_SECONDS", "0")),
         "export": float(os.environ.get("DEMO_EXPORT_SECONDS", "0")),
-        "loading the bundle": loading,
+        "loading the bundle and measuring its steps": loading,
     }
     listed = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items())
     longest = max(parts, key=lambda name: parts[name])
