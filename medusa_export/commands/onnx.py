@@ -41,6 +41,13 @@ from medusa_export.common.dtypes import DTYPES, Dtype
     "--greedy-only", is_flag=True, help="Leave out sampling and log probabilities, which makes the graph smaller."
 )
 @click.option(
+    "--acceptance-rule",
+    "rules",
+    metavar="NAME",
+    multiple=True,
+    help="Add an acceptance rule of an installed package to 'exact' and 'typical'. It may change the output.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default=defaults.EXPORT_DTYPE,
@@ -61,6 +68,7 @@ def command(
     tree_size: int,
     top_k: int,
     greedy_only: bool,
+    rules: tuple[str, ...],
     dtype: Dtype,
     no_tokenizer: bool,
     output: Path,
@@ -90,6 +98,7 @@ def command(
             tree_size=tree_size,
             top_k=top_k,
             sampling=not greedy_only,
+            acceptance_rules=(*defaults.ACCEPTANCE_RULES, *rules),
             dtype=dtype,
             overwrite=overwrite,
             on_progress=on_progress,

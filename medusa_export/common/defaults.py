@@ -9,6 +9,8 @@ TREE = "default"
 TREE_SIZE = 64  # nodes of a tree that is searched, the root included
 TOP_K = 10  # candidates per head
 
+ACCEPTANCE_RULES = ("exact", "typical")  # names
+
 # Types of floating-point numbers
 EXPORT_DTYPE: Final = "fp32"  # weights and caches of a bundle
 HEADS_DTYPE: Final = "fp16"  # weights in a file of heads

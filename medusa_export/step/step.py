@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from medusa_export.common import defaults
 from medusa_export.common.errors import ExportError
 from medusa_export.heads.base import Draft, DraftHeads, DraftInputs
 from medusa_export.heads.sizes import sym_min
 from medusa_export.step.acceptance.path import deepest_confirmed
-from medusa_export.step.acceptance.registry import DEFAULT_RULES, rules_named
+from medusa_export.step.acceptance.registry import rules_named
 from medusa_export.step.acceptance.rule import AcceptanceRule, VerifiedNodes, judge
 from medusa_export.step.attention import StepCache, StepMasks, attending, concat_blocks
 from medusa_export.step.cache_shape import CacheShape
@@ -127,7 +128,7 @@ class MedusaStep(nn.Module):
         tree: Tree,
         *,
         sampling: bool = True,
-        rules: Sequence[str] = DEFAULT_RULES,
+        rules: Sequence[str] = defaults.ACCEPTANCE_RULES,
     ) -> None:
         super().__init__()
         self.model = model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -53,6 +53,7 @@ def export(
     tree_size: int = defaults.TREE_SIZE,
     top_k: int = defaults.TOP_K,
     sampling: bool = True,
+    acceptance_rules: Sequence[str] = defaults.ACCEPTANCE_RULES,
     dtype: Dtype | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -79,6 +80,7 @@ def export(
         tree_size: Nodes of the tree that is searched with ``calibration``, the root included.
         top_k: Candidates per head.
         sampling: Let requests sample and ask for log probabilities. Without it the graph is smaller and only greedy.
+        acceptance_rules: The names of the acceptance rules of the graph. Rules of your own may change the output.
         dtype: Type of weights and caches. If None, that of a loaded model, and fp32 for a model that is read.
         name: The model's name in the bundle. If None, the name of its folder, file or hub id.
         overwrite: Replace a bundle that is at ``output``.
@@ -89,6 +91,7 @@ def export(
 
     Raises:
         OptionError: Options contradict each other, or don't fit the model or the heads.
+        ExtensionError: There is no acceptance rule of a name.
         CheckpointError: The model, the tokenizer or the heads can't be read, or don't fit each other.
         ModelNotSupportedError: The decoding step does not support a feature of the model.
         TreeError: The tree can't be read, or can't be used with these heads.
@@ -104,7 +107,7 @@ def export(
         ends = _end_tokens(source)
         attached = _attached(source.model, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
-        step = _step(source.model, attached, chosen.tree, sampling=sampling)
+        step = _step(source.model, attached, chosen.tree, sampling=sampling, rules=acceptance_rules)
         on_progress(Progress("checking weights"))
         check_weights(step, source.path)
         graph = build_graph(step, on_progress)
@@ -267,12 +270,13 @@ def _chosen_tree(
     return load_tree(fspath(tree), num_heads=heads.config.num_heads, calibration=calibration, size=size, **limits)
 
 
-def _step(model: PreTrainedModel, heads: DraftHeads | None, tree: Tree, *, sampling: bool) -> MedusaStep:
+def _step(
+    model: PreTrainedModel, heads: DraftHeads | None, tree: Tree, *, sampling: bool, rules: Sequence[str]
+) -> MedusaStep:
     """The step of a model with the heads that the tree uses."""
     used = min(tree.max_depth, heads.config.num_heads) if heads is not None else 0
-    return MedusaStep(
-        model, heads.truncated(used) if heads is not None and used else None, tree, sampling=sampling
-    ).eval()
+    kept = heads.truncated(used) if heads is not None and used else None
+    return MedusaStep(model, kept, tree, sampling=sampling, rules=rules).eval()
 
 
 def _acceptance(tree: Tree, calibration: Calibration | None, *, trained: bool) -> Acceptance:

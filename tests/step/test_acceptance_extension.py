@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+import medusa_export
 from medusa_export.common.errors import ExportError, ExtensionError
 from medusa_export.step.acceptance.registry import register_rule
 from medusa_export.step.eager import EagerBackend
@@ -18,7 +19,7 @@ from medusa_export.step.step import MedusaStep
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from support.decoding import TREE, export, guessing_heads, make_step
+from support.decoding import TREE, guessing_heads, make_step
 from support.extensions.top_two_rule import TopTwoRule
 from support.tiny_models import tiny_model
 
@@ -92,13 +93,16 @@ def model() -> PreTrainedModel:
 
 
 def relaxed_step(model: PreTrainedModel, *, sampling: bool = True) -> MedusaStep:
-    own = make_step(tiny_model("llama", num_hidden_layers=1), guessing_heads(model))
+    own = make_step(base := tiny_model("llama", num_hidden_layers=1), guessing_heads(base))
     return MedusaStep(own.model, own.heads, TREE, sampling=sampling, rules=RULES).eval()
 
 
 @pytest.fixture(scope="module")
 def bundle(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(relaxed_step(model), tmp_path_factory.mktemp("top-2") / "bundle")
+    own = tiny_model("llama", num_hidden_layers=1)
+    folder = tmp_path_factory.mktemp("top-2") / "bundle"
+    heads = guessing_heads(own)
+    return medusa_export.export(own, folder, heads=heads, tree=TREE, acceptance_rules=RULES, name="tiny")
 
 
 @pytest.mark.parametrize("derived", [False, True])

@@ -9,8 +9,6 @@ from medusa_export.step.acceptance.exact import ExactRule
 from medusa_export.step.acceptance.rule import AcceptanceRule
 from medusa_export.step.acceptance.typical import TypicalRule
 
-DEFAULT_RULES = (ExactRule.name, TypicalRule.name)
-
 _RULES: Registry[AcceptanceRule] = Registry("acceptance rule", "medusa_export.acceptance_rules")
 
 
