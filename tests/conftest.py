@@ -1,37 +1,47 @@
-"""What several test files share."""
+"""Fixtures that several test files share.
+
+Imports that load torch are inside the fixtures: with xdist, the process that hands out the tests reads this file too,
+and the workers start only after it.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 import medusa_export
-from medusa_export import DistillOptions
-from medusa_export.targets.tensorrt.build import write_engine
-from medusa_export.targets.tensorrt.options import BuildOptions
-from medusa_runtime import Bundle
-from medusa_runtime.backends.tensorrt.library import import_tensorrt
-from medusa_runtime.bundles.compiled import CompiledEngine, EngineLimits
-from support.stock import Stock
-from support.tiny_models import tiny_model
-from support.tiny_tokenizer import make_tokenizer
 
-torch.set_num_threads(1)  # tests run side by side
+if TYPE_CHECKING:
+    from medusa_runtime import Bundle
+    from medusa_runtime.bundles.compiled import CompiledEngine
+    from support.stock import Stock
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Limits torch to one thread, because the workers share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
-    """Folders that are made once for all processes that test side by side; not to be changed."""
+    """Makes each folder once for all workers. Tests only read these folders."""
+    from support.stock import Stock
+
     root = tmp_path_factory.getbasetemp()
     return Stock(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
 
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(stock: Stock) -> Path:
-    """A random llama of two layers with a tokenizer, as transformers saves it."""
+    """A random llama of two layers with a tokenizer, saved by transformers."""
+    from support.tiny_models import tiny_model
+    from support.tiny_tokenizer import make_tokenizer
 
     def fill(folder: Path) -> None:
         tiny_model("llama").save_pretrained(folder)
@@ -42,13 +52,15 @@ def tiny_model_folder(stock: Stock) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(stock: Stock) -> Bundle:
-    """That model with three guessing heads and a tree of nine nodes, exported."""
+    """An exported random llama with three random heads and a tree of nine nodes."""
     return stock.export().bundle
 
 
 @pytest.fixture(scope="session")
 def untrained_bundle(stock: Stock, tiny_model_folder: Path) -> Bundle:
-    """That folder with two fresh heads, exported."""
+    """``tiny_model_folder`` with two fresh heads, exported."""
+    from medusa_runtime import Bundle
+
     folder = stock.folder(
         "untrained-bundle", lambda out: medusa_export.export(tiny_model_folder, out, init_heads=2, top_k=2)
     )
@@ -67,7 +79,7 @@ def smollm2_gguf() -> str:
 
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 prompts, a line each."""
+    """A file of 22 prompts, one in each line."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(f"Prompt number {i}, {'very ' * (i % 5)}good" for i in range(22)))
     return path
@@ -75,7 +87,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(stock: Stock, tiny_model_folder: Path, prompts: Path) -> Path:
-    """What that model answers to those prompts, as ``distill`` writes it."""
+    """The answers of ``tiny_model_folder`` to ``prompts``, written by ``distill``."""
+    from medusa_export import DistillOptions
 
     options = DistillOptions(batch_size=4, max_new_tokens=12, heldout=0.3, temperature=1)
     return stock.folder(
@@ -86,6 +99,11 @@ def data(stock: Stock, tiny_model_folder: Path, prompts: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_bundle: Bundle, stock: Stock) -> CompiledEngine:
     """The tiny bundle compiled by TensorRT-RTX for SM 8.9: three rows, 128 slots, chunks of 32."""
+    from medusa_export.targets.tensorrt.build import write_engine
+    from medusa_export.targets.tensorrt.options import BuildOptions
+    from medusa_runtime.backends.tensorrt.library import import_tensorrt
+    from medusa_runtime.bundles.compiled import CompiledEngine, EngineLimits
+
     options = BuildOptions(EngineLimits(max_batch=3, capacity=128, max_prefill=32), ("sm89",), opt_level=0)
     library = import_tensorrt("tensorrt-rtx")
     folder = stock.folder("tiny-engine", lambda out: write_engine(library, tiny_bundle, options, out))
