@@ -29,7 +29,8 @@ from support.tiny_models import SEEDS, tiny_model
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
 
-@pytest.mark.parametrize("size", [7, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))])
+@pytest.mark.slow  # each size is an export of its own
+@pytest.mark.parametrize("size", [2, 4, 7])
 def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
     """A tree of seven nodes once met an example of seven tokens, and both became one constant."""
     tree = TREE.prefix(size)
@@ -130,7 +131,7 @@ def test_heads_that_are_odd_for_the_derived_graph(stock: Stock, head_dim: int, d
     """ONNX Runtime's attention wants heads of a multiple of 8, and of 16 to rotate them: others do without."""
     options = {"num_hidden_layers": 1, "head_dim": head_dim}
     expected = [greedy(tiny_model("llama", **options), PROMPT, 12)]
-    bundle = stock.export(heads=False, **options).bundle
+    bundle = stock.export(heads=False, sampling=False, **options).bundle
     assert ("model.onnxruntime.onnx" in bundle.files) == derived
     backend = OnnxRuntimeBackend(bundle, threads=1)
     assert decode(backend, Tree(), [PROMPT], expected, size=1, chunk=5, count=12).tokens == expected
@@ -205,7 +206,12 @@ def as_loaded(bundle: Bundle, graph: str, target: Path) -> onnx.GraphProto:
 
 
 @pytest.mark.parametrize(
-    ("family", "tied"), [("llama", False), ("qwen3", True), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+    ("family", "tied"),
+    [
+        ("llama", False),
+        ("gemma3_text", True),
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in ("qwen3", "gpt2")),
+    ],
 )
 def test_no_step_transposes_a_weight(stock: Stock, tmp_path: Path, family: str, tied: bool) -> None:
     """Heads share the lm_head, and it may be the embedding too: it is stored once, and read as it is stored."""

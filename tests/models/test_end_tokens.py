@@ -225,7 +225,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """That model with settings and bad end tokens, exported by the command."""
     folder = tmp_path_factory.mktemp("chat")
     save_chat_model(folder / "model", **(SETTINGS | {"eos_token_id": [0, None, 5000]}))
-    result = CliRunner().invoke(main, ["onnx", str(folder / "model"), "--no-heads", "-o", str(folder / "bundle"), "-q"])
+    arguments = ["onnx", str(folder / "model"), "--no-heads", "--greedy-only", "-o", str(folder / "bundle"), "-q"]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     return Exported(folder / "model", Bundle.load(folder / "bundle"), result.output)
 

@@ -53,7 +53,7 @@ def test_trained_heads_learn_and_decode_losslessly(
     heads = load_heads(out, model)
     assert heads.config.conditioned == ("--conditioned" in options)
     bundle = tmp_path / "bundle"
-    arguments = ["onnx", tiny_model_folder, "--heads", out, "--top-k", 4, "-o", bundle, "-q"]
+    arguments = ["onnx", tiny_model_folder, "--heads", out, "--top-k", 4, "--greedy-only", "-o", bundle, "-q"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (result.output, result.exception)
     with MedusaEngine.load(bundle) as engine:
@@ -335,7 +335,7 @@ def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, 
     assert (tmp_path / "c.png").stat().st_size > 1000
     assert "tokens" in run("tree", tmp_path / "once.json", "--size", 6, "-o", tmp_path / "tree.json", "-q")
     run("onnx", tiny_model_folder, "--heads", tmp_path / "heads", "--calibration", tmp_path / "once.json",
-        "--tree", tmp_path / "tree.json", "-o", tmp_path / "bundle", "-q")  # fmt: skip
+        "--tree", tmp_path / "tree.json", "--greedy-only", "-o", tmp_path / "bundle", "-q")  # fmt: skip
     acceptance = Bundle.load(tmp_path / "bundle").acceptance
     assert acceptance.source == "calibrated"
     assert acceptance.node_values[0] == 1 and len(acceptance.node_values) == 6
