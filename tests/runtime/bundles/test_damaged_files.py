@@ -374,7 +374,7 @@ def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> 
     model, tokenizer = tiny_model("llama"), make_tokenizer()
     tokenizer.chat_template = "{% for %}"
     step = make_step(model, None, Tree())
-    step.sampling = False  # this is traced sooner
+    step.sampling = False  # a smaller graph, which is traced sooner
     with pytest.raises(ExportError, match=r"syntax error on line 1.* --no-tokenizer"):
         export(step, tmp_path / "out", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
