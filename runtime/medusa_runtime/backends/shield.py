@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from medusa_runtime.backends.base import Backend
@@ -19,30 +17,30 @@ class _Shield:
         self._backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        with _typed(name):
+        try:
             value = getattr(self._backend, name)
+        except MedusaError:
+            raise
+        except Exception as error:
+            if isinstance(error, AttributeError) and error.name == name:  # a capability that the backend doesn't have
+                raise
+            raise _failure(name, error) from error
         if not callable(value):
             return value
 
         def call(*arguments: Any, **options: Any) -> Any:
-            with _typed(name):
+            try:
                 return value(*arguments, **options)
+            except MedusaError:
+                raise
+            except Exception as error:
+                raise _failure(name, error) from error
 
         return call
 
 
-@contextmanager
-def _typed(name: str) -> Iterator[None]:
-    try:
-        yield
-    except MedusaError:
-        raise
-    except AttributeError as error:
-        if error.name == name:  # a capability that the backend doesn't have
-            raise
-        raise BackendError(f"The backend failed in {name}: {error!r}.") from error
-    except Exception as error:
-        raise BackendError(f"The backend failed in {name}: {error!r}.") from error
+def _failure(name: str, error: Exception) -> BackendError:
+    return BackendError(f"The backend failed in {name}: {error!r}.")
 
 
 def shielded(backend: _B) -> _B:

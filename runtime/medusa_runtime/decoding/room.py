@@ -128,6 +128,8 @@ class SharedRoom(Room):
         return 0  # nothing moves, and lengths are not asked for while a step is in flight
 
     def make(self, rows: Sequence[int], size: int) -> int:
+        if self._backend.rows == 1:
+            return 0  # ``admit`` has made room for all steps
         self._backend.reserve(self._slots.capacity(self.longest(range(self._backend.rows)), size))
         return 0
 
@@ -135,8 +137,6 @@ class SharedRoom(Room):
         pass  # ``admit`` has made room for the whole request
 
     def is_crowded(self, size: int) -> bool:
-        if self._backend.rows == 1:
-            return False  # ``admit`` has made room
         try:
             self.make([], size)
         except BackendError:
