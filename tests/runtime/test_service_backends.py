@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medusa_export.step.eager import EagerBackend
-from medusa_runtime import BackendError, Bundle, MedusaEngine, MedusaService, SamplingParams
+from medusa_runtime import BackendError, Bundle, DoubtfulRowsError, MedusaEngine, MedusaService, SamplingParams
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.tensorrt import backend as backend_module
 from medusa_runtime.backends.tensorrt.cuda import Cuda
@@ -117,17 +117,23 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
             assert len(service.generate([4] * (longest - 1), max_new_tokens=1).token_ids) == 1
 
 
-def test_a_device_that_fails_ends_what_it_ran(tiny_bundle: Bundle, engine: MedusaEngine, machine: Machine) -> None:
+def test_a_device_that_fails_ends_the_requests_of_that_step(
+    tiny_bundle: Bundle, engine: MedusaEngine, machine: Machine
+) -> None:
+    prompts = [PROMPT[: 5 + row] for row in range(3)]
+    failed = 0
     with MedusaService(tiny_bundle, machine.backend(3), None, tree_size=4) as service:
-        handles = [service.submit(PROMPT[: 5 + row], max_new_tokens=90) for row in range(3)]
+        handles = [service.submit(prompt, max_new_tokens=90) for prompt in prompts]
         for handle in handles:
             next(handle)
         machine.cuda.fail["cudaEventSynchronize"] = cudaError_t.cudaErrorInvalidValue
-        for handle in handles:
-            with pytest.raises(BackendError, match="cudaEventSynchronize"):
-                handle.result(30)
-        machine.cuda.fail.clear()
-        assert service.state == "ready"
+        for prompt, handle in zip(prompts, handles, strict=True):
+            try:
+                assert handle.result(30).token_ids == engine.generate(prompt, max_new_tokens=90).token_ids
+            except DoubtfulRowsError as error:
+                assert "cudaEventSynchronize" in str(error)  # noqa: PT017  # it may also be answered
+                failed += 1
+        assert failed and service.state == "ready"
         expected = engine.generate(PROMPT, max_new_tokens=20).token_ids
         assert service.generate(PROMPT, max_new_tokens=20).token_ids == expected
 
