@@ -15,9 +15,10 @@ from medusa_export.common.errors import MedusaWarning
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.models.checkpoints import load_model
 from medusa_export.training.device import device_of, dtype_of
-from medusa_export.training.distillation import Distilled, DistillSettings, write_dataset
+from medusa_export.training.distillation import Distilled, write_dataset
 from medusa_export.training.generation import Writer
 from medusa_export.training.options import OWN_PROMPTS, DistillOptions
+from medusa_export.training.part_writer import DistillSettings
 from medusa_export.training.rows import check_skipped, facts, read_conversations, summary
 from medusa_export.training.templates import load_chat_tokenizer
 from medusa_runtime.bundles.listed_folder import FileFacts

@@ -1,8 +1,9 @@
 """Self-distillation: the model writes the data set that its heads are trained on (MEDUSA, section 2.3.2).
 
 The job's folder holds ``distill.json`` (settings, prompts and model), finished parts while the job runs, and in the end
-``train.jsonl`` and ``heldout.jsonl``. A part is a batch. Its random numbers depend only on the job's seed and the
-part's number. So a job that was interrupted continues with the next part, and the result is the same.
+``train.jsonl`` and ``heldout.jsonl``. A part is a batch of prompts, or of their answers. Its random numbers depend only
+on the job's seed and the part's number. So a job that was interrupted continues with the next part, and the result is
+the same.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 from medusa_export.common.errors import DatasetError, SettingsError
 from medusa_export.common.files import is_unused, write_bytes, write_text
 from medusa_export.common.progress import OnProgress, Task, ignore_progress
-from medusa_export.training.conversations import Conversation, Message, unique
+from medusa_export.training.conversations import Conversation, unique
 from medusa_export.training.generation import Writer
+from medusa_export.training.part_writer import DistillSettings, as_prompt, write_conversations, write_prompts
 from medusa_export.training.parts import Parts, to_jsonl
 from medusa_export.training.rows import Skipped
 from medusa_export.training.settings import begin, note, read_settings
@@ -28,42 +30,6 @@ DESCRIPTION = "distill.json"
 SPLITS = ("train", "heldout")
 # The most batches of prompts to write, as a multiple of the batches wanted: some models only repeat themselves.
 _PATIENCE = 4
-_USER_TURN_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Settings that determine the data. A job continues only with the settings that it began with.
-
-    Attributes:
-        model: The model's name.
-        prompts: Name and digest of each file of prompts, in order.
-        magpie: Number of prompts that the model writes itself.
-        limit: The most conversations; None for all.
-        turns: The most user turns per conversation. The model writes the turns that a prompt lacks.
-        system: System message for conversations without one; None for no message.
-        max_new_tokens: The most tokens of an answer.
-        temperature: Sampling temperature of answers; 0 is greedy.
-        prompt_temperature: Sampling temperature of the user turns that the model writes.
-        heldout: The fraction of prompts to hold out.
-        batch_size: Conversations per part.
-        seed: Seed of all random numbers.
-        dtype: Type of the weights.
-    """
-
-    model: str
-    prompts: list[list[str]]
-    magpie: int
-    limit: int | None
-    turns: int
-    system: str | None
-    max_new_tokens: int
-    temperature: float
-    prompt_temperature: float
-    heldout: float
-    batch_size: int
-    seed: int
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -136,56 +102,94 @@ def write_dataset(
         open_once().on_progress = task.add
         return open_once()
 
-    seeds = unique([_as_prompt(prompt, settings) for prompt in prompts])
-    own = Parts(folder / "prompts")
-
-    def is_wanting() -> bool:
-        if own.first_missing < len(own):  # a damaged part was deleted
-            return True
-        return len(_new(own, seeds, settings)) < settings.magpie and len(own) < _most_batches(settings)
-
-    if is_wanting():
-        done = len(_new(own, seeds, settings))
-        task = Task("writing prompts", settings.magpie, on_progress, done=done, unit="tokens")
-        while is_wanting():
-            number = own.first_missing
-            own.write(number, _own_prompts(writer(task), settings, number=number))
-            task.reach(len(_new(own, seeds, settings)))
-    written = _new(own, seeds, settings)
-    seeds = [*seeds, *written][: settings.limit]
+    given = unique([as_prompt(prompt, settings) for prompt in prompts])
+    written = _write_prompts(Parts(folder / "prompts"), given, settings, writer, on_progress)
+    seeds = [*given, *written][: settings.limit]
     if not seeds:
         raise DatasetError("There are no prompts: give a file of them, or let the model write some with --magpie.")
-
     # Rows of a batch are padded to the longest row, so prompts of similar length go together.
     seeds.sort(key=lambda seed: len("".join(seed.user_turns)))
     answers = Parts(folder / "answers")
+    _write_answers(answers, seeds, settings, writer, on_progress, strict=strict)
+    return _finish(folder, settings, seeds, list(answers.rows()), own_prompts=len(written))
+
+
+def _write_prompts(
+    parts: Parts,
+    given: Sequence[Conversation],
+    settings: DistillSettings,
+    writer: Callable[[Task], Writer],
+    on_progress: OnProgress,
+) -> list[Conversation]:
+    """Writes the parts of prompts that are missing. Returns the prompts that the model wrote."""
+
+    def is_wanting() -> bool:
+        if parts.first_missing < len(parts):  # a damaged part was deleted
+            return True
+        return len(_new(parts, given, settings)) < settings.magpie and len(parts) < _most_batches(settings)
+
+    if is_wanting():
+        done = len(_new(parts, given, settings))
+        task = Task("writing prompts", settings.magpie, on_progress, done=done, unit="tokens")
+        while is_wanting():
+            number = parts.first_missing
+            parts.write(number, write_prompts(writer(task), settings, number=number))
+            task.reach(len(_new(parts, given, settings)))
+    return _new(parts, given, settings)
+
+
+def _write_answers(
+    parts: Parts,
+    seeds: Sequence[Conversation],
+    settings: DistillSettings,
+    writer: Callable[[Task], Writer],
+    on_progress: OnProgress,
+    *,
+    strict: bool,
+) -> None:
+    """Writes the parts of answers that are missing. Checks prompts and answers with the first part."""
     batches = [seeds[i : i + settings.batch_size] for i in range(0, len(seeds), settings.batch_size)]
-    _check_answers(answers, batches, settings)
-    done = sum(number in answers for number in range(len(batches)))
+    _check_answers(parts, batches, settings)
+    done = sum(number in parts for number in range(len(batches)))
     task = Task("answering", len(batches), on_progress, done=done, unit="tokens")
     for number, batch in enumerate(batches):
-        if number in answers:
+        if number in parts:
             continue
-        if not len(answers):
+        is_first = not len(parts)
+        if is_first:
             _check_prompts(writer(task), seeds, settings, strict=strict)
-        made = _answer(writer(task), settings, batch, number)
-        if not len(answers):
+        made = write_conversations(writer(task), settings, batch, number)
+        if is_first:
             _check_answered(writer(task), made, settings)
-        answers.write(number, made)
+        parts.write(number, made)
         task.finish_piece()
-    rows = list(answers.rows())
+
+
+def _finish(
+    folder: Path,
+    settings: DistillSettings,
+    seeds: Sequence[Conversation],
+    rows: Sequence[dict[str, Any]],
+    *,
+    own_prompts: int,
+) -> Distilled:
+    """Writes the data set, and returns the job's result.
+
+    Raises:
+        DatasetError: No prompt leaves room for an answer.
+    """
     refused = [Skipped(_name(seeds[row["id"]]), row["refused"]) for row in rows if "refused" in row]
     left_out = len(seeds) - len(rows)
-    rows = [row for row in rows if row["tokens"]]
-    if not rows:
+    answered = [row for row in rows if row["tokens"]]
+    if not answered:
         raise DatasetError(
             f"None of {len(seeds):,} prompts leaves room for an answer of {settings.max_new_tokens} tokens in the "
             "model's context. Start again in another folder, with shorter prompts or a lower --max-new-tokens."
         )
-    splits = _finish(folder, settings, rows)
+    splits = _write_splits(folder, settings, answered)
     note(folder / DESCRIPTION, left_out=left_out, refused=[str(prompt) for prompt in refused])
-    cut_off = sum(not row["complete"] for row in rows)
-    return Distilled(splits, len(written), left_out, refused, len(rows), cut_off)
+    cut_off = sum(not row["complete"] for row in answered)
+    return Distilled(splits, own_prompts, left_out, refused, len(answered), cut_off)
 
 
 def _name(prompt: Conversation) -> str:
@@ -279,103 +283,20 @@ def _check_answers(answers: Parts, batches: Sequence[Sequence[Conversation]], se
                 )
 
 
-def _as_prompt(conversation: Conversation, settings: DistillSettings) -> Conversation:
-    """The conversation's system message, or the settings', and its first user turns without the answers."""
-    system: tuple[Message, ...] = conversation.system
-    if not system and settings.system is not None:
-        system = ({"role": "system", "content": settings.system},)
-    users = tuple({"role": "user", "content": said} for said in conversation.user_turns[: settings.turns])
-    return Conversation((*system, *users), source=conversation.source)
-
-
 def _most_batches(settings: DistillSettings) -> int:
     return _PATIENCE * -(-settings.magpie // settings.batch_size)
-
-
-def _seed(settings: DistillSettings, *place: object) -> int:
-    """The seed of one batch of texts, named by its place in the job."""
-    digest = hashlib.sha256(repr((settings.seed, *place)).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def _own_prompts(writer: Writer, settings: DistillSettings, number: int) -> list[str]:
-    before = _as_prompt(Conversation(()), settings).messages
-    written = writer.user_turns(
-        [before] * settings.batch_size,
-        max_new_tokens=_USER_TURN_TOKENS,
-        temperature=settings.prompt_temperature,
-        seed=_seed(settings, "prompts", number),
-    )
-    # Prompts that were cut off are left out: they end in the middle of a sentence.
-    return [turn.text.strip() for turn in written if turn and turn.complete and turn.text.strip()]
 
 
 def _new(own: Parts, seeds: Sequence[Conversation], settings: DistillSettings) -> list[Conversation]:
     """The prompts that the model wrote, without repeated and given ones; at most the number wanted."""
     known = {seed.prompt_key for seed in seeds}
-    prompts = [_as_prompt(Conversation(({"role": "user", "content": text},)), settings) for text in own.rows()]
+    prompts = [as_prompt(Conversation(({"role": "user", "content": text},)), settings) for text in own.rows()]
     found = [prompt for prompt in unique(prompts) if prompt.prompt_key and prompt.prompt_key not in known]
     return found[: settings.magpie]
 
 
-def _answer(
-    writer: Writer, settings: DistillSettings, batch: Sequence[Conversation], number: int
-) -> list[dict[str, Any]]:
-    """Writes the conversations of a part, and returns its rows.
-
-    A conversation ends when it has all its turns, when an answer is cut off, when there is no room for another turn, or
-    when the chat template refuses it. A prompt without room for an answer has no row. A prompt that the template
-    refuses has a row with the reason.
-    """
-    users = [list(prompt.user_turns) for prompt in batch]
-    talks: list[list[Message]] = [list(prompt.system) for prompt in batch]
-    complete = [True] * len(batch)
-    ids: list[list[list[int]]] = [[] for _ in batch]
-    refused: dict[int, str] = {}
-    going = list(range(len(batch)))
-    for turn in range(settings.turns):
-        for row in going:
-            question = users[row][turn] if turn < len(users[row]) else "a"
-            if reason := writer.refusal([*talks[row], {"role": "user", "content": question}]):
-                refused[row] = reason
-        going = [row for row in going if row not in refused]
-        lacking = [row for row in going if turn >= len(users[row])]
-        written = writer.user_turns(
-            [talks[row] for row in lacking],
-            max_new_tokens=_USER_TURN_TOKENS,
-            temperature=settings.prompt_temperature,
-            seed=_seed(settings, "user", number, turn),
-        )
-        for row, said in zip(lacking, written, strict=True):
-            if said and said.complete and said.text.strip():
-                users[row].append(said.text.strip())
-        going = [row for row in going if turn < len(users[row])]
-        asked: list[list[Message]] = [[*talks[row], {"role": "user", "content": users[row][turn]}] for row in going]
-        answers = writer.answer(
-            asked,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=_seed(settings, "answers", number, turn),
-        )
-        for row, before, answer in zip(going, asked, answers, strict=True):
-            if answer:
-                talks[row] = [*before, {"role": "assistant", "content": answer.text}]
-                complete[row] = answer.complete
-                ids[row].append(list(answer.ids))
-        going = [row for row, answer in zip(going, answers, strict=True) if answer and answer.complete]
-    rows: list[dict[str, Any]] = []
-    for row, prompt in enumerate(batch):
-        found: dict[str, Any] = {"id": number * settings.batch_size + row, "messages": talks[row]}
-        if ids[row]:
-            tokens = sum(map(len, ids[row]))
-            found |= {"complete": complete[row], "tokens": tokens, "written": ids[row]}
-            rows.append(found | ({"ended": refused[row]} if row in refused else {}))
-        elif row in refused:
-            rows.append(found | {"messages": list(prompt.messages), "tokens": 0, "refused": refused[row]})
-    return rows
-
-
-def _finish(folder: Path, settings: DistillSettings, rows: Sequence[dict[str, Any]]) -> dict[str, Split]:
+def _write_splits(folder: Path, settings: DistillSettings, rows: Sequence[dict[str, Any]]) -> dict[str, Split]:
+    """Divides rows into splits, writes a file for each, and records them in the description."""
     divided: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     for row in rows:
         held_out = Conversation(tuple(row["messages"])).is_held_out(settings.heldout)

@@ -199,38 +199,9 @@ def run_training(
         TrainingError: The loss is NaN or infinite, or a checkpoint can't be read.
     """
     checkpoint = _last_complete(checkpoints)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=schedule.epochs,
-        per_device_train_batch_size=schedule.batch_size,
-        per_device_eval_batch_size=schedule.batch_size,
-        learning_rate=schedule.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=schedule.warmup_steps,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=schedule.bf16,
-        use_cpu=device.type == "cpu",
-        seed=schedule.seed,
-        eval_strategy="epoch",
-        eval_on_start=checkpoint is None,
-        save_strategy="steps",
-        save_steps=_SAVED_SHARE,
-        save_total_limit=2,
-        logging_steps=10,
-        label_names=["targets"],
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,  # otherwise the log shows a finite loss in place of NaN
-        report_to=[],
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=device.type == "cuda",
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs are for `accelerate launch`, not for threads of one process
     trainer = _Trainer(
         model=module,
-        args=arguments,
+        args=_arguments(schedule, checkpoints, device, evaluate_first=checkpoint is None),
         train_dataset=train,
         eval_dataset=heldout,
         data_collator=collate,
@@ -249,6 +220,42 @@ def run_training(
         raise _not_a_number()  # the last step made a weight NaN or infinite
     history: list[dict[str, Any]] = trainer.state.log_history
     return history
+
+
+def _arguments(
+    schedule: Schedule, checkpoints: Path, device: torch.device, *, evaluate_first: bool
+) -> TrainingArguments:
+    """The Trainer's arguments. ``evaluate_first`` asks for an evaluation before the first step."""
+    made = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=schedule.epochs,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=schedule.batch_size,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=schedule.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=schedule.bf16,
+        use_cpu=device.type == "cpu",
+        seed=schedule.seed,
+        eval_strategy="epoch",
+        eval_on_start=evaluate_first,
+        save_strategy="steps",
+        save_steps=_SAVED_SHARE,
+        save_total_limit=2,
+        logging_steps=10,
+        label_names=["targets"],
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,  # otherwise the log shows a finite loss in place of NaN
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # several GPUs are for `accelerate launch`, not for threads of one process
+    return made
 
 
 def _not_a_number() -> TrainingError:

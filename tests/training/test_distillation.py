@@ -18,8 +18,8 @@ from medusa_export.common.errors import DatasetError
 from medusa_export.training import distillation
 from medusa_export.training.conversations import Conversation
 from medusa_export.training.dataset import DatasetSplit, load_sources, load_splits
-from medusa_export.training.distillation import DistillSettings
 from medusa_export.training.generation import Writer, Written, _choose
+from medusa_export.training.part_writer import DistillSettings
 from medusa_export.training.parts import Parts
 from medusa_export.training.rows import read_conversations
 from medusa_export.training.templates import load_chat_tokenizer
