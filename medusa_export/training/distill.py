@@ -1,10 +1,11 @@
-"""Has a model write the data that its heads are trained on: the whole way in one call."""
+"""Distillation in one call: a model writes the data that its heads are trained on."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from medusa_export.training.distillation import Distilled, write_dataset
 from medusa_export.training.generation import Writer
 from medusa_export.training.options import OWN_PROMPTS, DistillOptions
 from medusa_export.training.part_writer import DistillSettings
-from medusa_export.training.rows import check_skipped, facts, read_conversations, summary
+from medusa_export.training.rows import Reading, check_skipped, facts, read_conversations, summary
 from medusa_export.training.templates import load_chat_tokenizer
 from medusa_runtime.bundles.listed_folder import FileFacts
 
@@ -35,10 +36,10 @@ def distill(
     device: str | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Distilled:
-    """Has a model write training data: it answers prompts from files, or prompts that it writes itself.
+    """Lets a model write training data: it answers prompts from files, or prompts that it writes itself.
 
-    A job that was interrupted goes on where it stopped when it is started again with the same arguments. Rows and
-    prompts that can't be used are left out with a ``MedusaWarning``.
+    A job that was interrupted continues if it is started again with the same arguments. Rows and prompts that can't be
+    used are left out with a ``MedusaWarning``.
 
     Args:
         model: A folder in Hugging Face's layout, a hub id, or the path of a ``.gguf`` file. It needs a chat template.
@@ -57,42 +58,53 @@ def distill(
     Raises:
         OptionError: The type is unknown.
         CheckpointError: The model can't be read.
-        DatasetError: A file can't be read, there is nothing to answer, the folder holds other things, or the chat
+        DatasetError: A file can't be read, there is nothing to answer, the folder holds other files, or the chat
             template doesn't fit.
-        SettingsError: The folder's job was begun with other options or another model.
+        SettingsError: The folder's job began with other options or another model.
         OutputError: A file can't be written.
     """
     place = device_of(device)
     kind = dtype_of(dtype, place)
     source, paths = fspath(model), [Path(path) for path in prompts]
-    readings = [read_conversations(path) for path in paths]
-    rows, skipped = sum(reading.rows for reading in readings), [row for reading in readings for row in reading.skipped]
-    check_skipped(skipped, rows, strict=strict)
-    if skipped:
-        warnings.warn(summary(skipped, rows), MedusaWarning, stacklevel=2)
-    magpie = options.magpie if options.magpie is not None else 0 if paths else OWN_PROMPTS
-    files = [[path.name, FileFacts.of(path).sha256] for path in paths]
-    settings = DistillSettings(
-        **{**asdict(options), "magpie": magpie}, model=Path(source).name, prompts=files, dtype=kind
-    )
-
-    def open_writer() -> Writer:
-        on_progress(Progress(f"loading {source}"))
-        tokenizer = load_chat_tokenizer(source)
-        return Writer(load_model(source, dtype=getattr(torch, kind)).to(place), tokenizer)
-
+    read = _read(paths, strict=strict)
+    if read.skipped:
+        warnings.warn(summary(read.skipped, read.rows), MedusaWarning, stacklevel=2)
+    settings = _settings(options, source, paths, kind)
     made = write_dataset(
         Path(output),
         settings,
-        [conversation for reading in readings for conversation in reading.conversations],
-        open_writer,
-        found=facts(skipped, rows) if paths else None,
+        read.conversations,
+        partial(_open_writer, source, kind, place, on_progress),
+        found=facts(read.skipped, read.rows) if paths else None,
         strict=strict,
         on_progress=on_progress,
     )
     for text in _warnings(made, settings):
         warnings.warn(text, MedusaWarning, stacklevel=2)
     return made
+
+
+def _read(paths: Sequence[Path], *, strict: bool) -> Reading:
+    """Reads and joins all files of prompts."""
+    readings = [read_conversations(path) for path in paths]
+    conversations = [conversation for reading in readings for conversation in reading.conversations]
+    read = Reading(conversations, [row for reading in readings for row in reading.skipped])
+    check_skipped(read.skipped, read.rows, strict=strict)
+    return read
+
+
+def _settings(options: DistillOptions, model: str, prompts: Sequence[Path], dtype: str) -> DistillSettings:
+    """The job's settings. Without files of prompts, the model writes ``OWN_PROMPTS`` prompts by default."""
+    magpie = options.magpie if options.magpie is not None else 0 if prompts else OWN_PROMPTS
+    files = [[path.name, FileFacts.of(path).sha256] for path in prompts]
+    return DistillSettings(**{**asdict(options), "magpie": magpie}, model=Path(model).name, prompts=files, dtype=dtype)
+
+
+def _open_writer(model: str, dtype: str, device: torch.device, on_progress: OnProgress) -> Writer:
+    """Loads the model."""
+    on_progress(Progress(f"loading {model}"))
+    tokenizer = load_chat_tokenizer(model)
+    return Writer(load_model(model, dtype=getattr(torch, dtype)).to(device), tokenizer)
 
 
 def _warnings(made: Distilled, settings: DistillSettings) -> list[str]:

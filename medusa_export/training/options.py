@@ -9,17 +9,17 @@ from medusa_export.common.defaults import MAX_LENGTH
 
 Recipe = Literal["medusa1", "medusa2"]
 HiddenStates = Literal["auto", "cached", "online"]
-# Prompts that the model writes itself where no file of prompts is given.
+# Number of prompts that the model writes itself if no file of prompts is given.
 OWN_PROMPTS = 1000
 
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Options that shape the data of a distillation.
+    """Options that determine the data of a distillation.
 
     Attributes:
-        magpie: Number of prompts that the model writes itself, from its chat template. If None, 1000 without files of
-            prompts, and none with them.
+        magpie: Number of prompts that the model writes itself, from its chat template. None means 1000 without files
+            of prompts, and 0 with files.
         limit: Largest number of conversations; None for all.
         turns: User turns per conversation. The model writes the turns that a prompt lacks.
         system: System message of conversations that have none; None for no message.
@@ -45,12 +45,12 @@ class DistillOptions:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The shape of fresh heads.
+    """The shape of new heads.
 
     Attributes:
         num_heads: Number of heads, K.
         num_layers: Residual blocks per head.
-        conditioned: Give the heads the token that the base model has just chosen, beside the hidden state.
+        conditioned: Whether heads get the token that the base model has just chosen, beside the hidden state.
         draft_vocab: Number of tokens that the heads can propose, the most frequent ones; None for all.
     """
 
@@ -62,17 +62,17 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options that shape the result of a training. Those of the second stage are for the recipe ``medusa2`` only.
+    """Options that determine the result of a training. Only the recipe ``medusa2`` has a second stage.
 
     Attributes:
-        recipe: ``medusa1`` trains the heads alone; ``medusa2`` then trains the model with LoRA, too.
-        own_projections: Train an output projection for each head, as in the paper.
+        recipe: ``medusa1`` trains only the heads. ``medusa2`` then trains heads and model together, with LoRA.
+        own_projections: Whether to train an output projection for each head, as in the paper.
         epochs: Passes over the data.
         learning_rate: Highest learning rate; it falls along a cosine.
-        soft: Share of the loss that asks for the base model's distribution instead of its token, 0 to 1. It needs
-            hidden states that are kept.
+        soft: Share of soft targets in the loss, 0 to 1. A soft target is the base model's distribution instead of its
+            token. It needs hidden states that are kept.
         batch_size: Positions per step and process.
-        hidden_states: ``cached`` keeps the model's hidden states on disk, ``online`` computes them in every epoch, and
+        hidden_states: ``cached`` keeps the model's hidden states on disk, ``online`` computes them in each epoch, and
             ``auto`` keeps them if they fit.
         conversations: Conversations per step and process, in stages that run the model.
         joint_epochs: Second stage: passes over the data.
@@ -80,11 +80,11 @@ class TrainOptions:
         heads_rate: Second stage: the heads' learning rate divided by LoRA's.
         lora_rank: Second stage: rank of LoRA.
         lora_dropout: Second stage: dropout of LoRA. Without it, a step takes three quarters of the time on a CPU.
-        heads_weight: Second stage: weight of the heads' loss against the loss that keeps the model as it was.
+        heads_weight: Second stage: weight of the heads' loss, relative to the KL divergence from the original model.
         max_length: Largest number of tokens of a conversation; the rest is cut off.
         limit: Largest number of conversations to train on, of each data set; None for all.
         heldout: Share of prompts of a file to hold out, 0 to 1.
-        bf16: Compute matrix products in bf16; on a GPU only, if None.
+        bf16: Whether to compute matrix products in bf16. None means only on a GPU.
         seed: Seed of initial weights and of the order of the data.
     """
 

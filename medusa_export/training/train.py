@@ -1,16 +1,17 @@
-"""Trains heads on conversations: the whole way in one call."""
+"""Training of heads in one call."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import Dtype, torch_name
@@ -37,11 +38,11 @@ class Trained:
     """The result of a training.
 
     Attributes:
-        folder: The folder with the heads; the model of the recipe ``medusa2`` is in ``model`` within it.
+        folder: The folder with the heads. The recipe ``medusa2`` also writes the changed model, to ``model`` in it.
         num_heads: Number of heads.
-        histories: What was logged in each stage, ``training`` and ``joint``: losses by step, figures on held-out
+        histories: The log of each stage, ``training`` and ``joint``: losses by step, and figures on held-out
             conversations by epoch.
-        is_main: True in the process that wrote the files. Of several processes one is.
+        is_main: True in the process that wrote the files.
     """
 
     folder: Path
@@ -77,16 +78,16 @@ def train(
 ) -> Trained:
     """Trains heads for a model.
 
-    A training that was interrupted goes on from its last checkpoint in ``output`` when it is started again with the
-    same arguments; with others it is refused. Rows that can't be used are left out with a ``MedusaWarning``.
+    A training that was interrupted continues from its last checkpoint in ``output`` if it is started again with the
+    same arguments. Other arguments are refused. Rows that can't be used are left out with a ``MedusaWarning``.
 
     Args:
         model: A folder in Hugging Face's layout, a hub id, or the path of a ``.gguf`` file. It needs a chat template.
         data: Data sets: folders that ``distill`` wrote, or files of conversations.
         output: The folder of the training. In the end it holds the heads and ``training.json``.
         heads: Heads to train further, in any published format. With ``medusa2`` they replace the first stage.
-        shape: The shape of fresh heads, instead of ``heads``; the default shape if both are None.
-        options: Options that shape the result.
+        shape: The shape of new heads. Not together with ``heads``. The default shape if both are None.
+        options: Options that determine the result.
         strict: Refuse data with rows that can't be used, instead of leaving these rows out.
         save_dtype: Type of the weights in the file of heads.
         dtype: Type of the base model's weights; bf16 on a GPU and fp32 elsewhere if None.
@@ -94,35 +95,28 @@ def train(
         on_progress: Receives reports, in the main process.
 
     Returns:
-        The folder, and what was logged.
+        The folder and the log.
 
     Raises:
         OptionError: Both ``heads`` and ``shape`` are given, or a type is unknown.
         CheckpointError: The model or the heads can't be read.
         DatasetError: The data can't be read, or hold nothing to learn from.
-        SettingsError: The folder's training was begun with other options, data or weights.
-        TrainingError: The loss is no longer a number, or options can't be honoured.
+        SettingsError: The folder's training began with other options, data or weights.
+        TrainingError: The loss is NaN or infinite, or the options are not possible for this model or this machine.
         OutputError: A file can't be written.
     """
-    if heads is not None and shape is not None:
-        raise OptionError("Heads to train further have their shape: leave the shape out, or train fresh heads.")
-    saved = getattr(torch, torch_name(save_dtype))
+    shape, saved = _shape(heads, shape), getattr(torch, torch_name(save_dtype))
     processes, source, folder = Processes(device), fspath(model), Path(output)
-    reports = on_progress if processes.is_main else ignore_progress
-    kind = dtype_of(dtype, processes.device)
+    kind, reports = dtype_of(dtype, processes.device), on_progress if processes.is_main else ignore_progress
     tokenizer, tokenized = _read(source, data, processes, options, strict=strict)
-    with processes.main_first():
-        reports(Progress(f"loading {source}"))
-        base = load_model(source, dtype=getattr(torch, kind)).to(processes.device)
+    base = _load(source, kind, processes, reports)
     job = TrainingJob(
         base, source, tokenizer, tokenized.samples, folder, processes, options.max_length, on_progress=reports
     )
-    trained = _heads(job, heads, shape or HeadShape(), options)
-    bf16 = processes.device.type == "cuda" if options.bf16 is None else options.bf16
-    asked = asdict(options) | {"bf16": bf16, "dtype": kind} | (asdict(shape or HeadShape()) if heads is None else {})
-    del asked["hidden_states"]  # the result does not depend on it
-    job.begin(trained, asked, tokenized.facts)
-    histories = _run(job, trained, options, bf16=bf16, fresh=heads is None, on_progress=reports)
+    trained = _heads(job, heads, shape, options)
+    options = replace(options, bf16=processes.device.type == "cuda" if options.bf16 is None else options.bf16)
+    job.begin(trained, _asked(options, shape, dtype=kind), tokenized.facts)
+    histories = _run(job, trained, options, fresh=heads is None, on_progress=reports)
     if processes.is_main:
         reports(Progress("saving"))
         job.save(trained, saved)
@@ -130,10 +124,17 @@ def train(
     return Trained(folder, trained.config.num_heads, histories, processes.is_main)
 
 
+def _shape(heads: str | PathLike[str] | None, shape: HeadShape | None) -> HeadShape | None:
+    """The shape of new heads; None if heads are given."""
+    if heads is not None and shape is not None:
+        raise OptionError("Heads to train further have their shape: leave the shape out, or train new heads.")
+    return shape or HeadShape() if heads is None else None
+
+
 def _read(
     model: str, data: Sequence[str | PathLike[str]], processes: Processes, options: TrainOptions, *, strict: bool
 ) -> tuple[PreTrainedTokenizerBase, TokenizedData]:
-    """Reads and tokenizes the data. This comes before the model is loaded, which takes much longer."""
+    """Reads and tokenizes the data. This comes first, as loading the model takes much longer."""
     sources = load_sources([Path(path) for path in data], heldout=options.heldout, limit=options.limit)
     with processes.main_first():
         tokenizer = load_chat_tokenizer(model)
@@ -143,17 +144,36 @@ def _read(
     return tokenizer, tokenized
 
 
-def _heads(job: TrainingJob, heads: str | PathLike[str] | None, shape: HeadShape, options: TrainOptions) -> DraftHeads:
+def _load(model: str, dtype: str, processes: Processes, on_progress: OnProgress) -> PreTrainedModel:
+    """Loads the base model, in the main process first."""
+    with processes.main_first():
+        on_progress(Progress(f"loading {model}"))
+        loaded: PreTrainedModel = load_model(model, dtype=getattr(torch, dtype)).to(processes.device)
+    return loaded
+
+
+def _heads(
+    job: TrainingJob, heads: str | PathLike[str] | None, shape: HeadShape | None, options: TrainOptions
+) -> DraftHeads:
+    """New heads of a shape, or the given ones."""
     if heads is None:
-        return job.fresh_heads(shape, own_projections=options.own_projections)
+        return job.fresh_heads(shape or HeadShape(), own_projections=options.own_projections)
     return job.loaded_heads(fspath(heads), projections=options.own_projections)
 
 
+def _asked(options: TrainOptions, shape: HeadShape | None, *, dtype: str) -> dict[str, Any]:
+    """The settings that determine the result, as JSON values."""
+    asked = asdict(options) | {"dtype": dtype} | (asdict(shape) if shape is not None else {})
+    del asked["hidden_states"]  # the result does not depend on it
+    return asked
+
+
 def _run(
-    job: TrainingJob, heads: DraftHeads, options: TrainOptions, *, bf16: bool, fresh: bool, on_progress: OnProgress
+    job: TrainingJob, heads: DraftHeads, options: TrainOptions, *, fresh: bool, on_progress: OnProgress
 ) -> dict[str, History]:
     """Runs the stages of a recipe, and returns what each logged."""
     histories: dict[str, History] = {}
+    bf16 = bool(options.bf16)
     if options.recipe == "medusa1" or fresh:
         tokens, held = job.tokens("train"), job.tokens("heldout")
         on_progress(Progress(f"training on {tokens:,} tokens, {held:,} held out"))
