@@ -22,13 +22,13 @@ def bundle_folder(folder: Path | None, *, tokenizer: bool = False) -> Iterator[P
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     # Imported here since they need torch.
-    from support.decoding import export, guessing_heads, make_step  # noqa: PLC0415
+    from support.decoding import export, make_step, random_heads  # noqa: PLC0415
     from support.tiny_models import tiny_model  # noqa: PLC0415
     from support.tiny_tokenizer import make_tokenizer  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model("llama")
-        step = make_step(model, guessing_heads(model))
+        step = make_step(model, random_heads(model))
         exported = export(
             step, Path(scratch) / "bundle", tokenizer=make_tokenizer() if tokenizer else None, trained=True
         )

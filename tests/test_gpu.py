@@ -16,7 +16,7 @@ from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.backends.tensorrt.library import import_tensorrt, installed_flavors
 from medusa_runtime.bundles.compiled import EngineLimits
-from support.decoding import TREE, decode, export, greedy, guessing_heads, make_step
+from support.decoding import TREE, decode, export, greedy, make_step, random_heads
 from support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -70,7 +70,7 @@ def test_steps_submitted_ahead_give_the_same(engine: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_onnxruntime_gives_what_pytorch_gives(dtype: str, tmp_path: Path) -> None:
     model = tiny_model("llama").to(getattr(torch, dtype))
-    step = make_step(model, guessing_heads(model))
+    step = make_step(model, random_heads(model))
     bundle = export(step, tmp_path / "bundle")
     outcome = verify_backend(bundle, "onnxruntime-cuda", step.float(), PROMPTS * 2)
     if outcome.not_run is not None:

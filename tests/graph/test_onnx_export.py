@@ -22,7 +22,7 @@ from medusa_export.targets.onnxruntime.constants import IR_VERSION
 from medusa_runtime import BackendError, Bundle, Tree
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPHS
-from support.decoding import TREE, decode, export, greedy, guessing_heads, make_step
+from support.decoding import TREE, decode, export, greedy, make_step, random_heads
 from support.stock import Stock
 from support.tiny_models import SEEDS, tiny_model
 
@@ -36,7 +36,7 @@ def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
     tree = TREE.prefix(size)
     model = tiny_model("llama", num_hidden_layers=1)
     expected = [greedy(model, PROMPT, 16)]
-    bundle = export(make_step(model, guessing_heads(model, tree.max_depth), tree), tmp_path / "bundle")
+    bundle = export(make_step(model, random_heads(model, tree.max_depth), tree), tmp_path / "bundle")
     for graph in (bundle.graph, None):
         backend = OnnxRuntimeBackend(bundle, threads=1, graph=graph)
         for chunk in (size - 1 or 1, size, size + 1, 13):
@@ -84,7 +84,7 @@ def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
 
 def test_one_node_drafts_nothing() -> None:
     model = tiny_model("llama", num_hidden_layers=1)
-    eager = EagerBackend(make_step(model, guessing_heads(model)))
+    eager = EagerBackend(make_step(model, random_heads(model)))
     eager.reserve(64)
     eager.step(13, {0: PROMPT})
     eager.step(1)
@@ -119,7 +119,7 @@ def test_a_trace_of_every_layer_gives_the_same(stock: Stock, tmp_path: Path, mon
 @pytest.mark.slow
 def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
     model = tiny_model("llama", num_hidden_layers=1).to(torch.bfloat16)
-    bundle = export(make_step(model, guessing_heads(model)), tmp_path / "bundle")
+    bundle = export(make_step(model, random_heads(model)), tmp_path / "bundle")
     onnx.checker.check_model(str(bundle.graph), full_check=True)
     assert bundle.dtype == "bfloat16"
     with pytest.raises(BackendError, match="--dtype fp32 or fp16"):

@@ -25,7 +25,7 @@ from medusa_export.targets.onnxruntime.group_query_attention import FuseGroupQue
 from medusa_export.targets.onnxruntime.pipelines import ONE_ROW, SEVERAL_ROWS
 from medusa_runtime import Bundle, MedusaEngine, Tree
 from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
-from support.decoding import export, greedy, guessing_heads, make_step
+from support.decoding import export, greedy, make_step, random_heads
 from support.extensions.silu import FuseSilu
 from support.stock import Stock
 from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families, tiny_model
@@ -123,7 +123,7 @@ def test_a_failing_rewrite_of_the_standard_graph_is_named() -> None:
 
 def test_a_rewrite_of_an_extension(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    step = make_step(model, guessing_heads(model))
+    step = make_step(model, random_heads(model))
     with ONE_ROW.registered(FuseSilu):
         bundle = export(step, tmp_path / "bundle")
     silus = model.config.num_hidden_layers + 1  # one in each layer, and one for all heads

@@ -16,7 +16,7 @@ from medusa_runtime import Bundle, MedusaEngine, MedusaService, NotFiniteError, 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
-from support.decoding import export, greedy, guessing_heads, make_step
+from support.decoding import export, greedy, make_step, random_heads
 from support.stock import Exported, Stock
 from support.tiny_models import VOCAB_SIZE, tiny_model
 
@@ -34,7 +34,7 @@ def poisoned(stock: Stock) -> Exported:
     with torch.no_grad():
         model.get_input_embeddings().weight[[0, POISON]] = torch.inf
         model.get_output_embeddings().weight[[0, POISON]] = 0  # never the best tokens
-    step = make_step(model, guessing_heads(model))
+    step = make_step(model, random_heads(model))
     return Exported(step, Bundle.load(stock.folder("poisoned", lambda out: export(step, out, trained=True))))
 
 
@@ -241,7 +241,7 @@ def test_half_precision_that_overflows_is_told_to_export_fp32(stock: Stock) -> N
         # Of a constant embedding the first value is 64 · 2,000 after the norm, which exceeds 65,504; others get 16,000.
         model.get_input_embeddings().weight[POISON] = 1.0
         model.model.layers[0].self_attn.v_proj.weight[0] = 2_000.0
-    step = make_step(model.half(), guessing_heads(model))
+    step = make_step(model.half(), random_heads(model))
     bundle = Bundle.load(stock.folder("overflowing-half", lambda out: export(step, out, trained=True)))
     answers = []
     with MedusaEngine.load(bundle.folder) as engine:

@@ -17,7 +17,7 @@ from medusa_runtime import Bundle
 from medusa_runtime.backends.tensorrt import backend as backend_module
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.bundles.compiled import CompiledEngine
-from support.decoding import guessing_heads, make_step
+from support.decoding import make_step, random_heads
 from support.machine import PROMPTS, Machine
 from support.script import load_script
 from support.tiny_models import tiny_model
@@ -33,7 +33,7 @@ def gpu_check() -> Any:
 def test_a_report(gpu_check: Any, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "TOKENS", 16)
     model = tiny_model("llama")
-    step = make_step(model, guessing_heads(model))
+    step = make_step(model, random_heads(model))
     found = gpu_check.check("onnxruntime", tiny_bundle, step, PROMPTS * 2, tmp_path)
     assert found["agrees"] and found["compared"] > 100
     assert list(found["step_ms"]) == [1, 2, 4, 8]

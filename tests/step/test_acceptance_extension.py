@@ -19,7 +19,7 @@ from medusa_export.step.step import MedusaStep
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from support.decoding import TREE, guessing_heads, make_step
+from support.decoding import TREE, make_step, random_heads
 from support.extensions.top_two_rule import TopTwoRule
 from support.tiny_models import tiny_model
 
@@ -93,7 +93,7 @@ def model() -> PreTrainedModel:
 
 
 def relaxed_step(model: PreTrainedModel, *, sampling: bool = True) -> MedusaStep:
-    own = make_step(base := tiny_model("llama", num_hidden_layers=1), guessing_heads(base))
+    own = make_step(base := tiny_model("llama", num_hidden_layers=1), random_heads(base))
     return MedusaStep(own.model, own.heads, TREE, sampling=sampling, rules=RULES).eval()
 
 
@@ -101,7 +101,7 @@ def relaxed_step(model: PreTrainedModel, *, sampling: bool = True) -> MedusaStep
 def bundle(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     own = tiny_model("llama", num_hidden_layers=1)
     folder = tmp_path_factory.mktemp("top-2") / "bundle"
-    heads = guessing_heads(own)
+    heads = random_heads(own)
     return medusa_export.export(own, folder, heads=heads, tree=TREE, acceptance_rules=RULES, name="tiny")
 
 

@@ -15,7 +15,7 @@ from medusa_runtime import Bundle, MedusaEngine, SamplingParams, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.sampling import GREEDY, Draws
-from support.decoding import export, greedy, guessing_heads, make_step
+from support.decoding import export, greedy, make_step, random_heads
 from support.distributions import FALSE_ALARM, p_value, processed
 from support.stock import Stock
 from support.tiny_models import tiny_model
@@ -30,7 +30,7 @@ def small_bundle(stock: Stock) -> Bundle:
     model = tiny_model("llama", num_hidden_layers=1, vocab_size=SMALL)
     model.lm_head.weight.data *= 0.5
     tree = Tree.from_paths([[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0]])
-    step = make_step(model, guessing_heads(model), tree)
+    step = make_step(model, random_heads(model), tree)
     return Bundle.load(stock.folder("seven-tokens", lambda folder: export(step, folder)))
 
 

@@ -34,7 +34,7 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[in
     return output[0, len(prompt) :].tolist()
 
 
-def guessing_heads(model: PreTrainedModel, num_heads: int = 3, seed: int = 5) -> MedusaHeads:
+def random_heads(model: PreTrainedModel, num_heads: int = 3, seed: int = 5) -> MedusaHeads:
     """Heads with random weights, so that each drafts other tokens."""
     heads = MedusaHeads.fresh(num_heads, model.get_output_embeddings())
     randomize(heads, seed)

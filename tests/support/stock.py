@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from medusa_export.step.step import MedusaStep
 from medusa_runtime import Bundle, Tree
-from support.decoding import export, guessing_heads, make_step
+from support.decoding import export, make_step, random_heads
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import make_tokenizer
 
@@ -67,7 +67,7 @@ class Stock:
             overrides: Values of the model's configuration.
         """
         model = tiny_model(family, seed, **overrides).to(getattr(torch, dtype))
-        step = make_step(model, guessing_heads(model)) if heads else make_step(model, None, Tree())
+        step = make_step(model, random_heads(model)) if heads else make_step(model, None, Tree())
         step.sampling = sampling
         tokenizer = None if overrides or not heads else make_tokenizer()
         facts = {"seed": seed, "dtype": dtype, "heads": heads, "sampling": sampling} | overrides

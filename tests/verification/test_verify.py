@@ -31,7 +31,7 @@ from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH, GRAPHS, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.listed_folder import FileFacts
-from support.decoding import TREE, guessing_heads, make_step
+from support.decoding import TREE, make_step, random_heads
 from support.stock import Stock
 from support.tiny_models import SEEDS, families, tiny_model
 
@@ -41,7 +41,7 @@ PROMPTS = [[(7 * i * i + 3) % 101 for i in range(13)], [(5 * i * i + 11 * i + 1)
 @pytest.fixture(scope="module")
 def step() -> MedusaStep:
     model = tiny_model("llama")
-    return make_step(model, guessing_heads(model))
+    return make_step(model, random_heads(model))
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_a_wrong_draw_is_caught(copy: Path, step: MedusaStep) -> None:
 
 def test_wrong_heads_are_caught(tiny_bundle: Bundle) -> None:
     model = tiny_model("llama")
-    other = make_step(model, guessing_heads(model, seed=6))
+    other = make_step(model, random_heads(model, seed=6))
     wrong = failed(verify(tiny_bundle, other))
     assert {"model.onnx: head logits", "model.onnx: integers of a step"} <= wrong
 
@@ -245,7 +245,7 @@ def test_nothing_compared_is_a_failure(tiny_bundle: Bundle, step: MedusaStep) ->
 def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
     model = tiny_model("llama", num_hidden_layers=3)
     with pytest.raises(VerificationError, match="number of layers"):
-        verify(tiny_bundle, make_step(model, guessing_heads(model)))
+        verify(tiny_bundle, make_step(model, random_heads(model)))
 
 
 def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:

@@ -26,7 +26,7 @@ from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.decoding.lookup import TokenLookup
 from medusa_runtime.errors import OutOfDeviceMemoryError
 from medusa_runtime.sampling import Draws, SamplingParams
-from support.decoding import TREE, decode, greedy, guessing_heads, make_step
+from support.decoding import TREE, decode, greedy, make_step, random_heads
 from support.machine import PROMPTS, Machine
 from support.stand_in_cuda import StandInCuda, cudaError_t
 from support.stand_in_tensorrt import EngineInvalidityDiagnostics
@@ -492,7 +492,7 @@ def test_verify_tells_a_right_engine_from_a_wrong_one(
     right: bool,
 ) -> None:
     model = tiny_model("llama")
-    step = make_step(model.float(), guessing_heads(model))
+    step = make_step(model.float(), random_heads(model))
     graph = None
     if not right:
         graph = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "other")) / tiny_bundle.graph.name
