@@ -12,7 +12,8 @@ SPARE_SLOTS = 128
 LAST_MOVE = 8
 
 # Blocks of work per thread in ONNX Runtime. Threads fetch blocks where each would have a fixed share, so a thread that
-# is held up holds up no other.
+# is held up holds up no other. SmolLM2 on two cores: steps are 1.5 to 3 % faster where a core is taken away at times,
+# and no slower where none is.
 DYNAMIC_BLOCKS = 8
 
 # Tokens of a prompt that one step takes in while no request decodes, and while others do.

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -192,7 +193,7 @@ class Bundle:
         """The bundle's folder, of which only the listed files are read."""
         return ListedFolder(self.folder, self.files, self.digests_checked, DESCRIPTION, "bundle")
 
-    @property
+    @cached_property
     def slots(self) -> SlotLayout:
         """The arithmetic of slots in the caches, for this tree."""
         return SlotLayout(self.tree.max_depth)

@@ -41,6 +41,10 @@ class SlotLayout:
         """
         return slice(length, length + self.margin)
 
+    def before_first(self, length: int) -> int:
+        """Pending slots of a row that are in front of its entry 0: M - L, or 0."""
+        return max(0, self.margin - length)
+
     def capacity(self, length: int, size: int = 0) -> int:
         """Slots that a row of ``length`` entries needs for a step of ``size`` tokens: M + L + S."""
         return self.margin + length + size

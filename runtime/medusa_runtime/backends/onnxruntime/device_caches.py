@@ -114,7 +114,7 @@ class DeviceCaches:
             value.update_inplace(cache)
         if self.pending:
             pending = self.pending[0].numpy()
-            pending[row, :, : max(0, self._bundle.slots.margin - length)] = 0
+            pending[row, :, : self._bundle.slots.before_first(length)] = 0
             self.pending[0].update_inplace(pending)
 
     def close(self) -> None:

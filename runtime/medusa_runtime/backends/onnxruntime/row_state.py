@@ -133,8 +133,7 @@ class RowState:
     def scrub(self, row: int) -> None:
         """Sets the pending entries from before a row's entry 0 to zero."""
         if self.pending is not None:
-            older = max(0, self._bundle.tree.max_depth - int(self.lengths[row]))
-            self.pending[row, :, :older] = 0
+            self.pending[row, :, : self._bundle.slots.before_first(int(self.lengths[row]))] = 0
 
 
 class StagedRows:

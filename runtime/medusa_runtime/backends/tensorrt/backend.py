@@ -203,7 +203,7 @@ class TensorRTBackend:
             self._buffers.zero_entries(cache_name("past", index), row, slice(length, None), doing)
             self._buffers.zero_entries(cache_name("past", index), row, slice(0, min(margin, length)), doing)
         if margin:
-            self._buffers.zero_entries("pending_kv", row, slice(0, max(margin - length, 0)), doing)
+            self._buffers.zero_entries("pending_kv", row, slice(0, self._bundle.slots.before_first(length)), doing)
         self._stream.synchronize(doing)
 
     def assign(self, row: int, draws: Draws | None) -> None:
