@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import msgspec
 import torch
@@ -79,7 +78,7 @@ class HeadArchitecture:
 
     def config_json(
         self, heads: DraftHeads, tensors: Mapping[str, Tensor], lm_head: nn.Linear | None, layout: str
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """The content of the ``config.json`` beside the file.
 
         Args:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +179,7 @@ class MedusaArchitecture(HeadArchitecture):
 
     def config_json(
         self, heads: DraftHeads, tensors: Mapping[str, Tensor], lm_head: nn.Linear | None, layout: str
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         assert isinstance(heads, MedusaHeads)
         size = heads.config
         if layout != "vllm":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,7 +46,9 @@ class CacheShape:
         class Probe(StepCache):
             """Records shapes, and returns the new keys and values as if the cache held no others."""
 
-            def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+            def update(
+                self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+            ) -> tuple[Tensor, Tensor]:
                 shapes[layer_idx] = tuple((t.shape[1], t.shape[3]) for t in (key_states, value_states))
                 return key_states, value_states
 

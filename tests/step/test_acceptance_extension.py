@@ -16,6 +16,7 @@ from medusa_export.common.errors import ExportError, ExtensionError
 from medusa_export.step.acceptance.registry import register_rule
 from medusa_export.step.eager import EagerBackend
 from medusa_export.step.step import MedusaStep
+from medusa_export.verification.bundle import verify_bundle
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -114,6 +115,15 @@ def test_graphs_accept_what_brute_force_accepts(model: PreTrainedModel, bundle: 
 @pytest.mark.parametrize("sampling", [False, True])
 def test_the_eager_step_accepts_what_brute_force_accepts(model: PreTrainedModel, sampling: bool) -> None:
     assert check_decoding(model, EagerBackend(relaxed_step(model, sampling=sampling)), TREE) >= 2
+
+
+def test_parity_checks_know_that_the_rule_changes_texts(model: PreTrainedModel, bundle: Bundle) -> None:
+    prompts = [[(7 * i * i + 3 * n) % 101 for i in range(9 + n)] for n in range(6)]
+    step = relaxed_step(model)
+    assert not step.is_exact
+    outcome = verify_bundle(bundle, step, prompts, max_new_tokens=40)
+    assert outcome.passed, outcome.checks
+    assert [check.name for check in outcome.checks if check.name.startswith("tokens")] == ["tokens, tree size 1"]
 
 
 def test_a_bundle_names_its_rules(bundle: Bundle, model: PreTrainedModel) -> None:

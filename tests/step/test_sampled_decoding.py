@@ -26,7 +26,7 @@ SMALL = 7  # tokens
 
 @pytest.fixture(scope="module")
 def small_bundle(stock: Stock) -> Bundle:
-    """A model of few tokens, none of which it is sure of, with heads that guess them well enough."""
+    """A model of few tokens, none of which it is sure of, with heads whose drafts are often right."""
     model = tiny_model("llama", num_hidden_layers=1, vocab_size=SMALL)
     model.lm_head.weight.data *= 0.5
     tree = Tree.from_paths([[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0]])
