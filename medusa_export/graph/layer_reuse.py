@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.compat.torch import tree_flatten, tree_unflatten
 from medusa_export.step.attention import StepCache, StepMasks, attending
 
 
@@ -103,7 +103,7 @@ class _Call:
     """One call of a layer as a list of tensors, and the way back."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.leaves, self.spec = tree_flatten((args, kwargs))
         caches = [leaf for leaf in self.leaves if isinstance(leaf, StepCache)]
         if len(caches) != 1 or not isinstance(self.leaves[0], Tensor):
             raise ModelNotSupportedError("decoder layers called without a hidden state or without past_key_values")
@@ -127,7 +127,7 @@ class _Call:
             tensors[self._places[id(leaf)]] if isinstance(leaf, Tensor) else cache if leaf is self.cache else leaf
             for leaf in self.leaves
         ]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
 
 

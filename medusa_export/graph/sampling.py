@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError
-from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, quiet, simplify, translate
+from medusa_export.compat.torch import quiet_tracing
+from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, simplify, translate
 from medusa_export.step.sampling import SamplingInputs, draw
 
 
@@ -38,7 +39,7 @@ def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
     dynamic = torch.export.Dim.DYNAMIC
     rows, grid = {0: dynamic}, {0: dynamic, 1: dynamic}
     free = (grid, grid, grid, rows, tuple(grid if name == "exponentials" else rows for name in given))
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet_tracing():
         program = torch.export.export(_Drawings(), example, dynamic_shapes=free, strict=False)
         model = translate(program)
     simplify(model)

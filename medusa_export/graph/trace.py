@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer, values
+from onnxscript import values
 from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
+from medusa_export.compat.onnxscript import fold_constants
+from medusa_export.compat.torch import quiet_tracing
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
@@ -160,22 +158,6 @@ class _TracedStep(nn.Module):
         return (*named.values(), *out.present)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the tracer's and the optimizer's own chatter from the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def trace(step: MedusaStep) -> ir.Model:
     """Traces a step.
 
@@ -220,7 +202,7 @@ def trace(step: MedusaStep) -> ir.Model:
     traced = _TracedStep(step, note)
     layers = decoder_layers(step.model)
     like = kinds_of(layers)
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet_tracing():
         while True:
             try:
                 with reusing_layers(layers, like):
@@ -262,17 +244,8 @@ def translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def simplify(model: ir.Model) -> None:
-    """Folds constants, but none that comes from a weight: copies of a layer must find their own weights."""
-    weights = {name: value for name, value in model.graph.initializers.items() if name.startswith("step.model.")}
-    tensors = {name: value.const_value for name, value in weights.items()}
-    for value in weights.values():
-        value.const_value = None
-    try:
-        with quiet():  # it remarks on each weight that it can't see
-            optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
-    finally:
-        for name, value in weights.items():
-            value.const_value = tensors[name]
+    """Folds constants, but no weights: copies of a layer need weights of their own."""
+    fold_constants(model, spared="step.model.")
 
 
 def example_sampling(batch: int, draws: int, vocab_size: int) -> dict[str, Tensor]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.common.errors import CheckpointError, ExtensionError
+from medusa_export.compat.transformers import quiet_libraries
 from medusa_export.heads.architecture import head_architecture
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.medusa_files import select_heads
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.heads.tensors import HeadTensors
-from medusa_export.models.checkpoints import quiet_libraries
 from medusa_export.models.files import PICKLES, Place, check_file, is_hub_id, weight_map
 
 # Keys of a safetensors file's metadata, for heads of other architectures than MEDUSA's.

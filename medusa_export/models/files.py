@@ -1,6 +1,6 @@
-"""Where a checkpoint lies, which of its files hold the weights, and whether each is there, readable and whole.
+"""Find a checkpoint and its weight files, and check that each file is present, readable and complete.
 
-The libraries that read them later report all kinds of damage in the same words, or in misleading ones. These checks
+The libraries that read the files later report all kinds of damage in the same or in misleading words. These checks
 read the first bytes of each file only.
 """
 
@@ -21,7 +21,7 @@ CONFIG = "config.json"
 GGUF_MAGIC = b"GGUF"
 PICKLES = (".bin", ".pt", ".pth")
 
-# Where transformers looks for weights, in its order.
+# Files in which transformers looks for weights, in its order.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -33,41 +33,33 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Kinds of adapters that change the input or the cache of a model, not its weights.
 _UNMERGEABLE = ("PROMPT", "P_TUNING", "PREFIX", "ADAPTION", "CPT", "TRAINABLE_TOKENS")
 _LFS = b"version https://git-lfs.github.com/spec/"
-_HEADER_LENGTH = 8  # bytes before a safetensors header, which say how long it is
+_HEADER_LENGTH = 8  # bytes that hold the length of a safetensors header
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint lies: in a folder, in a GGUF file, or on the hub.
+    """Where a checkpoint is: in a folder, in a single file, or on the hub.
 
     Attributes:
-        source: As the user gave it.
-        folder: The folder; None for a GGUF file and a hub id.
-        gguf: The GGUF file; None for a folder and a hub id.
+        source: The path or hub id, as the user gave it.
+        folder: The folder; None for a single file and a hub id.
+        single_file: The file; None for a folder and a hub id.
     """
 
     source: str
     folder: Path | None = None
-    gguf: Path | None = None
+    single_file: Path | None = None
 
     @property
     def is_remote(self) -> bool:
         """Whether it is a hub id."""
-        return self.folder is None and self.gguf is None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What transformers' ``from_pretrained`` methods call it."""
-        if self.gguf is not None:
-            return {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
-        name = self.source if self.folder is None else str(self.folder)
-        return {"pretrained_model_name_or_path": name, "gguf_file": None}
+        return self.folder is None and self.single_file is None
 
     @property
     def name(self) -> str:
-        """What to call the model."""
-        if self.gguf is not None:
-            return self.gguf.stem if self.gguf.suffix.lower() == ".gguf" else self.gguf.name
+        """A name for the model, from the path or hub id."""
+        if self.single_file is not None:
+            return self.single_file.stem
         if self.folder is None:
             return self.source.rpartition("/")[2]
         folder = self.folder.resolve()
@@ -76,12 +68,12 @@ class Place:
         return folder.name or "model"
 
     def file(self, name: str) -> Path | None:
-        """The path of one of its files, fetched from the hub if need be; None where there is none of that name.
+        """The path of one of its files, downloaded from the hub if need be; None if it has no file of that name.
 
         Raises:
-            OSError: The hub can't be reached and the file is in no cache.
+            OSError: The hub can't be reached, and the file is not in the cache.
         """
-        if self.gguf is not None:
+        if self.single_file is not None:
             return None
         if self.folder is not None:
             path = self.folder / name
@@ -90,67 +82,47 @@ class Place:
         return Path(found) if found is not None else None
 
     def check_reachable(self) -> None:
-        """Asks the hub once, where it would be asked for one file after another; offline, its cache decides.
+        """Asks the hub for one file, to find out once, not per file, that it is unreachable. Offline it does nothing.
 
         Raises:
             OSError: The hub can't be reached, or has no such repository.
         """
         if self.is_remote and not is_offline_mode():
-            cached_file(self.source, CONFIG)  # where the repository has none, this is no error
+            cached_file(self.source, CONFIG)
 
     @classmethod
     def of(cls, source: str) -> Place:
         """Finds a checkpoint.
 
         Raises:
-            CheckpointError: There is none, or what is there is no checkpoint of a model.
+            CheckpointError: There is none, or its file is damaged.
         """
         path = Path(source).expanduser()
         try:
             if path.is_dir():
-                place = cls(source, folder=path)
-            elif is_gguf(path) and (path.is_symlink() or path.exists()):
+                return cls(source, folder=path)
+            if path.is_symlink() or path.exists():
                 check_file(path)
-                place = cls(source, gguf=path)
-            elif path.is_symlink() or path.is_file():
-                check_file(path)
-                raise CheckpointError(
-                    f"{source} is a file that is no GGUF: give the folder that holds it and its {CONFIG}, or a GGUF."
-                )
-            elif path.suffix.lower() == ".gguf":
-                raise CheckpointError(f"There is no file {source}: give the path of a GGUF file, a folder or a hub id.")
-            elif not is_hub_id(source):
-                raise CheckpointError(f"There is no folder {source}: give a model's folder, a .gguf file, or a hub id.")
-            else:
-                place = cls(source)
+                return cls(source, single_file=path)
         except OSError as e:
             raise CheckpointError(
                 f"{source} can't be opened ({e.strerror or e}): make it readable for this user."
             ) from e
-        return place
+        if not is_hub_id(source):
+            raise CheckpointError(f"There is no folder {source}: give a model's folder, a .gguf file, or a hub id.")
+        return cls(source)
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a text that names no local file may be the id of a repository on the hub."""
+    """Whether a text can be the id of a repository on the hub."""
     return source.count("/") == 1 and not source.startswith((".", "~", "/")) and not source.endswith("/")
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file is a GGUF, by its name in any case or by its first bytes."""
-    if path.suffix.lower() == ".gguf":
-        return not path.is_dir()
-    try:
-        with path.open("rb") as file:
-            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    except OSError:
-        return False
-
-
 def check_file(path: Path) -> None:
-    """Checks that a file is there, can be read, and holds what its name says.
+    """Checks that a file exists, can be read, and has the type that its name says.
 
     Raises:
-        CheckpointError: It says which of these is not so.
+        CheckpointError: The message says which of these is not so.
     """
     if path.is_symlink() and not path.exists():
         raise CheckpointError(
@@ -252,7 +224,7 @@ def _check_no_adapter(place: Place) -> None:
     settings = _adapter_settings(file)
     kind = str(settings.get("peft_type") or "").upper()
     base = settings.get("base_model_name_or_path")
-    # On the hub its configuration speaks for a base model: to ask for weights would be to fetch them.
+    # On the hub a configuration is taken as the sign of a base model: looking for weights would download them.
     has_base = any(place.file(name) is not None for name in ((CONFIG,) if place.is_remote else _WEIGHTS))
     article = ("an " if kind[:1] in tuple("AEIO") else "a ") + kind + " " if kind else "an "
     words = f"{place.source} holds {article}adapter ({ADAPTER_CONFIG if file is not None else weights[0]})"
@@ -273,19 +245,19 @@ def _adapter_settings(file: Path | None) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
     except (OSError, ValueError, RecursionError):
-        return {}  # it is an adapter all the same
+        return {}  # the adapter is refused all the same
     return settings if isinstance(settings, dict) else {}
 
 
 def weight_files(place: Place, named: str | None = None) -> list[Path]:
-    """The files that hold a checkpoint's weights; of an index, the shards that it names.
+    """The files that hold a checkpoint's weights. For an index, the shards that it names.
 
     Args:
         place: A folder or a hub id.
-        named: The file that its configuration names (``transformers_weights``), if it does.
+        named: The file that the configuration names (``transformers_weights``); None if it names none.
 
     Raises:
-        CheckpointError: There are none, or one is missing or damaged.
+        CheckpointError: There are no weights, or a file is missing or damaged.
     """
     for name in (named,) if named is not None else _WEIGHTS:
         first = place.file(name)
@@ -310,10 +282,10 @@ def _shards(place: Place, index: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which shard each tensor is in, by an index.
+    """The shard of each tensor, as an index file says.
 
     Raises:
-        CheckpointError: It is no index.
+        CheckpointError: The file is no index.
     """
     check_file(index)
     try:
@@ -334,7 +306,7 @@ def _is_below(name: str) -> bool:
 
 
 def _instead(folder: Path | None) -> str:
-    """What a folder holds in place of weights, as the end of a sentence."""
+    """The end of a sentence that says what a folder holds in place of weights."""
     names = sorted(path.name for path in folder.iterdir()) if folder is not None else []
     for name in names:
         wanted = next((known for known in _WEIGHTS if known == name.lower()), None)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError
+from medusa_export.compat.transformers import calls_attention_interface, has_state
 
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -78,7 +79,7 @@ def _layer_kinds(model: PreTrainedModel) -> str | None:
         refused = set(kinds) - _SERVED_LAYER_TYPES
         known = next((words for kind, words in _LAYER_TYPES_IN_WORDS.items() if kind in refused), None)
         return known or (f"layers of the kind {min(refused)!r}" if refused else None)
-    if model._is_stateful or any(_STATEFUL_LAYER.search(type(module).__name__.lower()) for module in model.modules()):
+    if has_state(model) or any(_STATEFUL_LAYER.search(type(module).__name__.lower()) for module in model.modules()):
         return _LAYER_TYPES_IN_WORDS["linear_attention"]
     return _LAYER_TYPES_IN_WORDS["chunked_attention"] if getattr(model.config, "attention_chunk_size", None) else None
 
@@ -135,8 +136,7 @@ def _attention(model: PreTrainedModel) -> str | None:
         return "attention that is not causal"
     if any(getattr(module, "is_causal", True) is False for module in model.modules()):
         return "attention that is not causal"
-    # Private, but the only place where transformers records whether a model's layers call the interface.
-    if not model._can_set_attn_implementation():
+    if not calls_attention_interface(model):
         return "attention layers that don't go through transformers' attention interface"
     return _NAMED_FEATURES.get(model.config.model_type)
 

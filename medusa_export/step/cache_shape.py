@@ -7,10 +7,10 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
+from medusa_export.compat.torch import FakeTensorMode
 from medusa_export.step.attention import StepCache, StepMasks, attending
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from medusa_export.common.errors import CheckpointError, ExportError
-from medusa_export.models.files import Place
-from medusa_export.models.stored_weights import stored_weights
+from medusa_export.models.checkpoints import stored_weights
 from medusa_export.step.step import MedusaStep
 
 
@@ -60,7 +59,7 @@ def _stored_value(step: MedusaStep, source: str | None, name: str, weight: Tenso
     if source is None:
         return None
     try:
-        for stored_name, own_name, values in stored_weights(Place.of(source), step.model):
+        for stored_name, own_name, values in stored_weights(source, step.model):
             if name in (stored_name, own_name) and values.shape == weight.shape:
                 return float(values.flatten()[flat])
     except CheckpointError:

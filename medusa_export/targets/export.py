@@ -19,15 +19,14 @@ from medusa_export.common.dtypes import Dtype, torch_name
 from medusa_export.common.errors import MedusaWarning, OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
+from medusa_export.compat.transformers import attention_of
 from medusa_export.graph.export import build_graph
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
-from medusa_export.models.checkpoints import check_fast, load_model, load_tokenizer
+from medusa_export.models.checkpoints import check_fast, load_model, load_tokenizer, model_name, reading
 from medusa_export.models.end_tokens import EndTokens
-from medusa_export.models.files import Place
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
-from medusa_export.models.gguf.cache import gguf_cache
 from medusa_export.models.supported import check_supported
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.step import MedusaStep
@@ -170,18 +169,18 @@ def _opened(
         check_supported(model)
         with _prepared(model):
             yield _Source(
-                model, _fast(tokenizer), None, Place.of(model.name_or_path).name if model.name_or_path else "model"
+                model, _fast(tokenizer), None, model_name(model.name_or_path) if model.name_or_path else "model"
             )
         return
     if tokenizer is not None:
         raise OptionError("A model that is read brings its own tokenizer: leave tokenizer out, or load the model.")
     path = fspath(model)
-    with gguf_cache():
+    with reading(path):
         read = load_model(
             path, dtype=getattr(torch, torch_name(dtype or defaults.EXPORT_DTYPE)), attn_implementation=ATTENTION_NAME
         )
         check_supported(read)
-        yield _Source(read, _fast(load_tokenizer(path)) if with_tokenizer else None, path, Place.of(path).name)
+        yield _Source(read, _fast(load_tokenizer(path)) if with_tokenizer else None, path, model_name(path))
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
@@ -196,7 +195,7 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
     if model.device.type != "cpu":
         raise OptionError(f"The loaded model is on {model.device}: move it to the CPU with model.to('cpu').")
     loaded: Any = model
-    was_training, attention = model.training, loaded.config._attn_implementation
+    was_training, attention = model.training, attention_of(model)
     loaded.set_attn_implementation(ATTENTION_NAME)
     model.eval()
     try:

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from medusa_export.common.progress import OnProgress, ignore_progress
+from medusa_export.compat.transformers import quiet_libraries
 from medusa_export.heads.base import DraftHeads
-from medusa_export.models.checkpoints import quiet_libraries
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import hidden_states, padded, positions_of
 from medusa_export.training.medusa1 import HeadLoss, accuracies
@@ -97,7 +97,7 @@ class JointLoss(nn.Module):
         self.head_loss = HeadLoss(heads, self.model.get_input_embeddings(), vocab_size)
         self.heads_weight = heads_weight
         self.ramp = 1.0
-        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self.trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_miss_no_frozen)  # type: ignore[no-untyped-call]
 
@@ -162,14 +162,14 @@ def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: ob
     """Removes frozen weights from a checkpoint: they are loaded with the base model anyway."""
     assert isinstance(module, JointLoss)
     for name in list(state):
-        if name.startswith(prefix) and name.removeprefix(prefix) not in module._trained:
+        if name.startswith(prefix) and name.removeprefix(prefix) not in module.trained:
             del state[name]
 
 
 def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
     """Removes frozen weights from the list of missing keys when a checkpoint is loaded."""
     assert isinstance(module, JointLoss)
-    keys.missing_keys[:] = [name for name in keys.missing_keys if name in module._trained]
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in module.trained]
 
 
 class _Ramp(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from medusa_export.common.errors import OutputError, TrainingError
 from medusa_export.common.files import WRITE_ERRORS
 from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
-from medusa_export.models.checkpoints import quiet_libraries
+from medusa_export.compat.transformers import one_gpu_per_process, quiet_libraries, restore_weights
 
 _SAVED_SHARE = 0.1  # steps between checkpoints, as a share of all steps: a killed training loses at most these
 
@@ -213,7 +213,7 @@ def run_training(
     with quiet_libraries():
         if checkpoint is not None and (state := _state_of(checkpoint)).global_step >= state.max_steps:
             trainer.state = state
-            trainer._load_from_checkpoint(checkpoint)  # not train(): within an epoch it would do one more step
+            restore_weights(trainer, checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     if not all(bool(weight.isfinite().all()) for weight in module.parameters() if weight.requires_grad):
@@ -253,8 +253,7 @@ def _arguments(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
     )
-    if made.n_gpu > 1:
-        made._n_gpu = 1  # several GPUs are for `accelerate launch`, not for threads of one process
+    one_gpu_per_process(made)
     return made
 
 

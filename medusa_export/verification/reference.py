@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from medusa_export.common.progress import OnProgress, Progress
+from medusa_export.compat.transformers import attention_of, default_attention
 from medusa_export.step.step import MedusaStep
 
 
@@ -38,8 +39,8 @@ def greedy_config(model: Any, end_tokens: Sequence[int] | None = None) -> Genera
 def with_own_attention(step: MedusaStep) -> Iterator[None]:
     """Gives the step's model transformers' own attention while the block lasts."""
     model: Any = step.model
-    ours = model.config._attn_implementation
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    ours = attention_of(model)
+    model.set_attn_implementation(default_attention(model))
     try:
         yield
     finally:

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from medusa_export.models.checkpoints import HEADS
-from medusa_export.models.files import Place
-from medusa_export.models.stored_weights import stored_weights
+from medusa_export.compat.transformers import may_be_left_out, may_be_missing
+from medusa_export.models.checkpoints import stored_weights
+from medusa_export.models.completeness import HEADS
 from medusa_export.verification.checks import Check
 
 CHECK = "weights in memory and in the files"
@@ -38,7 +38,7 @@ def weights_check(source: str, model: PreTrainedModel, dtype: str) -> Check:
     """
     check = Check(CHECK, figures={"tensors": 0, "ignored": 0})
     weights = _Weights(model)
-    for name, weight, stored in stored_weights(Place.of(source), model):
+    for name, weight, stored in stored_weights(source, model):
         own = weight or weights.find(name)
         if own is not None:
             _compare(check, own, weights.take(own), stored, getattr(torch, dtype))
@@ -97,12 +97,11 @@ class _Weights:
 
     def left(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the weights that were not found in the files."""
-        ignored = self._model._keys_to_ignore_on_load_missing or ()
         for name, values in self._named.items():
-            if values.data_ptr() not in self._taken and not any(re.search(pattern, name) for pattern in ignored):
+            if values.data_ptr() not in self._taken and not may_be_missing(self._model, name):
                 yield name, values
 
     def may_be_ignored(self, name: str) -> bool:
         """Returns True for a tensor of heads, and for one that the model's class ignores."""
-        patterns = (*_TABLES, *(self._model._keys_to_ignore_on_load_unexpected or ()))
-        return bool(HEADS.search(name)) or any(re.search(pattern, name) for pattern in patterns)
+        computed = any(re.search(pattern, name) for pattern in _TABLES)
+        return computed or bool(HEADS.search(name)) or may_be_left_out(self._model, name)

@@ -20,8 +20,8 @@ from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from medusa_export.common.errors import CheckpointError, ModelNotSupportedError
+from medusa_export.compat.gguf import gguf_cache
 from medusa_export.models.checkpoints import load_model, load_tokenizer, save_model, save_tokenizer
-from medusa_export.models.gguf.cache import gguf_cache
 from medusa_runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
 from support.gguf_files import CHAT_TEMPLATE, write_gguf
 from support.tiny_models import tiny_model
@@ -345,7 +345,7 @@ def test_gguf_cache_is_undone_after_an_error() -> None:
 
 
 def test_gguf_cache_does_nothing_without_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_export.models.gguf.cache.find_spec", lambda _: None)
+    monkeypatch.setattr("medusa_export.compat.gguf.find_spec", lambda _: None)
     reader = sys.modules["gguf"].GGUFReader
     with gguf_cache():
         assert sys.modules["gguf"].GGUFReader is reader

@@ -170,7 +170,7 @@ def test_weights_that_nobody_read_or_wrote_are_found(tmp_path: Path, monkeypatch
         del tensors["model.norm.weight"]
 
     change_file(tmp_path, change)
-    monkeypatch.setattr(checkpoints, "_check_complete", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "check_complete", lambda *_: None)
     check = weights_check(str(tmp_path), load(tmp_path), "float32")
     assert check.notes == [
         "model.layers.0.self_attn.q_proj.input_scale is in the files, and the model has no place for it",
@@ -213,7 +213,7 @@ def test_verify_reports_it(
     # Exported and verified by a loader that passes over what it doesn't know, from files that hold more.
     other = Path(shutil.copytree(tiny_model_folder, tmp_path / "other"))
     change_file(other, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}))
-    monkeypatch.setattr(checkpoints, "_check_complete", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "check_complete", lambda *_: None)
     arguments[3] = str(other)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1, result.output

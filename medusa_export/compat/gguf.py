@@ -1,9 +1,14 @@
-"""Loading a GGUF file through transformers, with each piece of work done once.
+"""gguf: a file is parsed once, and fast, while transformers loads it.
 
-transformers parses the file for the config, again for the weights and a third time for the tokenizer,
-and builds the table of tensor names once per module of the model. Both are pure functions of their
-arguments, so they can be remembered for as long as one load lasts. transformers looks them up in
-``gguf`` at each call, which is where ``gguf_cache`` puts versions that remember.
+Tried with gguf 0.19.0 and transformers 5.23.0.
+
+Without these patches a GGUF file still loads, to the same model, but slowly:
+
+* transformers parses the file for the configuration, again for the weights and a third time for the tokenizer. It
+  builds the table of tensor names once per module of the model. Both are pure functions, so their results are kept.
+* ``GGUFReader._get`` slices a ``np.memmap`` for each token of the vocabulary, which takes ten times as long as a view.
+
+transformers looks both up in ``gguf`` at each call, so they are replaced there.
 """
 
 from __future__ import annotations
@@ -19,16 +24,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-# The open blocks; only the outermost puts anything in place.
+# One entry per open block. Only the outermost block changes anything.
 _open: list[None] = []
 
 
 @contextmanager
 def gguf_cache() -> Iterator[None]:
-    """Within it, a GGUF file is parsed once and a table of tensor names built once; it may be nested.
+    """Parses each GGUF file once, and builds each table of tensor names once, for the duration of a block.
 
-    Nothing outlives the outermost block, within which a file must not change. It is not for several threads.
-    Where ``gguf`` is not installed it does nothing.
+    Blocks may be nested. Results are kept until the outermost block ends, and files must not change before. Only one
+    thread may use it at a time. Without the library ``gguf`` it does nothing.
     """
     if _open or find_spec("gguf") is None:
         yield
@@ -51,18 +56,21 @@ def gguf_cache() -> Iterator[None]:
 
 
 def open_gguf(path: Path) -> Any:
-    """A ``gguf.GGUFReader`` of a file; within ``gguf_cache`` the one that transformers uses too."""
-    gguf: Any = import_module("gguf")  # only here, since folders load without it
+    """A ``gguf.GGUFReader`` of a file. Within ``gguf_cache`` it is the one that transformers uses too."""
+    gguf: Any = import_module("gguf")  # not needed for other formats
     return gguf.GGUFReader(path)
 
 
 def _read_values(
     reader: Any, offset: int, dtype: DTypeLike, count: int = 1, override_order: Any = None
 ) -> NDArray[Any]:
-    """``GGUFReader._get`` without slicing a ``np.memmap``, which is ten times as slow and is done per token.
+    """Replaces ``GGUFReader._get``.
 
     Returns:
-        [count], a view of the file; ValueError where the file ends before it.
+        A view of the file, [count].
+
+    Raises:
+        ValueError: The file ends before it.
     """
     values = np.frombuffer(reader.data, dtype, int(count), int(offset))
     order = reader.byte_order if override_order is None else override_order

@@ -1,0 +1,160 @@
+"""The base class of weight formats, and the registry of formats."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_export.common.registry import Registry
+from medusa_export.compat.transformers import causal_lm_class
+from medusa_export.models.files import Place
+
+
+class StoredWeight(NamedTuple):
+    """One tensor of a checkpoint's files.
+
+    Attributes:
+        name: The tensor's name in the file.
+        weight: The name of the model's weight that it becomes; None if the file uses the model's own names.
+        values: The values in the layout of the model, and in the type in which they are stored.
+    """
+
+    name: str
+    weight: str | None
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model computes.
+
+    Attributes:
+        dtype: The type of the weights.
+        attention: A name registered with transformers' ``AttentionInterface``; None for transformers' own choice.
+    """
+
+    dtype: torch.dtype
+    attention: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and how its weights compare with those of the files.
+
+    Attributes:
+        model: The model on the CPU.
+        missing: Weights of the model that are not in the files. They are random.
+        unread: Tensors of the files that the model has no place for.
+        mismatched: Weights of other shapes in the files: name, shape in the files, shape in the model.
+    """
+
+    model: PreTrainedModel
+    missing: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+    mismatched: frozenset[tuple[str, tuple[int, ...], tuple[int, ...]]] = frozenset()
+
+
+class Checkpoint(abc.ABC):
+    """A base model on disk, in one weight format.
+
+    A subclass is a weight format. Its methods may raise any error for files that are damaged: callers turn it into a
+    ``CheckpointError`` that names the source. They run with transformers' output silenced.
+
+    Args:
+        place: The folder, file or hub id.
+
+    Attributes:
+        suffixes: Suffixes of single files of this format, in lower case.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @classmethod
+    @abc.abstractmethod
+    def recognizes(cls, place: Place) -> bool:
+        """Whether a checkpoint is of this format. It looks at names and first bytes only."""
+
+    @abc.abstractmethod
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, with the end tokens and all settings that the files hold."""
+
+    @abc.abstractmethod
+    def load(self, config: PreTrainedConfig, precision: Precision) -> LoadedModel:
+        """Loads the model. Its ``generation_config`` holds the generation settings of the files, if there are any.
+
+        Args:
+            config: The configuration.
+            precision: How the model computes.
+        """
+
+    @abc.abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None if the files hold none."""
+
+    @abc.abstractmethod
+    def stored_weights(self, model: PreTrainedModel) -> Iterator[StoredWeight]:
+        """Each tensor of the files, in any order, one by one.
+
+        ``verify`` compares them with the model. So they must be read without the code that ``load`` uses.
+
+        Args:
+            model: A model that was loaded from the files.
+        """
+
+    def check(self) -> None:  # noqa: B027  # most formats have nothing to check
+        """Checks that files are present and complete, before any is read.
+
+        Raises:
+            CheckpointError: The message says what is wrong.
+        """
+
+    def reading(self) -> AbstractContextManager[None]:
+        """A context in which files may be kept open, or parsed once for several calls. Contexts may be nested."""
+        return nullcontext()
+
+    def explain(self, problem: str) -> str:
+        """A library's message, improved where this format knows more."""
+        return problem
+
+
+def from_pretrained(
+    config: PreTrainedConfig, precision: Precision, path: str | None = None, **arguments: Any
+) -> LoadedModel:
+    """Loads a causal language model with transformers.
+
+    Args:
+        config: The configuration.
+        precision: How the model computes.
+        path: A folder or hub id with weights; None for weights in ``state_dict``.
+        arguments: Further arguments of transformers' ``from_pretrained``, such as ``state_dict``.
+    """
+    model_class: Any = causal_lm_class(config) if path is None else AutoModelForCausalLM
+    model, info = model_class.from_pretrained(
+        path,
+        **arguments,
+        config=config,
+        dtype=precision.dtype,
+        attn_implementation=precision.attention,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are reported by name instead
+        output_loading_info=True,
+    )
+    return LoadedModel(
+        model,
+        missing=frozenset(info["missing_keys"]),
+        unread=frozenset(info["unexpected_keys"]),
+        mismatched=frozenset((name, tuple(found), tuple(own)) for name, found, own in info["mismatched_keys"]),
+    )
+
+
+FORMATS: Registry[type[Checkpoint]] = Registry("weight format", "medusa_export.weight_formats")

@@ -1,0 +1,83 @@
+"""Checkpoints in GGUF, the file format of llama.cpp. Weights are dequantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from medusa_export.compat.gguf import gguf_cache, open_gguf
+from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight, from_pretrained
+from medusa_export.models.files import GGUF_MAGIC, Place
+from medusa_export.models.gguf.settings import Metadata, apply_settings, check_readable
+from medusa_export.models.gguf.tensors import stored_tensors, unread_tensors
+from medusa_export.models.gguf.tokenizer import complete_tokenizer
+
+_TOKENS = "tokenizer.ggml.tokens"
+
+
+class GgufCheckpoint(Checkpoint):
+    """A model in a single GGUF file."""
+
+    suffixes = (".gguf",)
+
+    @classmethod
+    def recognizes(cls, place: Place) -> bool:
+        file = place.single_file
+        return file is not None and (file.suffix.lower() in cls.suffixes or _starts_as_gguf(file))
+
+    @property
+    def file(self) -> Path:
+        """The GGUF file."""
+        assert self.place.single_file is not None
+        return self.place.single_file
+
+    def reading(self) -> AbstractContextManager[None]:
+        return gguf_cache()
+
+    def config(self) -> PreTrainedConfig:
+        metadata = Metadata.of(self.place.source, open_gguf(self.file))
+        check_readable(metadata)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.file.parent, gguf_file=self.file.name)
+        return apply_settings(config, metadata)
+
+    def load(self, config: PreTrainedConfig, precision: Precision) -> LoadedModel:
+        # With dequantize=True transformers gives an ordinary model, without a quantizer.
+        dequantize = GgufConfig(dequantize=True)
+        loaded = from_pretrained(
+            config, precision, str(self.file.parent), gguf_file=self.file.name, quantization_config=dequantize
+        )
+        # transformers does not report tensors that it has no place for.
+        return replace(loaded, unread=frozenset(unread_tensors(open_gguf(self.file), loaded.model)))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        reader: Any = open_gguf(self.file)
+        if _TOKENS not in reader.fields:
+            return None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name)
+        complete_tokenizer(tokenizer, reader, self.place.source)
+        return tokenizer
+
+    def stored_weights(self, model: PreTrainedModel) -> Iterator[StoredWeight]:
+        for name, weight, values in stored_tensors(open_gguf(self.file), model):
+            yield StoredWeight(name, weight, torch.tensor(values))
+
+    def explain(self, problem: str) -> str:
+        return f"the file ends too early: {problem}" if "buffer" in problem else problem
+
+
+def _starts_as_gguf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(GGUF_MAGIC)) == GGUF_MAGIC

@@ -1,0 +1,29 @@
+"""Patches of libraries are tried again when a library's version is raised."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(path for path in (ROOT / "medusa_export" / "compat").glob("*.py") if path.name != "__init__.py")
+PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def test_a_module_was_tried_with_the_versions_that_tests_install(module: Path) -> None:
+    """After a version in constraints.txt is raised: try without each patch, then correct the docstring."""
+    (words,) = re.findall(r"^Tried with (.*?)\.$", module.read_text(), flags=re.MULTILINE)
+    tried = dict(re.findall(r"(\w+) (\d[\d.]*\d)", words))
+    assert module.stem in tried
+    assert tried == {name: PINNED[name.replace("_", "-")] for name in tried}
+
+
+def test_private_modules_of_libraries_are_imported_there_alone() -> None:
+    """ruff finds uses of private members (SLF001), but no imports of private modules."""
+    private = re.compile(r"^(from|import) [\w.]*(\._| import _)", re.MULTILINE)
+    for path in sorted((ROOT / "medusa_export").rglob("*.py")):
+        if "compat" not in path.parts:
+            assert not private.search(path.read_text()), path
