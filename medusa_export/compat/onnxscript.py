@@ -12,10 +12,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import optimizer
 
+from medusa_export.common.tuning import LARGEST_FOLDED
 from medusa_export.compat.torch import quiet_tracing
-
-# Elements of the largest tensors that are folded.
-_LARGEST = 4096
 
 
 def fold_constants(model: ir.Model, *, spared: str) -> None:
@@ -31,7 +29,7 @@ def fold_constants(model: ir.Model, *, spared: str) -> None:
         value.const_value = None
     try:
         with quiet_tracing():  # it logs a remark on each weight that has no values
-            optimizer.optimize_ir(model, input_size_limit=_LARGEST, output_size_limit=_LARGEST)
+            optimizer.optimize_ir(model, input_size_limit=LARGEST_FOLDED, output_size_limit=LARGEST_FOLDED)
     finally:
         for name, value in weights.items():
             value.const_value = tensors[name]

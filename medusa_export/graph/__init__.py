@@ -1,1 +1,1 @@
-"""From a decoding step to one standard ONNX graph."""
+"""Compiles a decoding step to one standard ONNX graph."""

@@ -1,12 +1,12 @@
-"""Trace each *kind* of decoder layer once, not each layer.
+"""Trace one decoder layer of each kind.
 
-Tracing costs about 20 ms of Python per operation, and a model of 80 layers repeats the same 60
-operations 80 times. So while a step is traced, the first layer of each kind runs as it is, between
-``layer_boundary`` marks, and every other layer of that kind becomes one opaque ``decoder_layer``.
-``onnx_layers`` puts copies of the marked part in their places, with the weights that belong there.
+Tracing costs about 20 ms of Python per operation, and a model of 80 layers repeats the same 60 operations 80 times. So
+while a step is traced, the first layer of each kind runs as usual, between ``layer_boundary`` marks. Each other layer
+becomes one opaque ``decoder_layer``. ``medusa_export.graph.layers`` replaces it by a copy of the first with its own
+weights.
 
-Two layers are of one kind if nothing but their weights and ``layer_idx`` tells them apart: same
-classes, attributes, shapes and call.
+Two layers are of one kind if they differ in nothing but weights and ``layer_idx``: classes, attributes, shapes and call
+are the same.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def _(tensor: Tensor, layer: int, port: str) -> Tensor:
 
 @torch.library.custom_op("medusa_export::decoder_layer", mutates_args=())
 def decoder_layer(inputs: list[Tensor], layer: int, like: int) -> Tensor:
-    """Stands for layer ``layer``, a copy of layer ``like``; the first input is the hidden state. Never run."""
-    raise RuntimeError("decoder_layer stands for a traced layer and can't be run.")
+    """Represents layer ``layer``, a copy of layer ``like``. The first input is the hidden state. It never runs."""
+    raise RuntimeError("decoder_layer represents a traced layer and can't run.")
 
 
 @decoder_layer.register_fake
@@ -51,7 +51,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's list of decoder layers.
 
     Raises:
-        ModelNotSupportedError: There isn't exactly one list as long as the config says.
+        ModelNotSupportedError: The model has no such list, or several.
     """
     count = model.config.get_text_config().num_hidden_layers
     found = [
@@ -67,7 +67,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 class _LayerIndex(int):
-    """A ``layer_idx`` that tells when a layer computes with it, so that it is no mere label."""
+    """A ``layer_idx`` that raises an error when a layer computes with it."""
 
     def _used(self, *_: object) -> Any:
         raise ModelNotSupportedError("decoder layers that compute with their own index")
@@ -77,7 +77,7 @@ class _LayerIndex(int):
 
 
 def _describe(layer: nn.Module) -> object:
-    """Everything about a layer that can shape its trace, besides the values of its weights."""
+    """All properties of a layer that can change its trace: all but the values of its weights."""
     parts = []
     for name, part in layer.named_modules():
         plain = {
@@ -100,7 +100,7 @@ def _describe(layer: nn.Module) -> object:
 
 
 class _Call:
-    """One call of a layer as a list of tensors, and the way back."""
+    """The arguments of one call of a layer, as a flat list of tensors."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.leaves, self.spec = tree_flatten((args, kwargs))
@@ -114,7 +114,7 @@ class _Call:
 
     @property
     def key(self) -> object:
-        """What two calls must share for their layers to be of one kind."""
+        """A description of the call. Layers of one kind have equal descriptions."""
         leaves = [
             self._places[id(leaf)] if isinstance(leaf, Tensor) else "cache" if leaf is self.cache else repr(leaf)
             for leaf in self.leaves
@@ -122,7 +122,7 @@ class _Call:
         return repr((self.spec, leaves))
 
     def rebuild(self, tensors: list[Tensor], cache: StepCache) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with other tensors and another cache."""
+        """The arguments of the same call with other tensors and another cache."""
         leaves = [
             tensors[self._places[id(leaf)]] if isinstance(leaf, Tensor) else cache if leaf is self.cache else leaf
             for leaf in self.leaves
@@ -132,14 +132,18 @@ class _Call:
 
 
 class AnotherKindError(Exception):
-    """A layer that looks like another is called in another way: it needs a trace of its own."""
+    """A layer is called in another way than the layer whose trace it was to share.
+
+    Args:
+        layer: Index of the layer. It needs a trace of its own.
+    """
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
 
 
 class _Stub(nn.Module):
-    """Stands in the model for a layer without a trace of its own, so that its weights aren't traced either."""
+    """Replaces a layer that shares a trace, so that its weights are not traced either."""
 
     def __init__(self, tracer: _Tracer, index: int, layer: nn.Module) -> None:
         super().__init__()
@@ -157,10 +161,10 @@ class _Stub(nn.Module):
 
 
 class _Tracer:
-    """Runs the first layer of each kind, and puts marks in place of the others.
+    """Runs the first layer of each kind, and replaces the others by marks.
 
     Args:
-        like: For each layer the first of its kind.
+        like: For each layer, the index of the first layer of its kind.
     """
 
     def __init__(self, like: list[int]) -> None:
@@ -168,19 +172,19 @@ class _Tracer:
         self._calls: dict[int, tuple[object, int | None, bool]] = {}
 
     def stand_in(self, index: int, call: _Call) -> Any:
-        """The opaque stand-in for layer ``index``."""
+        """The output of layer ``index``, as an opaque mark."""
         like = self.like[index]
         key, window, returns_tuple = self._calls[like]
         if key != call.key:
             raise AnotherKindError(index)
         cache = call.cache
         hidden = decoder_layer([*call.tensors, cache.masks.for_window(window), cache.write_indices], index, like)
-        for slot in (0, 1):  # of the right shape, which is all that a trace needs
+        for slot in (0, 1):  # a trace needs their shape only
             cache.blocks[2 * index + slot] = cache.blocks[2 * like + slot]
         return (hidden,) if returns_tuple else hidden
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs layer ``index`` between marks on all that enters and leaves it."""
+        """Runs layer ``index`` between marks on its inputs and outputs."""
         call = _Call(args, kwargs)
         cache = call.cache
 
@@ -191,7 +195,7 @@ class _Tracer:
         windows: list[int | None] = []
 
         class Masks(StepMasks):
-            """Hands out the one mask that a layer asks for."""
+            """Marks the mask that a layer asks for, and notes its window."""
 
             def __init__(self) -> None:
                 pass
@@ -223,17 +227,21 @@ class _Tracer:
 
 
 def kinds_of(layers: nn.ModuleList) -> list[int]:
-    """For each layer the index of the first that differs from it in nothing but weights and index."""
+    """For each layer, the index of the first layer of its kind."""
     first: dict[object, int] = {}
     return [first.setdefault(_describe(layer), index) for index, layer in enumerate(layers)]
 
 
 @contextmanager
 def reusing_layers(layers: nn.ModuleList, like: list[int]) -> Iterator[None]:
-    """While it lasts, a run of the model traces layer ``i`` only where ``like[i] == i``.
+    """Makes a run of the model trace layer ``i`` only where ``like[i] == i``, for the duration of a block.
+
+    Args:
+        layers: The decoder layers.
+        like: For each layer, the index of the layer whose trace it shares.
 
     Raises:
-        AnotherKindError: A layer's call differs from that of the layer that it is said to be like.
+        AnotherKindError: A layer is called in another way than the layer whose trace it shares.
     """
     tracer = _Tracer(like)
     originals = list(layers)

@@ -1,6 +1,6 @@
-"""Put a copy of the right decoder layer in the place of each mark that ``layer_reuse`` left.
+"""Replace each mark of ``layer_reuse`` by a copy of a traced decoder layer.
 
-After this pass the graph has the inputs and outputs of the contract and no node of our own domain.
+Afterwards the graph has no node of our own domain.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from medusa_export.graph.trace import MARK_DOMAIN
 
 @dataclass
 class _Layer:
-    """A traced layer: its marks by port, and the nodes between them in order."""
+    """A traced layer.
+
+    Attributes:
+        prefix: Start of the names of its weights.
+        marks: Its marks by port.
+        body: The nodes between the marks, in order.
+    """
 
     prefix: str
     marks: dict[str, ir.Node] = field(default_factory=dict)
     body: list[ir.Node] = field(default_factory=list)
 
     def own(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
-        """Of ``nodes``, in graph order, those between the marks that differ from layer to layer."""
+        """The nodes between the marks that depend on the layer's inputs or weights, in the order of ``nodes``."""
         needed: set[ir.Node] = set()
         stack = [mark.inputs[0] for port, mark in self.marks.items() if not _enters(port)]
         entries = {mark.outputs[0] for port, mark in self.marks.items() if _enters(port)}
@@ -48,7 +54,7 @@ class _Layer:
         return value.is_initializer() and (value.name or "").startswith(self.prefix)
 
     def behind(self, port: str) -> ir.Value:
-        """What a mark marks."""
+        """The value that a mark marks."""
         value = self.marks[port].inputs[0]
         assert value is not None
         return value
@@ -59,11 +65,18 @@ def _enters(port: str) -> bool:
 
 
 class _Expansion:
-    """What is known while marks are replaced.
+    """Replaces marks of one graph.
+
+    Args:
+        graph: The graph.
+        layer_prefix: As for ``expand_layers``.
+        caches: As for ``expand_layers``.
+        pending: As for ``expand_layers``.
+        weight: As for ``expand_layers``.
 
     Attributes:
-        present: The updated caches so far.
-        blocks: What is written to each cache so far.
+        present: The updated caches of the layers that are done, by number of the cache.
+        blocks: The entries that are written to these caches.
     """
 
     def __init__(
@@ -83,7 +96,7 @@ class _Expansion:
         self.blocks: dict[int, ir.Value] = {}
 
     def copy(self, layer: _Layer, index: int, node: ir.Node) -> ir.Value:
-        """Copies ``layer`` in front of its mark ``node`` as layer ``index``; gives its hidden state."""
+        """Inserts a copy of ``layer`` as layer ``index`` before the mark ``node``, and returns its hidden state."""
         mapped: dict[ir.Value, ir.Value] = {}
         for number, value in enumerate(node.inputs):
             mark = layer.marks.get(f"in{number}")  # none where the layer ignores an argument
@@ -125,7 +138,7 @@ class _Expansion:
         return self.graph.initializers[name]
 
     def keep(self, index: int, layer: _Layer) -> None:
-        """Connects a traced layer, which stays where it is."""
+        """Connects a traced layer to its caches. Its nodes stay where they are."""
         for slot in (0, 1):
             layer.marks[f"past{slot}"].replace_input_with(0, self.caches[2 * index + slot])
             if self.pending:
@@ -136,19 +149,19 @@ class _Expansion:
         for slot in (0, 1):
             present = layer.behind(f"present{slot}")
             self.present[2 * index + slot] = mapped.get(present, present)
-            if self.pending:  # else nothing is carried over, and no block has a mark
+            if self.pending:  # without pending entries no block has a mark
                 block = layer.behind(f"block{slot}")
                 self.blocks[2 * index + slot] = mapped.get(block, block)
 
     def concat_blocks(self, node: ir.Node) -> None:
-        """Puts the concatenation of all blocks in the place of its mark."""
+        """Replaces the mark of all blocks by their concatenation."""
         concat = ir.node("Concat", [self.blocks[i] for i in range(len(self.caches))], {"axis": 1}, name="concat_blocks")
         self.graph.insert_before(node, concat)
         _remove(self.graph, node, concat.outputs[0])
 
 
 def _remove(graph: ir.Graph, mark: ir.Node, instead: ir.Value | None) -> None:
-    """Takes a mark out; what read its output reads ``instead``."""
+    """Removes a mark. Readers of its output read ``instead``."""
     assert instead is not None
     ir.convenience.replace_all_uses_with(mark.outputs[0], instead, replace_graph_outputs=True)
     graph.remove(mark, safe=True)
@@ -166,16 +179,16 @@ def expand_layers(
 
     Args:
         model: The traced graph; changed in place.
-        layer_prefix: What names of weights of layer i begin with, before ``i.``.
+        layer_prefix: Start of the names of weights of layer i, before ``i.``.
         caches: The 2L cache inputs, keys and values alternating.
-        pending: For each cache its pending entries; empty if there are none.
-        weight: Gives the weight of a name.
+        pending: The pending entries of each cache; empty if the step has none.
+        weight: Returns the weight of a name.
 
     Returns:
         The 2L updated caches.
 
     Raises:
-        ExportError: A mark has no place in this scheme.
+        ExportError: A mark could not be replaced.
     """
     graph = model.graph
     marks = [node for node in graph if node.domain == MARK_DOMAIN]

@@ -1,7 +1,7 @@
-"""Put the drawing of tokens in the place of its mark.
+"""Replace the mark of sampling by the traced computation.
 
-It hangs on nothing of a model but its vocabulary and its type. So it is traced by itself, under two free sizes only,
-and once for all models that have these in common.
+Sampling depends only on a model's vocabulary size and type. So it is traced apart from the model, with two free sizes,
+and once per process for each vocabulary size and type.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from medusa_export.step.sampling import SamplingInputs, draw
 
 
 class _Drawings(nn.Module):
-    """``draw`` with all that it takes in a row."""
+    """``draw`` with its tensors as positional arguments."""
 
     def forward(self, logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         return draw(logits, best, nodes, above, SamplingInputs(*given)).tensors()
@@ -29,7 +29,7 @@ class _Drawings(nn.Module):
 def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
     batch, size = (next(n for n in sizes if n != vocab_size) for sizes in ((3, 5), (37, 41)))
     given = example_sampling(batch, size, vocab_size)
-    example = (  # each a tensor of its own: the tracer tells inputs apart by that
+    example = (  # the tracer tells inputs apart by identity, so no tensor may appear twice
         torch.zeros(batch, size, vocab_size, dtype=dtype),
         torch.zeros(batch, size, dtype=torch.int64),
         torch.zeros(batch, size, dtype=torch.int64),
@@ -47,16 +47,16 @@ def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
         node.name = f"sampling/{node.name}"
         for value in node.outputs:
             value.name = f"sampling/{value.name}"
-            if value.shape is not None:  # names of free sizes mean something else in another graph
+            if value.shape is not None:  # names of free sizes are known in this graph only
                 value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
     return model.graph
 
 
 def expand_sampling(model: ir.Model, dtype: torch.dtype) -> None:
-    """Replaces the mark ``DrawNodes``, if there is one.
+    """Replaces the mark ``DrawNodes``, if the graph has one.
 
     Args:
-        model: The traced graph; changed in place.
+        model: The traced graph. It is changed in place.
         dtype: The type of its logits.
 
     Raises:
@@ -71,7 +71,7 @@ def expand_sampling(model: ir.Model, dtype: torch.dtype) -> None:
 
 
 def _splice(graph: ir.Graph, mark: ir.Node, part: ir.Graph) -> None:
-    """Moves all of ``part`` into the place of a mark."""
+    """Moves all nodes of ``part`` to a mark, and removes the mark."""
     inputs = [value for value in mark.inputs if value is not None]
     for value, instead in zip(part.inputs, inputs, strict=True):
         ir.convenience.replace_all_uses_with(value, instead)

@@ -1,6 +1,6 @@
-"""From a ``MedusaStep`` to an ONNX graph in which every layer but the first of its kind is a mark.
+"""Trace a ``MedusaStep`` to an ONNX graph, with one decoder layer of each kind.
 
-``onnx_layers`` then replaces the marks.
+The other layers are marks. ``medusa_export.graph.layers`` replaces them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MARK_DOMAIN = "medusa_export"
 
 
 def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
-    """An operator of our own domain, which no finished graph holds."""
+    """An operator of our own domain. A finished graph has none."""
     types = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int64", "int32", "bool")]
     parameter, variadic = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Variadic
     kinds = {"port": onnx.defs.OpSchema.AttrType.STRING}
@@ -48,7 +48,7 @@ def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
 
 
 def _translations() -> dict[Any, Any]:
-    """How our custom ops become ONNX nodes."""
+    """The functions that translate our custom ops to ONNX, by op."""
     onnx_op = values.Opset("", OPSET_VERSION)
     boundary = _mark("LayerBoundary", "layer", "port")
     layer_op = _mark("DecoderLayer", "layer", "like")
@@ -73,7 +73,7 @@ def _translations() -> dict[Any, Any]:
     def draw_nodes(logits: Any, best: Any, nodes: Any, above: Any, given: Any) -> Any:
         return draw_op(logits, best, nodes, above, *given)
 
-    def number(value: float) -> Any:  # of the rank that it meets: else TensorRT takes a layer to give it that
+    def number(value: float) -> Any:  # of the rank of its operands, so that TensorRT adds no layer for it
         return onnx_op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, (1, 1, 1), (value,)))
 
     def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
@@ -99,7 +99,7 @@ def _translations() -> dict[Any, Any]:
 
 
 def _named(out: StepOutput) -> dict[str, Tensor]:
-    """What a traced step gives besides the caches, by the names of the graph."""
+    """Results of a traced step besides the caches, by their names in the graph."""
     named = {
         "tokens": out.tokens,
         "count": out.count,
@@ -119,11 +119,11 @@ def _named(out: StepOutput) -> dict[str, Tensor]:
 
 
 class _TracedStep(nn.Module):
-    """A step with one cache pair and one pending block standing for those of all layers.
+    """A step with one cache and one pending block, which represent those of all layers.
 
     Args:
         step: The step.
-        note: Told the names of what a run gives, but for the caches.
+        note: Called with the names of a run's results, without the caches.
     """
 
     def __init__(self, step: MedusaStep, note: Callable[[Sequence[str]], None]) -> None:
@@ -158,20 +158,11 @@ class _TracedStep(nn.Module):
         return (*named.values(), *out.present)
 
 
-def trace(step: MedusaStep) -> ir.Model:
-    """Traces a step.
-
-    Returns:
-        A graph whose inputs are those of ``_TracedStep``, and so are its outputs, which are named; layers beyond the
-        first of each kind are ``DecoderLayer`` nodes, and the first are enclosed by ``LayerBoundary`` nodes.
-
-    Raises:
-        ModelNotSupportedError: The model does something that a step can't honour.
-        ExportError: The model's code can't be traced.
-    """
+def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Example inputs of ``_TracedStep`` by name, and the free dimensions of each."""
     shape = step.cache_shape
     heads, head_dim = shape.num_key_value_heads, shape.head_dim
-    # Free dimensions, of sizes that nothing else has: the tracer takes equal sizes for the same one.
+    # Each free dimension has a size of its own: the tracer takes equal sizes for the same dimension.
     batch, capacity, dtype = 3, 251, step.model.dtype
     tokens = next(size for size in (37, 41, 43) if size not in (step.tree.size, shape.head_dim, heads))
     draws = next(size for size in (53, 59, 61) if size not in (step.tree.size, shape.head_dim, heads))
@@ -193,7 +184,21 @@ def trace(step: MedusaStep) -> ir.Model:
     if step.sampling:
         free["sampling"]["exponentials"] = {0: dynamic, 1: dynamic}
     free["past"] = {0: dynamic, 2: dynamic}
+    return example, free
 
+
+def trace(step: MedusaStep) -> ir.Model:
+    """Traces a step.
+
+    Returns:
+        A graph with the inputs and outputs of ``_TracedStep``. Its outputs have names, the caches excepted. The first
+        layer of each kind is enclosed by ``LayerBoundary`` nodes. Each other layer is one ``DecoderLayer`` node.
+
+    Raises:
+        ModelNotSupportedError: The model does something that a step can't honour.
+        ExportError: The model's code can't be traced.
+    """
+    example, free = _example(step)
     names: list[str] = []
 
     def note(given: Sequence[str]) -> None:
@@ -221,10 +226,10 @@ def trace(step: MedusaStep) -> ir.Model:
 
 
 def translate(program: torch.export.ExportedProgram) -> ir.Model:
-    """An exported program in ONNX, with marks of ours.
+    """Translates an exported program to ONNX, with marks of our own domain.
 
     Raises:
-        ExportError: Some operator can't be translated.
+        ExportError: An operator can't be translated.
     """
     try:
         exported = torch.onnx.export(
@@ -249,7 +254,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def example_sampling(batch: int, draws: int, vocab_size: int) -> dict[str, Tensor]:
-    """The graph's inputs for sampling, in its order."""
+    """Example inputs for sampling, by name, in the order of the contract."""
     sizes = {"batch": batch, "draws": draws}
     return {
         spec.name: torch.ones(fixed_shape(spec, sizes), dtype=getattr(torch, spec.dtype))

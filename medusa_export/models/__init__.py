@@ -1,1 +1,1 @@
-"""Base models: checkpoints, GGUF files, and which models are supported."""
+"""Base models: weight formats, checkpoints, and which models are supported."""

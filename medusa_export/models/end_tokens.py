@@ -1,7 +1,7 @@
-"""The tokens that end a model's answer, from all the places that name them.
+"""Find the tokens that end a model's answer, from all files that name them.
 
-A model is asked in the format of its chat template, so what the template puts behind an answer ends one, whatever the
-configuration says. Sources that disagree are common: a fine-tuned model keeps the configuration of its base.
+A chat model answers in the format of its chat template, so the token that the template puts behind an answer ends it,
+whatever the configuration says. Sources often disagree: a fine-tuned model keeps the configuration of its base.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ Render = Callable[[Sequence[Mapping[str, str]], bool], str]
 
 
 class EndTokens:
-    """What ends an answer.
+    """The tokens that end a model's answer.
+
+    Args:
+        model: The model, with its configurations.
+        tokenizer: Its tokenizer; None without one.
 
     Attributes:
         found: The tokens, each with its sources.
-        warnings: Sentences about sources that disagree, and about entries that were left out.
+        warnings: Sentences about sources that disagree, and about entries that are left out.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -87,7 +91,7 @@ class EndTokens:
         return list(dict.fromkeys(ids))
 
     def _compare(self, named: Mapping[str, set[int]]) -> None:
-        """Warns of end tokens that the model's configuration lacks, since other software goes on behind them."""
+        """Warns of end tokens that the model's configuration lacks. Other software generates on after them."""
         own = named.get(GENERATION_CONFIG) or named.get(CONFIG)
         for token in self.found:
             if own is not None and token.id not in own:
@@ -99,17 +103,17 @@ class EndTokens:
 
 
 def template_end(render: Render, tokens: Mapping[str, int], known: set[int]) -> int | None:
-    """The special token that a chat template puts behind an answer; None if there is none.
+    """The special token that a chat template puts behind an answer; None if it puts none.
 
-    The answer is rendered twice: at the end of a conversation, and with a question behind it. At the end stands what
-    ends a turn, and sometimes a token that ends the whole text. In the middle stands what ends a turn, and the header
-    of the next one. So the token is one that stands in both places. A template that ends the last turn differently,
-    as that of gpt-oss does, has it at the end only.
+    The answer is rendered twice: at the end of a conversation, and with a question behind it. At the end it is followed
+    by the token that ends a turn, and sometimes by one that ends the text. In the middle it is followed by the token
+    that ends a turn, and the header of the next one. So the token is one that follows in both places. A template that
+    ends the last turn differently, such as that of gpt-oss, has it at the end only.
 
     Args:
-        render: Renders a conversation, with or without the opening of an answer; raises where the template refuses it.
-        tokens: The ids of special and added tokens by their text.
-        known: Tokens that are known to end a text. One of them behind the answer is the one meant.
+        render: Renders a conversation, with or without the opening of an answer. It may raise any error.
+        tokens: The ids of special and added tokens, by their text.
+        known: Ids of tokens that other sources name. If one of them follows the answer, it is taken.
     """
     user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
     whole = _attempt(render, [user, answer])
@@ -125,7 +129,7 @@ def template_end(render: Render, tokens: Mapping[str, int], known: set[int]) -> 
 
 
 def _openings(render: Render, tokens: Mapping[str, int]) -> set[int]:
-    """Special tokens that open an answer, or the first turn of a conversation."""
+    """The special tokens that open an answer, or the first turn of a conversation."""
     question = [{"role": "user", "content": _USER}]
     asked, unasked = _attempt(render, question, opened=True), _attempt(render, question)
     opening = asked[len(unasked) :] if asked.startswith(unasked) else ""
@@ -135,7 +139,7 @@ def _openings(render: Render, tokens: Mapping[str, int]) -> set[int]:
 
 
 def _right_before(text: str, tokens: Mapping[str, int]) -> set[int]:
-    """The special token with nothing but whitespace between it and the answer: it opens the answer."""
+    """The special token directly before the answer, whitespace aside. It opens the answer."""
     before = text.rpartition(_ANSWER)[0].rstrip()
     name = max((name for name in tokens if name and before.endswith(name)), key=len, default=None)
     return set() if name is None else {tokens[name]}
@@ -148,20 +152,20 @@ def _is_header(render: Render, text: str) -> bool:
 
 
 def _behind(text: str, until: str | None) -> str:
-    """What stands behind the answer, up to a word."""
+    """The text behind the answer, up to the word ``until``."""
     behind = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
     return behind if until is None else behind.partition(until)[0] if until in behind else ""
 
 
 def _special(text: str, tokens: Mapping[str, int]) -> Iterator[int]:
-    """The special tokens in a text, in order; the longest where several begin alike."""
+    """The special tokens in a text, in order. Of several that match in one place, the longest."""
     names = sorted(filter(None, tokens), key=len, reverse=True)
     for found in re.finditer("|".join(map(re.escape, names)), text) if names else ():
         yield tokens[found.group()]
 
 
 def _attempt(render: Render, messages: Sequence[Mapping[str, str]], *, opened: bool = False) -> str:
-    """A conversation as text, empty where the template refuses it."""
+    """A conversation as text; empty if the template refuses it."""
     try:
         return render(messages, opened)
     except Exception:  # noqa: BLE001  # a template is a program, and may refuse with any error
@@ -179,7 +183,7 @@ def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The ids of special and added tokens by their text."""
+    """The ids of special and added tokens, by their text."""
     added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     found = {str(token): index for index, token in added.items()}
     return found | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

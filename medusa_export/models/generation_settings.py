@@ -1,4 +1,4 @@
-"""A model's generation config: what of it a bundle keeps, and what of it a request has to ask for itself."""
+"""A model's generation config: the settings that a bundle keeps, and those that decoding does not apply."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-# What a request may ask for; greedy decoding is the default here.
+# Settings that a request can ask for. Without them decoding is greedy.
 SAMPLING = frozenset({"do_sample", "temperature", "top_k", "top_p", "min_p"})
-# What changes no token of an answer, or is a matter of each call.
+# Settings that change no token of an answer, or that each call gives.
 _NO_EFFECT = frozenset(
     {
         "assistant_confidence_threshold",
@@ -50,7 +50,7 @@ _NO_EFFECT = frozenset(
         "use_mtp",
     }
 )
-# Values that leave decoding as it is; transformers itself fills in no defaults before it generates.
+# Values that do not change decoding. transformers fills in defaults only when it generates.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "diversity_penalty": (0.0,),
     "early_stopping": (False,),
@@ -76,9 +76,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def kept_settings(generation: GenerationConfig | None) -> dict[str, Any]:
-    """The settings of a generation config that are set, as plain JSON.
+    """The settings of a generation config that have a value, as plain JSON.
 
-    Settings whose values JSON lacks, such as infinities, are kept as text.
+    Values that JSON lacks, such as infinities, become text.
     """
     if generation is None:
         return {}
@@ -97,14 +97,14 @@ def unapplied(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampling_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How the model's makers would have it sampled; empty if the settings ask for greedy decoding."""
+    """The sampling settings that the model's makers chose; empty if they chose greedy decoding."""
     if not settings.get("do_sample"):
         return {}
     return {key: value for key, value in settings.items() if key in SAMPLING - {"do_sample"}}
 
 
 def settings_warnings(settings: Mapping[str, Any]) -> list[str]:
-    """Sentences about settings that the model's makers chose and that answers will not follow by themselves."""
+    """Sentences about settings that the model's makers chose, and that a default request does not follow."""
     found, sampled = unapplied(settings), sampling_defaults(settings)
     warnings = []
     if found:

@@ -1,4 +1,7 @@
-"""Which models the decoding step can honour: those whose layers are causal attention over one kind of cache."""
+"""Refuse models that a decoding step can't honour.
+
+It honours models whose layers are causal attention over one kind of K/V cache.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from medusa_export.compat.transformers import calls_attention_interface, has_sta
 
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
-# Kinds of layers in `config.layer_types`, in words; the first that a model has is the one that is named.
+# Kinds of layers in `config.layer_types`, in words. A message names the first that a model has.
 _LAYER_TYPES_IN_WORDS = {
     "linear_attention": "state-space, recurrent or linear-attention layers",
     "hybrid": "layers that mix attention with a recurrent state",
@@ -23,23 +26,23 @@ _LAYER_TYPES_IN_WORDS = {
     "indexed_attention": "sparse attention over indexed entries",
 }
 
-# Layers that keep a state, for models that say nothing in `config.layer_types`.
+# Class names of layers that keep a state, for models without `config.layer_types`.
 _STATEFUL_LAYER = re.compile(r"mamba|rwkv|[ms]lstm|recurrent(block|layer)|rglru|shortconv|deltanet|lightning")
 
 _EXPERTS = re.compile(r"experts$|moe(block|layer|mlp)?$")
 
-# Parts of a configuration that are settings, not further models.
+# Parts of a configuration that hold settings, not another model.
 _PLAIN_SUB_CONFIGS = frozenset({"attn_config", "ffn_config"})
 
-# What only a model's name tells.
+# Features that only the model's type shows.
 _NAMED_FEATURES = {"doge": "an attention mask of its own making"}
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuses a model that the step would get wrong.
+    """Refuses a model for which a step would be wrong.
 
     Raises:
-        ModelNotSupportedError: It names the feature.
+        ModelNotSupportedError: The message names the feature.
     """
     for find in _CHECKS:
         feature = find(model)
@@ -104,7 +107,7 @@ def _positions(model: PreTrainedModel) -> str | None:
 
 
 def _rope_types(config: PreTrainedConfig) -> Iterator[str]:
-    """The kinds of rotary embedding, of the whole model or of each kind of layer."""
+    """The kinds of rotary embedding: one for the model, or one per kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for part in (parameters, *parameters.values()):
         if isinstance(part, dict) and isinstance(part.get("rope_type"), str):
@@ -145,7 +148,7 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-# Each gives the feature that it can't let pass, or None.
+# Each returns the name of a feature that a step can't honour, or None.
 _CHECKS: tuple[Callable[[PreTrainedModel], str | None], ...] = (
     _composition,
     _layer_kinds,

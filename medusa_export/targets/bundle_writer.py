@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.errors import ExportError
 from medusa_export.common.files import atomic_folder, check_target
+from medusa_export.common.tuning import EXTERNAL_THRESHOLD
 from medusa_export.graph.export import StepGraph
 from medusa_export.models.checkpoints import save_tokenizer
 from medusa_export.models.end_tokens import EndTokens
@@ -32,9 +33,6 @@ from medusa_runtime.bundles.bundle import (
 from medusa_runtime.bundles.listed_folder import FileFacts
 from medusa_runtime.errors import BundleError
 from medusa_runtime.text.tokenizer import Tokenizer
-
-# Largest size in bytes of tensors that are stored in the graph itself, such as constants of the step.
-EXTERNAL_THRESHOLD = 2048
 
 
 def model_facts(model: PreTrainedModel, shape: CacheShape, name: str, eos_token_ids: tuple[int, ...]) -> ModelFacts:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-# Elements of the largest tensor whose values a rewrite looks at.
-_LARGEST_CONSTANT = 16
+from medusa_export.common.tuning import LARGEST_INSPECTED
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -18,7 +17,7 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """The values of a small constant; None if the value is not constant, or large."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return tensor.numpy() if tensor is not None and tensor.size <= _LARGEST_CONSTANT else None
+    return tensor.numpy() if tensor is not None and tensor.size <= LARGEST_INSPECTED else None
 
 
 def only_user(value: ir.Value) -> ir.Node | None:

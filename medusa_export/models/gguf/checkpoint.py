@@ -50,7 +50,9 @@ class GgufCheckpoint(Checkpoint):
     def config(self) -> PreTrainedConfig:
         metadata = Metadata.of(self.place.source, open_gguf(self.file))
         check_readable(metadata)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.file.parent, gguf_file=self.file.name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            self.file.parent, gguf_file=self.file.name, trust_remote_code=False
+        )
         return apply_settings(config, metadata)
 
     def load(self, config: PreTrainedConfig, precision: Precision) -> LoadedModel:
@@ -66,7 +68,9 @@ class GgufCheckpoint(Checkpoint):
         reader: Any = open_gguf(self.file)
         if _TOKENS not in reader.fields:
             return None
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.file.parent, gguf_file=self.file.name, trust_remote_code=False
+        )
         complete_tokenizer(tokenizer, reader, self.place.source)
         return tokenizer
 

@@ -1,14 +1,14 @@
-"""What a GGUF file's metadata says of its model, as settings of transformers' configuration.
+"""Turn a GGUF file's metadata into settings of transformers' configuration.
 
-transformers reads the sizes of a model from the metadata, and leaves out much else: how positions are scaled, the part
-of a head that they rotate, caps on logits, windows, the tokens that end a turn. Here every key of a supported
-architecture is read, known to change nothing, or refused by its name:
+transformers reads the sizes of a model from the metadata and ignores much else: the scaling of positions, the part of a
+head that is rotated, caps on logits, windows, the tokens that end a turn. This module reads every key of a supported
+architecture, knows that it changes nothing, or refuses it by name:
 
-* ``Architecture.direct``: a setting of the configuration takes the value as it is;
-* ``_ROTARY``, ``_END_TOKENS`` and ``Architecture.own``: rules of this module, after llama.cpp's;
-* ``_HARMLESS``: they say nothing about the result;
-* ``_NEUTRAL``: they may be there with a value that switches the feature off;
-* all others under the architecture's name are refused.
+* ``Architecture.direct``: the value is that of a setting;
+* ``_ROTARY``, ``_END_TOKENS`` and ``Architecture.own``: this module has a rule, after llama.cpp's;
+* ``_HARMLESS``: the key does not change the result;
+* ``_NEUTRAL``: the key is accepted with a value that switches its feature off;
+* any other key under the architecture's name is refused.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _ROTARY = frozenset(
     }
 )
 _HARMLESS = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
-# With one of these values a feature is off.
+# Values that switch a feature off, by key.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -77,7 +77,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
-# The tokens after which llama.cpp ends: of a text, of a turn, and of a message that calls a tool.
+# Tokens at which llama.cpp stops: the ends of a text, of a turn, and of a message that calls a tool.
 _END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _OTHER_TOKENS = {"bos_token_id": "tokenizer.ggml.bos_token_id", "pad_token_id": "tokenizer.ggml.padding_token_id"}
 _TOKENIZER = (*_END_TOKENS, *_OTHER_TOKENS.values(), "tokenizer.ggml.model")
@@ -85,16 +85,16 @@ _TOKENIZER = (*_END_TOKENS, *_OTHER_TOKENS.values(), "tokenizer.ggml.model")
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the metadata and the tensors of one of llama.cpp's architectures are read.
+    """The rules for metadata and tensors of one of llama.cpp's architectures.
 
     Attributes:
-        direct: Keys of which the value is that of a setting, by the setting's name.
-        rotary: Whether positions are rotary embeddings.
-        rotary_part: Whether these may cover a part of each head.
-        own: Keys with a rule of their own.
+        direct: The name of the setting that has the value of a key, by key.
+        rotary: Whether the model has rotary embeddings.
+        rotary_part: Whether they may rotate a part of each head only.
+        own: Keys that have a rule in this module.
         interleaved: Whether the rows of q and k alternate between the two halves of each head.
-        norm_offset: What llama.cpp adds to the weights of norms.
-        transposed: Names of weights that are stored the other way round.
+        norm_offset: The number that llama.cpp adds to the weights of norms.
+        transposed: Names of weights that are stored transposed.
     """
 
     direct: Mapping[str, str]
@@ -149,9 +149,9 @@ class Metadata:
 
     Attributes:
         source: The file, for messages.
-        values: All keys with their values; of the tokenizer's only those of ``_TOKENIZER``.
+        values: The value of each key; of the tokenizer's keys only those of ``_TOKENIZER``.
         tensors: The names of the tensors.
-        rope_freqs: What each frequency is divided by, [rotated // 2]; None if the file has no such tensor.
+        rope_freqs: The divisor of each frequency, [rotated // 2]; None if the file has no such tensor.
     """
 
     source: str
@@ -165,7 +165,7 @@ class Metadata:
 
     @classmethod
     def of(cls, source: str, reader: Any) -> Metadata:
-        """That of a file opened by ``gguf.GGUFReader``."""
+        """Reads the metadata of a file that ``gguf.GGUFReader`` opened."""
         values = {key: entry.contents() for key, entry in reader.fields.items() if not key.startswith("tokenizer.")}
         values |= {key: reader.fields[key].contents() for key in _TOKENIZER if key in reader.fields}
         factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE_FREQS), None)
@@ -188,10 +188,10 @@ class Metadata:
 
 
 def check_readable(metadata: Metadata) -> None:
-    """Refuses what is no model, a part of one, or of an architecture that isn't read here.
+    """Refuses a file that holds no model, a part of one, or a model of an architecture without rules here.
 
     Raises:
-        CheckpointError: It says which.
+        CheckpointError: The message says which.
     """
     kind = metadata.values.get("general.type", "model")
     if kind != "model":
@@ -215,11 +215,11 @@ def apply_settings(config: PreTrainedConfig, metadata: Metadata) -> PreTrainedCo
     """Completes a configuration that transformers made from a GGUF file.
 
     Returns:
-        The configuration, changed in place, or one in its stead.
+        The configuration, changed in place, or another one that replaces it.
 
     Raises:
-        CheckpointError: A key of the metadata has a meaning that can't be kept. It is named.
-        ModelNotSupportedError: The model needs something that the step can't serve.
+        CheckpointError: A key of the metadata has a meaning that can't be kept. The message names it.
+        ModelNotSupportedError: The model needs something that a step can't honour.
     """
     architecture = ARCHITECTURES[metadata.architecture]
     _check_keys(metadata, architecture)
@@ -249,7 +249,7 @@ def apply_settings(config: PreTrainedConfig, metadata: Metadata) -> PreTrainedCo
     return config
 
 
-# Settings that say whether layers have biases, and a tensor that is there if they have.
+# Settings for biases, and a tensor that the file has if the layers have biases.
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias", "use_bias": "blk.0.attn_q.bias"}
 
 
@@ -272,7 +272,7 @@ def _short(value: Any) -> str:
 
 
 def _apply_rotary(config: Any, metadata: Metadata, architecture: Architecture) -> None:
-    """The size of heads, the part of each that is rotated, by which frequencies, and how these are scaled."""
+    """Sets the size of heads, the part of a head that is rotated, the frequencies, and their scaling."""
     for tensor in _LONGROPE:
         if tensor in metadata.tensors:
             raise ModelNotSupportedError("rotary embeddings that change with the length of the sequence ('longrope')")
@@ -292,7 +292,7 @@ def _apply_rotary(config: Any, metadata: Metadata, architecture: Architecture) -
 
 
 def _scaling(metadata: Metadata, rotated: int) -> dict[str, Any]:
-    """How positions are scaled, as ``rope_parameters`` without the base."""
+    """The scaling of positions, as ``rope_parameters`` without the base frequency."""
     factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0)) or 1.0)
     kind = metadata.get("rope.scaling.type", "linear")
     attention = float(metadata.get("rope.scaling.attn_factor", 1.0))
@@ -314,7 +314,7 @@ def _scaling(metadata: Metadata, rotated: int) -> dict[str, Any]:
     extrapolation = metadata.get("rope.scaling.yarn_ext_factor", 1.0)
     if extrapolation not in (1.0, -1.0):  # below 0 is 'as usual'
         raise metadata.error(f"says rope.scaling.yarn_ext_factor = {extrapolation}; only 1 can be kept")
-    # llama.cpp multiplies its factor by what transformers takes for the whole.
+    # transformers' attention_factor is the whole product; llama.cpp multiplies its factor by the second term.
     return {
         "rope_type": "yarn",
         "factor": factor,
@@ -328,14 +328,14 @@ def _scaling(metadata: Metadata, rotated: int) -> dict[str, Any]:
 
 
 def _llama3(metadata: Metadata, rotated: int) -> dict[str, Any]:
-    """The settings of Llama 3.1's scaling that give a file's ``rope_freqs``, which are made from them."""
+    """The settings of Llama 3.1's scaling from which a file's ``rope_freqs`` were computed."""
     given = metadata.rope_freqs
     assert given is not None
     if len(given) != rotated // 2:
         raise metadata.error(f"has {len(given)} factors in {ROPE_FREQS} for {rotated // 2} frequencies")
     theta = float(metadata.get("rope.freq_base", 10000.0))
     wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
-    factor, low, high = float(given.max()), 1.0, 4.0  # as all published models have the last two
+    factor, low, high = float(given.max()), 1.0, 4.0  # all published models have these two
     for original in (2**exponent for exponent in range(4, 24)):
         smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
         if np.allclose(1 / ((1 - smooth) / factor + smooth), given, rtol=1e-5, atol=0):
@@ -377,7 +377,7 @@ def _gemma3(config: Any, metadata: Metadata) -> None:
 
 
 def _gemma_scale(config: Any, metadata: Metadata, *, layers_of_27b: int) -> None:
-    """What attention is scaled by, which no key says: llama.cpp knows the one size that differs by its layers."""
+    """Sets the scale of attention, which no key holds. llama.cpp recognizes the one size that differs by its layers."""
     if config.num_hidden_layers == layers_of_27b:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     else:

@@ -1,6 +1,6 @@
-"""A GGUF file's tensors under transformers' names and in its layout, without transformers' own reader.
+"""Read a GGUF file's tensors with transformers' names and layout, without transformers' reader.
 
-llama.cpp stores some weights otherwise than transformers does. Each change is undone here:
+llama.cpp stores some weights in another layout than transformers. This module undoes each change:
 
 * llama: the rows of q and k alternate between the two halves of each head;
 * gemma: the weights of norms are larger by one;
@@ -19,17 +19,17 @@ from transformers import PreTrainedModel
 
 from medusa_export.models.gguf.settings import ARCHITECTURES, ROPE_FREQS, Architecture
 
-# llama.cpp passes over the second too.
+# llama.cpp ignores the second too.
 _NO_WEIGHTS = (ROPE_FREQS, ".attn_rot_embd")
 
 
 def architecture_of(reader: Any) -> str:
-    """The architecture that a file names."""
+    """The name of a file's architecture."""
     return str(reader.fields["general.architecture"].contents())
 
 
 def tensor_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
-    """The weight of a model that each tensor of a GGUF file stands for, by the tensor's name."""
+    """The name of the model's weight that each tensor of a GGUF file is, by the tensor's name."""
     gguf: Any = import_module("gguf")
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
@@ -43,7 +43,7 @@ def tensor_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
 
 
 def unread_tensors(reader: Any, model: PreTrainedModel) -> set[str]:
-    """The tensors of a file that no weight of the model stands for."""
+    """The names of a file's tensors that are no weight of the model."""
     names = tensor_names(architecture_of(reader), model)
     return {
         tensor.name
@@ -53,10 +53,10 @@ def unread_tensors(reader: Any, model: PreTrainedModel) -> set[str]:
 
 
 def stored_tensors(reader: Any, model: PreTrainedModel) -> Iterator[tuple[str, str | None, NDArray[np.float32]]]:
-    """Each tensor of a file, dequantized and laid out as the model has it.
+    """Each tensor of a file, dequantized, in the layout of the model.
 
     Yields:
-        Its name in the file, the name of the model's weight or None, and its values.
+        The tensor's name in the file, the name of the model's weight or None, and the values.
     """
     gguf: Any = import_module("gguf")
     architecture = ARCHITECTURES[architecture_of(reader)]
@@ -80,6 +80,6 @@ def _laid_out(values: NDArray[Any], name: str, architecture: Architecture, confi
 
 
 def _halves(values: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Rows that alternate between two halves of a head, with the halves one after the other."""
+    """Sorts rows that alternate between the two halves of a head: first half, then second half."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)

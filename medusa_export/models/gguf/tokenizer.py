@@ -1,7 +1,7 @@
-"""How the tokenizer of a GGUF file splits text into words, which ``tokenizer.ggml.pre`` names.
+"""Split text into words as ``tokenizer.ggml.pre`` of a GGUF file says.
 
-transformers knows some of the names, and splits as GPT-2 does by all others. Here the names of llama.cpp that mean
-another split are read, and those that are known to neither are refused.
+transformers knows some of its names, and splits like GPT-2 for all others. This module adds llama.cpp's names for
+other splits, and refuses names that neither knows.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from medusa_export.common.errors import CheckpointError
 _AS_GPT2 = frozenset(
     {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "mellum"}
 )
-# Each digit by itself, the rest as GPT-2 does.
+# Splits off each digit, and the rest like GPT-2.
 _DIGITS_APART = frozenset({"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"})
 _AS_OTHERS = {"stablelm2": "qwen2", "hunyuan": "qwen2", "solar-open": "qwen2"}
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, reader: Any, source: str) -> None:
-    """Has a tokenizer that transformers made from a GGUF file split text as the file says.
+    """Corrects the split of a tokenizer that transformers made from a GGUF file.
 
     Args:
-        tokenizer: The tokenizer; changed in place.
+        tokenizer: The tokenizer. It is changed in place.
         reader: The file, opened by ``gguf.GGUFReader``.
         source: The file's name, for messages.
 
     Raises:
-        CheckpointError: The file splits text in a way that isn't known here.
+        CheckpointError: The file names a split that is not known.
     """
     if _field(reader, "tokenizer.ggml.model") != "gpt2":
         return  # the others have one way to split each

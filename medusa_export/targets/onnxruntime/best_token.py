@@ -6,10 +6,11 @@ import math
 
 import onnx_ir as ir
 
+from medusa_export.common.tuning import FEWEST_BLOCKS
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import replace, shape_of, value_named
 from medusa_export.graph.rewrites.rewrite import Rewrite
-from medusa_export.targets.onnxruntime.constants import SMALLEST_BLOCK, integers
+from medusa_export.targets.onnxruntime.constants import integers
 
 
 class SplitArgMax(Rewrite):
@@ -29,7 +30,7 @@ class SplitArgMax(Rewrite):
         vocab_size = shape_of(logits)[-1]
         assert isinstance(vocab_size, int)
         blocks = next(count for count in range(math.isqrt(vocab_size), 0, -1) if vocab_size % count == 0)
-        if logits.dtype != ir.DataType.FLOAT or blocks < SMALLEST_BLOCK:
+        if logits.dtype != ir.DataType.FLOAT or blocks < FEWEST_BLOCKS:
             return 0
         found = [use.node for use in logits.uses() if use.node.op_type == "ArgMax"]
         for argmax in found:

@@ -1,4 +1,4 @@
-"""Names, versions and tuning constants of the graphs for ONNX Runtime."""
+"""Names and versions in the graphs for ONNX Runtime, and their constants."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ IR_VERSION = 11
 CONTRIB = "com.microsoft"
 # Output in place of ``next_pending_kv``: nodes of the accepted path.
 PATH = "accepted_path"
-
-# Rows of rotary tables beyond the longest sequence. Padding has such positions, and drafts at the end of a sequence.
-SLACK = 1024
-# Bytes of the largest rotary table that a graph keeps. Longer ones are computed in each step.
-LARGEST_TABLE = 2**28
-# Logits are searched by blocks only if there are this many blocks at least.
-SMALLEST_BLOCK = 8
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from medusa_export.common.tuning import TABLE_SLACK
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, graph_input, producer, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
-from medusa_export.targets.onnxruntime.constants import CONTRIB, SLACK, initializer, integers
+from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
 from medusa_export.targets.onnxruntime.heads_layout import flat, replace_merged_heads
 from medusa_export.targets.onnxruntime.rotary_tables import RotaryTables
 
@@ -45,7 +46,7 @@ class FuseGroupQueryAttention(Rewrite):
 
     def apply(self, model: ir.Model) -> int:
         attentions = [node for node in model.graph if node.op_type == "Attention"]
-        fusion = _Fusion(model.graph, self.step.margin, self.step.max_positions + SLACK)
+        fusion = _Fusion(model.graph, self.step.margin, self.step.max_positions + TABLE_SLACK)
         for node in attentions:
             fusion.fuse(node)
         return len(attentions)

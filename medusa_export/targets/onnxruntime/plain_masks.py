@@ -6,11 +6,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from medusa_export.common.tuning import TABLE_SLACK
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.targets.onnxruntime.branches import branch, is_plain_step
-from medusa_export.targets.onnxruntime.constants import IR_VERSION, SLACK, initializer, integers
+from medusa_export.targets.onnxruntime.constants import IR_VERSION, initializer, integers
 from medusa_export.targets.onnxruntime.group_query_attention import biases, filled_slots
 
 _MASK_INPUTS = ("input_ids", "num_tokens", "is_prefill", "cache_lengths")
@@ -33,7 +34,7 @@ class SkipMasksInPlainSteps(Rewrite):
         graph, margin = model.graph, self.step.margin
         full = [bias for bias in biases(graph) if self._sees_all(graph, bias)]
         for bias in full:
-            _skip(graph, bias, margin, margin + self.step.max_positions + SLACK)
+            _skip(graph, bias, margin, margin + self.step.max_positions + TABLE_SLACK)
         return len(full)
 
     def _sees_all(self, graph: ir.Graph, bias: ir.Value) -> bool:

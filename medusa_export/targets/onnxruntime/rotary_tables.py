@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from medusa_export.common.tuning import LARGEST_TABLE
 from medusa_export.graph.rewrites.matching import given, producer, rank_of
-from medusa_export.targets.onnxruntime.constants import IR_VERSION, LARGEST_TABLE, initializer, integers
+from medusa_export.targets.onnxruntime.constants import IR_VERSION, initializer, integers
 from medusa_export.targets.onnxruntime.heads_layout import unswapped
 
 
