@@ -85,6 +85,8 @@ def speed_table(answers: dict[str, list[list[Generation]]], kinds: list[str]) ->
         caption=f"Prompts: the first of each kind in the {len(bench_prompts())} of 'medusa-export bench'.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("prompt", no_wrap=True)
     for heading in ("transformers", "plain", "medusa", "tokens\nper step", "medusa :\nplain", "medusa :\ntransformers"):
