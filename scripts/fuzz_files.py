@@ -119,6 +119,7 @@ class Idle:
     """A backend whose steps take no time, to make a latency table with."""
 
     name = "idle"
+    rows = 1
     max_tokens = None
 
     def reserve(self, capacity: int) -> None:
@@ -127,7 +128,7 @@ class Idle:
     def reset(self, row: int) -> None:
         """Does nothing, as it has no caches."""
 
-    def step(self, size: int, prompts: object) -> None:
+    def step(self, size: int, prompts: object, rows: object) -> None:
         """Does nothing."""
 
 

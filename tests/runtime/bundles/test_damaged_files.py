@@ -264,6 +264,7 @@ class Idle:
     """A backend that must not run."""
 
     name = "idle"
+    rows = 1
     step = None
 
 
