@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,30 +16,15 @@ from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.backends.tensorrt import backend as backend_module
-from medusa_runtime.backends.tensorrt import cuda as cuda_module
 from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 from medusa_runtime.backends.tensorrt.cuda import Cuda
 from medusa_runtime.bundles.compiled import CompiledEngine
-from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.decoding.lookup import TokenLookup
-from medusa_runtime.errors import OutOfDeviceMemoryError
 from medusa_runtime.sampling import Draws, SamplingParams
-from support.decoding import TREE, decode, greedy, make_step, random_heads
+from support.decoding import TREE, decode, make_step, random_heads
 from support.machine import PROMPTS, Machine
-from support.stand_in_cuda import StandInCuda, cudaError_t
-from support.stand_in_tensorrt import EngineInvalidityDiagnostics
+from support.stand_in_cuda import cudaError_t
 from support.tiny_models import tiny_model
-
-
-@pytest.fixture
-def machine(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> Machine:
-    return Machine(tiny_bundle, tiny_engine)
-
-
-@pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
-    model = tiny_model("llama")
-    return [greedy(model, prompt, 40) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -293,161 +276,6 @@ def test_guesses_from_the_text_go_to_the_device(
         deep = sum(group[0] < size for group in TREE.spine)
         assert result.stats.steps == -(-39 // (1 + deep))
         assert ["submit", "submit"] not in [log[i : i + 2] for i in range(len(log))]
-
-
-def test_kernels_compiled_at_run_time_are_kept(
-    tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path
-) -> None:
-    """As in TensorRT-RTX: at once for steps that come again, beside them for chunks, and kept for the next process."""
-    folder = shutil.copytree(tiny_engine.folder, tmp_path / "engine")
-    for known in (b"", b"kernels"):
-        machine = Machine(tiny_bundle, replace(tiny_engine, folder=folder))
-        machine.trt.compile_at_run_time()
-        backend = machine.backend()
-        backend.step(13, {0: PROMPTS[0]})
-        backend.step(9)
-        backend.close()
-        assert [config.cache.loaded for config in machine.trt.configs] == [known, known]
-        strategies = [config.dynamic_shapes_kernel_specialization_strategy.name for config in machine.trt.configs]
-        assert strategies == ["LAZY", "EAGER"]
-    assert (folder / ".kernels.sm89.cache").read_bytes() == b"kernels"
-    CompiledEngine.load(folder)
-    machine.trt.invalid = EngineInvalidityDiagnostics.OLD_CUDA_DRIVER
-    with pytest.raises(BackendError, match=r"can't run here: OLD_CUDA_DRIVER\. Build it again"):
-        machine.backend()
-
-
-Break = Callable[[Machine], None]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda m: setattr(m.cuda, "architecture", (9, 0)), "is sm90; .* was built for sm89.*--target sm90"),
-        (lambda m: setattr(m.trt, "__version__", "2.0"), "was built by tensorrt-rtx .*, but 2.0 is installed"),
-        (lambda m: m.cuda.fail.update(cudaGetDevice=cudaError_t.cudaErrorInsufficientDriver), "NVIDIA driver"),
-        (lambda m: setattr(m.trt, "capacity", 64), "past_key_0 should be float32 .*128"),
-    ],
-)  # fmt: skip
-def test_engines_that_are_not_for_this_machine(machine: Machine, spoil: Break, words: str) -> None:
-    spoil(machine)
-    with pytest.raises(BackendError, match=words):
-        machine.backend()
-
-
-def test_an_engine_that_can_not_be_loaded(machine: Machine) -> None:
-    """As where digests weren't compared, or agree with a file that was cut off before it was written; or too large."""
-    machine.trt.unloadable = "Magic tag does not match"
-    with pytest.raises(BackendError, match=r"can't load .*model\.engine on a stand-in: Magic tag .* Build it again"):
-        machine.backend()
-    machine.trt.unloadable = "Requested amount of GPU memory could not be allocated: out of memory"
-    with pytest.raises(OutOfDeviceMemoryError, match=r"no memory for the weights .* MiB\).* one with more memory"):
-        machine.backend()
-    assert not machine.cuda.blocks
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        (cudaError_t.cudaErrorInsufficientDriver, "Install an NVIDIA driver, or a newer one"),
-        (cudaError_t.cudaErrorNoDevice, "check nvidia-smi and CUDA_VISIBLE_DEVICES"),
-    ],
-)
-def test_a_driver_that_is_missing_or_too_old(
-    tiny_engine: CompiledEngine, monkeypatch: pytest.MonkeyPatch, code: cudaError_t, words: str
-) -> None:
-    cuda = StandInCuda()
-    monkeypatch.setattr(cuda_module, "import_cudart", lambda: cuda)
-    cuda.fail["cudaGetDeviceCount"] = code
-    with pytest.raises(BackendError, match=f"looking for a GPU: cudaGetDeviceCount gave {code.name} .*{words}"):
-        MedusaEngine.load(tiny_engine.folder)
-
-
-def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
-    machine = Machine(tiny_bundle, tiny_engine, memory_limit=100_000)
-    with pytest.raises(OutOfDeviceMemoryError, match=r"3 sequences of 128 tokens .* smaller --max-seq-len") as raised:
-        machine.backend(3)
-    assert "cudaMalloc gave cudaErrorMemoryAllocation" in str(raised.value)
-    machine.cuda.fail["cudaMemsetAsync"] = cudaError_t.cudaErrorInvalidValue
-    with pytest.raises(BackendError, match="for input_ids"):
-        machine.backend()
-    assert not machine.cuda.blocks
-    assert not machine.cuda.pinned
-
-
-def device_state(machine: Machine, backend: TensorRTBackend) -> dict[str, np.ndarray]:
-    """Caches and pending entries of all rows, as they lie on the device."""
-    sizes = {"batch": backend.rows, "capacity": backend.capacity}
-    return {
-        spec.name: machine.cuda.array(backend._buffers.address[spec.name], fixed_shape(spec, sizes), spec.dtype)
-        for spec in machine.bundle.inputs
-        if spec.name.startswith(("past", "pending"))
-    }
-
-
-@settings(max_examples=10, deadline=None)
-@given(length=st.integers(0, 30), row=st.integers(0, 1), steps=st.integers(0, 3))
-def test_a_scrubbed_row_holds_its_committed_entries_and_zeros(
-    tiny_bundle: Bundle, tiny_engine: CompiledEngine, length: int, row: int, steps: int
-) -> None:
-    """Whatever else was there: the row goes on as if nothing had been, and the other row keeps every bit."""
-    machine, twin = (Machine(tiny_bundle, tiny_engine) for _ in range(2))
-    ours, theirs = machine.backend(2), twin.backend(2)
-    depth, text = TREE.max_depth, (PROMPTS[0] * 3)[:length]
-    for backend in (ours, theirs):
-        backend.step(13, {1 - row: PROMPTS[1]})
-        backend.reset(row)  # of what it has decoded beside the other
-        if text:
-            backend.step(max(length, 4), {row: text})
-            for _ in range(steps):
-                backend.step(9)
-    state = device_state(machine, ours)
-    kept = int(ours.lengths[row])
-    held = np.arange(ours.capacity)
-    committed = (held >= depth) & (held < max(kept, depth))  # the last of them are pending
-    for name, array in state.items():
-        if name == "pending_kv":
-            array[row][:, : max(depth - kept, 0)] = np.nan
-        else:
-            array[row][:, ~committed] = np.nan
-    others = {name: array[1 - row].copy() for name, array in state.items()}
-    before = {name: array[row].copy() for name, array in state.items()}
-    ours.scrub(row)
-    for name, array in state.items():
-        np.testing.assert_array_equal(array[1 - row], others[name])
-        assert np.array_equal(array[row], np.nan_to_num(before[name], nan=0.0))
-    chunks = {} if kept else {row: PROMPTS[2][:8]}
-    for size in (9, 1, 4):
-        step, other = ours.step(size, chunks), theirs.step(size, chunks)
-        assert [step.emitted(at) for at in range(2)] == [other.emitted(at) for at in range(2)]
-        chunks = {}
-    for backend in (ours, theirs):
-        backend.close()
-
-
-def test_steps_under_way_are_collected_before_a_row_is_scrubbed(machine: Machine) -> None:
-    backend = machine.backend()
-    backend.step(13, {0: PROMPTS[0]})
-    backend.submit(4)
-    with pytest.raises(BackendError, match="collect them before"):
-        backend.scrub(0)
-    backend.collect()
-    backend.scrub(0)
-
-
-@pytest.mark.parametrize("lookup", [False, True])
-def test_what_an_earlier_request_left_does_not_reach_the_next(
-    machine: Machine, expected: list[list[int]], lookup: bool
-) -> None:
-    """Through the engine, which submits steps ahead where it looks nothing up."""
-    backend = machine.backend()
-    with MedusaEngine(machine.bundle, backend, None) as engine:
-        engine.generate(PROMPTS[1], max_new_tokens=10)
-        for array in device_state(machine, backend).values():
-            array[...] = np.nan
-        result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=lookup)
-        assert list(result.token_ids) == expected[0]
-        assert machine.cuda.calls["cudaMemset2DAsync"]
 
 
 def test_steps_that_do_not_fit(machine: Machine) -> None:
