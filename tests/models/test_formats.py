@@ -62,11 +62,10 @@ def test_an_incomplete_checkpoint_of_an_extension_is_refused(npz: None, npz_fold
 
 
 def test_a_model_of_an_extension_is_exported_and_verified(npz: None, npz_folder: Path, tmp_path: Path) -> None:
-    bundle, prompts = tmp_path / "bundle", tmp_path / "prompts.txt"
-    prompts.write_text("3 10 31 66 14\n7 2 5 90\n")
+    bundle = tmp_path / "bundle"
     for arguments in (
         ["onnx", npz_folder, "--no-heads", "-o", bundle],
-        ["verify", bundle, "--model", npz_folder, "--prompts", prompts, "-n", "8"],
+        ["verify", bundle, "--model", npz_folder, "-n", "8"],
     ):
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         assert result.exit_code == 0, result.output
