@@ -263,7 +263,7 @@ def test_a_model_that_repeats_itself_is_reported(
     monkeypatch.setattr("medusa_export.training.distill.Writer", lambda *_: Parrot())
     code, output = distilled(tiny_model_folder, tmp_path / "d", "--magpie", 5)
     assert code == 0
-    assert "of 5 prompts the model wrote 1" in output
+    assert "The model wrote 1 of 5 prompts" in output
     assert len(rows_of(tmp_path / "d")) == 1
 
 
