@@ -62,14 +62,14 @@ def test_an_incomplete_checkpoint_of_an_extension_is_refused(npz: None, npz_fold
 
 
 def test_a_model_of_an_extension_is_exported_and_verified(npz: None, npz_folder: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
+    bundle, report = tmp_path / "bundle", tmp_path / "report.json"
     for arguments in (
         ["onnx", npz_folder, "--no-heads", "-o", bundle],
-        ["verify", bundle, "--model", npz_folder, "-n", "8"],
+        ["verify", bundle, "--model", npz_folder, "-n", "8", "--json", report],
     ):
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         assert result.exit_code == 0, result.output
-    assert "weights in memory and in the files" in result.output
+    assert "weights in memory and in the files" in report.read_text()
 
 
 def test_formats_are_found(tmp_path: Path, npz_folder: Path) -> None:
