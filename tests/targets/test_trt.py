@@ -159,7 +159,7 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
     code, output = run(*arguments)
     assert code == 0, output
     assert "for sm80, sm89; up to 4 sequences of 53 tokens" in output
-    assert "weights and caches will be fp32" in output
+    assert "weights and caches are fp32" in output
     engine = CompiledEngine.load(out)
     assert engine.targets == ("sm80", "sm89")
     assert (engine.flavor, engine.limits) == ("tensorrt-rtx", EngineLimits(4, 64, 60))
