@@ -65,6 +65,8 @@ def build_graph(step: MedusaStep, on_progress: OnProgress = ignore_progress) -> 
     _bring_into_contract(model, step)
     model.opset_imports.pop(MARK_DOMAIN, None)
     passes.CommonSubexpressionEliminationPass()(model)
+    # Half of the file would be stack traces of the tracer, with the paths of this machine.
+    passes.ClearMetadataAndDocStringPass()(model)
     facts = StepFacts(margin=step.tree.max_depth, max_positions=max_positions(step.model))
     return StepGraph(model, facts, STANDARD.run(model, facts))
 

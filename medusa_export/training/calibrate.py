@@ -40,7 +40,8 @@ from medusa_export.training.features import (
 from medusa_export.training.medusa1 import TOP, HeadLoss
 from medusa_export.training.templates import load_chat_tokenizer
 from medusa_export.trees.calibration import Calibration
-from medusa_runtime.decoding.lookup import DEEPEST_LOOKUP, TokenLookup
+from medusa_runtime.decoding.lookup import TokenLookup
+from medusa_runtime.tuning import DEEPEST_LOOKUP
 
 _BATCH = 1024
 

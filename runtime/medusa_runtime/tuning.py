@@ -33,3 +33,32 @@ CACHE_TO_WEIGHTS = 2
 
 # Copying fewer entries than this from another row costs more than it saves.
 SHORTEST_COPY = 16
+
+# A text match of fewer tokens is no lookup hit: single tokens promise too little.
+SHORTEST_MATCH = 2
+
+# Of two places in the text, the one with the longer match wins. Matches are compared up to this length.
+LONGEST_MATCH = 8
+
+# Nodes for lookup hits below the deepest head. Deeper nodes are seldom right, and each makes steps longer.
+DEEPEST_LOOKUP = 8
+
+# Earlier places in the text that are compared, the latest first.
+PLACES = 16
+
+# A tree is used only if it promises this much more speed than plain decoding: measured step times are no more exact.
+LEAST_GAIN = 0.03
+
+# Measured steps: entries of each row, rounds that do not count, and the fewest and most rounds in all.
+FILL = 64
+WARM_UP = 2
+FEWEST_ROUNDS, MOST_ROUNDS = WARM_UP + 3, WARM_UP + 7
+
+# Seconds after which a measurement runs no more than the fewest rounds.
+PATIENCE = 4.0
+
+# Once a tree has less than this part of the best speed, larger trees are not measured.
+HOPELESS = 0.6
+
+# Tokens of all rows in one measured step, at most: no CPU that we know verifies more tokens any faster.
+MOST_TOKENS = 64

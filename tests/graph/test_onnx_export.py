@@ -137,6 +137,12 @@ def test_heads_that_are_odd_for_the_derived_graph(stock: Stock, head_dim: int, d
     assert decode(backend, Tree(), [PROMPT], expected, size=1, chunk=5, count=12).tokens == expected
 
 
+def test_graphs_hold_no_path_of_the_machine_that_made_them(tiny_bundle: Bundle) -> None:
+    for name in (name for name in tiny_bundle.files if name.endswith(".onnx")):
+        graph = (tiny_bundle.folder / name).read_bytes()
+        assert b"trace.py" not in graph and b"site-packages" not in graph
+
+
 def test_a_layer_that_computes_with_its_index_is_refused() -> None:
     from medusa_export.common.errors import ModelNotSupportedError
 

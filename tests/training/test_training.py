@@ -23,7 +23,7 @@ from medusa_export.training.job import SETTINGS
 from medusa_export.training.run import Schedule, run_training
 from medusa_export.trees.calibration import Calibration
 from medusa_runtime import Bundle, MedusaEngine
-from medusa_runtime.decoding.lookup import DEEPEST_LOOKUP
+from medusa_runtime.tuning import DEEPEST_LOOKUP
 from support.full_disk import no_file_larger_than
 from support.tiny_models import tiny_model
 

@@ -19,15 +19,10 @@ from medusa_runtime.bundles.bundle import DESCRIPTION, Bundle
 from medusa_runtime.bundles.json_file import Name, parse_json
 from medusa_runtime.bundles.listed_folder import FileFacts, read_cache_file, write_cache_file
 from medusa_runtime.errors import BackendError, BundleError
+from medusa_runtime.tuning import FEWEST_ROUNDS, FILL, HOPELESS, MOST_ROUNDS, MOST_TOKENS, PATIENCE, WARM_UP
 
 CACHE_FILE = ".medusa-latency.json"
 MAX_CACHE_BYTES = 2**20  # room for thousands of tables
-FILL = 64  # entries of each row while steps are measured
-WARM_UP = 2  # rounds that do not count
-FEWEST, MOST = WARM_UP + 3, WARM_UP + 7  # rounds
-PATIENCE = 4.0  # seconds after which no more than the fewest rounds are run
-HOPELESS = 0.6  # trees beyond the first one with less than this part of the best speed are measured no further
-MOST_TOKENS = 64  # in a step of several rows: no CPU that we know verifies more tokens any faster
 
 # The schema of a table in JSON: seconds by tree size, which is text there.
 SizeName = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,4}$")]
@@ -140,7 +135,7 @@ def _measure(bundle: Bundle, backend: Backend, *, rows: int) -> Table:
 
     rounds: list[dict[int, float]] = []
     begun = time.perf_counter()
-    while len(rounds) < FEWEST or (len(rounds) < MOST and time.perf_counter() - begun < PATIENCE):
+    while len(rounds) < FEWEST_ROUNDS or (len(rounds) < MOST_ROUNDS and time.perf_counter() - begun < PATIENCE):
         for row in together:
             backend.reset(row)
         backend.step(first_step, dict.fromkeys(together, prompt), together)

@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# A match has at least this many tokens: single tokens promise too little.
-SHORTEST_MATCH = 2
-# Of two places the one with the longer match wins. Matches are compared up to this length.
-LONGEST_MATCH = 8
-# How deep trees go for lookup hits, below the last head. Deeper nodes are seldom right, and each makes steps longer.
-DEEPEST_LOOKUP = 8
-# Earlier places that are compared, the latest first.
-PLACES = 16
+from medusa_runtime.tuning import LONGEST_MATCH, PLACES, SHORTEST_MATCH
 
 
 class TokenLookup:

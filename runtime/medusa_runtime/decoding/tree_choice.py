@@ -22,9 +22,7 @@ from medusa_runtime.bundles.bundle import Acceptance
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.decoding.latency import LatencyTable
 from medusa_runtime.request import TreeSize
-
-# A tree is begun with where it promises this much more speed than plain decoding: tables are no more exact than that.
-MARGIN = 0.03
+from medusa_runtime.tuning import LEAST_GAIN
 
 
 @dataclass
@@ -119,7 +117,7 @@ class TreeChoice:
         place = (measured, any(kinds))
         if best == 1:
             self._grown.discard(place)
-        elif gain > 1 + MARGIN:
+        elif gain > 1 + LEAST_GAIN:
             self._grown.add(place)
         return best if place in self._grown else 1
 

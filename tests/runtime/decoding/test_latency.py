@@ -9,6 +9,7 @@ import pytest
 
 from medusa_runtime import Bundle
 from medusa_runtime.decoding import latency
+from medusa_runtime.tuning import FEWEST_ROUNDS, MOST_ROUNDS, WARM_UP
 
 
 class Machine:
@@ -55,7 +56,7 @@ def test_hopeless_sizes_are_left_out(tiny_bundle: Bundle, monkeypatch: pytest.Mo
     machine = Machine(1.0, [0.01])
     table = machine.table(tiny_bundle, monkeypatch)
     assert list(table) == ["1", "2", "4"]
-    assert machine.steps.count(9) == latency.WARM_UP  # not after it
+    assert machine.steps.count(9) == WARM_UP  # not after it
     assert table["1"] == pytest.approx(0.01)
 
 
@@ -63,5 +64,5 @@ def test_a_slow_machine_is_not_measured_for_long(tiny_bundle: Bundle, monkeypatc
     slow, fast = Machine(0.1, [2.0]), Machine(0.1, [0.01])
     slow.table(tiny_bundle, monkeypatch)
     fast.table(tiny_bundle, monkeypatch)
-    assert slow.steps.count(2) == latency.FEWEST
-    assert fast.steps.count(2) == latency.MOST
+    assert slow.steps.count(2) == FEWEST_ROUNDS
+    assert fast.steps.count(2) == MOST_ROUNDS

@@ -15,8 +15,9 @@ from medusa_export.training.conversations import Sample
 from medusa_export.trees.calibration import Calibration
 from medusa_export.trees.search import search_tree
 from medusa_runtime import Bundle, MedusaEngine, MedusaService, RequestError, SamplingParams, Tree, TreeError
-from medusa_runtime.decoding.lookup import LONGEST_MATCH, PLACES, SHORTEST_MATCH, TokenLookup
+from medusa_runtime.decoding.lookup import TokenLookup
 from medusa_runtime.handle import RequestHandle
+from medusa_runtime.tuning import LONGEST_MATCH, PLACES, SHORTEST_MATCH
 from support.decoding import TREE, greedy
 from support.tiny_models import tiny_model
 from support.trees import rank_paths
