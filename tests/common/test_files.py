@@ -34,7 +34,7 @@ def test_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(OutputError, match="can't be written"):
         write_text(Path(), "text")
     for here in (Path(), tmp_path, Path(".."), tmp_path.parent):
-        with pytest.raises(ExportError, match="the folder that you are in"):
+        with pytest.raises(ExportError, match="holds the working directory"):
             check_target(here, replace_existing=True)
 
 

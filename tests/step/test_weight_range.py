@@ -49,7 +49,8 @@ def test_a_weight_beyond_the_type_is_refused_by_name_and_value(tmp_path: Path, v
 def test_a_checkpoint_without_a_number_is_refused_for_every_type(tmp_path: Path, value: float, dtype: str) -> None:
     result = export(saved(tmp_path / "model", value), tmp_path / "bundle", "--no-heads", "--dtype", dtype)
     assert result.exit_code == 1
-    assert f"The weight {PLACE} of the model is {value} at [3, 17] in its file, which no --dtype mends" in result.output
+    expected = f"The weight {PLACE} of the model is {value} at [3, 17] in its file, which no --dtype repairs"
+    assert expected in result.output
 
 
 def test_heads_are_looked_at_too() -> None:

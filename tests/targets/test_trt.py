@@ -27,7 +27,7 @@ from medusa_export.targets.tensorrt.messages import build_error, remedy
 from medusa_export.targets.tensorrt.network import updated_in_place
 from medusa_export.targets.tensorrt.options import BuildOptions, check_targets, choose_limits, known_targets
 from medusa_export.targets.tensorrt.profiles import profiles_for
-from medusa_export.targets.tensorrt.rewrites.pipeline import TENSORRT, graph_for_tensorrt
+from medusa_export.targets.tensorrt.rewrites.pipeline import TENSORRT, TensorrtGraph, graph_for_tensorrt
 from medusa_runtime import BackendError, Bundle, BundleError
 from medusa_runtime.backends.tensorrt import library as libraries
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
@@ -268,11 +268,11 @@ def test_a_flavor_that_builds_for_the_gpu_at_hand_only() -> None:
 
 
 def test_a_refused_node_is_named(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(bundle: Bundle, capacity: int) -> bytes:
-        model = onnx.load_from_string(graph_for_tensorrt(bundle, capacity))
+    def spoil(bundle: Bundle, capacity: int) -> TensorrtGraph:
+        model = onnx.load_from_string(graph_for_tensorrt(bundle, capacity).data)
         node = next(node for node in model.graph.node if node.op_type == "Softmax" or node.op_type == "Sigmoid")
         node.op_type, node.name = "Bernoulli", "the_odd_one"
-        return model.SerializeToString()
+        return TensorrtGraph(model.SerializeToString(), {})
 
     monkeypatch.setattr("medusa_export.targets.tensorrt.builder.graph_for_tensorrt", spoil)
     code, output = run("trt", tiny_bundle.folder, "-o", tmp_path / "out", "--target", "sm89", "-q")

@@ -323,7 +323,7 @@ def test_deep_nesting_elsewhere(tmp_path: Path) -> None:
         ("chat_template.jinja", "{{ x|nofilter }}", "nofilter"),
         ("chat_template.jinja", "{{ " + "(" * 5000 + ")" * 5000 + " }}", "too deeply|can't be compiled"),
         ("chat_template.jinja", "x" * (MAX_TEMPLATE_BYTES + 1), "at most 262,144"),
-        ("chat_template.jinja", "{{a}}" * 20_000, "more than the 30,000 tokens"),
+        ("chat_template.jinja", "{{a}}" * 20_000, "more than 30,000 tokens"),
         ("tokenizer_config.json", json.dumps({"chat_template": "{% if %}"}), "syntax error"),
         ("tokenizer_config.json", json.dumps({"chat_template": "x" * (MAX_TEMPLATE_BYTES + 1)}), "at most"),
         ("tokenizer_config.json", json.dumps({"chat_template": {str(i): "" for i in range(65)}}), "more than the 64"),
