@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 from medusa_export.common import defaults
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
@@ -15,6 +14,7 @@ from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.reference import answered_prompts
 from medusa_export.verification.steps import StepChecks
 from medusa_runtime.backends import open_backend
+from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import CompiledEngine, is_engine
 from medusa_runtime.engine import MedusaEngine
@@ -72,7 +72,7 @@ def verify_backend(
     return Verification(checks, tolerances)
 
 
-def _open_two_rows(backend: str, bundle: Bundle) -> Any:
+def _open_two_rows(backend: str, bundle: Bundle) -> Backend:
     """Opens a backend of two rows, or of one row if the engine holds no more."""
     rows = min(2, CompiledEngine.load(bundle.folder).limits.max_batch) if is_engine(bundle.folder) else 2
     return open_backend(backend, bundle, rows=rows, check_digests=False)

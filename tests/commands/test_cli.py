@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
@@ -19,6 +18,7 @@ from transformers import ByT5Tokenizer
 from medusa_export.cli import COMMANDS, main
 from medusa_export.targets import bundle_writer
 from medusa_runtime import Bundle, MedusaEngine
+from support.interrupts import interrupt
 
 BLOCKED = """
 import sys
@@ -284,20 +284,8 @@ def test_a_closed_pipe_ends_quietly(tiny_bundle: Bundle, command: str) -> None:
 
 def test_an_interrupted_export_leaves_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:
     command = ["onnx", str(tiny_model_folder), "--init-heads", "2", "-o", str(tmp_path / "out")]
-    # Where the tests run in the background, a shell has them ignore the signal, and children inherit that.
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from medusa_export.cli import main; main(prog_name='medusa-export')"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "writing" in line or "tracing" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        errors = process.stderr.read()
-        process.wait(60)
-    assert process.returncode != 0
+    returncode, errors = interrupt(command, at=["writing", "tracing"])
+    assert returncode != 0
     assert "Traceback" not in errors
     assert "Aborted" in errors
     assert list(tmp_path.iterdir()) == []

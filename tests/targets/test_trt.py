@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +33,7 @@ from medusa_runtime.bundles.bundle import DESCRIPTION
 from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, EngineLimits
 from medusa_runtime.sampling import GREEDY, SamplingParams
 from support.decoding import TREE
+from support.interrupts import interrupt
 from support.stock import Stock
 from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families
 
@@ -348,19 +347,8 @@ def test_an_interrupted_build_leaves_nothing(
     if overwrite:
         shutil.copytree(tiny_engine.folder, out)
         command.append("--overwrite")
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from medusa_export.cli import main; main(prog_name='medusa-export')"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "building for" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        errors = process.stderr.read()
-        process.wait(60)
-    assert process.returncode != 0
+    returncode, errors = interrupt(command, at=["building for"])
+    assert returncode != 0
     assert "Traceback" not in errors
     assert "Aborted" in errors
     assert list(tmp_path.iterdir()) == ([out] if overwrite else [])
