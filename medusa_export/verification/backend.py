@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
-from medusa_export.common import defaults
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.step.step import MedusaStep
-from medusa_export.verification.bundle import check_same, tree_sizes_of
-from medusa_export.verification.checks import Tolerances, Verification
+from medusa_export.verification.checks import Verification
 from medusa_export.verification.generation import generation_checks
-from medusa_export.verification.reference import answered_prompts
+from medusa_export.verification.plan import Plan, VerifyOptions, check_same
 from medusa_export.verification.steps import StepChecks
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend
@@ -26,11 +25,8 @@ def verify_backend(
     backend: str,
     step: MedusaStep,
     prompts: Sequence[Sequence[int]],
+    options: VerifyOptions = VerifyOptions(),
     *,
-    max_new_tokens: int = defaults.VERIFIED_TOKENS,
-    tree_sizes: Sequence[int] | None = None,
-    prefill_chunks: Sequence[int] = defaults.PREFILL_CHUNKS,
-    tolerances: Tolerances | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Verification:
     """Checks a backend against PyTorch. It compares no logits, because a compiled engine does not return them.
@@ -40,10 +36,7 @@ def verify_backend(
         backend: The backend's name.
         step: The reference: the same model, heads and tree, computing in fp32.
         prompts: Token ids of each prompt.
-        max_new_tokens: Tokens to generate per prompt.
-        tree_sizes: Tree sizes to decode with, in nodes; 1, a middle one and all if None.
-        prefill_chunks: Chunk sizes, in tokens per step.
-        tolerances: Differences that pass; by the bundle's dtype if None.
+        options: Options of the verification. Chunks are no longer than the backend's steps.
         on_progress: Receives reports.
 
     Returns:
@@ -54,22 +47,20 @@ def verify_backend(
         BackendError: The backend failed in a step.
     """
     check_same(bundle, step)
-    tolerances = tolerances or Tolerances.of(bundle.dtype)
-    sizes = tree_sizes_of(bundle, tree_sizes)
     on_progress(Progress(f"opening {backend}"))
     try:
         opened = _open_two_rows(backend, bundle)
     except BackendError as error:
-        return Verification([], tolerances, not_run=str(error))
+        return Verification([], options.tolerances_for(bundle), not_run=str(error))
     with closing(opened):
-        chunks = [min(chunk, opened.max_tokens or chunk) for chunk in prefill_chunks]
-        answered = answered_prompts(step, prompts, max_new_tokens, on_progress, bundle.model.eos_token_ids)
+        chunks = [min(chunk, opened.max_tokens or chunk) for chunk in options.prefill_chunks]
+        plan = Plan.answered(bundle, step, prompts, replace(options, prefill_chunks=chunks), on_progress)
         on_progress(Progress(f"comparing steps of {opened.name}"))
-        checks = StepChecks(bundle, step, opened.name, opened, (), tolerances).run(answered, sizes, chunks)
+        steps = StepChecks(bundle, step, opened.name, opened, (), plan.tolerances)
+        checks = steps.run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
-        texts = sizes if step.is_exact else [1]  # larger trees may change the text: their rules allow it
-        checks += generation_checks(engine, step, answered, texts, chunks, tolerances, on_progress)
-    return Verification(checks, tolerances)
+        checks += generation_checks(engine, plan, on_progress)
+    return Verification(checks, plan.tolerances)
 
 
 def _open_two_rows(backend: str, bundle: Bundle) -> Backend:

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medusa_export.common import defaults
-from medusa_export.common.errors import VerificationError
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.step.step import MedusaStep
-from medusa_export.verification.checks import Check, Tolerances, Verification
+from medusa_export.verification.checks import Check, Verification
 from medusa_export.verification.generation import generation_checks
-from medusa_export.verification.reference import answered_prompts
+from medusa_export.verification.plan import Plan, VerifyOptions, check_same
 from medusa_export.verification.steps import graph_checks
 from medusa_runtime.bundles.bundle import GRAPHS, Bundle
 from medusa_runtime.engine import MedusaEngine
@@ -31,11 +29,8 @@ def verify_bundle(
     bundle: Bundle,
     step: MedusaStep,
     prompts: Sequence[Sequence[int]],
+    options: VerifyOptions = VerifyOptions(),
     *,
-    max_new_tokens: int = defaults.VERIFIED_TOKENS,
-    tree_sizes: Sequence[int] | None = None,
-    prefill_chunks: Sequence[int] = defaults.PREFILL_CHUNKS,
-    tolerances: Tolerances | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Verification:
     """Checks every graph of a bundle against PyTorch, in ONNX Runtime on the CPU.
@@ -44,10 +39,7 @@ def verify_bundle(
         bundle: The bundle.
         step: The reference: the same model, heads and tree, computing in fp32.
         prompts: Token ids of each prompt.
-        max_new_tokens: Tokens to generate per prompt.
-        tree_sizes: Tree sizes to decode with, in nodes; 1, a middle one and all if None.
-        prefill_chunks: Chunk sizes, in tokens per step.
-        tolerances: Differences that pass; by the bundle's dtype if None.
+        options: Options of the verification.
         on_progress: Receives reports.
 
     Returns:
@@ -58,40 +50,14 @@ def verify_bundle(
         BackendError: ONNX Runtime can't run the bundle.
     """
     check_same(bundle, step)
-    tolerances = tolerances or Tolerances.of(bundle.dtype)
-    sizes = tree_sizes_of(bundle, tree_sizes)
-    answered = answered_prompts(step, prompts, max_new_tokens, on_progress, bundle.model.eos_token_ids)
+    plan = Plan.answered(bundle, step, prompts, options, on_progress)
     checks: list[Check] = []
     for graph in _graphs(bundle):
         on_progress(Progress(f"comparing steps of {graph}"))
-        checks += graph_checks(bundle, step, graph, tolerances).run(answered, sizes, prefill_chunks)
+        checks += graph_checks(bundle, step, graph, plan.tolerances).run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
-        texts = sizes if step.is_exact else [1]  # larger trees may change the text: their rules allow it
-        checks += generation_checks(engine, step, answered, texts, prefill_chunks, tolerances, on_progress)
-    return Verification(checks, tolerances)
-
-
-def tree_sizes_of(bundle: Bundle, asked_for: Sequence[int] | None) -> list[int]:
-    """Returns tree sizes in ascending order, each once; 1, a middle one and all if ``asked_for`` is None."""
-    return sorted(set(asked_for or (1, (bundle.tree.size + 1) // 2, bundle.tree.size)))
-
-
-def check_same(bundle: Bundle, step: MedusaStep) -> None:
-    """Checks that a bundle and a step have the same model and tree.
-
-    Raises:
-        VerificationError: They differ.
-    """
-    for what, ours, theirs in (
-        ("vocabulary", bundle.model.vocab_size, step.vocab_size),
-        ("number of layers", bundle.model.num_layers, step.cache_shape.num_layers),
-        ("tree", bundle.tree, step.tree),
-    ):
-        if ours != theirs:
-            raise VerificationError(
-                f"The bundle was exported from another model: its {what} is {ours}, not {theirs}. Give the model and "
-                "the heads that it was exported from."
-            )
+        checks += generation_checks(engine, plan, on_progress)
+    return Verification(checks, plan.tolerances)
 
 
 def _graphs(bundle: Bundle) -> list[str]:

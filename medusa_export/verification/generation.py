@@ -11,6 +11,7 @@ from medusa_export.common.progress import OnProgress, Progress
 from medusa_export.step.sampling import lags
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Check, Tolerances
+from medusa_export.verification.plan import Plan
 from medusa_export.verification.reference import Prompt, with_own_attention
 from medusa_runtime.engine import MedusaEngine
 from medusa_runtime.errors import NotFiniteError
@@ -19,35 +20,27 @@ from medusa_runtime.sampling import Draws, SamplingParams
 TEMPERATURE = 0.8  # of sampled answers
 
 
-def generation_checks(
-    engine: MedusaEngine,
-    step: MedusaStep,
-    prompts: Sequence[Prompt],
-    sizes: Sequence[int],
-    chunks: Sequence[int],
-    tolerances: Tolerances,
-    on_progress: OnProgress,
-) -> Iterator[Check]:
+def generation_checks(engine: MedusaEngine, plan: Plan, on_progress: OnProgress) -> Iterator[Check]:
     """Compares whole generations: greedy ones, and sampled ones if the bundle supports sampling.
+
+    If the acceptance rules of the step may change the text, only plain decoding has a reference.
 
     Args:
         engine: The engine to check.
-        step: The reference, computing in fp32.
-        prompts: Prompts with the reference's answers.
-        sizes: Tree sizes to decode with, in nodes.
-        chunks: Chunk sizes, in tokens per step.
-        tolerances: Differences that pass.
+        plan: The prompts, and the sizes to decode them with.
         on_progress: Receives reports.
 
     Yields:
         One check per tree size, and one for sampled tokens.
     """
+    step, tolerances = plan.step, plan.tolerances
+    sizes = plan.sizes if step.is_exact else [1]
     for size in sizes:
         on_progress(Progress(f"generating with tree size {size}"))
         check = Check(f"tokens, tree size {size}")
         steps = emitted = 0
-        for chunk in chunks:
-            for number, prompt in enumerate(prompts):
+        for chunk in plan.chunks:
+            for number, prompt in enumerate(plan.prompts):
                 engine.evict()  # the whole prompt is to be checked
                 try:
                     result = engine.generate(
@@ -61,7 +54,7 @@ def generation_checks(
                 emitted += result.stats.completion_tokens - 1
         check.figures["tokens_per_step"] = emitted / max(steps, 1)
         yield check
-    yield from _sampling_checks(engine, step, prompts, sizes, tolerances)
+    yield from _sampling_checks(engine, step, plan.prompts, sizes, tolerances)
 
 
 def _note_failure(check: Check, number: int, error: NotFiniteError) -> None:

@@ -16,6 +16,7 @@ from medusa_export.step.reference import load_reference, prompt_ids
 from medusa_export.verification.backend import verify_backend
 from medusa_export.verification.bundle import verify_bundle
 from medusa_export.verification.checks import Tolerances, Verification
+from medusa_export.verification.plan import VerifyOptions
 from medusa_export.verification.weights import weights_check
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import require_bundle
@@ -73,34 +74,41 @@ def verify(
         VerificationError: The bundle was exported from another model, or with other heads.
         BackendError: The backend failed in a step.
     """
-    if not isinstance(bundle, Bundle):
-        if backend is None:
-            require_bundle(Path(bundle))
-        bundle = Bundle.load(Path(bundle))
-    sizes = None if tree_sizes is None else [bundle.tree.size if size == "full" else size for size in tree_sizes]
-    if largest := next((size for size in sizes or () if size > bundle.tree.size), None):
-        raise OptionError(
-            f"The tree size {largest} is too large: the tree of this bundle has {bundle.tree.size} nodes."
-        )
+    bundle = _opened(bundle, needs_graph=backend is None)
+    options = VerifyOptions(max_new_tokens, _sizes(bundle, tree_sizes), prefill_chunks, _tolerances(bundle, margin))
     ids = prompt_ids(bundle, PROMPTS if prompts is None else prompts, chosen=prompts is not None)
-    tolerances = Tolerances.of(bundle.dtype)
-    if margin is not None:
-        tolerances = replace(tolerances, margin=margin)
     on_progress(Progress(f"loading {fspath(model)}"))
     step = load_reference(bundle, fspath(model), None if heads is None else fspath(heads))
     run = partial(verify_bundle, bundle) if backend is None else partial(verify_backend, bundle, backend)
-    outcome = run(
-        step,
-        ids,
-        max_new_tokens=max_new_tokens,
-        tree_sizes=sizes,
-        prefill_chunks=prefill_chunks,
-        tolerances=tolerances,
-        on_progress=on_progress,
-    )
+    outcome = run(step, ids, options, on_progress=on_progress)
     on_progress(Progress("comparing weights with their files"))
     weights = weights_check(fspath(model), step.model, bundle.dtype)
     return replace(outcome, checks=[weights, *outcome.checks])
+
+
+def _opened(bundle: str | PathLike[str] | Bundle, *, needs_graph: bool) -> Bundle:
+    if isinstance(bundle, Bundle):
+        return bundle
+    if needs_graph:
+        require_bundle(Path(bundle))
+    return Bundle.load(Path(bundle))
+
+
+def _sizes(bundle: Bundle, tree_sizes: Sequence[int | Literal["full"]] | None) -> list[int] | None:
+    """Returns tree sizes as numbers of nodes."""
+    if tree_sizes is None:
+        return None
+    sizes = [bundle.tree.size if size == "full" else size for size in tree_sizes]
+    if largest := next((size for size in sizes if size > bundle.tree.size), None):
+        raise OptionError(
+            f"The tree size {largest} is too large: the tree of this bundle has {bundle.tree.size} nodes."
+        )
+    return sizes
+
+
+def _tolerances(bundle: Bundle, margin: float | None) -> Tolerances:
+    tolerances = Tolerances.of(bundle.dtype)
+    return tolerances if margin is None else replace(tolerances, margin=margin)
 
 
 def read_prompts(path: Path) -> list[str]:

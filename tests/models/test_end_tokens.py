@@ -17,6 +17,7 @@ from medusa_export.common.errors import ExportError
 from medusa_export.models.end_tokens import EndTokens, _added_tokens, _renderer, template_end
 from medusa_export.models.generation_settings import kept_settings, settings_warnings, unapplied
 from medusa_export.verification.bundle import verify_bundle
+from medusa_export.verification.plan import VerifyOptions
 from medusa_export.verification.reference import reference_tokens
 from medusa_runtime import Bundle, MedusaEngine, Tree
 from support.decoding import make_step
@@ -259,7 +260,9 @@ def test_an_answer_ends_where_its_template_does(exported: Exported) -> None:
     step = make_step(AutoModelForCausalLM.from_pretrained(exported.model), None, Tree())
     place = answers.index(min(ended, key=lambda answer: len(answer.token_ids)))
     assert tuple(reference_tokens(step, prompts[place], 40, (0, 3))) == answers[place].token_ids
-    checked = verify_bundle(exported.bundle, step, [prompts[place]], max_new_tokens=40, prefill_chunks=(5,))
+    checked = verify_bundle(
+        exported.bundle, step, [prompts[place]], VerifyOptions(max_new_tokens=40, prefill_chunks=(5,))
+    )
     assert checked.passed
 
 

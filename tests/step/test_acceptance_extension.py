@@ -17,6 +17,7 @@ from medusa_export.step.acceptance.registry import register_rule
 from medusa_export.step.eager import EagerBackend
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.bundle import verify_bundle
+from medusa_export.verification.plan import VerifyOptions
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -121,7 +122,7 @@ def test_parity_checks_know_that_the_rule_changes_texts(model: PreTrainedModel, 
     prompts = [[(7 * i * i + 3 * n) % 101 for i in range(9 + n)] for n in range(6)]
     step = relaxed_step(model)
     assert not step.is_exact
-    outcome = verify_bundle(bundle, step, prompts, max_new_tokens=40)
+    outcome = verify_bundle(bundle, step, prompts, VerifyOptions(max_new_tokens=40))
     assert outcome.passed, outcome.checks
     assert [check.name for check in outcome.checks if check.name.startswith("tokens")] == ["tokens, tree size 1"]
 

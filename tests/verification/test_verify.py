@@ -23,6 +23,7 @@ from medusa_export.heads.modules import MedusaHeads
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.bundle import verify_bundle
 from medusa_export.verification.checks import Check, Tolerances, Verification
+from medusa_export.verification.plan import VerifyOptions
 from medusa_export.verification.reference import Prompt, reference_tokens
 from medusa_export.verification.report import as_json, as_junit
 from medusa_export.verification.steps import StepChecks, _Logits, graph_checks
@@ -65,7 +66,7 @@ def failed(outcome: Verification) -> set[str]:
 
 
 def verify(bundle: Bundle, step: MedusaStep) -> Verification:
-    return verify_bundle(bundle, step, PROMPTS, max_new_tokens=40)
+    return verify_bundle(bundle, step, PROMPTS, VerifyOptions(max_new_tokens=40))
 
 
 def test_a_right_bundle_passes(tiny_bundle: Bundle, step: MedusaStep) -> None:
@@ -239,7 +240,7 @@ def test_wrong_heads_are_caught(tiny_bundle: Bundle) -> None:
 def test_nothing_compared_is_a_failure(tiny_bundle: Bundle, step: MedusaStep) -> None:
     assert not Check("empty").passed
     assert not Verification([], verify(tiny_bundle, step).tolerances).passed
-    assert not verify_bundle(tiny_bundle, step, [], max_new_tokens=8).passed
+    assert not verify_bundle(tiny_bundle, step, [], VerifyOptions(max_new_tokens=8)).passed
 
 
 def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
@@ -253,12 +254,12 @@ def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:
     bundle = stock.export(heads=False).bundle
     other = tiny_model("llama")
     weight = other.get_output_embeddings().weight
-    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], max_new_tokens=12)
+    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], VerifyOptions(max_new_tokens=12))
     assert outcome.passed
     # A twin of the first token: the reference now prefers it, by less than the margin.
     token = reference_tokens(make_step(other, None, Tree()), PROMPTS[0], 1)[0]
     weight[0 if token else 1] = weight[token] * (1 + 1e-6)
-    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], max_new_tokens=12)
+    outcome = verify_bundle(bundle, make_step(other, None, Tree()), PROMPTS[:1], VerifyOptions(max_new_tokens=12))
     tokens = outcome.checks[-2]
     assert tokens.passed
     assert any(note.startswith("tie: ") for note in tokens.notes)
@@ -343,14 +344,14 @@ def test_the_reference_is_greedy_whatever_the_model_is_used_to(step: MedusaStep)
 @pytest.mark.parametrize("family", families("llama", others=("qwen3",)))
 def test_without_heads(stock: Stock, family: str) -> None:
     exported = stock.export(family, SEEDS.get(family, 0), heads=False)
-    assert verify_bundle(exported.bundle, exported.step, PROMPTS, max_new_tokens=12).passed
+    assert verify_bundle(exported.bundle, exported.step, PROMPTS, VerifyOptions(max_new_tokens=12)).passed
 
 
 def test_half_precision(stock: Stock) -> None:
     exported = stock.export(dtype="float16")
     bundle, reference = exported.bundle, exported.step.float()
     assert bundle.dtype == "float16"
-    outcome = verify_bundle(bundle, reference, PROMPTS, max_new_tokens=24)
+    outcome = verify_bundle(bundle, reference, PROMPTS, VerifyOptions(max_new_tokens=24))
     assert all(check.compared for check in outcome.checks)
     wrong = [(c.name, c.notes) for c in outcome.checks if not c.passed and "No step accepted" not in str(c.notes)]
     assert not wrong

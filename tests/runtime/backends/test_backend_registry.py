@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from medusa_export.verification.backend import verify_backend
+from medusa_export.verification.plan import VerifyOptions
 from medusa_runtime import BackendError, Bundle, MedusaEngine, SamplingParams
 from medusa_runtime.backends import (
     Backend,
@@ -93,7 +94,7 @@ def test_the_backend_of_another_package_generates(tiny_bundle: Bundle) -> None:
 @pytest.mark.usefixtures("plain")
 def test_verify_checks_the_backend_of_another_package(stock: Stock) -> None:
     exported = stock.export()
-    outcome = verify_backend(exported.bundle, "plain", exported.step, PROMPTS * 2, max_new_tokens=24)
+    outcome = verify_backend(exported.bundle, "plain", exported.step, PROMPTS * 2, VerifyOptions(max_new_tokens=24))
     assert outcome.not_run is None
     assert outcome.passed
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_export.verification.backend import verify_backend
+from medusa_export.verification.plan import VerifyOptions
 from medusa_runtime import BackendError, Bundle, MedusaEngine, RequestError
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -330,7 +331,9 @@ def test_verify_tells_a_right_engine_from_a_wrong_one(
     machine.trt.__version__ = tiny_engine.version
     monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
     monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
-    outcome = verify_backend(Bundle.load(tiny_engine.folder), "tensorrt-rtx", step, PROMPTS * 2, max_new_tokens=24)
+    outcome = verify_backend(
+        Bundle.load(tiny_engine.folder), "tensorrt-rtx", step, PROMPTS * 2, VerifyOptions(max_new_tokens=24)
+    )
     assert outcome.not_run is None
     assert [check.name.split(":")[-1].strip() for check in outcome.checks] == [
         "integers of a step", "tokens, tree size 1", "tokens, tree size 5", "tokens, tree size 9",

@@ -1,0 +1,95 @@
+"""The plan of a verification: its options, and the prompts with the reference's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medusa_export.common import defaults
+from medusa_export.common.errors import VerificationError
+from medusa_export.common.progress import OnProgress
+from medusa_export.step.step import MedusaStep
+from medusa_export.verification.checks import Tolerances
+from medusa_export.verification.reference import Prompt, answered_prompts
+from medusa_runtime.bundles.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of a verification.
+
+    Attributes:
+        max_new_tokens: Tokens to generate per prompt.
+        tree_sizes: Tree sizes to decode with, in nodes; 1, a middle one and all if None.
+        prefill_chunks: Chunk sizes, in tokens per step.
+        tolerances: Differences that pass; by the bundle's dtype if None.
+    """
+
+    max_new_tokens: int = defaults.VERIFIED_TOKENS
+    tree_sizes: Sequence[int] | None = None
+    prefill_chunks: Sequence[int] = defaults.PREFILL_CHUNKS
+    tolerances: Tolerances | None = None
+
+    def tolerances_for(self, bundle: Bundle) -> Tolerances:
+        """Returns the differences that pass for a bundle."""
+        return self.tolerances or Tolerances.of(bundle.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A verification that is ready to run.
+
+    Attributes:
+        step: The reference, computing in fp32.
+        prompts: Prompts with the reference's answers.
+        sizes: Tree sizes to decode with, in nodes, ascending.
+        chunks: Chunk sizes, in tokens per step.
+        tolerances: Differences that pass.
+    """
+
+    step: MedusaStep
+    prompts: Sequence[Prompt]
+    sizes: Sequence[int]
+    chunks: Sequence[int]
+    tolerances: Tolerances
+
+    @classmethod
+    def answered(
+        cls,
+        bundle: Bundle,
+        step: MedusaStep,
+        prompts: Sequence[Sequence[int]],
+        options: VerifyOptions,
+        on_progress: OnProgress,
+    ) -> Plan:
+        """Has the reference answer the prompts, and returns the plan.
+
+        Args:
+            bundle: The bundle to check.
+            step: The reference, computing in fp32.
+            prompts: Token ids of each prompt.
+            options: Options of the verification.
+            on_progress: Receives reports.
+        """
+        tree = bundle.tree
+        sizes = sorted(set(options.tree_sizes or (1, (tree.size + 1) // 2, tree.size)))
+        answered = answered_prompts(step, prompts, options.max_new_tokens, on_progress, bundle.model.eos_token_ids)
+        return cls(step, answered, sizes, options.prefill_chunks, options.tolerances_for(bundle))
+
+
+def check_same(bundle: Bundle, step: MedusaStep) -> None:
+    """Checks that a bundle and a step have the same model and tree.
+
+    Raises:
+        VerificationError: They differ.
+    """
+    for what, ours, theirs in (
+        ("vocabulary", bundle.model.vocab_size, step.vocab_size),
+        ("number of layers", bundle.model.num_layers, step.cache_shape.num_layers),
+        ("tree", bundle.tree, step.tree),
+    ):
+        if ours != theirs:
+            raise VerificationError(
+                f"The bundle was exported from another model: its {what} is {ours}, not {theirs}. Give the model and "
+                "the heads that it was exported from."
+            )
