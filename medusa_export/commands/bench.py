@@ -7,52 +7,46 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import Command, Failure, sizes
+from medusa_export.commands.options import COUNT, PATH, Command, Failure, option_with_default, quiet_option, sizes
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.extras import extra
 
 
 @click.command("bench", cls=Command)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("--tree-sizes", callback=sizes, help="Tree sizes to measure, such as 4,8,16. [default: a few]")
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A file of JSON lines with category and prompt. [default: built-in prompts]",
 )
-@click.option(
+@option_with_default(
     "-n",
     "--max-new-tokens",
-    type=click.IntRange(2),
+    kind=click.IntRange(2),
     default=defaults.BENCH_TOKENS,
-    show_default=True,
-    help="Tokens to generate per prompt.",
+    text="Tokens to generate per prompt.",
 )
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=defaults.BENCH_REPEATS,
-    show_default=True,
-    help="Number of times that each prompt is answered.",
+@option_with_default(
+    "--repeats", kind=COUNT, default=defaults.BENCH_REPEATS, text="Number of times that each prompt is answered."
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of each contestant. [default: all]")
-@click.option("--plain", type=click.Path(path_type=Path), help="Also measure this bundle of the model without heads.")
+@click.option("--threads", type=COUNT, help="CPU threads of each contestant. [default: all]")
+@click.option("--plain", type=PATH, help="Also measure this bundle of the model without heads.")
 @click.option("--model", help="Also measure transformers' generate with this model.")
-@click.option("--genai", type=click.Path(path_type=Path), help="Also measure onnxruntime-genai with this folder.")
-@click.option("--llama-cpp", type=click.Path(path_type=Path), help="Also measure llama.cpp with this GGUF file.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write a JSON report to this file.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Write tables to this file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of speed against tree size to this PNG.")
-@click.option("--compare", type=click.Path(path_type=Path), help="Fail if the bench is behind this earlier report.")
-@click.option(
+@click.option("--genai", type=PATH, help="Also measure onnxruntime-genai with this folder.")
+@click.option("--llama-cpp", type=PATH, help="Also measure llama.cpp with this GGUF file.")
+@click.option("--json", "json_path", type=PATH, help="Write a JSON report to this file.")
+@click.option("--markdown", type=PATH, help="Write tables to this file.")
+@click.option("--plot", type=PATH, help="Write a plot of speed against tree size to this PNG.")
+@click.option("--compare", type=PATH, help="Fail if the bench is behind this earlier report.")
+@option_with_default(
     "--tolerance",
-    type=click.FloatRange(0),
+    kind=click.FloatRange(0),
     default=defaults.BENCH_TOLERANCE,
-    show_default=True,
-    help="Share by which a ratio may be behind --compare.",
+    text="Share by which a ratio may be behind --compare.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet_option
 def command(
     bundle: Path,
     tree_sizes: tuple[int, ...] | None,

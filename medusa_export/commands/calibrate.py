@@ -6,41 +6,41 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import Command
+from medusa_export.commands.options import (
+    PATH,
+    Command,
+    data_option,
+    device_option,
+    dtype_option,
+    heads_option,
+    option_with_default,
+    output_option,
+    quiet_option,
+    strict_option,
+)
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import DTYPES, Dtype
+from medusa_export.common.dtypes import Dtype
 from medusa_export.common.extras import extra
 
 
 @click.command("calibrate", cls=Command)
 @click.argument("model")
-@click.option(
-    "--heads", metavar="PATH", required=True, help="The heads: a file, a folder or a hub id, in any published format."
-)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    required=True,
-    multiple=True,
-    help="A folder of 'distill', whose held-out part is used, or a file of conversations. May be given more than once.",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Also write a plot to this PNG.")
-@click.option(
+@heads_option
+@data_option("A folder of 'distill', whose held-out part is used, or a file of conversations")
+@output_option("The JSON file to write.")
+@click.option("--plot", type=PATH, help="Also write a plot to this PNG.")
+@option_with_default(
     "--max-length",
-    type=click.IntRange(3),
+    kind=click.IntRange(3),
     default=defaults.MAX_LENGTH,
-    show_default=True,
-    help="Largest number of tokens of a conversation.",
+    text="Largest number of tokens of a conversation.",
 )
-@click.option("--strict", is_flag=True, help="Refuse data with rows that can't be used, instead of skipping them.")
+@strict_option("data")
 @click.option("--lookup/--no-lookup", default=True, show_default=True, help="Count the runtime's lookup hits, too.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Type of the model's weights. [default: bf16 on a GPU, else fp32]"
-)
-@click.option("--device", help="The device to run on, such as cuda:1. [default: the GPU, if there is one]")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@dtype_option("the model's")
+@device_option
+@quiet_option
 def command(
     model: str,
     heads: str,

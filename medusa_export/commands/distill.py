@@ -7,9 +7,19 @@ from typing import Any
 
 import click
 
-from medusa_export.commands.options import Command
+from medusa_export.commands.options import (
+    COUNT,
+    PATH,
+    Command,
+    device_option,
+    dtype_option,
+    option_with_default,
+    output_option,
+    quiet_option,
+    strict_option,
+)
 from medusa_export.commands.progress import shown_progress
-from medusa_export.common.dtypes import DTYPES, Dtype
+from medusa_export.common.dtypes import Dtype
 from medusa_export.training.options import OWN_PROMPTS, DistillOptions
 
 DEFAULT = DistillOptions()
@@ -17,11 +27,11 @@ DEFAULT = DistillOptions()
 
 @click.command("distill", cls=Command)
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder of the data set.")
+@output_option("The folder of the data set.")
 @click.option(
     "--prompts",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A file of prompts: .txt, or .json(l) with messages, conversations (ShareGPT), data (UltraChat) or prompt. "
     "May be given more than once.",
 )
@@ -30,52 +40,30 @@ DEFAULT = DistillOptions()
     type=click.IntRange(0),
     help=f"Prompts that the model writes itself, from its chat template. [default: {OWN_PROMPTS} without --prompts]",
 )
-@click.option("--strict", is_flag=True, help="Refuse files with rows that can't be used, instead of skipping them.")
-@click.option("--limit", type=click.IntRange(1), help="Largest number of conversations.")
-@click.option(
-    "--turns", type=click.IntRange(1), default=DEFAULT.turns, show_default=True, help="User turns per conversation."
-)
+@strict_option("files")
+@click.option("--limit", type=COUNT, help="Largest number of conversations.")
+@option_with_default("--turns", kind=COUNT, default=DEFAULT.turns, text="User turns per conversation.")
 @click.option("--system", help="A system message.")
-@click.option(
-    "-n",
-    "--max-new-tokens",
-    type=click.IntRange(1),
-    default=DEFAULT.max_new_tokens,
-    show_default=True,
-    help="Largest number of tokens of an answer.",
+@option_with_default(
+    "-n", "--max-new-tokens", kind=COUNT, default=DEFAULT.max_new_tokens, text="Largest number of tokens of an answer."
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0),
-    default=DEFAULT.temperature,
-    show_default=True,
-    help="Temperature of answers; 0 is greedy.",
+@option_with_default(
+    "--temperature", kind=click.FloatRange(0), default=DEFAULT.temperature, text="Temperature of answers; 0 is greedy."
 )
-@click.option(
+@option_with_default(
     "--prompt-temperature",
-    type=click.FloatRange(0),
+    kind=click.FloatRange(0),
     default=DEFAULT.prompt_temperature,
-    show_default=True,
-    help="Temperature of prompts that the model writes.",
+    text="Temperature of prompts that the model writes.",
 )
-@click.option(
-    "--heldout",
-    type=click.FloatRange(0, 1),
-    default=DEFAULT.heldout,
-    show_default=True,
-    help="Share of prompts to hold out.",
+@option_with_default(
+    "--heldout", kind=click.FloatRange(0, 1), default=DEFAULT.heldout, text="Share of prompts to hold out."
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=DEFAULT.batch_size,
-    show_default=True,
-    help="Conversations at a time.",
-)
+@option_with_default("--batch-size", kind=COUNT, default=DEFAULT.batch_size, text="Conversations at a time.")
 @click.option("--seed", default=DEFAULT.seed, show_default=True, help="Seed of all randomness.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights. [default: bf16 on a GPU, else fp32]")
-@click.option("--device", help="The device to run on, such as cuda:1. [default: the GPU, if there is one]")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@dtype_option("the")
+@device_option
+@quiet_option
 def command(
     model: str,
     output: Path,

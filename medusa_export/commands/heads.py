@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import Command
+from medusa_export.commands.options import Command, heads_option, option_with_default, output_option, quiet_option
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import DTYPES, Dtype
@@ -19,20 +19,17 @@ def command() -> None:
 
 @command.command("convert", cls=Command)
 @click.argument("model")
-@click.option(
-    "--heads", metavar="PATH", required=True, help="The heads: a file, a folder or a hub id, in any published format."
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
-@click.option(
+@heads_option
+@output_option("The folder to write.")
+@option_with_default(
     "--format",
     "layout",
-    type=click.Choice(["own", "v0.1", "v2", "vllm"]),
+    kind=click.Choice(["own", "v0.1", "v2", "vllm"]),
     default=defaults.HEADS_LAYOUT,
-    show_default=True,
-    help="own is the smallest that holds everything; v0.1 and v2 are the reference implementation's; vllm is vLLM's.",
+    text="own is the smallest that holds everything; v0.1 and v2 are the reference implementation's; vllm is vLLM's.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights in the file. [default: as given]")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet_option
 def convert(model: str, heads: str, output: Path, layout: str, dtype: Dtype | None, quiet: bool) -> None:
     """Write the heads of MODEL in another format."""
     with shown_progress(quiet=quiet) as on_progress:

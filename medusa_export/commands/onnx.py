@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import Command
+from medusa_export.commands.options import (
+    COUNT,
+    PATH,
+    Command,
+    option_with_default,
+    output_option,
+    overwrite_option,
+    quiet_option,
+)
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import DTYPES, Dtype
@@ -25,18 +33,14 @@ from medusa_export.common.dtypes import DTYPES, Dtype
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A file of 'calibrate'. The default tree is then the best one for these heads, and the runtime gets measured "
     "acceptance estimates.",
 )
-@click.option(
-    "--tree-size",
-    type=click.IntRange(1),
-    default=defaults.TREE_SIZE,
-    show_default=True,
-    help="Nodes of the tree that is searched with --calibration.",
+@option_with_default(
+    "--tree-size", kind=COUNT, default=defaults.TREE_SIZE, text="Nodes of the tree that is searched with --calibration."
 )
-@click.option("--top-k", type=click.IntRange(1), default=defaults.TOP_K, show_default=True, help="Candidates per head.")
+@option_with_default("--top-k", kind=COUNT, default=defaults.TOP_K, text="Candidates per head.")
 @click.option(
     "--greedy-only", is_flag=True, help="Leave out sampling and log probabilities, which makes the graph smaller."
 )
@@ -47,17 +51,13 @@ from medusa_export.common.dtypes import DTYPES, Dtype
     multiple=True,
     help="Add an acceptance rule of an installed package to 'exact' and 'typical'. It may change the output.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default=defaults.EXPORT_DTYPE,
-    show_default=True,
-    help="Type of weights and caches.",
+@option_with_default(
+    "--dtype", kind=click.Choice(DTYPES), default=defaults.EXPORT_DTYPE, text="Type of weights and caches."
 )
 @click.option("--no-tokenizer", is_flag=True, help="Leave out the tokenizer. The bundle takes and gives token ids.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@output_option("The folder to write.")
+@overwrite_option("a bundle")
+@quiet_option
 def command(
     model: str,
     heads: str | None,

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
 import click
 
+from medusa_export.common.dtypes import DTYPES
 from medusa_export.common.errors import OptionError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Values of options
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(1)
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+class Decorator(Protocol):
+    """Adds an option to a function."""
+
+    def __call__(self, function: F, /) -> F:
+        """Returns the function with the option."""
+        ...
 
 
 class Failure(click.ClickException):
@@ -31,6 +51,76 @@ class Command(click.Command):
             return super().invoke(ctx)
         except OptionError as error:
             raise click.UsageError(str(error), ctx) from error
+
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+device_option = click.option(
+    "--device", help="The device to run on, such as cuda:1. [default: the GPU, if there is one]"
+)
+heads_option = click.option(
+    "--heads", metavar="PATH", required=True, help="The heads: a file, a folder or a hub id, in any published format."
+)
+
+
+def output_option(content: str) -> Decorator:
+    """The option ``-o``, the file or the folder to write.
+
+    Args:
+        content: What is written there.
+    """
+    return click.option("-o", "--output", type=PATH, required=True, help=content)
+
+
+def overwrite_option(noun: str) -> Decorator:
+    """The flag ``--overwrite``.
+
+    Args:
+        noun: What may be replaced, with its article.
+    """
+    return click.option("--overwrite", is_flag=True, help=f"Replace {noun} that is there.")
+
+
+def strict_option(noun: str) -> Decorator:
+    """The flag ``--strict``.
+
+    Args:
+        noun: What is refused for a row that can't be used.
+    """
+    return click.option(
+        "--strict", is_flag=True, help=f"Refuse {noun} with rows that can't be used, instead of skipping them."
+    )
+
+
+def data_option(content: str) -> Decorator:
+    """The option ``--data``, data sets.
+
+    Args:
+        content: What a data set may be.
+    """
+    text = f"{content}. May be given more than once."
+    return click.option("--data", type=PATH, required=True, multiple=True, help=text)
+
+
+def dtype_option(owner: str) -> Decorator:
+    """The option ``--dtype`` of a command that runs a model.
+
+    Args:
+        owner: Whose weights have this type.
+    """
+    text = f"Type of {owner} weights. [default: bf16 on a GPU, else fp32]"
+    return click.option("--dtype", type=click.Choice(DTYPES), help=text)
+
+
+def option_with_default(*names: str, kind: click.ParamType[Any], default: object, text: str) -> Decorator:
+    """An option with a default that the help shows.
+
+    Args:
+        names: Its names.
+        kind: The values that it takes.
+        default: Its default.
+        text: Its help.
+    """
+    return click.option(*names, type=kind, default=default, show_default=True, help=text)
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:

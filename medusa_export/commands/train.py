@@ -8,7 +8,17 @@ from typing import Any, get_args
 
 import click
 
-from medusa_export.commands.options import Command
+from medusa_export.commands.options import (
+    COUNT,
+    POSITIVE,
+    Command,
+    data_option,
+    dtype_option,
+    option_with_default,
+    output_option,
+    quiet_option,
+    strict_option,
+)
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import DTYPES, Dtype
@@ -21,153 +31,96 @@ _SHAPE_OPTIONS = tuple(field.name for field in fields(HeadShape))
 
 @click.command("train", cls=Command)
 @click.argument("model")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    required=True,
-    multiple=True,
-    help="A folder of 'distill', or a file of conversations. May be given more than once.",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder of the heads.")
-@click.option(
+@data_option("A folder of 'distill', or a file of conversations")
+@output_option("The folder of the heads.")
+@option_with_default(
     "--recipe",
-    type=click.Choice(get_args(Recipe)),
+    kind=click.Choice(get_args(Recipe)),
     default=DEFAULT.recipe,
-    show_default=True,
-    help="medusa1 trains the heads alone and leaves the model as it is; medusa2 then trains the model with LoRA, too.",
+    text="medusa1 trains the heads alone and leaves the model as it is; medusa2 then trains the model with LoRA, too.",
 )
 @click.option("--heads", metavar="PATH", help="Heads to train further; with medusa2 they replace the first stage.")
-@click.option(
-    "--num-heads", type=click.IntRange(1, 16), default=SHAPE.num_heads, show_default=True, help="Number of heads."
-)
-@click.option(
-    "--num-layers",
-    type=click.IntRange(1),
-    default=SHAPE.num_layers,
-    show_default=True,
-    help="Residual blocks per head.",
-)
+@option_with_default("--num-heads", kind=click.IntRange(1, 16), default=SHAPE.num_heads, text="Number of heads.")
+@option_with_default("--num-layers", kind=COUNT, default=SHAPE.num_layers, text="Residual blocks per head.")
 @click.option(
     "--conditioned/--plain",
     default=SHAPE.conditioned,
     show_default=True,
     help="Give heads the token that the base model has just chosen, or the hidden state alone as in the paper.",
 )
-@click.option(
-    "--draft-vocab", type=click.IntRange(1), help="Let heads propose only this number of tokens, the most frequent."
-)
+@click.option("--draft-vocab", type=COUNT, help="Let heads propose only this number of tokens, the most frequent.")
 @click.option("--own-projections", is_flag=True, help="Train an output projection for each head, as in the paper.")
-@click.option(
-    "--epochs",
-    type=click.FloatRange(0, min_open=True),
-    default=DEFAULT.epochs,
-    show_default=True,
-    help="Passes over the data.",
-)
-@click.option(
-    "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
-    default=DEFAULT.learning_rate,
-    show_default=True,
-    help="Highest learning rate.",
-)
-@click.option(
+@option_with_default("--epochs", kind=POSITIVE, default=DEFAULT.epochs, text="Passes over the data.")
+@option_with_default("--learning-rate", kind=POSITIVE, default=DEFAULT.learning_rate, text="Highest learning rate.")
+@option_with_default(
     "--soft",
-    type=click.FloatRange(0, 1),
+    kind=click.FloatRange(0, 1),
     default=DEFAULT.soft,
-    show_default=True,
-    help="Share of the loss that asks for the base model's distribution instead of its token. It needs hidden states "
+    text="Share of the loss that asks for the base model's distribution instead of its token. It needs hidden states "
     "that are kept.",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=DEFAULT.batch_size,
-    show_default=True,
-    help="Positions per step and process.",
-)
-@click.option(
+@option_with_default("--batch-size", kind=COUNT, default=DEFAULT.batch_size, text="Positions per step and process.")
+@option_with_default(
     "--hidden-states",
-    type=click.Choice(get_args(HiddenStates)),
+    kind=click.Choice(get_args(HiddenStates)),
     default=DEFAULT.hidden_states,
-    show_default=True,
-    help="Keep the model's hidden states on disk, or compute them in every epoch. auto keeps them if they fit.",
+    text="Keep the model's hidden states on disk, or compute them in every epoch. auto keeps them if they fit.",
 )
-@click.option(
+@option_with_default(
     "--conversations",
-    type=click.IntRange(1),
+    kind=COUNT,
     default=DEFAULT.conversations,
-    show_default=True,
-    help="Conversations per step and process, in stages that run the model.",
+    text="Conversations per step and process, in stages that run the model.",
 )
-@click.option(
-    "--joint-epochs",
-    type=click.FloatRange(0, min_open=True),
-    default=DEFAULT.joint_epochs,
-    show_default=True,
-    help="medusa2: passes over the data with LoRA.",
+@option_with_default(
+    "--joint-epochs", kind=POSITIVE, default=DEFAULT.joint_epochs, text="medusa2: passes over the data with LoRA."
 )
-@click.option(
+@option_with_default(
     "--joint-learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    kind=POSITIVE,
     default=DEFAULT.joint_learning_rate,
-    show_default=True,
-    help="medusa2: highest learning rate of LoRA.",
+    text="medusa2: highest learning rate of LoRA.",
 )
-@click.option(
+@option_with_default(
     "--heads-rate",
-    type=click.FloatRange(0, min_open=True),
+    kind=POSITIVE,
     default=DEFAULT.heads_rate,
-    show_default=True,
-    help="medusa2: the heads' learning rate divided by LoRA's.",
+    text="medusa2: the heads' learning rate divided by LoRA's.",
 )
-@click.option(
-    "--lora-rank",
-    type=click.IntRange(1),
-    default=DEFAULT.lora_rank,
-    show_default=True,
-    help="medusa2: rank of LoRA.",
-)
-@click.option(
+@option_with_default("--lora-rank", kind=COUNT, default=DEFAULT.lora_rank, text="medusa2: rank of LoRA.")
+@option_with_default(
     "--lora-dropout",
-    type=click.FloatRange(0, 1, max_open=True),
+    kind=click.FloatRange(0, 1, max_open=True),
     default=DEFAULT.lora_dropout,
-    show_default=True,
-    help="medusa2: dropout of LoRA. Without it, a step takes three quarters of the time on a CPU.",
+    text="medusa2: dropout of LoRA. Without it, a step takes three quarters of the time on a CPU.",
 )
-@click.option(
+@option_with_default(
     "--heads-weight",
-    type=click.FloatRange(0),
+    kind=click.FloatRange(0),
     default=DEFAULT.heads_weight,
-    show_default=True,
-    help="medusa2: weight of the heads' loss against the loss that keeps the model as it was.",
+    text="medusa2: weight of the heads' loss against the loss that keeps the model as it was.",
 )
-@click.option(
+@option_with_default(
     "--max-length",
-    type=click.IntRange(3),
+    kind=click.IntRange(3),
     default=DEFAULT.max_length,
-    show_default=True,
-    help="Largest number of tokens of a conversation.",
+    text="Largest number of tokens of a conversation.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Largest number of conversations to train on, of each --data.")
-@click.option(
+@click.option("--limit", type=COUNT, help="Largest number of conversations to train on, of each --data.")
+@option_with_default(
     "--heldout",
-    type=click.FloatRange(0, 1),
+    kind=click.FloatRange(0, 1),
     default=DEFAULT.heldout,
-    show_default=True,
-    help="Share of prompts to hold out, if --data is a file.",
+    text="Share of prompts to hold out, if --data is a file.",
 )
-@click.option("--strict", is_flag=True, help="Refuse data with rows that can't be used, instead of skipping them.")
-@click.option(
+@strict_option("data")
+@option_with_default(
     "--save-dtype",
-    type=click.Choice(DTYPES),
+    kind=click.Choice(DTYPES),
     default=defaults.HEADS_DTYPE,
-    show_default=True,
-    help="Type of the weights in the file of heads.",
+    text="Type of the weights in the file of heads.",
 )
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Type of the base model's weights. [default: bf16 on a GPU, else fp32]"
-)
+@dtype_option("the base model's")
 @click.option("--bf16/--no-bf16", default=None, help="Compute matrix products in bf16. [default: on a GPU]")
 @click.option(
     "--seed", default=DEFAULT.seed, show_default=True, help="Seed of initial weights and of the order of the data."
@@ -177,7 +130,7 @@ _SHAPE_OPTIONS = tuple(field.name for field in fields(HeadShape))
     type=click.Choice(["cpu", "cuda"]),
     help="The device to train on; CUDA_VISIBLE_DEVICES chooses the GPU. [default: a GPU, if there is one]",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet_option
 @click.pass_context
 def command(
     context: click.Context,

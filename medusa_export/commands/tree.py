@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import Command
+from medusa_export.commands.options import COUNT, PATH, Command, option_with_default, quiet_option
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.extras import extra
@@ -15,23 +15,19 @@ from medusa_export.common.progress import Progress
 
 
 @click.command("tree", cls=Command)
-@click.argument("calibration", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the tree to this file, for 'onnx --tree'.")
-@click.option(
-    "--size",
-    type=click.IntRange(1),
-    default=defaults.TREE_SIZE,
-    show_default=True,
-    help="Largest number of nodes, the root included.",
+@click.argument("calibration", type=PATH)
+@click.option("-o", "--output", type=PATH, help="Write the tree to this file, for 'onnx --tree'.")
+@option_with_default(
+    "--size", kind=COUNT, default=defaults.TREE_SIZE, text="Largest number of nodes, the root included."
 )
 @click.option(
     "--measure",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="BUNDLE",
     help="Time steps of this bundle on this machine, and show which size is fastest.",
 )
 @click.option("--draw", is_flag=True, help="Draw the tree.")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet_option
 def command(calibration: Path, output: Path | None, size: int, measure: Path | None, draw: bool, quiet: bool) -> None:
     """Search the tree that accepts most tokens per step, by the hit rates that 'medusa-export calibrate' measured.
 

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import Command, names
+from medusa_export.commands.options import (
+    COUNT,
+    PATH,
+    Command,
+    names,
+    option_with_default,
+    output_option,
+    overwrite_option,
+    quiet_option,
+)
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 
@@ -14,14 +23,13 @@ FLAVORS = ("auto", "tensorrt", "tensorrt-rtx")
 
 
 @click.command("trt", cls=Command)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
-@click.option(
+@click.argument("bundle", type=PATH)
+@output_option("The folder to write.")
+@option_with_default(
     "--flavor",
-    type=click.Choice(FLAVORS),
+    kind=click.Choice(FLAVORS),
     default=defaults.FLAVOR,
-    show_default=True,
-    help="The TensorRT to build with; auto is the one that is installed.",
+    text="The TensorRT to build with; auto is the one that is installed.",
 )
 @click.option(
     "--target",
@@ -30,36 +38,24 @@ FLAVORS = ("auto", "tensorrt", "tensorrt-rtx")
     callback=names,
     help="GPU architectures to build for, such as sm86,sm89. [default: this machine's GPU]",
 )
-@click.option(
-    "--max-batch",
-    type=click.IntRange(1),
-    default=defaults.MAX_BATCH,
-    show_default=True,
-    help="Rows: sequences at a time.",
-)
+@option_with_default("--max-batch", kind=COUNT, default=defaults.MAX_BATCH, text="Rows: sequences at a time.")
 @click.option(
     "--max-seq-len",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Slots per row in the caches, for prompt, answer and the tree in flight. [default: as many as the model's "
     "positions need, at most 4096]",
 )
-@click.option(
-    "--max-prefill", type=click.IntRange(1), help="Tokens of the longest chunk of a prompt. [default: at most 512]"
-)
-@click.option(
-    "--opt-level",
-    type=click.IntRange(0, 5),
-    default=defaults.OPT_LEVEL,
-    show_default=True,
-    help="The builder's optimisation level.",
+@click.option("--max-prefill", type=COUNT, help="Tokens of the longest chunk of a prompt. [default: at most 512]")
+@option_with_default(
+    "--opt-level", kind=click.IntRange(0, 5), default=defaults.OPT_LEVEL, text="The builder's optimisation level."
 )
 @click.option(
     "--timing-cache",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A file that keeps measured kernels for later builds; for tensorrt only.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an engine that is there.")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@overwrite_option("an engine")
+@quiet_option
 def command(
     bundle: Path,
     output: Path,

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from medusa_export.commands.options import Command, Failure, NotRun, sizes, sizes_or_full
+from medusa_export.commands.options import (
+    PATH,
+    Command,
+    Failure,
+    NotRun,
+    option_with_default,
+    quiet_option,
+    sizes,
+    sizes_or_full,
+)
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 
@@ -16,19 +25,16 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", cls=Command)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("--model", required=True, help="The folder, hub id or .gguf file that the bundle was exported from.")
 @click.option("--heads", metavar="PATH", help="The trained heads that the bundle was exported with.")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="A file of prompts, one per line. [default: built-in ones]"
-)
-@click.option(
+@click.option("--prompts", type=PATH, help="A file of prompts, one per line. [default: built-in ones]")
+@option_with_default(
     "-n",
     "--max-new-tokens",
-    type=click.IntRange(2),
+    kind=click.IntRange(2),
     default=defaults.VERIFIED_TOKENS,
-    show_default=True,
-    help="Tokens to generate per prompt.",
+    text="Tokens to generate per prompt.",
 )
 @click.option(
     "--tree-sizes",
@@ -49,9 +55,9 @@ if TYPE_CHECKING:
     "--backend",
     help="Check this backend instead: tensorrt or tensorrt-rtx if BUNDLE is a compiled engine, or onnxruntime-cuda.",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write a JSON report to this file.")
-@click.option("--junit", "junit_path", type=click.Path(path_type=Path), help="Write a JUnit report to this file.")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@click.option("--json", "json_path", type=PATH, help="Write a JSON report to this file.")
+@click.option("--junit", "junit_path", type=PATH, help="Write a JUnit report to this file.")
+@quiet_option
 def command(
     bundle: Path,
     model: str,
