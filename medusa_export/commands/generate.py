@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from medusa_export.common.extras import extra
 
 if TYPE_CHECKING:
     from medusa_runtime import GenerationResult, SamplingParams
+
+_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
@@ -68,11 +71,6 @@ def command(
     system: str | None,
     ids: bool,
     stop: tuple[str, ...],
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    seed: int | None,
     typical: bool,
     backend: str,
     threads: int | None,
@@ -85,7 +83,7 @@ def command(
     with extra("cpu"):
         from medusa_runtime import MedusaEngine
 
-        sampling = _sampling(temperature, top_k, top_p, min_p, seed, typical=typical)
+        sampling = _sampling({name: options.pop(name) for name in _SAMPLING_OPTIONS}, typical=typical)
         engine = MedusaEngine.load(bundle, backend, threads=threads)
     with engine:
         stream = engine.stream(request, stop=stop, sampling=sampling, **options)
@@ -117,20 +115,16 @@ def _request(text: str, system: str | None, *, chat: bool, ids: bool) -> str | l
     return [*messages, {"role": "user", "content": text}]
 
 
-def _sampling(
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    seed: int | None,
-    *,
-    typical: bool,
-) -> SamplingParams | None:
-    """Returns sampling parameters from the options that are given; None if none is."""
+def _sampling(asked: Mapping[str, Any], *, typical: bool) -> SamplingParams | None:
+    """Returns sampling parameters from the options that are given; None if none is.
+
+    Args:
+        asked: The options of ``_SAMPLING_OPTIONS``; None for one that is not given.
+        typical: True for typical acceptance.
+    """
     from medusa_runtime import SamplingParams
 
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in asked.items() if value is not None}
     if typical:
         given["acceptance"] = "typical"
     return SamplingParams(**given) if given else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,8 +13,9 @@ import msgspec
 from msgspec import Meta
 
 from medusa_runtime.bundles.contract import CONTRACT_VERSION, TensorSpec, step_inputs, step_outputs
-from medusa_runtime.bundles.json_file import Name, Share, brief, parse_json
-from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder, read_file
+from medusa_runtime.bundles.description import description_text, read_description
+from medusa_runtime.bundles.json_file import Name, Share, brief
+from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder
 from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.bundles.tree import MAX_NODES, RankPath, Tree
 from medusa_runtime.errors import BundleError, TreeError
@@ -32,8 +32,6 @@ ENGINE_DESCRIPTION = "engine.json"
 REEXPORT = "Export the bundle again."
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-# Inputs and outputs take most of a description: about 200 bytes for each of the two caches of a layer.
-MAX_DESCRIPTION_BYTES = 2**22
 # These bounds are at least ten times what the largest published models have.
 Layers = Annotated[int, Meta(ge=1, le=1024)]
 Width = Annotated[int, Meta(ge=1, le=2**20)]
@@ -254,25 +252,14 @@ class Bundle:
             BundleError: A file is missing or altered, or the bundle follows a newer contract version.
         """
         folder = Path(folder)
-        where = folder / DESCRIPTION
-        data = read_description(folder, DESCRIPTION, check_digests=check_digests)
-        if data is None:
+        description = read_description(
+            folder, DESCRIPTION, _Description, noun="bundle", remedy=REEXPORT, check_digests=check_digests
+        )
+        if description is None:
             raise BundleError(_no_bundle(folder))
-        version = parse_json(data, Versioned, where, remedy=REEXPORT).contract_version
-        if version > CONTRACT_VERSION:
-            raise BundleError(
-                f"The bundle {folder} follows contract version {version}, but this runtime knows versions up to "
-                f"{CONTRACT_VERSION}. Update medusa-export, or export the model again with this version."
-            )
-        bundle = _bundle(folder, parse_json(data, _Description, where, remedy=REEXPORT), check_digests)
+        bundle = _bundle(folder, description, check_digests)
         _check_files(bundle)
         return bundle
-
-
-class Versioned(msgspec.Struct):
-    """The contract version of a description. It is read first, as other versions may have other keys."""
-
-    contract_version: Annotated[int, Meta(ge=1)]
 
 
 class _TreeFacts(msgspec.Struct):
@@ -297,26 +284,6 @@ class _Description(msgspec.Struct):
     generation: dict[Name, Any] = msgspec.field(default_factory=dict)
     acceptance_rules: tuple[Name, ...] = ("exact", "typical")
     graphs: dict[Name, GraphFacts] = msgspec.field(default_factory=dict)
-
-
-def read_description(folder: Path, name: str, *, check_digests: bool) -> bytes | None:
-    """Reads the description of a folder; None if the folder has none.
-
-    If digests are checked, the description may be a link that leads outside the folder: the caller trusts it.
-
-    Args:
-        folder: The folder.
-        name: File name of the description.
-        check_digests: Whether the folder's files are compared with their digests.
-
-    Raises:
-        BundleError: The file can't be read, or is larger than any description.
-    """
-    if not check_digests:
-        return ListedFolder(folder).read(name, at_most=MAX_DESCRIPTION_BYTES)
-    if not os.path.lexists(folder / name):
-        return None
-    return read_file(folder / name, at_most=MAX_DESCRIPTION_BYTES)
 
 
 def _no_bundle(folder: Path) -> str:
@@ -367,14 +334,3 @@ def _check_files(bundle: Bundle) -> None:
     if os.path.lexists(bundle.folder / ENGINE_DESCRIPTION):
         files = {name: facts for name, facts in files.items() if name not in (*GRAPHS, WEIGHTS)}
     replace(bundle.listed, files=files).check()
-
-
-def description_text(data: Mapping[str, Any], files: Mapping[str, FileFacts]) -> str:
-    """The JSON text of a folder's description.
-
-    Args:
-        data: The description's own keys and values.
-        files: Size and digest of each file that belongs to the folder, by name.
-    """
-    table = {name: asdict(facts) for name, facts in sorted(files.items())}
-    return json.dumps({"contract_version": CONTRACT_VERSION, **data, "files": table}, indent=1) + "\n"

@@ -15,16 +15,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from medusa_runtime.bundles.bundle import (
-    DESCRIPTION,
-    ENGINE_DESCRIPTION,
-    Bundle,
-    Versioned,
-    description_text,
-    read_description,
-)
+from medusa_runtime.bundles.bundle import DESCRIPTION, ENGINE_DESCRIPTION, Bundle
 from medusa_runtime.bundles.contract import CONTRACT_VERSION
-from medusa_runtime.bundles.json_file import Count, Name, parse_json
+from medusa_runtime.bundles.description import description_text, read_description
+from medusa_runtime.bundles.json_file import Count, Name
 from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder
 from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.errors import BundleError
@@ -156,16 +150,17 @@ class CompiledEngine:
         """
         folder = Path(folder)
         where = folder / ENGINE_DESCRIPTION
-        data = read_description(folder, ENGINE_DESCRIPTION, check_digests=check_digests)
-        if data is None:
+        found = read_description(
+            folder,
+            ENGINE_DESCRIPTION,
+            _Description,
+            noun="engine",
+            oldest=CONTRACT_VERSION,
+            remedy=REBUILD,
+            check_digests=check_digests,
+        )
+        if found is None:
             raise BundleError(f"{folder} does not hold an engine: it has no {ENGINE_DESCRIPTION}. {REBUILD}")
-        version = parse_json(data, Versioned, where, remedy=REBUILD).contract_version
-        if version != CONTRACT_VERSION:
-            raise BundleError(
-                f"The engine {folder} follows contract version {version}, but this runtime serves version "
-                f"{CONTRACT_VERSION}. {REBUILD}"
-            )
-        found = parse_json(data, _Description, where, remedy=REBUILD)
         for name in (ENGINE, DESCRIPTION):
             if name not in found.files:
                 raise BundleError(f"{where} lists no {name}. {REBUILD}")

@@ -18,7 +18,8 @@ from medusa_export.common.errors import ExportError, SettingsError
 from medusa_export.heads.writer import check_config
 from medusa_export.training.settings import read_settings
 from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, MedusaError, Tree
-from medusa_runtime.bundles.bundle import DESCRIPTION, MAX_DESCRIPTION_BYTES, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.bundle import DESCRIPTION, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.description import MAX_DESCRIPTION_BYTES
 from medusa_runtime.bundles.json_file import MAX_VALUES, parse_json
 from medusa_runtime.bundles.listed_folder import ListedFolder, read_file, write_cache_file
 from medusa_runtime.decoding.latency import CACHE_FILE, LatencyTable
