@@ -75,7 +75,7 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
     facts.add_row("files", f"{len(files)}, {sum(file.size for file in files.values()) / 2**20:,.1f} MiB")
     if engine is not None:
         limits = engine.limits
-        longest = limits.longest_sequence(tree.size, tree.max_depth)
+        longest = limits.longest_sequence(tree)
         facts.add_row("engine", f"{engine.backend_name}, of {sum(engine.layers.values()):,} network layers")
         facts.add_row("", f"up to {limits.max_batch} sequences of {longest:,} tokens, {limits.max_prefill:,} per step")
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in bundle.producer.items()))

@@ -93,7 +93,7 @@ class EagerBackend:
             cache[row, :, : self._slots.slot(0)] = 0
             cache[row, :, self._slots.slot(length) :] = 0
         if self._pending is not None:
-            self._pending[row, :, : max(0, self._slots.margin - length)] = 0
+            self._pending[row, :, : self._slots.before_first(length)] = 0
 
     def assign(self, row: int, draws: Draws | None) -> None:
         self._sampling.assign(row, draws)

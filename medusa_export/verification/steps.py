@@ -109,13 +109,14 @@ class StepChecks:
 
     def _scenario(self, prompts: Sequence[Prompt], size: int, chunk: int, rng: np.random.Generator) -> None:
         """Prefills in chunks, then decodes with drafts that are right down to chosen depths."""
-        depth = self._tree.max_depth
+        depth, slots = self._tree.max_depth, self._bundle.slots
         left = [list(prompt.ids) for prompt in prompts]
         emitted: list[list[int]] = [[] for _ in prompts]
         for backend in (self._compiled, self._eager):
             longest = max(map(len, left))
             widest = max(size, min(chunk, longest))
-            backend.reserve(depth + longest + STEPS_PER_SCENARIO * (depth + 1) + widest + self._tree.size)
+            emitted_at_most = STEPS_PER_SCENARIO * slots.most_committed
+            backend.reserve(slots.capacity(longest + emitted_at_most, widest + self._tree.size))
             for row in range(self._rows):
                 backend.reset(row)
         for _ in range(STEPS_PER_SCENARIO + -(-max(map(len, left)) // chunk)):

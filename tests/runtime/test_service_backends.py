@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
     tiny_bundle: Bundle, engine: MedusaEngine, machine: Machine
 ) -> None:
     """And what fits runs to the last slot, beside rows that are as long."""
-    longest = machine.description.limits.longest_sequence(9, TREE.max_depth)
+    longest = machine.description.limits.longest_sequence(TREE)
     with MedusaService(tiny_bundle, machine.backend(3), None, tree_size=9) as service:
         for _ in range(2):  # free rows hold long texts the second time
             handles = [service.submit([token] * 60, max_new_tokens=longest - 60) for token in (5, 6, 7, 8, 9)]

@@ -79,7 +79,7 @@ def build_engine(
 
 def _summary(engine: CompiledEngine, bundle: Bundle) -> str:
     size, layers = engine.files[ENGINE].size / 2**20, sum(engine.layers.values())
-    longest = engine.limits.longest_sequence(bundle.tree.size, bundle.tree.max_depth)
+    longest = engine.limits.longest_sequence(bundle.tree)
     return (
         f"{size:,.0f} MiB from {layers:,} layers, for {', '.join(engine.targets)}; up to {engine.limits.max_batch} "
         f"sequences of {longest:,} tokens"

@@ -50,24 +50,25 @@ def choose_limits(
     Raises:
         EngineBuildError: The limits contradict each other. The message says which ones would do.
     """
-    tree, margin = bundle.tree.size, bundle.tree.max_depth
-    capacity = max_seq_len or min(bundle.model.max_positions + margin + tree - 2, MOST_SLOTS)
-    smallest = margin + tree
+    tree, slots, margin = bundle.tree.size, bundle.slots, bundle.slots.margin
+    capacity = max_seq_len or min(slots.sequence_capacity(bundle.model.max_positions, tree), MOST_SLOTS)
+    smallest = slots.capacity(0, tree)
     if capacity < smallest:
         raise EngineBuildError(
             f"--max-seq-len {capacity} is smaller than a step: the tree has {tree} nodes, and its depth takes {margin} "
             f"more slots. Give at least {smallest}, and room for prompt and answer."
         )
-    prefill = max_prefill if max_prefill is not None else max(min(MOST_PREFILL, capacity - margin), tree)
+    most = slots.most_entries(capacity)
+    prefill = max_prefill if max_prefill is not None else max(min(MOST_PREFILL, most), tree)
     if prefill < tree:
         raise EngineBuildError(
             f"--max-prefill {prefill} is smaller than the tree of {tree} nodes. The last chunk of a prompt is padded "
             f"to the size of the tree, so give at least {tree}."
         )
-    if prefill + margin > capacity:
+    if prefill > most:
         raise EngineBuildError(
             f"--max-prefill {prefill} doesn't fit into --max-seq-len {capacity}, because the first {margin} slots of a "
-            f"row are reserved. Give at most {capacity - margin}."
+            f"row are reserved. Give at most {most}."
         )
     return EngineLimits(max_batch=max_batch, capacity=capacity, max_prefill=prefill)
 

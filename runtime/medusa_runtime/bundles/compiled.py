@@ -21,6 +21,7 @@ from medusa_runtime.bundles.description import description_text, read_descriptio
 from medusa_runtime.bundles.json_file import Count, Name
 from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder
 from medusa_runtime.bundles.slots import SlotLayout
+from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.errors import BundleError
 
 ENGINE = "model.engine"
@@ -45,16 +46,15 @@ class EngineLimits:
     capacity: Size
     max_prefill: Size
 
-    def longest_sequence(self, tree_size: int, tree_depth: int) -> int:
-        """The most tokens of prompt and answer that leave room for a tree of this size in every step.
+    def longest_sequence(self, tree: Tree) -> int:
+        """The most tokens of prompt and answer that leave room for a whole tree in every step.
 
         Before the last step the cache lacks at most two tokens of the whole text (docs/contract.md: Slots).
 
         Args:
-            tree_size: Nodes that a step verifies.
-            tree_depth: Depth of the bundle's tree, M.
+            tree: The bundle's tree.
         """
-        return SlotLayout(tree_depth).longest_sequence(self.capacity, tree_size)
+        return SlotLayout(tree.max_depth).longest_sequence(self.capacity, tree.size)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class CompiledEngine:
             "version": self.version,
             "targets": self.targets,
             "limits": asdict(self.limits),
-            "longest_sequence": self.limits.longest_sequence(bundle.tree.size, bundle.tree.max_depth),
+            "longest_sequence": self.limits.longest_sequence(bundle.tree),
             "profiles": [asdict(profile) for profile in self.profiles],
             "bundle": {
                 "sha256": self.bundle_sha256,

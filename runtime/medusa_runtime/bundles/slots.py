@@ -26,6 +26,11 @@ class SlotLayout:
 
     margin: int
 
+    @property
+    def most_committed(self) -> int:
+        """The most entries that a step commits: those of a whole path, from the root to the deepest node."""
+        return self.margin + 1
+
     def slot(self, entry: int) -> int:
         """The slot of an entry. The slot of entry ``length`` is the first one behind the committed entries."""
         return self.margin + entry
@@ -55,7 +60,11 @@ class SlotLayout:
 
     def longest_sequence(self, capacity: int, size: int) -> int:
         """The most tokens of prompt and answer in caches of ``capacity`` slots; inverse of ``sequence_capacity``."""
-        return capacity - self.capacity(0, size) + _NOT_CACHED
+        return self.most_entries(capacity) - size + _NOT_CACHED
+
+    def most_entries(self, capacity: int) -> int:
+        """The most entries of a row in caches of ``capacity`` slots: C - M."""
+        return capacity - self.margin
 
 
 def rounded_capacity(capacity: int) -> int:

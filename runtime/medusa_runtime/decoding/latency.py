@@ -170,7 +170,7 @@ def _make_room(bundle: Bundle, backend: Backend, sizes: list[int]) -> tuple[list
     for count in range(len(sizes), 0, -1):
         for fill in (wanted, 1):
             # Each step commits a whole path at most, and the last one verifies the largest tree.
-            length = fill + (count + 1) * (bundle.tree.max_depth + 1)
+            length = fill + (count + 1) * bundle.slots.most_committed
             try:
                 backend.reserve(bundle.slots.capacity(length, sizes[count - 1]))
             except BackendError as error:

@@ -190,7 +190,7 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
             assert list(result.token_ids) == expected[0]
         assert engine.generate("Hi", max_new_tokens=5).text
         # 128 slots: to the last one, and no further; longer prompts go in chunks that the engine takes
-        longest = tiny_engine.limits.longest_sequence(TREE.size, TREE.max_depth)
+        longest = tiny_engine.limits.longest_sequence(TREE)
         prompt = PROMPTS[0] * 5
         result = engine.generate(prompt, max_new_tokens=longest - len(prompt), tree_size=9)
         assert len(result.token_ids) == longest - len(prompt)

@@ -56,6 +56,6 @@ def graph_for_tensorrt(bundle: Bundle, capacity: int) -> TensorrtGraph:
         RewriteError: A rewrite failed. It names the rewrite.
     """
     model = ir.load(bundle.graph)
-    step = StepFacts(margin=bundle.tree.max_depth, max_positions=bundle.model.max_positions, capacity=capacity)
+    step = StepFacts(margin=bundle.slots.margin, max_positions=bundle.model.max_positions, capacity=capacity)
     counts = TENSORRT.run(model, step)
     return TensorrtGraph(ir.to_proto(model).SerializeToString(), counts)

@@ -46,7 +46,7 @@ class RowState:
         self._bundle, self._rows = bundle, rows
         self._next: list[tuple[NDArray[Any], NDArray[Any]]] = []  # state, and what a step makes of it
         self.bound: list[Bound] = []
-        tokens = (rows, bundle.tree.max_depth + 1)
+        tokens = (rows, bundle.slots.most_committed)
         self.is_prefill = self._bind(np.zeros(rows, np.bool_), input_name="is_prefill")
         self._num_tokens = self._bind(np.zeros(rows, np.int64), input_name="num_tokens")
         self.lengths = self._bind_state(np.zeros(rows, np.int64), "cache_lengths", "next_cache_lengths")

@@ -285,7 +285,7 @@ class TensorRTBackend:
         longest = self._lengths.copy()
         for step in self._submitted:
             for row in range(self._rows):
-                longest[row] += step.added.get(row, min(step.size, self._bundle.tree.max_depth + 1))
+                longest[row] += step.added.get(row, min(step.size, self._bundle.slots.most_committed))
         if self._bundle.slots.capacity(int(longest.max()), size) > self._limits.capacity:
             raise BackendError(
                 f"A step of {size} tokens after {int(longest.max())} doesn't fit into caches of "
