@@ -31,7 +31,7 @@ def command(bundle: Path, as_json: bool) -> None:
         from rich.console import Console
 
         from medusa_runtime.bundles.bundle import ENGINE_DESCRIPTION, GRAPHS, Bundle
-        from medusa_runtime.bundles.compiled import CompiledEngine, is_engine
+        from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, is_engine
 
         opened = Bundle.load(bundle, check_digests=False)
         engine = CompiledEngine.load(bundle, check_digests=False) if is_engine(bundle) else None
@@ -50,6 +50,8 @@ def command(bundle: Path, as_json: bool) -> None:
     console.print(_tensors(opened))
     for line in _graphs(opened, ops):
         console.print(line, highlight=False)
+    if engine is not None and engine.rewrites:
+        console.print(f"[bold]{ENGINE}[/bold]: rewrites: {_applied(engine.rewrites)}", highlight=False)
 
 
 def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
@@ -104,9 +106,13 @@ def _graphs(bundle: Bundle, ops: Mapping[str, Counter[str]]) -> Iterator[str]:
         yield f"[bold]{name}[/bold]: {sum(counts.values()):,} nodes"
         yield ", ".join(f"{op} {count}" for op, count in counts.most_common())
         if name in bundle.graphs:
-            applied = [f"{rewrite} {count}" for rewrite, count in bundle.graphs[name].rewrites.items() if count]
-            yield f"rewrites: {', '.join(applied) or 'none'}"
+            yield f"rewrites: {_applied(bundle.graphs[name].rewrites)}"
     yield from map(escape, bundle.notes)
+
+
+def _applied(rewrites: Mapping[str, int]) -> str:
+    """Returns the rewrites that changed something, with their counts."""
+    return ", ".join(f"{rewrite} {count}" for rewrite, count in rewrites.items() if count) or "none"
 
 
 def _tensors(bundle: Bundle) -> Table:

@@ -171,9 +171,12 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
     assert not list(out.glob("model.onnx*"))
     data = json.loads((out / "engine.json").read_text())
     assert data["network_layers"]["total"] == sum(engine.layers.values()) > 100
+    assert data["rewrites"] == dict(engine.rewrites) and engine.rewrites["pick_parts"] > 0
+    assert list(engine.rewrites) == [rewrite.name for rewrite in TENSORRT.rewrites]
     assert data["bundle"]["files"]["model.onnx"] == tiny_bundle.files["model.onnx"].sha256
     code, output = run("inspect", out)
     assert code == 0
+    assert "pick_parts" in output
     assert "tensorrt-rtx" in output and "up to 4 sequences of 53 tokens, 60 per step" in output
     assert json.loads(run("inspect", out, "--json")[1])["engine"] == data
     code, output = run(*arguments)

@@ -127,6 +127,7 @@ def write_engine(
         limits=options.limits,
         profiles=built.profiles,
         layers=built.layers,
+        rewrites=built.rewrites,
         opt_level=options.opt_level,
         build_seconds=built.seconds,
     )

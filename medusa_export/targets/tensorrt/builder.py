@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class BuiltEngine:
         targets: GPU architectures that it runs on.
         profiles: Its optimisation profiles, in order.
         layers: Number of layers of the parsed network, by type.
+        rewrites: Number of places that each rewrite changed, by its name.
         seconds: Time to parse and build, in seconds.
         timing_cache: The measured kernels, serialised; None if they are not kept.
     """
@@ -44,6 +46,7 @@ class BuiltEngine:
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
     layers: dict[str, int]
+    rewrites: Mapping[str, int]
     seconds: float
     timing_cache: bytes | None = None
 
@@ -63,6 +66,7 @@ class EngineBuilder:
     Attributes:
         log: TensorRT's logger; ``log.errors`` holds the errors.
         network: The parsed network; None before ``parse``.
+        rewrites: Number of places that each rewrite changed, by its name; empty before ``parse``.
     """
 
     library: TensorRTLibrary
@@ -70,6 +74,7 @@ class EngineBuilder:
     options: BuildOptions
     log: Any = field(init=False)
     network: Any = field(init=False, default=None)
+    rewrites: Mapping[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         trt = self.library.trt
@@ -92,6 +97,7 @@ class EngineBuilder:
         self.network = self._builder.create_network(1 << int(flag) if flag is not None else 0)
         self._parser = trt.OnnxParser(self.network, self.log)
         graph = graph_for_tensorrt(self.bundle, self.options.limits.capacity)
+        self.rewrites = graph.rewrites
         if not self._parser.parse(graph.data, str(self.bundle.graph.resolve())):
             raise parser_error(self._parser, self.log)
         check_network(trt, self.network, self.bundle, self.options.limits.capacity)
@@ -132,7 +138,15 @@ class EngineBuilder:
             raise build_error(self.log.errors, self._layer_names())
         on_fraction(1.0)  # the builder does not always report its last steps
         kept = bytes(config.get_timing_cache().serialize()) if self.options.timing_cache is not None else None
-        return BuiltEngine(memoryview(data), targets, profiles, self.layer_counts(), time.monotonic() - started, kept)
+        return BuiltEngine(
+            data=memoryview(data),
+            targets=targets,
+            profiles=profiles,
+            layers=self.layer_counts(),
+            rewrites=self.rewrites,
+            seconds=time.monotonic() - started,
+            timing_cache=kept,
+        )
 
     def _layer_names(self) -> list[str]:
         return [layer.name for layer in layers_of(self.network)]

@@ -87,6 +87,8 @@ class CompiledEngine:
         limits: Sizes that the engine was built for.
         profiles: The engine's optimisation profiles, in the engine's order.
         layers: Number of layers of the parsed network, by type.
+        rewrites: Number of places that each rewrite for TensorRT changed, by the rewrite's name, in the order in which
+            they ran; empty in older engines.
         opt_level: The builder's optimisation level.
         build_seconds: Seconds that the builder took.
         files: Size and digest of each file in the folder, by name.
@@ -100,6 +102,7 @@ class CompiledEngine:
     limits: EngineLimits
     profiles: tuple[Profile, ...]
     layers: Mapping[str, int] = field(default_factory=dict)
+    rewrites: Mapping[str, int] = field(default_factory=dict)
     opt_level: int = 0
     build_seconds: float = 0.0
     files: Mapping[str, FileFacts] = field(default_factory=dict)
@@ -132,6 +135,7 @@ class CompiledEngine:
                 "files": {name: facts.sha256 for name, facts in sorted(bundle.files.items())},
             },
             "network_layers": {"total": sum(self.layers.values()), **self.layers},
+            "rewrites": dict(self.rewrites),
             "opt_level": self.opt_level,
             "build_seconds": round(self.build_seconds, 2),
         }
@@ -178,6 +182,7 @@ class CompiledEngine:
             limits=found.limits,
             profiles=found.profiles,
             layers={name: count for name, count in found.network_layers.items() if name != "total"},
+            rewrites=found.rewrites,
             opt_level=found.opt_level,
             build_seconds=found.build_seconds,
             files=found.files,
@@ -189,7 +194,7 @@ class _BuiltFrom(msgspec.Struct):
 
 
 class _Description(msgspec.Struct):
-    """The schema of ``engine.json``."""
+    """The schema of ``engine.json``. Older engines lack the keys that have a default here."""
 
     flavor: Name
     version: Name
@@ -201,6 +206,7 @@ class _Description(msgspec.Struct):
     opt_level: Count
     build_seconds: float
     files: FileTable
+    rewrites: dict[Name, Count] = msgspec.field(default_factory=dict)
 
 
 def is_engine(folder: Path) -> bool:
