@@ -45,7 +45,7 @@ def plot_training(history: Sequence[dict[str, Any]], num_heads: int, target: Pat
     """Plots losses and accuracies over epochs.
 
     Args:
-        history: What a training logged.
+        history: The log of a training.
         num_heads: Number of heads.
         target: The PNG file to write.
 

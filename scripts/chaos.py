@@ -128,7 +128,7 @@ class _Alone:
 
 
 class ServiceRun:
-    """One service from its start to its end.
+    """A service from its start to its end.
 
     Args:
         scenario: The requests and settings.

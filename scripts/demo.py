@@ -115,7 +115,7 @@ def row(answers: dict[str, list[list[Generation]]], wanted: Callable[[str], bool
 
 
 def setup_summary(loading: float) -> str:
-    """How long each part of the set-up took; ``demo.sh`` measures the parts before this script."""
+    """The time that each part of the set-up took; ``demo.sh`` measures the parts before this script."""
     parts = {
         "Python packages": float(os.environ.get("DEMO_INSTALL_SECONDS", "0")),
         "model download": float(os.environ.get("DEMO_DOWNLOAD_SECONDS", "0")),

@@ -19,7 +19,7 @@ from medusa_runtime.request import TreeSize
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer and its times.
+    """An answer and the time that it took.
 
     Attributes:
         token_ids: The tokens of the answer.

@@ -66,7 +66,7 @@ def output_option(content: str) -> Decorator:
     """The option ``-o``, the file or the folder to write.
 
     Args:
-        content: What is written there.
+        content: A sentence about the file or folder.
     """
     return click.option("-o", "--output", type=PATH, required=True, help=content)
 
@@ -75,7 +75,7 @@ def overwrite_option(noun: str) -> Decorator:
     """The flag ``--overwrite``.
 
     Args:
-        noun: What may be replaced, with its article.
+        noun: The kind of folder that may be replaced, with its article.
     """
     return click.option("--overwrite", is_flag=True, help=f"Replace {noun} that is there.")
 
@@ -84,7 +84,7 @@ def strict_option(noun: str) -> Decorator:
     """The flag ``--strict``.
 
     Args:
-        noun: What is refused for a row that can't be used.
+        noun: The source that is refused, such as ``files``.
     """
     return click.option(
         "--strict", is_flag=True, help=f"Refuse {noun} with rows that can't be used, instead of skipping them."
@@ -95,7 +95,7 @@ def data_option(content: str) -> Decorator:
     """The option ``--data``, data sets.
 
     Args:
-        content: What a data set may be.
+        content: The kinds of data sets.
     """
     text = f"{content}. May be given more than once."
     return click.option("--data", type=PATH, required=True, multiple=True, help=text)

@@ -102,7 +102,7 @@ class _Counted:
     """A counted job in a log.
 
     Args:
-        message: What the job is doing.
+        message: The job's action, such as ``answering``.
         done: Pieces that were finished when it started.
     """
 

@@ -90,13 +90,13 @@ class EngineBuildError(ExportError):
     """TensorRT refused a graph, or can't build an engine with these options.
 
     Args:
-        message: What went wrong.
+        message: The problem, as a sentence.
         node: The ONNX node that failed, if TensorRT names one.
-        remedy: What to do, if that is known.
+        remedy: The remedy, as a sentence; None if it is not known.
 
     Attributes:
         node: The ONNX node that failed; None if TensorRT names none.
-        remedy: What to do; None if that is not known.
+        remedy: The remedy; None if it is not known.
     """
 
     def __init__(self, message: str, *, node: str | None = None, remedy: str | None = None) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One report on a running job. ``str()`` gives it as a line of text.
+    """A report on a running job. ``str()`` gives it as a line of text.
 
     Attributes:
-        message: What the job is doing, or what it has found.
+        message: The job's present action, or its finding.
         done: Finished pieces of work; None if the work is not counted.
         total: All pieces of work; None if the work is not counted.
         rate: Speed as text, such as ``1,200 tokens/s``; empty if the job does not measure it.
@@ -40,11 +40,11 @@ class Task:
     """A job of countable pieces: counts those that are finished, and reports each change.
 
     Args:
-        message: What the job is doing.
+        message: The job's action, such as ``answering``.
         total: All pieces of work.
         on_progress: Receives the reports.
         done: Pieces that were finished before the start.
-        unit: What ``add`` counts, such as ``tokens``.
+        unit: The unit that ``add`` counts, such as ``tokens``.
     """
 
     def __init__(self, message: str, total: int, on_progress: OnProgress, *, done: int = 0, unit: str = "") -> None:

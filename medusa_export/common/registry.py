@@ -17,7 +17,7 @@ class Registry(Generic[T]):
     entry point is loaded when its name is asked for.
 
     Args:
-        kind: What a member is called in messages, such as "acceptance rule".
+        kind: The name of a member in messages, such as "acceptance rule".
         group: The group of entry points, such as "medusa_export.acceptance_rules".
     """
 

@@ -164,7 +164,7 @@ class _Tracer:
     """Runs the first layer of each kind, and replaces the others by marks.
 
     Args:
-        like: For each layer, the index of the first layer of its kind.
+        like: The index of the first layer of the same kind, per layer.
     """
 
     def __init__(self, like: list[int]) -> None:
@@ -227,7 +227,7 @@ class _Tracer:
 
 
 def kinds_of(layers: nn.ModuleList) -> list[int]:
-    """For each layer, the index of the first layer of its kind."""
+    """The index of the first layer of the same kind, per layer."""
     first: dict[object, int] = {}
     return [first.setdefault(_describe(layer), index) for index, layer in enumerate(layers)]
 
@@ -238,7 +238,7 @@ def reusing_layers(layers: nn.ModuleList, like: list[int]) -> Iterator[None]:
 
     Args:
         layers: The decoder layers.
-        like: For each layer, the index of the layer whose trace it shares.
+        like: The index of the layer whose trace is shared, per layer.
 
     Raises:
         AnotherKindError: A layer is called in another way than the layer whose trace it shares.

@@ -1,4 +1,4 @@
-"""What a head architecture is to the rest of the project: its configuration, its drafts, its weights."""
+"""The interface of a head architecture: configuration, drafts and weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HeadsConfig:
 
 @dataclass(frozen=True)
 class DraftInputs:
-    """What heads draft from: the state of each row after the accepted path.
+    """The input of heads: the state of each row after the accepted path.
 
     Attributes:
         hidden: [B, H], the base model's last hidden state at the deepest accepted node.
@@ -76,11 +76,11 @@ class DraftTree:
 
 @dataclass(frozen=True)
 class Draft:
-    """What heads drafted.
+    """The draft of a step.
 
     Attributes:
         tokens: [B, T - 1], the token of each node below the root.
-        logits: [B, active heads, V'], what the tokens were taken from.
+        logits: [B, active heads, V'], the logits that the tokens were taken from.
     """
 
     tokens: Tensor
@@ -99,7 +99,7 @@ class DraftHeads(nn.Module, ABC):
 
     Attributes:
         architecture: The name in the registry.
-        config: As given.
+        config: The shape of the heads.
         token_map: [V'], the base model's token of each draft token; None if the heads propose all tokens.
     """
 
@@ -147,7 +147,7 @@ class DraftHeads(nn.Module, ABC):
 
     @property
     def shares_lm_head(self) -> bool:
-        """Whether ``forward`` uses the base model's output projection, which must then stay as it is."""
+        """True if ``forward`` uses the base model's output projection, which must then stay as it is."""
         return False
 
     @property
@@ -183,6 +183,6 @@ class DraftHeads(nn.Module, ABC):
         """Sets which weights are trained.
 
         Args:
-            projections: Whether large output projections that are copies of the base model's are trained too.
+            projections: Also train large output projections that are copies of the base model's.
         """
         self.requires_grad_(True)

@@ -233,7 +233,7 @@ def _named_projections(heads: MedusaHeads, lm_head: nn.Linear | None, layout: st
 
 
 def _is_lm_head(common: nn.Linear, token_map: Tensor | None, lm_head: nn.Linear | None) -> bool:
-    """Whether the heads' one projection is the base model's, or made of its rows."""
+    """True if the heads' common projection is the base model's, or is made of its rows."""
     if lm_head is None or common is lm_head:
         return common is lm_head or token_map is None
     rows = lm_head.weight if token_map is None else lm_head.weight[token_map]

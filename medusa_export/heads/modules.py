@@ -43,7 +43,7 @@ class MedusaConfig(HeadsConfig):
 
 
 class ResidualLayer(nn.Module):
-    """One residual block of every head, x + SiLU(W [x; e] + b), as one batched product.
+    """A residual block, x + SiLU(W [x; e] + b), of all heads in one batched product.
 
     All weights start at 0, so fresh heads copy the base model. Only a conditioned layer reads e, the embedding of the
     next root.
@@ -51,7 +51,7 @@ class ResidualLayer(nn.Module):
     Args:
         num_heads: K.
         hidden_size: H.
-        conditioned: Whether the layer reads e.
+        conditioned: True if the layer reads e.
 
     Attributes:
         weight: [K, H, H], from input to output; [K, 2H, H] if conditioned, with the rows of e behind those of x.
@@ -66,7 +66,7 @@ class ResidualLayer(nn.Module):
 
     @property
     def conditioned(self) -> bool:
-        """Whether the layer reads e."""
+        """True if the layer reads e."""
         return self.weight.shape[1] > self.weight.shape[2]
 
     def forward(self, states: Tensor, embedded: Tensor | None) -> Tensor:
@@ -119,9 +119,9 @@ class MedusaHeads(DraftHeads):
             num_heads: K.
             lm_head: The base model's output projection.
             num_layers: The number of residual blocks per head.
-            conditioned: Whether the heads read the embedding of the next root.
+            conditioned: True if the heads read the embedding of the next root.
             token_map: [V'], the tokens that the heads can propose; all tokens if None.
-            own_projections: Whether each head gets a copy of W2, to be trained.
+            own_projections: Give each head a copy of W2, to be trained.
         """
         vocab_size, hidden_size = lm_head.weight.shape
         shared = token_map is None and not own_projections

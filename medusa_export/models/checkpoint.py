@@ -18,7 +18,7 @@ from medusa_export.models.files import Place
 
 
 class StoredWeight(NamedTuple):
-    """One tensor of a checkpoint's files.
+    """A tensor of a checkpoint's files.
 
     Attributes:
         name: The tensor's name in the file.
@@ -33,7 +33,7 @@ class StoredWeight(NamedTuple):
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model computes.
+    """The type of a model's weights, and its attention.
 
     Attributes:
         dtype: The type of the weights.
@@ -94,7 +94,7 @@ class Checkpoint(abc.ABC):
 
         Args:
             config: The configuration.
-            precision: How the model computes.
+            precision: The type of the weights, and the attention.
         """
 
     @abc.abstractmethod
@@ -134,7 +134,7 @@ def from_pretrained(
 
     Args:
         config: The configuration.
-        precision: How the model computes.
+        precision: The type of the weights, and the attention.
         path: A folder or hub id with weights; None for weights in ``state_dict``.
         arguments: Further arguments of transformers' ``from_pretrained``, such as ``state_dict``.
     """

@@ -38,7 +38,7 @@ _HEADER_LENGTH = 8  # bytes that hold the length of a safetensors header
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint is: in a folder, in a single file, or on the hub.
+    """The place of a checkpoint: a folder, a single file, or a repository of the hub.
 
     Attributes:
         source: The path or hub id, as the user gave it.
@@ -52,7 +52,7 @@ class Place:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is a hub id."""
+        """True if the source is a hub id."""
         return self.folder is None and self.single_file is None
 
     @property

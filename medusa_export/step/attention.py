@@ -111,7 +111,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
 
     Args:
         past: Key and value caches, alternating, each [B, num_key_value_heads, C, head_dim].
-        pending: For each cache its pending entries, [B, num_key_value_heads, M, head_dim]; empty if M is 0.
+        pending: The pending entries of each cache, [B, num_key_value_heads, M, head_dim]; empty if M is 0.
         write_indices: [B], the slot of each row's first entry to write.
         masks: The attention masks of the step.
         first_layer: The index of the layer that the first two caches belong to.

@@ -60,7 +60,7 @@ class SamplingInputs:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is drawn for U nodes.
+    """The draws of U nodes.
 
     Attributes:
         tokens: [B, U], the token drawn after each node; the best one in greedy rows.
@@ -87,7 +87,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What sampling gives for all R verified nodes. Nodes without a draw hold the values of a greedy step.
+    """The result of sampling for all R verified nodes. Nodes without a draw hold the values of a greedy step.
 
     Attributes:
         chosen: [B, R], the token after each node: a drawn one, or the best one.
@@ -235,7 +235,7 @@ def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _CutOff:
-    """Where top-k, top-p and min-p end.
+    """The ends of top-k, top-p and min-p.
 
     Attributes:
         least: [B, U, 1], the smallest logit that is kept, relative to the best one.

@@ -1,4 +1,4 @@
-"""One decoding step: commit, verify, accept, draft.
+"""A decoding step: commit, verify, accept, draft.
 
 ``MedusaStep`` is the product: its eager run is the PyTorch reference, and its trace is the ONNX graph.
 
@@ -36,7 +36,7 @@ from medusa_runtime.bundles.tree import Tree
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step takes. Names and shapes are those of the graph contract, but pending entries are split by cache.
+    """The inputs of a step. Names and shapes are those of the graph contract, but pending entries are split by cache.
 
     Attributes:
         input_ids: [B, S], a chunk of the prompt, or the first S nodes of the tree.
@@ -44,8 +44,8 @@ class StepInputs:
         is_prefill: [B] boolean, True in rows that take in a chunk.
         cache_lengths: [B], the number of committed entries.
         past: 2L caches, keys and values alternating, each [B, num_key_value_heads, C, head_dim].
-        pending: For each cache the last M committed entries, [B, num_key_value_heads, M, head_dim]; empty if M is 0.
-        sampling: How each row draws its tokens; None in a step that is greedy only.
+        pending: The last M committed entries of each cache, [B, num_key_value_heads, M, head_dim]; empty if M is 0.
+        sampling: The sampling parameters and numbers of each row; None in a step that is greedy only.
     """
 
     input_ids: Tensor
@@ -59,7 +59,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step gives. Names and shapes are those of the graph contract.
+    """The outputs of a step. Names and shapes are those of the graph contract.
 
     The following are named values of the graph, but no outputs:
 
@@ -295,7 +295,7 @@ class MedusaStep(nn.Module):
 
 
 def _is_finite(nodes: VerifiedNodes) -> Tensor:
-    """Whether each node's logits are finite, [B, R].
+    """Finds the nodes whose logits are finite, [B, R] boolean.
 
     A hidden state that is not finite makes all logits NaN, or the largest one infinite. So it is enough to look at the
     logit of the chosen token, and at the sum over all logits where a token was drawn.

@@ -119,11 +119,11 @@ def _computed(model: PreTrainedModel, samples: Sequence[Sample], key: FeatureKey
 
 
 def depth_of(heads: DraftHeads, *, lookup: bool) -> int:
-    """How many tokens ahead to count. Lookup hits reach deeper than heads.
+    """The number of tokens ahead to count. Lookup hits reach deeper than heads.
 
     Args:
         heads: The heads.
-        lookup: Whether to count lookup hits.
+        lookup: Count lookup hits, too.
     """
     return max(heads.config.num_heads, DEEPEST_LOOKUP) if lookup else heads.config.num_heads
 
@@ -144,7 +144,7 @@ def counted(
         model: The heads' base model.
         features: Positions of held-out text, with ``depth_of`` targets each.
         texts: The conversations that hold these positions, in the same order.
-        lookup: Whether to count lookup hits.
+        lookup: Count lookup hits, too.
         names: The names ``model`` and ``heads`` that the calibration keeps.
 
     Raises:

@@ -179,7 +179,7 @@ def compute_features(
         folder: Folder that keeps the features.
         key: Everything that the features depend on.
         name: Their name in reports.
-        otherwise: What the user can do if there is no room for them, as the end of an error message.
+        otherwise: The remedy if there is no room for them, as the end of an error message.
         on_progress: Receives reports on the job.
 
     Raises:
@@ -262,7 +262,7 @@ def _compute(model: PreTrainedModel, batch: Sequence[Sample], num_heads: int) ->
 
 
 def _left(positions: Sequence[int]) -> list[int]:
-    """For each position, the number of positions that follow it without a gap."""
+    """Counts the positions that follow each position without a gap."""
     counts = [0] * len(positions)
     for place in range(len(positions) - 2, -1, -1):
         if positions[place + 1] == positions[place] + 1:

@@ -85,7 +85,7 @@ class Reading:
 
 
 def summary(skipped: Sequence[Skipped], rows: int) -> str:
-    """One line with the number of skipped rows, and the reasons for the first of them.
+    """A line with the number of skipped rows, and the reasons for the first of them.
 
     Args:
         skipped: The skipped rows.

@@ -35,10 +35,10 @@ class Tolerances:
 
 @dataclass
 class Check:
-    """One comparison and its result.
+    """A comparison and its result.
 
     Attributes:
-        name: What is compared.
+        name: The name of what is compared.
         compared: Number of compared values or tokens. A check that compared none fails.
         mismatches: Number of them that were wrong.
         figures: Further figures, by name.

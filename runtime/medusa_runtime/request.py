@@ -1,4 +1,4 @@
-"""What a request asks for, and what it gets back."""
+"""The options of a request, and its answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GenerationOptions(TypedDict, total=False):
         stop: Strings that end the text. They are not part of it. A string may contain special tokens, such as
             ``<|im_start|>``: each matches that token, and its name in the text. Default: none.
         stop_token_ids: Token ids that end the text, besides the model's own. Default: none.
-        sampling: How tokens are drawn. Default: None, which is greedy decoding.
+        sampling: Sampling parameters. Default: None, which is greedy decoding.
         logprobs: If True, the answer has log probabilities. Default: False.
         lookup: If True, steps also verify the tokens that followed when the text had the same last tokens before.
             This never changes the answer. It is off under typical acceptance, where it would. Default: True.
@@ -136,12 +136,12 @@ def _mean(counts: Counter[int]) -> float:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step adds to an answer: its tokens, and the text that will not change any more.
+    """The part of an answer that a step adds: its tokens, and the text that will not change any more.
 
     Attributes:
         text: The text.
         token_ids: The tokens.
-        logprobs: For each token log p by the base model's own distribution, before temperature and cut-offs. None if
+        logprobs: Log p of each token by the base model's own distribution, before temperature and cut-offs. None if
             the request did not ask for log probabilities.
     """
 

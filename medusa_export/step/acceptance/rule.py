@@ -40,7 +40,7 @@ class VerifiedNodes:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule says about each verified node by itself.
+    """A rule's judgement of each verified node by itself.
 
     Attributes:
         confirmed: [B, R] boolean, True where the node's token may follow its parent. The root's value is not read.

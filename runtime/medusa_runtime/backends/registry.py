@@ -24,7 +24,7 @@ GROUP = "medusa_runtime.backends"
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """What a backend is opened with, besides the bundle.
+    """Options that a backend is opened with, besides the bundle.
 
     Attributes:
         rows: Sequences that it has to hold side by side.
@@ -133,7 +133,7 @@ def _open_best(bundle: Bundle, options: OpenOptions) -> Backend:
 
 
 def _content(options: OpenOptions) -> str:
-    """What a folder holds, as ``BackendKind.runs`` says it."""
+    """The content of a folder, as a word of ``BackendKind.runs``."""
     return BUNDLE if options.engine is None else options.engine.flavor
 
 

@@ -124,7 +124,7 @@ class Acceptance(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """How a graph of a bundle was made.
+    """Facts about a graph of a bundle.
 
     Attributes:
         rewrites: Number of places that each rewrite changed, by the rewrite's name, in the order in which they ran.
@@ -156,7 +156,7 @@ class Bundle:
         generation: The values that the model's generation config sets; empty in older bundles.
         acceptance_rules: The names of the graph's acceptance rules. Rules other than ``exact`` and ``typical`` may
             accept drafts of any request that the base model has not chosen.
-        graphs: How each graph was made, by file name; empty in older bundles.
+        graphs: Facts about each graph, by file name; empty in older bundles.
         digests_checked: Whether the files were compared with their digests.
     """
 

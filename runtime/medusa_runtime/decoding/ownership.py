@@ -14,7 +14,7 @@ _last_user: WeakKeyDictionary[Backend, object] = WeakKeyDictionary()
 
 
 class Ownership:
-    """One user's claim to the rows of a backend that several engines may share.
+    """A user's claim to the rows of a backend that several engines may share.
 
     Args:
         backend: The backend.

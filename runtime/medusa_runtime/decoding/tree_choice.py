@@ -141,8 +141,8 @@ class TreeChoice:
 
         Args:
             measured: Number of rows of the table to use.
-            kinds: For each row, whether it has a lookup hit.
-            accuracies: For each row, its accuracy.
+            kinds: True per row that has a lookup hit.
+            accuracies: The accuracy of each row.
         """
         seconds = self._tables[measured].seconds
         sizes = list(seconds)

@@ -141,7 +141,7 @@ class _Plain:
     """Copies values to plain JSON types, within bounds. So a template gets no objects with methods of their own.
 
     Args:
-        name: What the values belong to, as the subject of messages.
+        name: The owner of the values, as the subject of messages.
     """
 
     def __init__(self, name: str) -> None:

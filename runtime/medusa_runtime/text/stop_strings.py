@@ -80,8 +80,8 @@ class _Automaton:
     """Finds the first of several sequences of symbols in a text (Aho and Corasick, 1975). Searching does not change it.
 
     Attributes:
-        characters: For each state, the number of last characters of the text that may begin a stop string.
-        matches: For each state, the longest stop string that ends there; None if none does.
+        characters: Per state, the number of last characters of the text that may begin a stop string.
+        matches: Per state, the longest stop string that ends there; None if none does.
     """
 
     def __init__(self, stops: Mapping[str, Sequence[Symbol]]) -> None:

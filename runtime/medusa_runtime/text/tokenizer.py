@@ -328,7 +328,7 @@ def library_errors(doing: str) -> Iterator[None]:
     Panics of the library's Rust code are included. They are a ``BaseException``, not an ``Exception``.
 
     Args:
-        doing: What the library does inside, as in "can't read this file".
+        doing: The library's action inside, as in "can't read this file".
     """
     try:
         yield

@@ -59,7 +59,7 @@ Token = TokenText | TokenFacts
 
 
 class TemplateEntry(msgspec.Struct):
-    """One of several chat templates."""
+    """A chat template and its name, where a tokenizer has several."""
 
     name: TokenText
     template: str

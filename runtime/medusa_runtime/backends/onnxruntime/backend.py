@@ -142,7 +142,7 @@ class OnnxRuntimeBackend(SessionBackend):
         return self._state.result
 
     def _window(self, rows: tuple[int, ...], size: int) -> Window:
-        """Where rows are that step together; moves them if they aren't beside each other, or have no room."""
+        """The window of rows that step together; moves them if they aren't beside each other, or have no room."""
         self._forget_moved()
         lengths = self._state.lengths.tolist()
         needed = self._bundle.slots.capacity(max(lengths[row] for row in rows), size)

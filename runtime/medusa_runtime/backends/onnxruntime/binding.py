@@ -32,7 +32,7 @@ class Binding:
     Args:
         ort: The module ``onnxruntime``.
         session: The session.
-        bound: What is bound from the beginning.
+        bound: The memory to bind at the beginning.
 
     Attributes:
         values: ONNX Runtime's ``IOBinding``, which the session runs with.

@@ -49,7 +49,7 @@ class DeviceCaches:
 
     @property
     def bound(self) -> list[Bound]:
-        """What a session is to be bound to; pending entries change places in each step, see ``bind_pending``."""
+        """The memory to bind a session to; pending entries change places in each step, see ``bind_pending``."""
         return [
             Bound(cache_name("past", index), cache_name("present", index), on_device=value)
             for index, value in enumerate(self.values)

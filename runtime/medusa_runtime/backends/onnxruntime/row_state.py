@@ -31,10 +31,10 @@ class RowState:
         pending: True if pending entries are kept here, where the session has them; False if a device keeps them.
 
     Attributes:
-        bound: What the session is to be bound to.
+        bound: The memory to bind the session to.
         lengths: Committed entries, [B].
         drafts: The trees to verify next, [B, T].
-        result: What the last step emitted.
+        result: The result of the last step.
         pending: Pending entries, [B, 2L·N, M, d]; None if they aren't kept here.
         path: The nodes that the last step accepted, [B, M + 1]; None if the graph keeps them to itself.
         is_prefill: The rows that took in a chunk in the last step, [B].
@@ -147,7 +147,7 @@ class StagedRows:
         self._pairs = [(item, item.array, np.zeros_like(item.array)) for item in bound if item.array is not None]
 
     def bound(self, count: int) -> list[Bound]:
-        """What the session is to be bound to for steps of ``count`` rows."""
+        """The memory to bind the session to for steps of ``count`` rows."""
         return [Bound(item.input, item.output, staged[:count]) for item, _, staged in self._pairs]
 
     def gather(self, rows: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""What the ONNX Runtime backends have in common: a session, and the state of rows in host memory."""
+"""The base of the ONNX Runtime backends: a session, and the state of rows in host memory."""
 
 from __future__ import annotations
 

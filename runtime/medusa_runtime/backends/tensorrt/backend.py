@@ -33,7 +33,7 @@ class _Submitted:
     """A step in flight.
 
     Attributes:
-        slot: Where its results arrive.
+        slot: The memory for its results.
         size: S.
         added: Tokens that each prefilling row takes in, by row; 0 for rows that don't take part.
     """

@@ -24,7 +24,7 @@ RESULTS = ("tokens", "count", "logprobs")
 
 @dataclass
 class ResultSlot:
-    """Where the results of one step arrive in host memory.
+    """Host memory for the results of one step.
 
     Attributes:
         memory: All results, side by side.
@@ -42,7 +42,7 @@ class Entries:
     """Consecutive slots of all heads of one row in one cache, or of its pending entries, on the device.
 
     Attributes:
-        address: Of the first slot of the first head.
+        address: The address of the first slot of the first head.
         pitch: Bytes from head to head.
     """
 
@@ -130,7 +130,7 @@ class Buffers:
         return self._slots
 
     def _part(self, memory: NDArray[np.uint8], name: str, place: int) -> NDArray[Any]:
-        """One of a step's results, as an array over a part of the memory of all."""
+        """A result of a step, as an array over its part of the memory for all results."""
         spec = self.specs[name]
         part: NDArray[Any] = memory[place : place + self.size(spec)].view(spec.dtype)
         return part.reshape(fixed_shape(spec, {"batch": self._rows}))
@@ -174,7 +174,7 @@ class Buffers:
             name: A tensor of shape [B, heads, slots, d].
             row: The row.
             slot: The first slot.
-            index: For ``pending_kv``, which has the heads of all caches, the cache.
+            index: The cache, for ``pending_kv``, which has the heads of all caches.
         """
         spec = self.specs[name]
         _, heads, slots, _ = self.shape(spec)

@@ -76,7 +76,7 @@ class EngineSteps:
         Args:
             size: S.
             width: Tokens per row to draw (W).
-            doing: What this is part of, for the message of a failure.
+            doing: The action that this is part of, for the message of a failure.
         """
         decoder = self._decoders.get((size, width))
         if decoder is None:
