@@ -227,8 +227,8 @@ def with_hits(
     # A proposed token that a head ranks behind the target, or not at all, moves the target back by one rank.
     merged = np.where(there & (proposed == targets), 0, places + (there & (ranks > places)))
     # Proposed tokens form a chain: in the tree, the second exists only below the first.
-    on_spine = np.cumprod(np.column_stack([np.ones(len(places), np.int64), merged[:, :-1] == 0]), axis=1) > 0
-    return np.where(on_spine, merged, places)
+    on_best_path = np.cumprod(np.column_stack([np.ones(len(places), np.int64), merged[:, :-1] == 0]), axis=1) > 0
+    return np.where(on_best_path, merged, places)
 
 
 def step_starts(places: NDArray[np.int64], left: NDArray[np.int64]) -> NDArray[np.int64]:

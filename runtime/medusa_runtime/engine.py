@@ -68,7 +68,7 @@ class MedusaEngine(Closeable):
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = tokenizer
-        kept = None if bundle.acceptance.hopeless else LatencyTable.kept(bundle, backend, backend.rows)
+        kept = None if bundle.acceptance.drafts_are_useless else LatencyTable.kept(bundle, backend, backend.rows)
         self._loop = DecodeLoop(
             bundle,
             backend,

@@ -58,7 +58,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = WARM_UP + 3, WARM_UP + 7
 PATIENCE = 4.0
 
 # Once a tree has less than this part of the best speed, larger trees are not measured.
-HOPELESS = 0.6
+LEAST_SPEED = 0.6
 
 # Tokens of all rows in one measured step, at most: no CPU that we know verifies more tokens any faster.
 MOST_TOKENS = 64

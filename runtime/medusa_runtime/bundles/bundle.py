@@ -112,8 +112,8 @@ class Acceptance(msgspec.Struct, frozen=True):
         return self.hit_values if hit and self.hit_values else self.node_values
 
     @property
-    def hopeless(self) -> bool:
-        """Whether no draft is expected to be accepted: the heads are untrained, or the tree has one node."""
+    def drafts_are_useless(self) -> bool:
+        """True if no draft is expected to be accepted: the heads are untrained, or the tree has one node."""
         return self.expected_tokens(len(self.node_values)) <= 1.0
 
     def expected_tokens(self, size: int) -> float:

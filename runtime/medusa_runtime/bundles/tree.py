@@ -148,10 +148,10 @@ class Tree:
         return table
 
     @cached_property
-    def spine(self) -> tuple[tuple[int, ...], ...]:
-        """The children of each node on the path of best candidates, by depth from 1 on.
+    def best_path_siblings(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes of the path of best candidates with their siblings, by depth from 1 on.
 
-        Each entry holds the children in the order of their ranks. The first of them is the next node of the path.
+        Each entry holds the siblings in the order of their ranks. The first of them is the node of the path.
         """
         groups: list[tuple[int, ...]] = []
         parent = 0
@@ -171,7 +171,7 @@ class Tree:
             drafted: Tokens by node, [T]; changed in place.
             size: Number of nodes that will be verified. Later nodes stay as they are.
         """
-        for token, group in zip(proposed, self.spine, strict=False):
+        for token, group in zip(proposed, self.best_path_siblings, strict=False):
             nodes = [node for node in group if node < size]
             if not nodes:
                 return

@@ -19,7 +19,7 @@ from medusa_runtime.bundles.bundle import DESCRIPTION, Bundle
 from medusa_runtime.bundles.json_file import Name, parse_json
 from medusa_runtime.bundles.listed_folder import FileFacts, read_cache_file, write_cache_file
 from medusa_runtime.errors import BackendError, BundleError
-from medusa_runtime.tuning import FEWEST_ROUNDS, FILL, HOPELESS, MOST_ROUNDS, MOST_TOKENS, PATIENCE, WARM_UP
+from medusa_runtime.tuning import FEWEST_ROUNDS, FILL, LEAST_SPEED, MOST_ROUNDS, MOST_TOKENS, PATIENCE, WARM_UP
 
 CACHE_FILE = ".medusa-latency.json"
 MAX_CACHE_BYTES = 2**20  # room for thousands of tables
@@ -66,7 +66,7 @@ def measured_tables(bundle: Bundle, backend: Backend) -> dict[int, LatencyTable]
     Raises:
         BackendError: The graph failed, or there is no memory.
     """
-    if bundle.acceptance.hopeless:
+    if bundle.acceptance.drafts_are_useless:
         return {}
     # Where rows don't move, each step runs over all of them.
     fewer = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < backend.rows] if can_move_rows(backend) else []
@@ -146,7 +146,9 @@ def _measure(bundle: Bundle, backend: Backend, *, rows: int) -> Table:
             taken[size] = seconds(size)
             rates = [sum(bundle.acceptance.values(hit=hit)[:size]) / taken[size] for hit in (False, True)]
             best = [*map(max, best, rates)]
-            if len(rounds) == WARM_UP and all(rate < HOPELESS * most for rate, most in zip(rates, best, strict=True)):
+            if len(rounds) == WARM_UP and all(
+                rate < LEAST_SPEED * most for rate, most in zip(rates, best, strict=True)
+            ):
                 break
         sizes = list(taken)
         rounds.append(taken)

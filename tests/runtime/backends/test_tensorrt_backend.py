@@ -156,14 +156,14 @@ def test_whatever_the_order_it_agrees_with_onnx_runtime(
         backend.step(13, {0: PROMPTS[0], 1: PROMPTS[1]})
     for action, *size in actions[:12]:
         row = int(rng.integers(2))
-        guesses = rng.integers(101, size=TREE.size)
+        draft = rng.integers(101, size=TREE.size)
         results = []
         for backend in (ours, theirs):
             if action == "reset":
                 backend.reset(row)
                 results.append(backend.step(9, {row: PROMPTS[2][:8]}))
             elif action == "draft":
-                backend.drafts[row, 1:] = guesses[1:]
+                backend.drafts[row, 1:] = draft[1:]
                 results.append(backend.step(9))
             elif action == "prefill":
                 results.append(backend.step(9, {row: PROMPTS[2][: int(size[0])]}))
@@ -207,7 +207,7 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
 
 
 def logged(backend: TensorRTBackend) -> list[str]:
-    """What is called of a backend from now on."""
+    """A log of calls of a backend, from now on."""
     log: list[str] = []
     for name in ("submit", "collect", "reset"):
         call = getattr(backend, name)
@@ -217,7 +217,7 @@ def logged(backend: TensorRTBackend) -> list[str]:
 
 @pytest.mark.parametrize("size", [1, 4, 9])
 def test_the_engine_submits_steps_ahead(machine: Machine, expected: list[list[int]], size: int) -> None:
-    """And none that the number of tokens asked for makes useless; where they wait for no guess from the text."""
+    """It submits no step that max_new_tokens makes useless. Lookup is off, as its steps wait for the last tokens."""
     backend = machine.backend()
     engine = MedusaEngine(machine.bundle, backend, None)
     log = logged(backend)
@@ -268,13 +268,13 @@ def test_guesses_from_the_text_go_to_the_device(
     backend = machine.backend()
     engine = MedusaEngine(machine.bundle, backend, None)
     log = logged(backend)
-    told = [*PROMPTS[0], *expected[0]]
-    monkeypatch.setattr(TokenLookup, "find", lambda self, count: told[len(self._tokens) :][:count])
+    text = [*PROMPTS[0], *expected[0]]
+    monkeypatch.setattr(TokenLookup, "find", lambda self, count: text[len(self._tokens) :][:count])
     for size in (4, 9):
         log.clear()
         result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size)
         assert list(result.token_ids) == expected[0][:40]
-        deep = sum(group[0] < size for group in TREE.spine)
+        deep = sum(group[0] < size for group in TREE.best_path_siblings)
         assert result.stats.steps == -(-39 // (1 + deep))
         assert ["submit", "submit"] not in [log[i : i + 2] for i in range(len(log))]
 

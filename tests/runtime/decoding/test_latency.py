@@ -1,4 +1,4 @@
-"""Measured step times: on a busy machine, and of sizes that are hopeless."""
+"""Measured step times: on a busy machine, and of sizes that are too slow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_machine_that_slows_down_changes_no_ratio(tiny_bundle: Bundle, monkeyp
         )
 
 
-def test_hopeless_sizes_are_left_out(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_are_too_slow_are_left_out(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1.0, [0.01])
     table = machine.table(tiny_bundle, monkeypatch)
     assert list(table) == ["1", "2", "4"]

@@ -1,4 +1,4 @@
-"""Lookup: what is found, where it goes in a tree, and that it changes no answer."""
+"""Lookup: it finds the longest match, its tokens go to the front of a tree, and it changes no answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
 
 def found_by_brute_force(tokens: list[int], count: int) -> list[int]:
-    """What follows the longest match among the last places, the latest of equals."""
+    """The tokens that follow the longest match among the last places, the latest of equals."""
     end = len(tokens)
     matches = []
     for place in range(end - 1, 0, -1):  # tokens[:place] ends like the text
@@ -38,13 +38,13 @@ def found_by_brute_force(tokens: list[int], count: int) -> list[int]:
     if not matches:
         return []
     place = max(matches[:PLACES])[1]
-    guess = tokens[place:]
-    return (guess * count)[:count]
+    following = tokens[place:]
+    return (following * count)[:count]
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(0, 40), st.integers(1, 5))
 def test_the_longest_match_is_followed(tokens: list[int], cut: int, count: int) -> None:
-    """However the text came."""
+    """The pieces in which the text arrives make no difference."""
     lookup = TokenLookup(tokens[:cut])
     lookup.extend(tokens[cut:])
     assert lookup.find(count) == found_by_brute_force(tokens, count)
@@ -57,7 +57,7 @@ def test_what_is_found() -> None:
     assert TokenLookup([1, 2, 3, 4, 9, 1, 2]).find(3) == [3, 4, 9]
     # The latest place has one token more in common.
     assert TokenLookup([7, 1, 2, 3, 8, 1, 2, 4, 8, 1, 2]).find(1) == [4]
-    # A text that goes round.
+    # A text that repeats itself.
     assert TokenLookup([5, 6, 5, 6]).find(5) == [5, 6, 5, 6, 5]
 
 
@@ -66,20 +66,20 @@ def test_lookup_hits_go_in_front(paths: list[tuple[int, ...]], data: st.DataObje
     tree = Tree.from_paths(paths)
     size = data.draw(st.integers(1, tree.size))
     before = np.array(data.draw(st.permutations(range(100, 100 + tree.size))), np.int64)
-    guesses = data.draw(st.lists(st.integers(98, 104), max_size=4))
+    hit = data.draw(st.lists(st.integers(98, 104), max_size=4))
     after = before.copy()
-    tree.insert(guesses, after, size)
+    tree.insert(hit, after, size)
     assert after[0] == before[0]
     np.testing.assert_array_equal(after[size:], before[size:])
     node = 0
-    for guess in guesses:
+    for proposed in hit:
         children = [child for child in range(1, size) if tree.parents[child] == node]
         children.sort(key=lambda child: int(tree.ranks[child]))
-        if not children or (node and children[0] not in {group[0] for group in tree.spine}):
+        if not children or (node and children[0] not in {group[0] for group in tree.best_path_siblings}):
             break
-        # The guess, then what the heads had, in their order.
-        others = [token for token in before[children].tolist() if token != guess]
-        assert after[children].tolist() == [guess, *others][: len(children)]
+        # The lookup's token, then the heads' candidates in their order.
+        others = [token for token in before[children].tolist() if token != proposed]
+        assert after[children].tolist() == [proposed, *others][: len(children)]
         best = [child for child in range(1, tree.size) if tree.parents[child] == node]
         node = min(best, key=lambda child: int(tree.ranks[child]))
         if node >= size:
@@ -92,14 +92,14 @@ def engine(tiny_bundle: Bundle) -> Iterator[MedusaEngine]:
         yield engine
 
 
-def tell(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
-    """Makes every lookup know how its text goes on."""
+def look_up_in(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
+    """Makes every lookup propose the tokens that follow in one of these texts."""
 
-    def guess(self: TokenLookup, count: int) -> list[int]:
+    def find(self: TokenLookup, count: int) -> list[int]:
         known = self._tokens
         return next((text[len(known) :][:count] for text in texts if text[: len(known)] == known), [])
 
-    monkeypatch.setattr(TokenLookup, "find", guess)
+    monkeypatch.setattr(TokenLookup, "find", find)
 
 
 @pytest.mark.parametrize("size", [2, 4, 9])
@@ -110,10 +110,10 @@ def test_right_hits_fill_steps_and_wrong_ones_change_no_answer(
     assert list(engine.generate(PROMPT, max_new_tokens=80, tree_size=size).token_ids) == expected
     monkeypatch.setattr(TokenLookup, "find", lambda self, count: [len(self._tokens)] * count)
     assert list(engine.generate(PROMPT, max_new_tokens=80, tree_size=size).token_ids) == expected
-    tell(monkeypatch, [PROMPT + expected])
+    look_up_in(monkeypatch, [PROMPT + expected])
     result = engine.generate(PROMPT, max_new_tokens=80, tree_size=size)
     assert list(result.token_ids) == expected
-    deep = sum(group[0] < size for group in TREE.spine)
+    deep = sum(group[0] < size for group in TREE.best_path_siblings)
     assert result.stats.steps == -(-79 // (1 + deep))
 
 
@@ -128,7 +128,7 @@ def test_drawn_tokens_stay_the_same(engine: MedusaEngine) -> None:
 
 def test_typical_acceptance_uses_no_lookup(engine: MedusaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts what is merely likely, so the text would repeat itself."""
-    monkeypatch.setattr(TokenLookup, "find", lambda self, count: pytest.fail("it did"))
+    monkeypatch.setattr(TokenLookup, "find", lambda self, count: pytest.fail("it looks up"))
     typical = SamplingParams(temperature=0.5, seed=1, acceptance="typical")
     assert engine.generate(PROMPT, max_new_tokens=20, tree_size=9, sampling=typical)
     assert engine.generate(PROMPT, max_new_tokens=20, tree_size=1)
@@ -149,8 +149,8 @@ def test_a_service_looks_up_for_each_row(
             return handles
 
         answers(lookup=True)
-        tell(monkeypatch, [[*prompt, *tokens] for prompt, tokens in zip(prompts, expected, strict=True)])
-        full = 1 + len(TREE.spine)
+        look_up_in(monkeypatch, [[*prompt, *tokens] for prompt, tokens in zip(prompts, expected, strict=True)])
+        full = 1 + len(TREE.best_path_siblings)
         assert [handle.stats.steps for handle in answers(lookup=True)] == [-(-60 // full)] * len(prompts)
         assert all(handle.stats.steps > 40 for handle in answers(lookup=False))
 
@@ -170,15 +170,15 @@ def test_hits_at_each_position_of_a_sample() -> None:
 
 
 def test_ranks_of_targets_behind_hits() -> None:
-    """As if the guess was inserted into the heads' candidates, in a tree that holds them all."""
+    """A lookup hit moves the heads' candidates back, in a tree that holds them all."""
     targets = np.array([[5, 6], [5, 6], [5, 6], [5, 6], [5, -1]])
     places = np.array([[2, 1], [0, 0], [3, 1], [10, 0], [1, -1]])
-    guesses = np.array([[5, 6], [8, 6], [8, 6], [-1, -1], [5, 7]])
-    guessed = np.array([[2, 1], [10, 0], [1, 1], [10, 10], [1, 3]])
-    assert with_hits(places, guessed, guesses, targets).tolist() == [
+    hits = np.array([[5, 6], [8, 6], [8, 6], [-1, -1], [5, 7]])
+    ranks = np.array([[2, 1], [10, 0], [1, 1], [10, 10], [1, 3]])
+    assert with_hits(places, ranks, hits, targets).tolist() == [
         [0, 0],  # both right
-        [1, 0],  # a wrong guess that no head had moves the target up, and leaves what is below it alone
-        [3, 1],  # one that stood before the target anyway changes nothing
+        [1, 0],  # a wrong token that no head proposes moves the target back; deeper targets stay
+        [3, 1],  # a wrong token that is ahead of the target anyway changes nothing
         [10, 0],
         [0, -1],
     ]
@@ -210,7 +210,7 @@ def test_steps_with_a_hit_are_counted_apart_and_go_deeper_than_heads() -> None:
     targets = np.array([[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, -1, -1]])
     steps = below_heads(heads, targets)
     assert steps.tolist() == [[1, 0, 10], [0, 0, 10], [0, 1, 10], [10, -1, -1]]
-    steps[1, 2] = 0  # the text knew
+    steps[1, 2] = 0  # a lookup hit
     calibration = Calibration.count(heads, 10, steps=steps, hits=np.array([False, True, True, False]))
     assert calibration.hit_share == 0.5
     assert calibration.paths == {(1,): 0.5, (1, 0): 1.0}
@@ -226,7 +226,7 @@ def test_steps_with_a_hit_are_counted_apart_and_go_deeper_than_heads() -> None:
 
 
 def test_the_search_begins_with_steps_without_a_hit() -> None:
-    """And goes on below the heads where guesses do, on the path of best candidates alone."""
+    """Below the heads it goes on along the path of best candidates, for lookup hits."""
     chain = {(0,) * depth: 0.95**depth for depth in range(1, 7)}
     heads = {(0,): 0.4, (1,): 0.2, (2,): 0.1, (0, 0): 0.15, (0, 1): 0.02}
     calibration = Calibration(((0.4, 0.2, 0.1), (0.3, 0.1, 0.05)), heads, chain, 0.25)
