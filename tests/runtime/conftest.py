@@ -1,4 +1,4 @@
-"""The services and the engine that several test files of the runtime use."""
+"""Services and an engine for several test files of the runtime."""
 
 from __future__ import annotations
 

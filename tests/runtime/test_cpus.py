@@ -1,4 +1,4 @@
-"""How many CPUs a process may use: affinity, control groups and OMP_NUM_THREADS, over made-up system folders."""
+"""The number of CPUs that a process may use: affinity, control groups and OMP_NUM_THREADS, in made-up folders."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_a_container_of_cgroup_v2(tmp_path: Path, text: str, quota: float | None
 
 @pytest.mark.parametrize("limited", ["", "kubepods.slice", "kubepods.slice/pod one", "kubepods.slice/pod one/it"])
 def test_a_limit_above_counts(tmp_path: Path, limited: str) -> None:
-    """The group itself is often unlimited, and its parent is what has the quota."""
+    """Often the group itself has no limit, and its parent has the quota."""
     top = "sys/fs/cgroup/unified"
     files = {f"{top}/{part}/cpu.max": "max 100000" for part in ("kubepods.slice", "kubepods.slice/pod one/it")}
-    files[f"{top}/kubepods.slice/other/cpu.max"] = "100000 100000"  # of a neighbour
+    files[f"{top}/kubepods.slice/other/cpu.max"] = "100000 100000"  # the limit of another group
     files[f"{top}/{limited}/cpu.max"] = "300000 100000"
     mount = V2.format(root="/", point="/sys/fs/cgroup/unified")
     root = system(tmp_path, "1:cpu:/else\n0::/kubepods.slice/pod one/it", [mount], files)
@@ -82,10 +82,10 @@ def test_the_least_of_all_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "mounted", "folder"),
     [
-        ("/docker/abc", "/docker/abc", ""),  # without a namespace of its own the mount shows the group itself
+        ("/docker/abc", "/docker/abc", ""),  # without an own namespace the mount shows the group itself
         ("/docker/abc/inner", "/docker/abc", "inner"),
         ("/", "/", ""),
-        ("/../other", "/", ""),  # outside of what is mounted
+        ("/../other", "/", ""),  # outside the mounted part
         ("/docker/abc", "/docker/xyz", ""),
         ("/docker/abc", "/docker/ab", ""),
     ],
@@ -124,7 +124,7 @@ def test_openmp_threads(tmp_path: Path, value: str, cpus: int) -> None:
 
 @given(st.text(max_size=60), st.text(max_size=60), st.text(max_size=60), st.text(max_size=60))
 def test_rubbish_is_no_limit(tmp_path_factory: pytest.TempPathFactory, a: str, b: str, c: str, openmp: str) -> None:
-    """Whatever these files hold, there is an answer."""
+    """With any content of these files the process gets a number of CPUs."""
     folder = tmp_path_factory.mktemp("rubbish")
     files = {"proc/self/cgroup": "0::/\n" + a, "cg/cpu.max": c}
     files["proc/self/mountinfo"] = V2.format(root="/", point="/cg") + "\n" + b
@@ -135,7 +135,7 @@ def test_rubbish_is_no_limit(tmp_path_factory: pytest.TempPathFactory, a: str, b
 
 
 def test_a_system_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As macOS and Windows: no affinity, no control groups."""
+    """macOS and Windows have neither affinity nor control groups."""
     assert usable_cpus(tmp_path, {}) == 64
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_cpus(tmp_path, {}) == os.cpu_count()
@@ -147,7 +147,7 @@ def test_a_backend_takes_as_many_threads(tiny_bundle: Bundle, monkeypatch: pytes
 
 
 def test_what_others_start_threads_by(tmp_path: Path) -> None:
-    """PyTorch knows affinity masks, but no quotas: a command tells it."""
+    """PyTorch knows affinity masks but no quotas, so a command sets its number of threads."""
     root = system(tmp_path, "0::/", [V2.format(root="/", point="/cg")], {"cg/cpu.max": "300000 100000"})
     environment: dict[str, str] = {}
     limit_openmp_threads(environment, root)

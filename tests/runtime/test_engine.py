@@ -1,4 +1,4 @@
-"""The engine: requests, streams, statistics, and what it refuses."""
+"""The engine: requests, streams, statistics, and refused options."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_stream_that_was_overtaken_says_so(engine: MedusaEngine) -> None:
     assert second.result().token_ids == engine.generate("World", max_new_tokens=5).token_ids
     waiting = engine.stream("Hello", max_new_tokens=5)
     engine.generate("World", max_new_tokens=1)
-    for _ in range(2):  # what has failed is no answer, however often it is asked for
+    for _ in range(2):  # a stream that failed raises its error on each call
         with pytest.raises(RequestError, match="begun another request"):
             next(waiting)
         with pytest.raises(RequestError, match="begun another request"):
@@ -177,7 +177,7 @@ def test_unusable_requests(engine: MedusaEngine, prompt: object, options: dict[s
 
 
 def test_caches_are_as_large_as_needed(tiny_bundle: Bundle) -> None:
-    """No step may write beyond the capacity: ONNX Runtime would not notice."""
+    """No step may write beyond the capacity, as ONNX Runtime doesn't check it."""
     engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
     backend, depth = engine.backend, TREE.max_depth
     step = backend.step
@@ -198,7 +198,7 @@ def test_caches_are_as_large_as_needed(tiny_bundle: Bundle) -> None:
         needed = backend.capacity
         engine.generate(prompt, **options)
         assert backend.capacity <= max(needed, len(prompt) + options["max_new_tokens"] + 3 * 64 + 2 * depth)
-    # At the very end of the positions too.
+    # Also at the end of the positions.
     assert len(engine.generate([5] * 500, max_new_tokens=12, tree_size=9).token_ids) == 12
 
 
@@ -222,7 +222,7 @@ def test_auto_measures_once_and_keeps_it(tiny_bundle: Bundle, tmp_path: Path) ->
     with MedusaEngine.load(folder, threads=1) as engine:
         assert (folder / CACHE_FILE).exists()  # before the first request
     (known,) = json.loads((folder / CACHE_FILE).read_text()).values()
-    assert {"1", "2"} <= set(known) <= {"1", "2", "4", "6", "8", "9"}  # those for which there is some hope
+    assert {"1", "2"} <= set(known) <= {"1", "2", "4", "6", "8", "9"}  # the sizes that are not too slow
     (folder / CACHE_FILE).write_text(
         json.dumps({k: dict.fromkeys(known, 1.0) for k in json.loads((folder / CACHE_FILE).read_text())})
     )

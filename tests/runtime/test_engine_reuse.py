@@ -1,4 +1,4 @@
-"""An engine reuses the entries of its last request, on every backend, and answers as a fresh one."""
+"""An engine reuses the entries of its last request, on every backend, and answers like a fresh engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Opener = Callable[[str], Backend]
 
 @pytest.fixture(scope="module")
 def fresh(tiny_bundle: Bundle) -> Callable[..., tuple[int, ...]]:
-    """Answers of an engine that has nothing to reuse."""
+    """Answers of an engine without reusable entries."""
     backend = OnnxRuntimeBackend(tiny_bundle, threads=1)
 
     def answer(prompt: object, **options: Any) -> tuple[int, ...]:

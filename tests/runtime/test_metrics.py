@@ -20,7 +20,7 @@ def test_metrics(tiny_bundle: Bundle) -> None:
     ) as service:
         service.generate(PROMPT, max_new_tokens=10)
         assert f'medusa_tokens_total{{kind="prompt"}} {len(PROMPT)}.0' in generate_latest(registry).decode()
-        # As many as the answer has: its first comes from prefill, and steps emit more than are wanted in the end.
+        # The tokens of the answer: its first token comes from prefill, and the last step may emit more than are wanted.
         assert 'medusa_tokens_total{kind="completion"} 10.0' in generate_latest(registry).decode()
         with pytest.raises(DeadlineError):
             service.generate(PROMPT, max_new_tokens=400, timeout=0.001)
@@ -31,7 +31,7 @@ def test_metrics(tiny_bundle: Bundle) -> None:
 
 
 def test_two_services_count_together() -> None:
-    """Two objects in one process used to clash."""
+    """The objects of two services once registered the same names."""
     registry = CollectorRegistry()
     first, second = PrometheusMetrics(registry), PrometheusMetrics(registry)
     first.rejected()
@@ -63,7 +63,7 @@ def test_prefixes_and_registries_tell_services_apart() -> None:
 
 
 def test_names_that_are_in_use_already() -> None:
-    """Nothing stays registered of what was in vain."""
+    """After a failure no collector stays registered."""
     registry = CollectorRegistry()
     stranger = Gauge("medusa_requests_running", "somebody else's", registry=registry)
     with pytest.raises(MedusaError, match="Choose another prefix or registry"):
@@ -75,7 +75,7 @@ def test_names_that_are_in_use_already() -> None:
 
 
 def test_collectors_that_were_unregistered_are_made_again() -> None:
-    """As tests do between each other."""
+    """Tests unregister collectors between each other."""
     registry = CollectorRegistry()
     PrometheusMetrics(registry)
     for collector in list(registry._collector_to_names):

@@ -33,14 +33,14 @@ def poisoned(stock: Stock) -> Exported:
     model = tiny_model("mistral", seed=1)
     with torch.no_grad():
         model.get_input_embeddings().weight[[0, POISON]] = torch.inf
-        model.get_output_embeddings().weight[[0, POISON]] = 0  # never the best tokens
+        model.get_output_embeddings().weight[[0, POISON]] = 0  # these are never the best tokens
     step = make_step(model, random_heads(model))
     return Exported(step, Bundle.load(stock.folder("poisoned", lambda out: export(step, out, trained=True))))
 
 
 @pytest.fixture(scope="session")
 def right(poisoned: Exported) -> list[list[int]]:
-    """transformers' greedy answers."""
+    """The greedy answers of transformers."""
     model = poisoned.step.model
     model.set_attn_implementation("eager")
     try:
@@ -52,7 +52,7 @@ def right(poisoned: Exported) -> list[list[int]]:
 
 
 def drafting_poison(kind: type[Any]) -> type[Any]:
-    """A backend that drafts the poison token in half of its nodes, as heads may at any time."""
+    """A backend that drafts the poison token in half of its nodes, as heads may."""
 
     class Drafting(kind):  # type: ignore[misc]
         silent = 0
@@ -76,7 +76,7 @@ def test_a_rejected_draft_that_overflows_changes_nothing(
     for prompt, answer in zip(PROMPTS, right, strict=True):
         result = engine.generate(prompt, max_new_tokens=NEW, tree_size=size)
         assert list(result.token_ids) == answer
-    assert graph == ONNXRUNTIME_GRAPH or backend.silent  # that one reads no later nodes
+    assert graph == ONNXRUNTIME_GRAPH or backend.silent  # a plain step reads no later nodes
 
 
 def test_drafts_that_overflow_change_no_drawn_text(poisoned: Exported) -> None:
@@ -93,7 +93,7 @@ def test_drafts_that_overflow_change_no_drawn_text(poisoned: Exported) -> None:
 
 
 def test_padding_that_overflows_changes_nothing(poisoned: Exported, right: list[list[int]]) -> None:
-    """Chunks are padded with token 0, and so are trees behind a plain step."""
+    """Token 0 pads chunks, and trees behind a plain step."""
     for graph in GRAPHS:
         engine = MedusaEngine(
             poisoned.bundle, OnnxRuntimeBackend(poisoned.bundle, graph=poisoned.bundle.folder / graph), None
@@ -132,13 +132,13 @@ def until_overflow(engine: MedusaEngine, prompt: list[int], size: int) -> list[i
 
 
 def test_a_token_that_overflows_is_the_last_one(poisoned: Exported) -> None:
-    """What plain decoding emits before its logits are no numbers is the same with every tree."""
+    """Every tree gives the tokens that plain decoding emits before its logits are not finite."""
     heads = poisoned.step.model.get_output_embeddings().weight
     kept = heads.clone()
     texts = []
     try:
         with torch.no_grad():
-            heads[POISON] = 30 * kept[11]  # now it is chosen at times
+            heads[POISON] = 30 * kept[11]  # now it is chosen sometimes
         for size in (1, 5, 9):
             engine = MedusaEngine(poisoned.bundle, EagerBackend(poisoned.step), None)
             texts.append(until_overflow(engine, PROMPTS[0], size))
@@ -157,7 +157,7 @@ def test_a_service_answers_all_but_the_request_that_overflows(
     backend = drafting_poison(OnnxRuntimeBackend)(poisoned.bundle, rows=3, graph=path)
     with MedusaService(poisoned.bundle, backend, None, tree_size=5) as service:
         for _ in range(4):
-            # Rows share prefixes, are copied, moved and taken over by others.
+            # Rows share prefixes, are copied and moved, and get new requests.
             bad = [service.submit([*PROMPTS[0], *[8] * length, POISON, 4], max_new_tokens=4) for length in (0, 40, 90)]
             good = [service.submit(prompt, max_new_tokens=NEW) for prompt in (*PROMPTS, *PROMPTS[::-1])]
             assert [list(handle.result(60).token_ids) for handle in good] == [*right, *right[::-1]]
@@ -173,7 +173,7 @@ def make_backend(bundle: Bundle, name: str) -> Any:
 
 
 def poison_all_but_entries(backend: Any, margin: int, values: np.ndarray) -> None:
-    """Writes values, [2L], to all slots of row 1 that hold no entry, and to what is pending from before the first."""
+    """Writes values, [2L], to all slots of row 1 without an entry, and to its pending slots before entry 0."""
     length = int(backend.lengths[1])
     caches = backend._store.row(1)
     for part in (caches[:, :, :margin], caches[:, :, margin + length :]):
@@ -185,7 +185,7 @@ def poison_all_but_entries(backend: Any, margin: int, values: np.ndarray) -> Non
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_what_a_row_holds_besides_its_entries_reaches_no_step(tiny_bundle: Bundle, data: st.DataObject) -> None:
-    """The law behind it all: whatever lies there, the step or its retry gives what a clean row gives."""
+    """With any values there, the step or its retry gives the result of a clean row."""
     name = data.draw(st.sampled_from([GRAPH, ONNXRUNTIME_BATCH_GRAPH]))
     prompt = data.draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20))
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
@@ -219,7 +219,7 @@ def test_a_silent_row_keeps_its_state(poisoned: Exported, kind: str) -> None:
     backend = backend or OnnxRuntimeBackend(bundle, graph=bundle.folder / kind)
     backend.reserve(128)
     first = backend.step(len(PROMPTS[1]), {0: PROMPTS[1]}).emitted(0)[0]
-    backend.drafts[0, 0] = POISON  # a root that overflows: nothing can be emitted
+    backend.drafts[0, 0] = POISON  # a root that overflows: no token can be emitted
     length = int(backend.lengths[0])
     for size in (1, 5, 9):
         result = backend.step(size)

@@ -59,11 +59,11 @@ def run(program: str, folder: Path, *, timeout: float = 60) -> subprocess.Comple
     ],
 )
 def test_a_program_that_ends_while_a_service_works(tiny_bundle: Bundle, ending: str, code: int) -> None:
-    """Its thread would come back from ONNX Runtime to an interpreter that is gone, which aborts the process."""
+    """Otherwise its thread would return from ONNX Runtime to an interpreter that has ended. That aborts the process."""
     ended = run(SERVICE + ending, tiny_bundle.folder)
     assert ended.returncode == code, ended.stderr
     assert "terminate" not in ended.stderr
-    if "print" in ending:  # a thread that is no daemon is served to its end
+    if "print" in ending:  # a thread that is no daemon gets its whole answer
         assert ended.stdout == "100\n"
 
 
@@ -172,8 +172,8 @@ with engine:
 
 @pytest.mark.parametrize("program", [FORK_SERVICE, FORK_ENGINE], ids=["service", "engine"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_child_of_fork_is_told_and_comes_to_its_end(tiny_bundle: Bundle, program: str) -> None:
-    """It has none of the threads that would answer. It used to wait for them, past all deadlines, and at its exit."""
+def test_a_child_of_fork_gets_errors_and_ends(tiny_bundle: Bundle, program: str) -> None:
+    """It lacks the threads that would answer. Without the errors it would wait for them, also at its exit."""
     ended = run(program, tiny_bundle.folder)
     assert (ended.returncode, ended.stderr) == (8, "")
 
@@ -197,7 +197,7 @@ assert process.exitcode == 6, process.exitcode
 
 
 def test_threads_of_others_keep_their_telemetry(tiny_bundle: Bundle) -> None:
-    """ONNX Runtime's sends from a thread, which keeps a forked child from ending; who wants it, sets the variable."""
+    """ONNX Runtime sends telemetry from a thread, which keeps a forked child from ending. A variable turns it on."""
     program = (
         "import os; from medusa_runtime.backends.onnxruntime.session import import_onnxruntime; import_onnxruntime()"
     )
@@ -232,7 +232,7 @@ def test_native_work_is_refused_once_the_process_ends(monkeypatch: pytest.Monkey
     assert entered.wait(30)
     ending.start()
     ending.join(0.1)
-    assert ending.is_alive()  # it waits for the one inside
+    assert ending.is_alive()  # it waits for the thread inside
     with pytest.raises(MedusaError, match="about to end"), native_work():
         pass
     leave.set()

@@ -1,4 +1,4 @@
-"""What a service answers: each request as if it were alone."""
+"""The answers of a service: each is that of the request alone."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_asyncio_and_threads_at_once(shared: MedusaService, engine: MedusaEngine
 
 
 def test_an_fp16_bundle(stock: Stock) -> None:
-    """It has no graph of its own for several rows."""
+    """It has no derived graph for several rows."""
     bundle = stock.export(dtype="float16").bundle
     engine = MedusaEngine.load(bundle.folder, threads=1)
     with MedusaService.load(bundle.folder, rows=3, threads=1, tree_size=4) as service:
@@ -121,7 +121,7 @@ def test_text_that_fails_ends_its_request_only(service: MedusaService, monkeypat
 
 
 def test_rows_far_apart_step_alone(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
-    """A step runs over the rows that take part and no others, wherever their places were."""
+    """A step runs over the rows that take part and no others, independent of their places."""
     backend = OnnxRuntimeBackend(tiny_bundle, rows=8, threads=1)
     prompts = {row: [(row + 3 * i) % 100 + 1 for i in range(10 + row)] for row in range(8)}
     backend.arrange(range(8), 64)

@@ -18,7 +18,7 @@ who: contextvars.ContextVar[str] = contextvars.ContextVar("who")
 
 
 class Waiting:
-    """A tokenizer that encodes nothing before it is let go."""
+    """A tokenizer that waits for an event before it encodes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -36,7 +36,7 @@ class Waiting:
 
 
 class Ends(Metrics):
-    """How requests ended."""
+    """Counts the ends of requests."""
 
     def __init__(self) -> None:
         self.ended_with: list[str] = []
@@ -110,7 +110,7 @@ def test_a_task_that_is_cancelled_while_its_prompt_is_encoded_leaves_nothing(
             await task
         tokenizer.let_go.set()
 
-    asyncio.run(give_up())  # which waits for its threads
+    asyncio.run(give_up())  # the end of the loop waits for its threads
     assert service.drain(30)
     assert ended == ["RequestCancelledError"]
 

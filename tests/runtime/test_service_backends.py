@@ -1,4 +1,4 @@
-"""A service on backends that run all rows in each step: on a GPU that is stood in for, and in PyTorch."""
+"""A service on backends that run all rows in each step: on a stand-in for a GPU, and in PyTorch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def opened(tiny_bundle: Bundle, machine: Machine, stock: Stock) -> Opener:
 def test_requests_side_by_side_answer_as_alone(
     tiny_bundle: Bundle, engine: MedusaEngine, opened: Opener, kind: str, size: int
 ) -> None:
-    """Rows that prefill, decode and wait keep apart, whatever they share and however they draw."""
+    """Rows that prefill, decode and wait don't affect each other, with shared prefixes and any sampling parameters."""
     rng = np.random.default_rng(size)
     requests: list[tuple[list[int], dict[str, Any]]] = []
     for number in range(16 if kind == "eager" else 30):
@@ -104,10 +104,10 @@ def test_a_lone_request_steps_ahead_of_the_host_until_another_comes(
 def test_what_does_not_fit_is_refused_in_one_sentence(
     tiny_bundle: Bundle, engine: MedusaEngine, machine: Machine
 ) -> None:
-    """And what fits runs to the last slot, beside rows that are as long."""
+    """A request that fits uses its last slot, beside rows of the same length."""
     longest = machine.description.limits.longest_sequence(TREE)
     with MedusaService(tiny_bundle, machine.backend(3), None, tree_size=9) as service:
-        for _ in range(2):  # free rows hold long texts the second time
+        for _ in range(2):  # in the second round free rows hold long texts
             handles = [service.submit([token] * 60, max_new_tokens=longest - 60) for token in (5, 6, 7, 8, 9)]
             with pytest.raises(BackendError, match=r"takes 1\d\d\. Ask for less, or build .* --max-seq-len 129"):
                 service.generate([4] * 60, max_new_tokens=longest - 59)

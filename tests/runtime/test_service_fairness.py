@@ -1,4 +1,4 @@
-"""Long prompts in a service: what they may delay."""
+"""Long prompts in a service: the delays of other requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_long_prompt_delays_others_by_one_chunk(service: MedusaService, gate: 
 
 
 def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> None:
-    """Between two steps of a running stream there is one chunk, or rows are moved far, never both."""
+    """Between two steps of a running stream there is one chunk or one move, never both."""
     events: list[str] = []
     gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
 
@@ -53,8 +53,8 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
     assert all(len(group) == 1 for group in between[1:])
 
 
-def test_a_long_prompt_moves_bit_by_bit(service: MedusaService, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a larger place, and to the others once it decodes: in turns with their steps, and the text is the same."""
+def test_a_long_prompt_moves_in_parts(service: MedusaService, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It moves to a larger block, and to the other rows once it decodes. Its text is right."""
     monkeypatch.setattr("medusa_runtime.decoding.room.MOVED_AT_ONCE", 60)
     monkeypatch.setattr("medusa_runtime.decoding.loop.MOVED_BESIDES", 50)
     expected = service.generate([4] * 300, max_new_tokens=30).token_ids

@@ -38,7 +38,7 @@ def engine(tiny_bundle: Bundle) -> MedusaEngine:
 
 
 class Fragile:
-    """A backend one call of which fails: each time that ``due`` says so, before or after it has done its work."""
+    """A backend of which one call fails each time that ``due`` returns True, before or after its work."""
 
     def __init__(self, bundle: Bundle, name: str, error: Exception, when: str) -> None:
         self.inner = OnnxRuntimeBackend(bundle, rows=3, threads=1)
@@ -75,7 +75,7 @@ CALLS = ["step", "arrange", "approach", "copy", "assign", "reset", "lengths", "d
 def test_a_call_that_fails_now_and_then(
     tiny_bundle: Bundle, engine: MedusaEngine, name: str, error: Exception, when: str
 ) -> None:
-    """Each request is answered as alone, or ends with an error of ours; the next ones are answered."""
+    """Each request gets its right answer or a typed error. Later requests are answered."""
     fragile = Fragile(tiny_bundle, name, error, when)
     prompts = [[*SHARED, *range(5 + number)] for number in range(6)]
     expected = [engine.generate(prompt, max_new_tokens=12).token_ids for prompt in prompts]
@@ -106,7 +106,7 @@ def handle_chunks(handle: Any) -> Iterator[Chunk]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_always_fails_for_a_while(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
-    """No request waits for ever, and none kills the service."""
+    """No request waits for ever, and the service goes on."""
     fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
     with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
         running = service.submit(SHARED, max_new_tokens=300)
@@ -142,7 +142,7 @@ def test_a_failure_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: Med
 
 @pytest.mark.parametrize("name", ["arrange", "approach", "lengths"])
 def test_a_failure_that_no_request_caused_is_tried_again(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
-    """A single failure, wherever rows are moved, ends nothing; nor does one before a step of several rows."""
+    """A single failure ends no request, neither while rows are moved nor before a step of several rows."""
     prompts = [[5] * 30, [7] * 11]
     fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
     with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
@@ -266,7 +266,7 @@ def test_a_callback_that_raises_anything_ends_its_request(tiny_bundle: Bundle, r
 
 
 def test_threads_that_cannot_start(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request whose callback has no thread ends; a service without one is not made."""
+    """A request ends if its callback gets no thread. A service without a thread is not made."""
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -301,7 +301,7 @@ def test_a_service_whose_measurements_fail_is_not_made(tiny_bundle: Bundle, monk
 
 
 def test_options_of_numpys_types(tiny_bundle: Bundle) -> None:
-    """Unsigned ones wrap where they are negated or added to."""
+    """Unsigned integers would wrap in negations and sums."""
     gate = Gate(tiny_bundle, rows=1)
     service = MedusaService(
         tiny_bundle, gate, None, max_queue=np.uint8(255), tree_size=np.int64(4), prefill_chunk=np.uint8(200)
@@ -377,7 +377,7 @@ def test_a_deadline_counts_on_after_the_clock_was_set_back(tiny_bundle: Bundle) 
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", ["0.002", "0.02"])
 def test_chaos(tiny_bundle: Bundle, rate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script itself, on a few hundred requests."""
+    """Runs the script with a few hundred requests."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import chaos
     from click.testing import CliRunner

@@ -1,4 +1,4 @@
-"""Hooks for metrics that close the service, cancel requests, add some, or raise."""
+"""Hooks for metrics that close the service, cancel requests, submit some, or raise."""
 
 from __future__ import annotations
 

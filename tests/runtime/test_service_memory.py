@@ -1,4 +1,4 @@
-"""Steps of a service that fail, and memory that is not there."""
+"""Steps of a service that fail, and memory that is missing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_a_step_that_fails_ends_the_request_that_caused_it(
         if not prompts and any(gate.inner.lengths[row] == bad for row in rows):
             raise RuntimeError("a kernel failed")
 
-    victim, other = [5] * 60, [7] * 11  # the other one never gets so long
+    victim, other = [5] * 60, [7] * 11  # the other request never gets this long
     bad = len(victim) + 2
     gate.fail = fail
-    service._thread.loop.sizes.tree_size = 1  # so that the victim passes by that length
+    service._thread.loop.sizes.tree_size = 1  # so that the victim reaches that length
     handles = [service.submit(prompt, max_new_tokens=30) for prompt in (victim, other)]
     with pytest.raises(BackendError, match="a kernel failed"):
         handles[0].result(30)
@@ -72,7 +72,7 @@ def test_no_memory_while_a_cache_grows(service: MedusaService, gate: Gate, engin
 def test_entries_of_free_rows_are_evicted_where_room_is_needed(
     service: MedusaService, gate: Gate, engine: MedusaEngine
 ) -> None:
-    """A request that there is no room for gets that of prefixes that nobody uses."""
+    """A request without room gets the room of prefixes that no request uses."""
     service.generate([7] * 250, max_new_tokens=2)
     lengths = gate.inner.lengths
 
@@ -87,7 +87,7 @@ def test_entries_of_free_rows_are_evicted_where_room_is_needed(
 
 
 def test_no_memory_to_step_together(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
-    """Where rows can't be brought together they go on one by one."""
+    """Rows that can't be brought together step alone."""
 
     def fail_arrange(rows: Sequence[int], capacity: int) -> None:
         if len(rows) > 1:
@@ -116,7 +116,7 @@ def test_no_memory_for_entries_that_are_copied(service: MedusaService, gate: Gat
     gate.fail_arrange = fail_arrange
     with pytest.raises(BackendError, match="no room"):
         service.generate([*[9] * 40, 2], max_new_tokens=5)
-    assert taken == [TREE.max_depth + 40 + 1]  # it was where its beginning was to be copied
+    assert taken == [TREE.max_depth + 40 + 1]  # the failure came while its prefix was copied
     again = service.generate([*[9] * 40, 2], max_new_tokens=5)
     assert again.token_ids == engine.generate([*[9] * 40, 2], max_new_tokens=5).token_ids
     assert first.result(30).token_ids == engine.generate([*[9] * 40, 1], max_new_tokens=300).token_ids

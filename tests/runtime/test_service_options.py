@@ -39,7 +39,7 @@ def test_unusable_requests(shared: MedusaService, prompt: object, options: dict[
 
 
 def test_unusable_options(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are refused before anything is opened; what is opened is closed if that was in vain."""
+    """They are refused before anything is opened. A backend that was opened is closed after a later refusal."""
     opened: list[OnnxRuntimeBackend] = []
 
     def open_it(*_: object, **options: int) -> OnnxRuntimeBackend:

@@ -22,7 +22,7 @@ from support.prompts import PROMPT
 
 def test_a_full_queue_refuses_at_once(service: MedusaService, gate: Gate) -> None:
     gate.open.clear()
-    handles = [service.submit(PROMPT, max_new_tokens=3) for _ in range(4)]  # two rows and two that wait
+    handles = [service.submit(PROMPT, max_new_tokens=3) for _ in range(4)]  # two run and two wait
     with pytest.raises(QueueFullError, match="as many as this service takes"):
         service.submit(PROMPT)
     handles[3].cancel()
@@ -35,7 +35,7 @@ def test_a_full_queue_refuses_at_once(service: MedusaService, gate: Gate) -> Non
 def test_priority_goes_first(service: MedusaService, gate: Gate) -> None:
     gate.open.clear()
     first = [service.submit(PROMPT, max_new_tokens=2) for _ in range(2)]
-    gate.entered.acquire(timeout=30)  # both have their rows
+    gate.entered.acquire(timeout=30)  # both run
     order: list[str] = []
     low = service.submit(PROMPT, max_new_tokens=30, on_chunk=lambda _: order.append("low"))
     high = service.submit(PROMPT, max_new_tokens=1, priority=1, on_chunk=lambda _: order.append("high"))
@@ -85,7 +85,7 @@ def test_deadlines_run_in_the_queue_and_in_a_row(tiny_bundle: Bundle, gate: Gate
 
 @pytest.mark.parametrize("jump", [1e6, -1e6])
 def test_a_clock_that_jumps(tiny_bundle: Bundle, gate: Gate, jump: float) -> None:
-    """Forwards it ends requests that had a deadline; back it ends none. Others don't care."""
+    """A jump forwards ends requests with a deadline, a jump back ends none. Requests without one go on."""
     now = [5e6]
     with MedusaService(tiny_bundle, gate, None, tree_size=1, clock=lambda: now[0]) as service:
         gate.open.clear()
@@ -113,7 +113,7 @@ def test_the_clock_of_the_wall_may_jump(shared: MedusaService, monkeypatch: pyte
 
 
 def test_cancelling_takes_no_lock(service: MedusaService, gate: Gate) -> None:
-    """A garbage collector may do it in any thread, whatever locks that holds."""
+    """A garbage collector may cancel in any thread, which may hold any lock."""
     gate.open.clear()
     handle = service.submit(PROMPT, max_new_tokens=400)
     assert gate.entered.acquire(timeout=30)

@@ -1,4 +1,4 @@
-"""Readers of a service's answers: slow ones, broken ones, and those that go away."""
+"""Readers of a service's answers: slow ones, failing ones, and those that stop reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a service keeps of requests that ended: entries for the next ones, and nothing else."""
+"""A service keeps the entries of ended requests for later ones, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_what_requests_share_is_not_computed_again(service: MedusaService, engin
         assert result.stats.cached_tokens >= 40
         assert result.token_ids == engine.generate([*system, *tail], max_new_tokens=10).token_ids
     running = service.submit([*system, 20, 21], max_new_tokens=200)
-    other = service.generate([*system, 22], max_new_tokens=10)  # from a row that is in use
+    other = service.generate([*system, 22], max_new_tokens=10)  # from a row that runs
     assert other.stats.cached_tokens == 40
     assert other.token_ids == engine.generate([*system, 22], max_new_tokens=10).token_ids
     assert running.result(30).token_ids == engine.generate([*system, 20, 21], max_new_tokens=200).token_ids
@@ -46,7 +46,7 @@ def test_a_conversation_goes_on_where_it_ended(service: MedusaService, engine: M
 
 
 def test_standard_graph_shares_too(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
-    """Where entries are pending from step to step, they come to their places before rows are copied or cut."""
+    """In a graph with pending entries these come to their slots before rows are copied or cut."""
     backend = OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1, graph=tiny_bundle.graph)
     rng = np.random.default_rng(3)
     with MedusaService(tiny_bundle, backend, None, tree_size=9, prefill_chunk=5) as service:
@@ -80,7 +80,7 @@ def test_a_session_computes_only_what_is_new(service: MedusaService, engine: Med
         alone = engine.generate(said, max_new_tokens=10)
         assert result.token_ids == alone.token_ids
         said.append({"role": "assistant", "content": alone.text})
-        # The model's tokens and those of its text part ways at most where the answer begins.
+        # The model's tokens and those of its text differ at most from the beginning of the answer on.
         assert turn == 0 or result.stats.cached_tokens >= 20
     assert session.messages == said
     with pytest.raises(RequestError):

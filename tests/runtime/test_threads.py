@@ -1,4 +1,4 @@
-"""What several threads and event loops may share, and what a signal handler may do in the middle of a step."""
+"""Threads and event loops that share an engine or a service, and signal handlers that interrupt a step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def expected_of(engine: MedusaEngine) -> dict[tuple[int, int], tuple[int, ...]]:
 
 
 def test_threads_that_share_an_engine(engine: MedusaEngine) -> None:
-    """Each gets its own answer; a newer request used to empty the row under a step of an older one."""
+    """Each gets its own answer. A newer request must not empty the row during a step of an older one."""
     expected = expected_of(engine)
 
     def answer(number: int) -> bool:
@@ -54,7 +54,7 @@ def test_threads_that_share_an_engine(engine: MedusaEngine) -> None:
 
 
 def test_streams_in_threads_that_share_an_engine(engine: MedusaEngine) -> None:
-    """Whatever comes is right: of all streams the newest goes on, an older one says so."""
+    """All delivered tokens are right. The newest stream goes on, and older ones raise an error."""
     expected = expected_of(engine)
     overtaken: list[str] = []
 
@@ -88,7 +88,7 @@ def test_closing_waits_for_the_step_that_runs(engine: MedusaEngine) -> None:
     def slow(*arguments: Any) -> Any:
         inside.set()
         assert leave.wait(30)
-        assert engine.backend.capacity > 0  # nobody has closed it meanwhile
+        assert engine.backend.capacity > 0  # no thread has closed it meanwhile
         return step(*arguments)
 
     engine.backend.step = slow
@@ -117,7 +117,7 @@ def test_a_stream_that_several_threads_read(engine: MedusaEngine) -> None:
 
 @pytest.mark.parametrize("action", ["generate", "stream", "next", "close"])
 def test_a_call_that_interrupts_a_step(engine: MedusaEngine, action: str) -> None:
-    """As a signal handler's, or a finalizer's, in the same thread: it may neither wait nor spoil the step."""
+    """A signal handler calls the engine in the same thread. The call must neither wait nor disturb the step."""
     expected = engine.generate(PROMPTS[0], max_new_tokens=30, tree_size=4).token_ids
     step, errors = engine.backend.step, []
     stream: GenerationStream = engine.stream(PROMPTS[0], max_new_tokens=30, tree_size=4)
@@ -138,7 +138,7 @@ def test_a_call_that_interrupts_a_step(engine: MedusaEngine, action: str) -> Non
     next(stream)
     engine.backend.step = interrupted
     if action == "close":
-        chunk = next(stream)  # of the step that was under way
+        chunk = next(stream)  # of the step that was running
         assert expected[1 : 1 + len(chunk.token_ids)] == chunk.token_ids
         with pytest.raises(RequestError, match="engine is closed"):
             next(stream)
@@ -158,7 +158,7 @@ def test_a_backend_that_fails_and_recovers(engine: MedusaEngine, monkeypatch: py
         patch.setattr(engine.backend, "step", fail)
         with pytest.raises(MedusaError, match="no such device"):
             engine.generate(PROMPTS[0], tree_size=4)
-        assert engine.state == "ready"  # it could be reset
+        assert engine.state == "ready"  # the row could be reset
         patch.setattr(engine.backend, "reset", fail)
         for _ in range(2):
             with pytest.raises(MedusaError, match="no such device"):
@@ -169,7 +169,7 @@ def test_a_backend_that_fails_and_recovers(engine: MedusaEngine, monkeypatch: py
 
 
 def test_a_session_takes_one_turn_at_a_time(tiny_bundle: Bundle) -> None:
-    """Of two at once one would be lost."""
+    """One of two turns at the same time would be lost."""
     gate = Gate(tiny_bundle, rows=2)
     with MedusaService(tiny_bundle, gate, Tokenizer.load(tiny_bundle.listed), tree_size=4) as service:
         session = service.session()

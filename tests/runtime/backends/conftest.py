@@ -1,4 +1,4 @@
-"""What tests of the TensorRT backend share."""
+"""Fixtures of the tests of the TensorRT backend."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from support.stock import Stock
 from support.tiny_models import tiny_model
 
 HOWTO = Path(__file__).parents[3] / "docs/howto/backend.md"
-# Installs a package of one module, by its text, with an entry point of a name and a value.
+# Takes the text of a module, and the name and value of an entry point. Installs a package with both.
 Install = Callable[[str, str, str], None]
 
 

@@ -62,7 +62,7 @@ def expected() -> list[list[int]]:
 def test_rows_in_turns_give_the_tokens_of_transformers(
     backend: Backend, expected: list[list[int]], data: st.DataObject
 ) -> None:
-    """Each step takes some rows, which prefill in chunks or verify what their heads drafted."""
+    """Some rows take part in each step. They prefill in chunks, or verify their drafts."""
     for row in range(ROWS):
         backend.reset(row)
     left = [list(prompt) for prompt in PROMPTS]

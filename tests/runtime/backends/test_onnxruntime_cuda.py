@@ -58,7 +58,7 @@ def test_growing_twice_keeps_what_is_in_the_caches(tiny_bundle: Bundle) -> None:
 @pytest.mark.parametrize("grown", [False, True])
 @pytest.mark.parametrize("length", [0, 2, 6])
 def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, length: int, grown: bool) -> None:
-    """Its slots hold NaN, but for its committed entries; another row keeps what it has."""
+    """All slots of the row but its committed entries hold NaN. Another row keeps its content."""
     backend, other = (OnnxRuntimeOnHost(tiny_bundle, rows=2, threads=1) for _ in range(2))
     text, depth = PROMPTS[1][:length], TREE.max_depth
     for each in (backend, other):
@@ -112,7 +112,7 @@ def test_bfloat16_is_refused_for_what_it_is_here(tiny_bundle: Bundle) -> None:
 def test_a_failed_step_can_be_tried_again(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, kind: type[OnnxRuntimeBackend], standard: bool
 ) -> None:
-    """It has written its outputs, and then fails: lengths, pending entries and drafts are as they were."""
+    """The step fails after it has written its outputs. Lengths, pending entries and drafts are unchanged."""
     if kind is OnnxRuntimeOnHost:
         backend = kind(tiny_bundle, rows=2, threads=1)
     else:

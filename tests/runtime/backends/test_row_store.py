@@ -1,4 +1,4 @@
-"""Where rows' caches lie: whatever is moved, no row loses an entry, and memory is given back."""
+"""The places of rows' caches: no move loses an entry, and free memory is given back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_store(rows: int, *, num_caches: int = 2) -> tuple[RowStore, np.ndarray]
 
 
 class Laws(RuleBasedStateMachine):
-    """What each row holds is a list of numbers, as if nothing were ever moved."""
+    """The model of the store: each row is a list of numbers, which moves don't change."""
 
     @initialize(rows=st.integers(1, 5))
     def start(self, rows: int) -> None:
@@ -131,7 +131,7 @@ def test_rows_move_bit_by_bit_and_go_on_meanwhile() -> None:
 
 
 def test_what_is_pending_may_change_meanwhile() -> None:
-    """The last M entries are written anew by the next step."""
+    """The next step writes the last M entries again."""
     store, lengths = make_store(1, num_caches=10)
     store.arrange([0], 1000)
     lengths[0] = 900
@@ -195,7 +195,7 @@ def test_no_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="no memory for 1000 slots in each of 3 rows"):
         store.arrange([0, 1], 1000)
     assert [list(block.rows) for block in store.blocks] == before
-    assert store.arrange([0, 1], 600).block.capacity == 640  # where a quarter more can't be had
+    assert store.arrange([0, 1], 600).block.capacity == 640  # there is no memory for a quarter more
 
 
 @given(st.lists(st.sets(st.integers(0, 7), min_size=1), min_size=1, max_size=8))

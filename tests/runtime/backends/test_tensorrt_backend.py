@@ -56,7 +56,7 @@ def test_a_size_is_captured_once_and_replayed(machine: Machine) -> None:
     before = dict(machine.cuda.calls)
     backend.step(4)
     added = {name: n - before.get(name, 0) for name, n in machine.cuda.calls.items() if n != before.get(name, 0)}
-    # A step in its stride: one launch, one copy to the host, and the wait for it.
+    # The calls of a usual step: one launch, one copy to the host, and the wait for the copy.
     assert added == {"cudaGraphLaunch": 1, "cudaMemcpyAsync": 1, "cudaEventRecord": 1, "cudaEventSynchronize": 1}
 
 
@@ -75,7 +75,7 @@ def test_a_refused_capture_falls_back(machine: Machine, expected: list[list[int]
 def test_a_step_that_turns_out_to_be_uncapturable_falls_back(
     machine: Machine, expected: list[list[int]], raises: bool
 ) -> None:
-    """As in TensorRT for all GPUs, whose contexts can't tell beforehand: the stream loses its capture."""
+    """Contexts of TensorRT for all GPUs can't say beforehand if a step can be captured: the capture fails."""
     machine.trt.capturable, machine.trt.raises = None, raises
     backend = machine.backend()
     result = decode(backend, TREE, PROMPTS[:1], expected[:1], size=9, chunk=32, count=40, seed=3)
@@ -115,7 +115,7 @@ def test_a_step_that_fails_while_captured_is_run_without(machine: Machine) -> No
     assert not machine.cuda.captures
     backend.step(4)
     backend.step(4)
-    assert machine.cuda.calls["cudaGraphLaunch"] == 2  # the other's, and the one of another size
+    assert machine.cuda.calls["cudaGraphLaunch"] == 2  # one of the other backend, and one of another size
 
 
 def test_the_next_step_may_be_submitted_before_the_last_is_read(machine: Machine, expected: list[list[int]]) -> None:
@@ -125,14 +125,14 @@ def test_the_next_step_may_be_submitted_before_the_last_is_read(machine: Machine
     ran = len(machine.trt.executed)
     for _ in range(15):
         backend.submit(4)
-        assert len(machine.trt.executed) == ran  # nothing has waited for it
+        assert len(machine.trt.executed) == ran  # nobody has waited for this step
         step = backend.collect()
         ran += 1
         assert len(machine.trt.executed) == ran
         tokens += step.tokens[0, : step.count[0]].tolist()
     assert tokens[:16] == expected[0][:16]
     assert len(tokens) <= backend.lengths[0] - len(PROMPTS[0]) + 4
-    backend.collect()  # the lengths of a step under way don't take it from whoever collects it
+    backend.collect()  # reading the lengths of a step in flight leaves its result to the caller that collects it
     backend.submit(1)
     backend.submit(1)
     with pytest.raises(BackendError, match="2 steps are in flight"):
@@ -189,7 +189,7 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
             result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=size)
             assert list(result.token_ids) == expected[0]
         assert engine.generate("Hi", max_new_tokens=5).text
-        # 128 slots: to the last one, and no further; longer prompts go in chunks that the engine takes
+        # 128 slots: the last one is used. Longer prompts go in chunks that the engine takes.
         longest = tiny_engine.limits.longest_sequence(TREE)
         prompt = PROMPTS[0] * 5
         result = engine.generate(prompt, max_new_tokens=longest - len(prompt), tree_size=9)
@@ -225,7 +225,7 @@ def test_the_engine_submits_steps_ahead(machine: Machine, expected: list[list[in
         log.clear()
         result = engine.generate(PROMPTS[0], max_new_tokens=count, tree_size=size, lookup=False)
         assert list(result.token_ids) == expected[0][:count]
-        steps = [call for call in log if call != "reset"][2:]  # behind the prompt, a step that is waited for
+        steps = [call for call in log if call != "reset"][2:]  # behind the prompt, one step that is collected at once
         assert steps.count("submit") == steps.count("collect") == result.stats.steps
     assert steps[:5] == ["submit", "submit", "collect", "submit", "collect"]
     assert steps[-2:] == ["submit", "collect"] or steps[-3:] == ["submit", "collect", "collect"]
@@ -244,13 +244,13 @@ def test_a_step_ahead_of_a_stop_is_discarded(machine: Machine, expected: list[li
         assert list(result.token_ids) == until
         assert result.finish_reason == "stop"
         assert log.count("submit") == log.count("collect") + 1
-        # what comes next begins with an empty row
+        # the next request begins with an empty row
         assert (
             list(engine.generate(PROMPTS[1], max_new_tokens=20, tree_size=size, lookup=False).token_ids)
             == expected[1][:20]
         )
     stream = engine.stream(PROMPTS[0], max_new_tokens=40, tree_size=9, lookup=False)
-    next(stream), next(stream)  # left with a step under way
+    next(stream), next(stream)  # left with a step in flight
     assert list(engine.generate(PROMPTS[2], max_new_tokens=20, tree_size=9, lookup=False).token_ids) == expected[2][:20]
     ran = log.count("submit")
     with pytest.raises(RequestError, match="begun another request"):
@@ -261,10 +261,10 @@ def test_a_step_ahead_of_a_stop_is_discarded(machine: Machine, expected: list[li
     assert not machine.cuda.blocks
 
 
-def test_guesses_from_the_text_go_to_the_device(
+def test_lookup_hits_go_to_the_device(
     machine: Machine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right ones fill each step, whatever the heads drafted."""
+    """Right lookup hits fill each step, independent of the heads' draft."""
     backend = machine.backend()
     engine = MedusaEngine(machine.bundle, backend, None)
     log = logged(backend)
@@ -353,7 +353,7 @@ def test_a_bundle_is_not_an_engine(tiny_bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_rows_sample_as_they_do_in_onnx_runtime(machine: Machine, tiny_bundle: Bundle, ahead: bool) -> None:
-    """Policies side by side; also where a step is submitted before it is known how far the one before it came."""
+    """Rows have different sampling parameters. Steps are also submitted while the last one is in flight."""
     policies = [SamplingParams(seed=1), None, SamplingParams(seed=2, temperature=2.0, top_p=0.9, acceptance="typical")]
     emitted = []
     for backend in (OnnxRuntimeBackend(tiny_bundle, rows=3, threads=1), machine.backend(3)):

@@ -1,4 +1,4 @@
-"""Engines that are loaded on a stand-in for the GPU: kernels that are kept, and engines that can't run there."""
+"""Loading of engines, on a stand-in for the GPU: kept kernels, and engines that can't run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.stand_in_tensorrt import EngineInvalidityDiagnostics
 def test_kernels_compiled_at_run_time_are_kept(
     tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path
 ) -> None:
-    """As in TensorRT-RTX: at once for steps that come again, beside them for chunks, and kept for the next process."""
+    """TensorRT-RTX compiles kernels of decoding steps at once, and those of chunks meanwhile. Both are kept."""
     folder = shutil.copytree(tiny_engine.folder, tmp_path / "engine")
     for known in (b"", b"kernels"):
         machine = Machine(tiny_bundle, replace(tiny_engine, folder=folder))
@@ -59,7 +59,7 @@ def test_engines_that_are_not_for_this_machine(machine: Machine, spoil: Break, w
 
 
 def test_an_engine_that_can_not_be_loaded(machine: Machine) -> None:
-    """As where digests weren't compared, or agree with a file that was cut off before it was written; or too large."""
+    """TensorRT refuses the file, although its digest is right; or the GPU has too little memory."""
     machine.trt.unloadable = "Magic tag does not match"
     with pytest.raises(BackendError, match=r"can't load .*model\.engine on a stand-in: Magic tag .* Build it again"):
         machine.backend()

@@ -1,4 +1,4 @@
-"""Rows of the TensorRT backend that are scrubbed, on a stand-in for the GPU."""
+"""Scrubbing of rows by the TensorRT backend, on a stand-in for the GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.machine import PROMPTS, Machine
 
 
 def device_state(machine: Machine, backend: TensorRTBackend) -> dict[str, np.ndarray]:
-    """Caches and pending entries of all rows, as they lie on the device."""
+    """Caches and pending entries of all rows on the device."""
     sizes = {"batch": backend.rows, "capacity": backend.capacity}
     return {
         spec.name: machine.cuda.array(backend._buffers.address[spec.name], fixed_shape(spec, sizes), spec.dtype)
@@ -30,13 +30,13 @@ def device_state(machine: Machine, backend: TensorRTBackend) -> dict[str, np.nda
 def test_a_scrubbed_row_holds_its_committed_entries_and_zeros(
     tiny_bundle: Bundle, tiny_engine: CompiledEngine, length: int, row: int, steps: int
 ) -> None:
-    """Whatever else was there: the row goes on as if nothing had been, and the other row keeps every bit."""
+    """Other values are zeroed. The row decodes as before, and the other row keeps every bit."""
     machine, twin = (Machine(tiny_bundle, tiny_engine) for _ in range(2))
     ours, theirs = machine.backend(2), twin.backend(2)
     depth, text = TREE.max_depth, (PROMPTS[0] * 3)[:length]
     for backend in (ours, theirs):
         backend.step(13, {1 - row: PROMPTS[1]})
-        backend.reset(row)  # of what it has decoded beside the other
+        backend.reset(row)  # drops the entries that it decoded beside the other row
         if text:
             backend.step(max(length, 4), {row: text})
             for _ in range(steps):
@@ -79,7 +79,7 @@ def test_steps_under_way_are_collected_before_a_row_is_scrubbed(machine: Machine
 def test_what_an_earlier_request_left_does_not_reach_the_next(
     machine: Machine, expected: list[list[int]], lookup: bool
 ) -> None:
-    """Through the engine, which submits steps ahead where it looks nothing up."""
+    """Runs in the engine. Without lookup it submits steps ahead."""
     backend = machine.backend()
     with MedusaEngine(machine.bundle, backend, None) as engine:
         engine.generate(PROMPTS[1], max_new_tokens=10)

@@ -201,7 +201,7 @@ def test_listed_templates_of_a_subfolder_are_read(folder: Path) -> None:
     change(folder / DESCRIPTION, lambda data: data["files"].update({name: facts}))
     listed = Bundle.load(folder).listed
     assert Tokenizer.load(listed).chat_templates["rag"] == "R"
-    path.write_text("r")  # after the check: the content that is read must be checked
+    path.write_text("r")  # after the check: the content must be checked when it is read
     with pytest.raises(BundleError, match="does not match the digest"):
         Tokenizer.load(listed)
 
@@ -242,7 +242,7 @@ def test_a_hubs_snapshot_leads_to_its_own_blobs_only(tiny_bundle: Bundle, tmp_pa
     (tmp_path / "secret").write_bytes((tiny_bundle.folder / "tokenizer.json").read_bytes())
     (snapshot / "tokenizer.json").unlink()
     (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
-    Bundle.load(snapshot)  # allowed, as its digest is checked
+    Bundle.load(snapshot)  # allowed, because its digest is checked
     with pytest.raises(BundleError, match=r"tokenizer\.json .* leads outside"):
         Bundle.load(snapshot, check_digests=False)
     with pytest.raises(BundleError, match=r"tokenizer\.json .* leads outside"):
@@ -383,7 +383,7 @@ def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> 
 
 
 def test_a_damaged_graph_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """By default ONNX Runtime prints to the program's output, and tries again."""
+    """By default ONNX Runtime prints an error to the program's output, and tries again."""
     graph = folder / ONNXRUNTIME_GRAPH
     data = graph.read_bytes()
     assert b"GroupQueryAttention" in data

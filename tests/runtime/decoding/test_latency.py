@@ -13,7 +13,7 @@ from medusa_runtime.tuning import FEWEST_ROUNDS, MOST_ROUNDS, WARM_UP
 
 
 class Machine:
-    """A clock, and steps that take their time by it: a second for a plain one, more by some per token."""
+    """A clock, and steps that move it on: by a second for a plain step, and by more per further token."""
 
     max_tokens = None
 
@@ -23,13 +23,13 @@ class Machine:
         self._per_token = per_token
         self._busy = busy
         self._round = -1
-        self._hangover = 0.0  # of the step after one of many tokens
+        self._hangover = 0.0  # extra time of the step after one of many tokens
 
     def reserve(self, capacity: int) -> None:
-        """Has all the room in the world."""
+        """Has room for any capacity."""
 
     def reset(self, row: int) -> None:
-        """Rows hold nothing."""
+        """Does nothing: rows hold no entries."""
 
     def step(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> None:
         if prompts:

@@ -127,7 +127,7 @@ def test_drawn_tokens_stay_the_same(engine: MedusaEngine) -> None:
 
 
 def test_typical_acceptance_uses_no_lookup(engine: MedusaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It accepts what is merely likely, so the text would repeat itself."""
+    """Typical acceptance takes likely tokens, so with lookup the text would repeat itself."""
     monkeypatch.setattr(TokenLookup, "find", lambda self, count: pytest.fail("it looks up"))
     typical = SamplingParams(temperature=0.5, seed=1, acceptance="typical")
     assert engine.generate(PROMPT, max_new_tokens=20, tree_size=9, sampling=typical)
@@ -161,7 +161,7 @@ def test_a_wrong_value_is_refused(engine: MedusaEngine) -> None:
 
 
 def test_hits_at_each_position_of_a_sample() -> None:
-    """At each position the runtime knows the token that the base model has chosen there, and none after it."""
+    """At each position the runtime knows the base model's next token, and no later one."""
     ids = [1, 2, 3, 4, 1, 2, 3, 4, 1]
     sample = Sample(ids, [False] * 4 + [True] * 5)
     # The positions 3 to 6 draft after the tokens 1, 2, 3 and 4 of the answer.

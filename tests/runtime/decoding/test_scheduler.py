@@ -22,7 +22,7 @@ def make_job(prompt: list[int], priority: int = 0, max_new_tokens: int = 8) -> J
 
 
 class Laws(RuleBasedStateMachine):
-    """A backend is a list of tokens per row: what a cache would hold entries for."""
+    """The model of a backend: per row, the tokens whose entries its cache holds."""
 
     @initialize(rows=st.integers(1, 4), max_queue=st.integers(0, 4))
     def start(self, rows: int, max_queue: int) -> None:
@@ -52,7 +52,7 @@ class Laws(RuleBasedStateMachine):
             job, row = admission.job, admission.job.row
             assert row is not None
             prompt = job.sequence.prompt_ids
-            # What is taken over is what the prompt begins with, and never all of it.
+            # The reused entries are those of a prefix of the prompt, never of the whole prompt.
             assert self.caches[admission.source][: admission.shared] == prompt[: admission.shared]
             assert len(self.caches[admission.source]) >= admission.shared
             assert admission.shared < len(prompt)
@@ -156,7 +156,7 @@ def test_a_row_goes_to_the_request_that_continues_its_text() -> None:
 
     first = run([1] * 30)
     assert first == (0, 0, 0)
-    assert run([2] * 30) == (1, 1, 0)  # the empty one
-    assert run([1] * 30 + [5]) == (0, 0, 30)  # goes on
-    assert run([1] * 20 + [7] * 5) == (1, 0, 20)  # what is shared is copied; the other one is kept
+    assert run([2] * 30) == (1, 1, 0)  # the empty row
+    assert run([1] * 30 + [5]) == (0, 0, 30)  # continues its own row
+    assert run([1] * 20 + [7] * 5) == (1, 0, 20)  # the shared entries are copied, and the other row keeps its own
     assert run([1] * 30 + [5, 6]) == (0, 0, 31)

@@ -30,8 +30,8 @@ def size(tree: TreeChoice, rows: int = 4) -> int:
 def test_a_tree_has_to_pay() -> None:
     assert size(choice(1.0, 1.3, 1.9)) == 2
     assert size(choice(1.0, 1.3, 1.5), rows=3) == 4
-    assert size(choice(1.0, 1.59, 2.5)) == 1  # less than can be told from noise
-    assert size(choice(1.0, 1.3, 1.5), rows=5) == 1  # nobody has measured so many rows
+    assert size(choice(1.0, 1.59, 2.5)) == 1  # less than the noise of a measurement
+    assert size(choice(1.0, 1.3, 1.5), rows=5) == 1  # this number of rows has not been measured
 
 
 def test_rejected_drafts_end_a_tree_and_it_is_tried_again() -> None:
@@ -72,7 +72,7 @@ def test_a_request_that_is_hard_to_draft_for_has_its_own_count() -> None:
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.8, 1.1])
 def test_accuracy_is_found_from_trees_of_any_depth(accuracy: float) -> None:
-    """Right by one factor in all depths: the same factor is found with each tree, and so is what a tree brings."""
+    """If one factor corrects all depths, trees of all sizes find that factor, and with it the expected tokens."""
     rng, tree = np.random.default_rng(0), choice(1.0, 1.1, 1.2)
     counts = []
     for step in range(20_000):
@@ -105,7 +105,7 @@ def test_steps_with_a_lookup_hit_have_a_size_and_a_count_of_their_own() -> None:
     tree = choice(1.0, 1.35, 1.6, acceptance=told)
     assert tree.size([0, 1]) == 1
     assert tree.size([0, 1], hits=[0, 1]) == 4
-    assert tree.size([0, 1], hits=[0]) == 4  # one that has much to gain
+    assert tree.size([0, 1], hits=[0]) == 4  # a row that gains much
     assert tree.sizes == {4: (1, 4)}
     assert tree.largest == 4
     for _ in range(60):
@@ -119,7 +119,7 @@ def test_steps_with_a_lookup_hit_have_a_size_and_a_count_of_their_own() -> None:
 
 
 def test_an_outlook_changes_no_decision() -> None:
-    """Where room is made for a step its size is asked for beforehand: a tree that isn't used is not begun with."""
+    """Rows get room before a step's size is final. Asking for the outlook must not start a tree that isn't used."""
     told = Acceptance("calibrated", (1.0, 0.02, 0.01, 0.0), (1.0, 0.9, 0.85, 0.8), 0.25)
     tree = choice(1.0, 1.01, 1.6, acceptance=told)
     assert tree.outlook([0, 1]) == 4

@@ -121,7 +121,7 @@ def test_text_without_a_bound_of_tokens_is_bounded_by_the_context(make: Callable
     """Otherwise encoding would take 400 bytes of memory for each of four million bytes of text."""
     ours = Tokenizer(make())
     for text in ("x" * SHORT_TEXT_BYTES, "é" * (SHORT_TEXT_BYTES // 2)):
-        ours.encode(text, max_tokens=100)  # short enough for any context
+        ours.encode(text, max_tokens=100)  # short enough for every context
         ours.encode(text + "x", max_tokens=SHORT_TEXT_BYTES // MAX_BYTES_PER_TOKEN + 1)
         ours.encode(text + "x")
         backend, ours._backend = ours._backend, NoEncoding(ours._backend)  # type: ignore[assignment]
