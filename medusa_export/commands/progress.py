@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medusa_export.common.errors import MedusaWarning
-from medusa_export.common.progress import OnProgress, Progress, ignore_progress
+from medusa_export.common.progress import BYTES, OnProgress, Progress, ignore_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -74,13 +74,16 @@ class _Shown:
         if not sys.stderr.isatty():
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn() if report.unit == BYTES else MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
-        )  # fmt: skip
+        )
         self._bars = Bars(*columns, console=Console(stderr=True))
         self._bars.start()
         self._bar = self._bars.add_task(report.message, total=report.total, completed=report.done or 0, rate="")

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+BYTES = "bytes"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -16,16 +18,21 @@ class Progress:
         done: Finished pieces of work; None if the work is not counted.
         total: All pieces of work; None if the work is not counted.
         rate: Speed as text, such as ``1,200 tokens/s``; empty if the job does not measure it.
+        unit: What the pieces are: ``BYTES``, or empty for anything else.
     """
 
     message: str
     done: int | None = None
     total: int | None = None
     rate: str = ""
+    unit: str = ""
 
     def __str__(self) -> str:
-        counted = "" if self.done is None or self.total is None else f": {self.done:,} of {self.total:,}"
+        counted = "" if self.done is None or self.total is None else f": {self._counted(self.done, self.total)}"
         return f"{self.message}{counted}{', ' if self.rate else ''}{self.rate}"
+
+    def _counted(self, done: int, total: int) -> str:
+        return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB" if self.unit == BYTES else f"{done:,} of {total:,}"
 
 
 # Receives reports. It runs in the thread of the job, so it should return at once; an exception from it ends the job.
@@ -44,7 +51,7 @@ class Task:
         total: All pieces of work.
         on_progress: Receives the reports.
         done: Pieces that were finished before the start.
-        unit: The unit that ``add`` counts, such as ``tokens``.
+        unit: The unit that ``add`` counts, such as ``tokens``; ``BYTES`` if the pieces are bytes.
     """
 
     def __init__(self, message: str, total: int, on_progress: OnProgress, *, done: int = 0, unit: str = "") -> None:
@@ -79,4 +86,5 @@ class Task:
     def _report(self) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = f"{self._amount / seconds:,.0f} {self._unit}/s" if self._amount else ""
-        self._on_progress(Progress(self._message, self._done, self._total, rate))
+        unit = BYTES if self._unit == BYTES else ""
+        self._on_progress(Progress(self._message, self._done, self._total, rate, unit))

@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
-from onnx_ir.tensor_adapters import TorchTensor
 
 from medusa_export.common.errors import ExportError
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
@@ -18,6 +17,7 @@ from medusa_export.graph.rewrites.rewrite import StepFacts
 from medusa_export.graph.rewrites.standard import STANDARD
 from medusa_export.graph.sampling import expand_sampling
 from medusa_export.graph.trace import MARK_DOMAIN, simplify, trace
+from medusa_export.graph.weights import PREFIX, StepWeights
 from medusa_export.models.supported import max_positions
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
@@ -29,7 +29,7 @@ class StepGraph:
     """The standard graph of a step.
 
     Attributes:
-        model: The graph in the form of the contract. Weights are references to the step's own.
+        model: The graph in the form of the contract. Weights are read when it is written.
         step: Facts about the step, for the rewrites of other graphs.
         rewrites: Number of places that each rewrite changed, by its name.
     """
@@ -39,15 +39,18 @@ class StepGraph:
     rewrites: Mapping[str, int]
 
 
-def build_graph(step: MedusaStep, on_progress: OnProgress = ignore_progress) -> StepGraph:
+def build_graph(
+    step: MedusaStep, on_progress: OnProgress = ignore_progress, *, weights: StepWeights | None = None
+) -> StepGraph:
     """Traces a step and brings the graph into the form of the contract.
 
-    Weights are not copied until the graph is written. Results of a step that are no outputs (see ``StepOutput``) are
+    Weights are not read until the graph is written. Results of a step that are no outputs (see ``StepOutput``) are
     named values of the graph. Graphs that are derived from it use them.
 
     Args:
         step: The step, in eval mode.
         on_progress: Receives reports.
+        weights: The weights; those in the step's memory if None.
 
     Raises:
         ModelNotSupportedError: The model needs something that a step can't honour.
@@ -62,7 +65,7 @@ def build_graph(step: MedusaStep, on_progress: OnProgress = ignore_progress) -> 
             node.resize_outputs(1)
     simplify(model)
     expand_sampling(model, step.model.dtype)
-    _bring_into_contract(model, step)
+    _bring_into_contract(model, step, weights or StepWeights(step))
     model.opset_imports.pop(MARK_DOMAIN, None)
     passes.CommonSubexpressionEliminationPass()(model)
     # Half of the file would be stack traces of the tracer, with the paths of this machine.
@@ -71,9 +74,12 @@ def build_graph(step: MedusaStep, on_progress: OnProgress = ignore_progress) -> 
     return StepGraph(model, facts, STANDARD.run(model, facts))
 
 
-def _bring_into_contract(model: ir.Model, step: MedusaStep) -> None:
-    """Replaces the traced graph's marks by layers, and its inputs and outputs by those of the contract."""
+def _bring_into_contract(model: ir.Model, step: MedusaStep, weights: StepWeights) -> None:
+    """Replaces the traced graph's marks by layers, and its inputs, outputs and weights by those of the contract."""
     graph = model.graph
+    for name, value in graph.initializers.items():
+        if name in weights:
+            value.const_value = weights.tensor(name)
     num_caches, margin = step.cache_shape.num_caches, step.tree.max_depth
     outputs = {value.name: value for value in graph.outputs}
     specs = {spec.name: spec for spec in _contract_inputs(step)}
@@ -93,13 +99,12 @@ def _bring_into_contract(model: ir.Model, step: MedusaStep) -> None:
         graph.insert_before(graph[0], split)
         pending = list(split.outputs)
 
-    state = step.state_dict()
     present = expand_layers(
         model,
         layer_prefix=_layer_prefix(step),
         caches=caches,
         pending=pending,
-        weight=lambda name: TorchTensor(state[name.removeprefix("step.")], name),
+        weight=weights.tensor,
     )
 
     # Readers of a stand-in read its shape only, and all caches have the same shape.
@@ -152,4 +157,4 @@ def _facts(step: MedusaStep) -> dict[str, Any]:
 def _layer_prefix(step: MedusaStep) -> str:
     """The start of the traced names of the decoder layers' weights."""
     layers = decoder_layers(step.model)
-    return next(f"step.model.{name}." for name, module in step.model.named_modules() if module is layers)
+    return next(f"{PREFIX}model.{name}." for name, module in step.model.named_modules() if module is layers)

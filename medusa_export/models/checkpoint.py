@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.registry import Registry
+from medusa_export.compat.lazy_loading import weights_left_in_files, with_placeholders
 from medusa_export.compat.transformers import causal_lm_class
 from medusa_export.models.files import Place
 
@@ -53,12 +54,15 @@ class LoadedModel:
         missing: Weights of the model that are not in the files. They are random.
         unread: Tensors of the files that the model has no place for.
         mismatched: Weights of other shapes in the files: name, shape in the files, shape in the model.
+        readers: Functions that read the weights that are still in the files, by the weights' names in the model. In
+            the model these weights are placeholders, which have a shape and a dtype, but no values.
     """
 
     model: PreTrainedModel
     missing: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     mismatched: frozenset[tuple[str, tuple[int, ...], tuple[int, ...]]] = frozenset()
+    readers: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 class Checkpoint(abc.ABC):
@@ -96,6 +100,20 @@ class Checkpoint(abc.ABC):
             config: The configuration.
             precision: The type of the weights, and the attention.
         """
+
+    def open(self, config: PreTrainedConfig, precision: Precision) -> LoadedModel:
+        """Loads the model, and leaves its weights in the files.
+
+        This works for each format whose ``load`` calls ``from_pretrained``. What ``load`` itself reads is in memory.
+
+        Args:
+            config: The configuration.
+            precision: How the model computes.
+        """
+        with weights_left_in_files() as readers:
+            loaded = self.load(config, precision)
+        with_placeholders(loaded.model)
+        return replace(loaded, readers=readers)
 
     @abc.abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from medusa_export.common.errors import CheckpointError, ModelNotSupportedError, OutputError
 from medusa_export.common.files import WRITE_ERRORS, atomic_folder
 from medusa_export.compat.transformers import has_causal_lm, quiet_libraries
-from medusa_export.models.checkpoint import Checkpoint, Precision, StoredWeight
+from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight
 from medusa_export.models.completeness import check_complete
 from medusa_export.models.formats import open_checkpoint
 from medusa_export.models.supported import check_supported
@@ -32,15 +32,26 @@ def load_model(source: str, *, dtype: torch.dtype, attn_implementation: str | No
         CheckpointError: The model is missing, unreachable, unreadable, incomplete or of an unknown architecture.
         ModelNotSupportedError: It is an encoder-decoder; with ``attn_implementation``, also if a step can't honour it.
     """
-    with _loading(source, "model") as checkpoint:
-        config = checkpoint.config()
-        _check_decoder(source, config)
-        if attn_implementation is not None:
-            with torch.device("meta"):  # refuses a model before its weights are read
-                check_supported(AutoModelForCausalLM.from_config(config))
-        loaded = checkpoint.load(config, Precision(dtype, attn_implementation))
-        check_complete(source, loaded)
-    return loaded.model.eval().requires_grad_(False)
+    return _load(source, Precision(dtype, attn_implementation)).model
+
+
+def open_model(source: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> LoadedModel:
+    """Loads a base model as ``load_model`` does, but leaves its weights in the files until they are asked for.
+
+    Args:
+        source: As for ``load_model``.
+        dtype: The type of the weights once they are read.
+        attn_implementation: As for ``load_model``.
+
+    Returns:
+        The model with placeholders, and the functions that read the weights. They raise any error of any library if a
+        file is damaged or removed by then.
+
+    Raises:
+        CheckpointError: As for ``load_model``.
+        ModelNotSupportedError: As for ``load_model``.
+    """
+    return _load(source, Precision(dtype, attn_implementation), leave_weights=True)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -137,6 +148,19 @@ def _loading(source: str, part: str) -> Iterator[Checkpoint]:
         # transformers and the libraries below it raise all kinds of errors for a damaged file.
         except Exception as e:
             raise CheckpointError(_reason(checkpoint, part, e)) from e
+
+
+def _load(source: str, precision: Precision, *, leave_weights: bool = False) -> LoadedModel:
+    with _loading(source, "model") as checkpoint:
+        config = checkpoint.config()
+        _check_decoder(source, config)
+        if precision.attention is not None:
+            with torch.device("meta"):  # refuses a model before its weights are read
+                check_supported(AutoModelForCausalLM.from_config(config))
+        loaded = (checkpoint.open if leave_weights else checkpoint.load)(config, precision)
+        check_complete(source, loaded)
+    loaded.model.eval().requires_grad_(False)
+    return loaded
 
 
 def _check_decoder(source: str, config: PreTrainedConfig) -> None:

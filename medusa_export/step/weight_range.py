@@ -10,27 +10,38 @@ from medusa_export.models.checkpoints import stored_weights
 from medusa_export.step.step import MedusaStep
 
 
-def check_weights(step: MedusaStep, source: str | None) -> None:
-    """Refuses a model or heads with a weight that is not finite.
+class WeightRange:
+    """Refuses weights of a step that are not finite.
 
-    A number beyond the range of a dtype becomes infinity when a checkpoint is loaded in that dtype. All answers would
+    A number beyond the range of a dtype becomes infinity when a checkpoint is read in that dtype. All answers would
     then be empty, or NaN.
 
     Args:
         step: The step to export.
         source: The checkpoint of the model: a folder, a hub id or a GGUF file. Messages give its value of the weight.
             None if there is no checkpoint.
-
-    Raises:
-        ExportError: A weight is not finite. The message names the weight, its value in the checkpoint if that can be
-            found, and the remedy.
     """
-    for name, weight in step.named_parameters():
-        if not weight.numel():
-            continue
-        low, high = torch.aminmax(weight.detach())  # both are NaN if one weight is
+
+    def __init__(self, step: MedusaStep, source: str | None) -> None:
+        self._step = step
+        self._source = source
+
+    def check(self, name: str, values: Tensor) -> None:
+        """Refuses a weight that is not finite.
+
+        Args:
+            name: The weight's name in the step.
+            values: Its values in the dtype of the export.
+
+        Raises:
+            ExportError: A value is not finite. The message names the weight, its value in the checkpoint if that can
+                be found, and the remedy.
+        """
+        if not values.numel():
+            return
+        low, high = torch.aminmax(values)  # both are NaN if one value is
         if not (low.isfinite() and high.isfinite()):
-            raise _refusal(step, source, name, weight.detach())
+            raise _refusal(self._step, self._source, name, values)
 
 
 def _refusal(step: MedusaStep, source: str | None, name: str, weight: Tensor) -> ExportError:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.errors import ExportError
 from medusa_export.common.files import atomic_folder, check_target
+from medusa_export.common.progress import BYTES, OnProgress, Progress, Task, ignore_progress
 from medusa_export.common.tuning import EXTERNAL_THRESHOLD
 from medusa_export.graph.export import StepGraph
 from medusa_export.models.checkpoints import save_tokenizer
@@ -71,6 +72,7 @@ def write_bundle(
     trained: bool,
     replace_existing: bool = False,
     end_tokens: EndTokens | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Bundle:
     """Writes a bundle; it appears whole or not at all.
 
@@ -85,6 +87,7 @@ def write_bundle(
         trained: True if the heads are trained, not fresh.
         replace_existing: Replace a bundle that is there.
         end_tokens: The tokens that end an answer; found in the model and the tokenizer if None.
+        on_progress: Receives reports.
 
     Returns:
         The bundle.
@@ -112,7 +115,7 @@ def write_bundle(
     try:
         check_target(target, replace_existing=replace_existing)
         with atomic_folder(target) as folder:
-            ir.save(graph.model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD)
+            _write_graph(graph.model, folder, on_progress)
             graphs = {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder)
@@ -131,6 +134,24 @@ def write_bundle(
     except OSError as error:
         raise ExportError(f"The bundle can't be written to {target}: {error}.") from error
     return bundle
+
+
+def _write_graph(model: ir.Model, folder: Path, on_progress: OnProgress) -> None:
+    """Writes the standard graph, and reads, converts and writes one weight after the other."""
+    sizes = (
+        weight.const_value.nbytes for weight in model.graph.initializers.values() if weight.const_value is not None
+    )
+    task = Task("writing weights", sum(size for size in sizes if size > EXTERNAL_THRESHOLD), on_progress, unit=BYTES)
+    written = 0
+
+    def count(tensor: ir.TensorProtocol, _: object) -> None:
+        nonlocal written
+        task.reach(written)  # called before a tensor is written
+        written += tensor.nbytes
+
+    ir.save(model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD, callback=count)
+    task.reach(written)
+    on_progress(Progress("writing graphs"))
 
 
 def _check_tokenizer(folder: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.compat.transformers import attention_of
 from medusa_export.graph.export import build_graph
+from medusa_export.graph.weights import Readers, StepWeights
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
-from medusa_export.models.checkpoints import check_fast, load_model, load_tokenizer, model_name, reading
+from medusa_export.models.checkpoints import check_fast, load_tokenizer, model_name, open_model, reading
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
 from medusa_export.models.supported import check_supported
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.step import MedusaStep
-from medusa_export.step.weight_range import check_weights
+from medusa_export.step.weight_range import WeightRange
 from medusa_export.targets.bundle_writer import write_bundle
 from medusa_export.trees.calibration import Calibration
 from medusa_export.trees.named import NamedTree, load_tree
@@ -104,13 +105,12 @@ def export(
     on_progress(Progress("loading the model"))
     with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer) as source:
         ends = _end_tokens(source)
-        attached = _attached(source.model, heads, init_heads, measured, on_progress)
+        with _lm_head_in_memory(source):
+            attached = _attached(source.model, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
         step = _step(source.model, attached, chosen.tree, sampling=sampling, rules=acceptance_rules)
-        on_progress(Progress("checking weights"))
-        check_weights(step, source.path)
-        graph = build_graph(step, on_progress)
-        on_progress(Progress(f"writing {target}"))
+        weights = StepWeights(step, source.readers, WeightRange(step, source.path).check)
+        graph = build_graph(step, on_progress, weights=weights)
         bundle = write_bundle(
             graph,
             step,
@@ -122,6 +122,7 @@ def export(
             trained=heads is not None,
             replace_existing=overwrite,
             end_tokens=ends,
+            on_progress=on_progress,
         )
     for note in bundle.notes:
         warnings.warn(note, MedusaWarning, stacklevel=2)
@@ -146,12 +147,14 @@ class _Source:
         tokenizer: Its tokenizer; None for a bundle without one.
         path: The folder, file or hub id that it was read from; None for a loaded model.
         name: The model's name.
+        readers: Functions that read the weights that are placeholders in the model.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     path: str | None
     name: str
+    readers: Readers = field(default_factory=dict)
 
 
 @contextmanager
@@ -176,11 +179,12 @@ def _opened(
         raise OptionError("A model that is read brings its own tokenizer: leave tokenizer out, or load the model.")
     path = fspath(model)
     with reading(path):
-        read = load_model(
+        opened = open_model(
             path, dtype=getattr(torch, torch_name(dtype or defaults.EXPORT_DTYPE)), attn_implementation=ATTENTION_NAME
         )
-        check_supported(read)
-        yield _Source(read, _fast(load_tokenizer(path)) if with_tokenizer else None, path, model_name(path))
+        check_supported(opened.model)
+        read = _fast(load_tokenizer(path)) if with_tokenizer else None
+        yield _Source(opened.model, read, path, model_name(path), opened.readers)
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
@@ -203,6 +207,23 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
     finally:
         loaded.set_attn_implementation(attention)
         model.train(was_training)
+
+
+@contextmanager
+def _lm_head_in_memory(source: _Source) -> Iterator[None]:
+    """Gives the model's output projection its values while the block lasts. Heads are compared with it."""
+    lm_head = source.model.get_output_embeddings()
+    placeholder = lm_head.weight
+    named = source.model.named_parameters(remove_duplicate=False)
+    read = next(
+        (source.readers[name] for name, weight in named if weight is placeholder and name in source.readers), None
+    )
+    if read is not None:
+        lm_head.weight = nn.Parameter(read(), requires_grad=False)
+    try:
+        yield
+    finally:
+        lm_head.weight = placeholder
 
 
 def _end_tokens(source: _Source) -> EndTokens:

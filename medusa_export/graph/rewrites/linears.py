@@ -7,11 +7,11 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
 
 from medusa_export.graph.rewrites.building import initializer
 from medusa_export.graph.rewrites.matching import producer, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite
+from medusa_export.graph.weights import LazyWeight, weight_of
 
 _Product = tuple[ir.Node, ir.Value]
 
@@ -25,10 +25,10 @@ class LayOutLinears(Rewrite):
 
     A weight that is read elsewhere too (tied embeddings) stays as it is.
 
-    Precondition: Weights are ``TorchTensor``, as tracing leaves them.
+    Precondition: Weights are those of ``StepWeights``.
 
-    Postcondition: Transposes are computed when the model is written, not before. The count is the number of products
-    that read a weight as it is stored.
+    Postcondition: Weights are read and transposed when the model is written, not before. The count is the number of
+    products that read a weight as it is stored.
     """
 
     name = "lay_out_linears"
@@ -98,18 +98,15 @@ def _products_of(weight: ir.Value) -> list[ir.Node]:
 def _transposed(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:
     """An initializer of the weights' transposes side by side. Its values are computed when the model is written."""
     name = "+".join(weight.name or "" for weight in weights) + ".T"
-    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]  # type: ignore[index, misc]
-    tensors = [weight.const_value for weight in weights]
+    sources = [weight_of(weight) for weight in weights]
+    shapes = [source.shape.numpy() for source in sources]
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
 
-    def evaluate() -> ir.TensorProtocol:
-        parts: list[torch.Tensor] = [tensor.raw for tensor in tensors]  # type: ignore[union-attr]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return TorchTensor(whole.detach().T.contiguous(), name)
+    def turned() -> torch.Tensor:
+        parts = [source.read() for source in sources]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).T
 
-    dtype = weights[0].dtype
-    assert dtype is not None
-    shape = ir.Shape([columns, rows])
-    tensor = ir.LazyTensor(evaluate, dtype=dtype, shape=shape, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(dtype))
+    tensor = LazyWeight(name, turned, (columns, rows), sources[0].torch_dtype)
+    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from medusa_export.compat.gguf import gguf_cache, open_gguf
+from medusa_export.compat.lazy_loading import weights_left_in_files, with_placeholders
+from medusa_export.compat.transformers import causal_lm_class
 from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight, from_pretrained
 from medusa_export.models.files import GGUF_MAGIC, Place
 from medusa_export.models.gguf.settings import Metadata, apply_settings, check_readable
@@ -64,6 +66,17 @@ class GgufCheckpoint(Checkpoint):
         # transformers does not report tensors that it has no place for.
         return replace(loaded, unread=frozenset(unread_tensors(open_gguf(self.file), loaded.model)))
 
+    def open(self, config: PreTrainedConfig, precision: Precision) -> LoadedModel:
+        # transformers dequantizes the whole file at once. Here each tensor is dequantized when it is read.
+        reader = open_gguf(self.file)
+        with torch.device("meta"):
+            names = causal_lm_class(config)(config)
+        state = {tensor.weight: tensor for tensor in stored_tensors(reader, names) if tensor.weight is not None}
+        with weights_left_in_files() as readers:
+            loaded = from_pretrained(config, precision, state_dict=state)
+        with_placeholders(loaded.model)
+        return replace(loaded, readers=readers, unread=frozenset(unread_tensors(reader, loaded.model)))
+
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         reader: Any = open_gguf(self.file)
         if _TOKENS not in reader.fields:
@@ -75,8 +88,8 @@ class GgufCheckpoint(Checkpoint):
         return tokenizer
 
     def stored_weights(self, model: PreTrainedModel) -> Iterator[StoredWeight]:
-        for name, weight, values in stored_tensors(open_gguf(self.file), model):
-            yield StoredWeight(name, weight, torch.tensor(values))
+        for tensor in stored_tensors(open_gguf(self.file), model):
+            yield StoredWeight(tensor.name, tensor.weight, tensor[...])
 
     def explain(self, problem: str) -> str:
         return f"the file ends too early: {problem}" if "buffer" in problem else problem

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_export.models.gguf.settings import ARCHITECTURES, ROPE_FREQS, Architecture
@@ -52,19 +53,45 @@ def unread_tensors(reader: Any, model: PreTrainedModel) -> set[str]:
     }
 
 
-def stored_tensors(reader: Any, model: PreTrainedModel) -> Iterator[tuple[str, str | None, NDArray[np.float32]]]:
-    """Each tensor of a file, dequantized, in the layout of the model.
+class StoredTensor:
+    """A tensor of a GGUF file. It is read, dequantized and laid out as the model has it when it is asked for.
 
-    Yields:
-        The tensor's name in the file, the name of the model's weight or None, and the values.
+    Args:
+        tensor: The tensor, as ``gguf`` describes it.
+        weight: The name of the model's weight that it is; None if there is none.
+        architecture: The file's architecture.
+        config: The model's configuration.
+
+    Attributes:
+        name: The tensor's name in the file.
+        weight: As given.
+        shape: Its shape in the layout of the model.
     """
-    gguf: Any = import_module("gguf")
+
+    def __init__(self, tensor: Any, weight: str | None, architecture: Architecture, config: Any) -> None:
+        self._tensor, self._architecture, self._config = tensor, architecture, config
+        self.name: str = tensor.name
+        self.weight = weight
+        turned = bool(architecture.transposed) and self.name.endswith(architecture.transposed)
+        shape = [int(size) for size in tensor.shape]
+        self.shape = tuple(shape if turned else reversed(shape))  # a file names the fastest dimension first
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Reads some of the values, as one reads from an open safetensors file."""
+        gguf: Any = import_module("gguf")
+        values = gguf.quants.dequantize(self._tensor.data, self._tensor.tensor_type)
+        laid_out = _laid_out(values, self.name, self._architecture, self._config)
+        # Numbers that the file holds as they are come as a view of the file, which can't be written to.
+        return (torch.from_numpy(laid_out) if laid_out.flags.writeable else torch.tensor(laid_out))[index]
+
+
+def stored_tensors(reader: Any, model: PreTrainedModel) -> Iterator[StoredTensor]:
+    """Each tensor of a file that holds weights."""
     architecture = ARCHITECTURES[architecture_of(reader)]
     names = tensor_names(architecture_of(reader), model)
     for tensor in reader.tensors:
         if not any(part in tensor.name for part in _NO_WEIGHTS):
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            yield tensor.name, names.get(tensor.name), _laid_out(values, tensor.name, architecture, model.config)
+            yield StoredTensor(tensor, names.get(tensor.name), architecture, model.config)
 
 
 def _laid_out(values: NDArray[Any], name: str, architecture: Architecture, config: Any) -> NDArray[Any]:

@@ -1,0 +1,125 @@
+"""transformers: loads a model whose weights stay in their files.
+
+Tried with transformers 5.23.0.
+
+``from_pretrained`` collects, for each weight, the tensors of the files that it is made of, and functions that read
+them. Then it reads, converts and keeps one weight after the other. ``weights_left_in_files`` keeps the functions
+instead of the weights. So a weight that is asked for later is read and converted by transformers' own code.
+
+Without it a model has to fit in memory to be exported. transformers' own way, ``device_map="disk"``, reads all files
+once and writes converted weights to a folder.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
+
+Reader = Callable[[], Tensor]
+
+_loading: Any = core_model_loading
+_utils: Any = modeling_utils
+_PATCHED = threading.Lock()  # the patches are those of a module, so of all threads
+
+
+@contextmanager
+def weights_left_in_files() -> Iterator[dict[str, Reader]]:
+    """Makes ``from_pretrained`` leave weights in their files for the duration of a block.
+
+    A weight of a model that is loaded inside the block is an empty tensor on the device ``meta``, of the right shape
+    and dtype. Buffers, and weights that are in no file, are loaded as usual. Other threads wait.
+
+    Yields:
+        The functions that read the weights, by the weights' names in the model, once the model is loaded. The files
+        stay open while the functions live.
+    """
+    readers: dict[str, Reader] = {}
+    transforms = (_loading.WeightRenaming, _loading.WeightConverter)
+    with _PATCHED:
+        spawn, originals = _loading.spawn_materialize, [transform.convert for transform in transforms]
+        open_file = _utils.safe_open
+        _loading.spawn_materialize = _job
+        _utils.safe_open = partial(_opened, open_file)
+        for transform, convert in zip(transforms, originals, strict=True):
+            transform.convert = _recording(convert, readers)
+        try:
+            yield readers
+        finally:
+            _loading.spawn_materialize, _utils.safe_open = spawn, open_file
+            for transform, convert in zip(transforms, originals, strict=True):
+                transform.convert = convert
+
+
+def _opened(open_file: Callable[..., Any], file: str, **options: Any) -> Any:
+    """Replaces ``safe_open``: reads into memory. Pages of a mapped file would stay in memory until all are read."""
+    return open_file(file, **{**options, "backend": "pread"})
+
+
+def _job(pool: Any, tensor: Any, device: Any = None, dtype: Any = None, **_: Any) -> Reader:
+    """Replaces ``spawn_materialize``: never starts to read."""
+    return partial(_loading._materialize_copy, tensor, device, dtype)
+
+
+def _recording(convert: Callable[..., dict[str, Any]], readers: dict[str, Reader]) -> Callable[..., dict[str, Any]]:
+    """Replaces ``convert`` of a transform: records how to run it, and returns empty weights."""
+
+    def recorded(transform: Any, layer_name: str, model: Any = None, **given: Any) -> dict[str, Any]:
+        sources = {pattern: list(jobs) for pattern, jobs in transform.collected_tensors.items()}
+
+        def run(**options: Any) -> dict[str, Any]:
+            transform.collected_tensors = {pattern: list(jobs) for pattern, jobs in sources.items()}
+            return convert(transform, layer_name, model=model, **options)
+
+        def read(name: str) -> Tensor:
+            later = {key: value for key, value in given.items() if key != "loading_info"}
+            return _single(run(**later)[name])
+
+        empty = _renamed(transform, sources)
+        made = {name: _single(value) for name, value in run(**given).items()} if empty is None else empty
+        buffers = {name for name, _ in model.named_buffers()}
+        for name in made:
+            if name in buffers:
+                made[name] = read(name)
+            else:
+                readers[name] = partial(read, name)
+                made[name] = made[name].to("meta")
+        return made
+
+    return recorded
+
+
+def _renamed(transform: Any, sources: dict[str, list[Any]]) -> dict[str, Tensor] | None:
+    """An empty weight of a transform that only renames; None for any other transform."""
+    if not isinstance(transform, _loading.WeightRenaming) or transform.quantization_operation is not None:
+        return None
+    ((tensor, _, dtype),) = (job.args for job in sources[transform.source_patterns[0]])
+    shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
+    return {transform.target_patterns[0]: torch.empty(tuple(shape), dtype=dtype, device="meta")}
+
+
+def _single(value: Any) -> Tensor:
+    tensor: Tensor = value[0] if isinstance(value, list) else value
+    return tensor
+
+
+def with_placeholders(model: PreTrainedModel) -> None:
+    """Replaces the weights of a model that are on the device ``meta`` by tensors on the CPU that take no memory.
+
+    Each has one element in memory, and strides of 0. So the model can be traced, and weights that are tied stay so.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is None or weight.device.type != "meta":
+                continue
+            if id(weight) not in made:
+                values = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+                made[id(weight)] = nn.Parameter(values, requires_grad=False)
+            module._parameters[name] = made[id(weight)]

@@ -1,0 +1,92 @@
+"""The weights of a step as tensors of a graph. Each is read when the graph is written, and then dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+from medusa_export.step.step import MedusaStep
+
+# Traced graphs name a weight of the step by its name in the step behind this.
+PREFIX = "step."
+
+Readers = Mapping[str, Callable[[], Tensor]]
+
+
+def _accept(name: str, values: Tensor) -> None:
+    """Accepts all values: the default check of a weight."""
+
+
+class StepWeights:
+    """The weights of a step, by their names in a traced graph.
+
+    Args:
+        step: The step.
+        readers: Functions that read weights of the base model that are placeholders in the step, by their names there.
+        check: Called with the name in the step and the values of each weight that is read. It raises an error to
+            refuse them.
+    """
+
+    def __init__(
+        self,
+        step: MedusaStep,
+        readers: Readers = MappingProxyType({}),
+        check: Callable[[str, Tensor], None] = _accept,
+    ) -> None:
+        self._check = check
+        parameters = step.named_parameters(remove_duplicate=False)
+        self._parameters = {f"{PREFIX}{name}": weight for name, weight in parameters}
+        # A weight that is tied to another has the reader of the other.
+        known = {id(step.model.get_parameter(name)): read for name, read in readers.items()}
+        self._readers = {name: known.get(id(weight)) for name, weight in self._parameters.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
+    def tensor(self, name: str) -> LazyWeight:
+        """A weight as a tensor of a graph."""
+        weight = self._parameters[name]
+        return LazyWeight(name, partial(self._read, name), weight.shape, weight.dtype)
+
+    def _read(self, name: str) -> Tensor:
+        read = self._readers[name]
+        values = self._parameters[name].detach() if read is None else read()
+        self._check(name.removeprefix(PREFIX), values)
+        return values
+
+
+class LazyWeight(ir.LazyTensor):
+    """A tensor of a graph whose values are made when they are needed, and not kept.
+
+    Args:
+        name: The tensor's name.
+        read: Makes the values.
+        shape: The shape of the values.
+        dtype: The dtype of the values.
+
+    Attributes:
+        read: As given.
+        torch_dtype: The dtype of the values.
+    """
+
+    def __init__(self, name: str, read: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__(
+            lambda: TorchTensor(self.read().contiguous(), name),
+            dtype=from_torch_dtype(dtype),
+            shape=ir.Shape(shape),
+            name=name,
+        )
+        self.read = read
+        self.torch_dtype = dtype
+
+
+def weight_of(value: ir.Value) -> LazyWeight:
+    """The weight that an initializer of a traced graph is."""
+    assert isinstance(value.const_value, LazyWeight)
+    return value.const_value
