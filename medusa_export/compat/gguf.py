@@ -9,10 +9,13 @@ Without these patches a GGUF file still loads, to the same model, but slowly:
 * ``GGUFReader._get`` slices a ``np.memmap`` for each token of the vocabulary, which takes ten times as long as a view.
 
 transformers looks both up in ``gguf`` at each call, so they are replaced there.
+
+``release_pages``: the file is mapped into memory. Without it all parts that were read stay there.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -59,6 +62,12 @@ def open_gguf(path: Path) -> Any:
     """A ``gguf.GGUFReader`` of a file. Within ``gguf_cache`` it is the one that transformers uses too."""
     gguf: Any = import_module("gguf")  # not needed for other formats
     return gguf.GGUFReader(path)
+
+
+def release_pages(reader: Any) -> None:
+    """Lets the system take back the memory of the parts of a file that were read. They are read again when needed."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_values(

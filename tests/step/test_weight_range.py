@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from medusa_export.cli import main
 from medusa_export.common.errors import ExportError
-from medusa_export.step.weight_range import check_weights
+from medusa_export.step.step import MedusaStep
+from medusa_export.step.weight_range import WeightRange
 from support.decoding import make_step, random_heads
 from support.tiny_models import tiny_model
 
@@ -23,6 +24,11 @@ def saved(folder: Path, value: float) -> Path:
     model.get_parameter(PLACE)[3, 17] = value
     model.save_pretrained(folder)
     return folder
+
+
+def check_all(step: MedusaStep, source: str) -> None:
+    for name, weight in step.named_parameters():
+        WeightRange(step, source).check(name, weight.detach())
 
 
 def export(model: Path, target: Path, *options: str) -> Result:
@@ -41,7 +47,7 @@ def test_a_weight_beyond_the_type_is_refused_by_name_and_value(tmp_path: Path, v
     for dtype in (torch.float32, torch.bfloat16):
         wide = tiny_model("llama").to(dtype)
         wide.get_parameter(PLACE)[3, 17] = value
-        check_weights(make_step(wide, random_heads(wide)), str(model))
+        check_all(make_step(wide, random_heads(wide)), str(model))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -56,15 +62,15 @@ def test_a_checkpoint_without_a_number_is_refused_for_every_type(tmp_path: Path,
 def test_heads_are_looked_at_too() -> None:
     model = tiny_model("llama").half()
     heads = random_heads(model)
-    check_weights(make_step(model, heads), "nowhere")
+    check_all(make_step(model, heads), "nowhere")
     heads.layers[0].weight[2, 5, 6] = 1e6
     with pytest.raises(
         ExportError, match=r"layers\.0\.weight of the heads is inf at \[2, 5, 6\] in float16.*--dtype fp32"
     ):
-        check_weights(make_step(model, heads), "nowhere")
+        check_all(make_step(model, heads), "nowhere")
 
 
 def test_the_largest_number_of_a_type_is_one(tmp_path: Path) -> None:
     model = tiny_model("llama").half()
     model.get_parameter(PLACE)[3, 17] = 65504.0
-    check_weights(make_step(model, random_heads(model)), str(tmp_path))
+    check_all(make_step(model, random_heads(model)), str(tmp_path))

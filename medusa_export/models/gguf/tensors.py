@@ -13,12 +13,17 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from medusa_export.compat.gguf import release_pages
 from medusa_export.models.gguf.settings import ARCHITECTURES, ROPE_FREQS, Architecture
+
+# Rows that are dequantized at once.
+_ROWS = 4096
 
 # llama.cpp ignores the second too.
 _NO_WEIGHTS = (ROPE_FREQS, ".attn_rot_embd")
@@ -57,6 +62,7 @@ class StoredTensor:
     """A tensor of a GGUF file. It is read, dequantized and laid out as the model has it when it is asked for.
 
     Args:
+        reader: The ``gguf.GGUFReader`` of the file.
         tensor: The tensor, as ``gguf`` describes it.
         weight: The name of the model's weight that it is; None if there is none.
         architecture: The file's architecture.
@@ -68,8 +74,10 @@ class StoredTensor:
         shape: Its shape in the layout of the model.
     """
 
-    def __init__(self, tensor: Any, weight: str | None, architecture: Architecture, config: Any) -> None:
-        self._tensor, self._architecture, self._config = tensor, architecture, config
+    def __init__(
+        self, reader: Any, tensor: Any, weight: str | None, architecture: Architecture, config: PreTrainedConfig
+    ) -> None:
+        self._reader, self._tensor, self._architecture, self._config = reader, tensor, architecture, config
         self.name: str = tensor.name
         self.weight = weight
         turned = bool(architecture.transposed) and self.name.endswith(architecture.transposed)
@@ -78,11 +86,11 @@ class StoredTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         """Reads some of the values, as one reads from an open safetensors file."""
-        gguf: Any = import_module("gguf")
-        values = gguf.quants.dequantize(self._tensor.data, self._tensor.tensor_type)
-        laid_out = _laid_out(values, self.name, self._architecture, self._config)
+        laid_out = _laid_out(_dequantized(self._tensor), self.name, self._architecture, self._config)
         # Numbers that the file holds as they are come as a view of the file, which can't be written to.
-        return (torch.from_numpy(laid_out) if laid_out.flags.writeable else torch.tensor(laid_out))[index]
+        values = torch.from_numpy(laid_out) if laid_out.flags.writeable else torch.tensor(laid_out)
+        release_pages(self._reader)
+        return values[index]
 
 
 def stored_tensors(reader: Any, model: PreTrainedModel) -> Iterator[StoredTensor]:
@@ -91,7 +99,20 @@ def stored_tensors(reader: Any, model: PreTrainedModel) -> Iterator[StoredTensor
     names = tensor_names(architecture_of(reader), model)
     for tensor in reader.tensors:
         if not any(part in tensor.name for part in _NO_WEIGHTS):
-            yield StoredTensor(tensor, names.get(tensor.name), architecture, model.config)
+            yield StoredTensor(reader, tensor, names.get(tensor.name), architecture, model.config)
+
+
+def _dequantized(tensor: Any) -> NDArray[np.float32]:
+    """A tensor's values as the file lays them out, read in parts, since to dequantize takes four times their size."""
+    gguf: Any = import_module("gguf")
+    rows, kind = tensor.data, tensor.tensor_type
+    if len(rows) <= _ROWS:
+        whole: NDArray[np.float32] = gguf.quants.dequantize(rows, kind)
+        return whole  # a view of the file, where the file holds such numbers
+    values = np.empty([int(size) for size in reversed(tensor.shape)], np.float32)
+    for start in range(0, len(rows), _ROWS):
+        values[start : start + _ROWS] = gguf.quants.dequantize(rows[start : start + _ROWS], kind)
+    return values
 
 
 def _laid_out(values: NDArray[Any], name: str, architecture: Architecture, config: Any) -> NDArray[Any]:
