@@ -19,6 +19,7 @@ from medusa_export.graph.sampling import expand_sampling
 from medusa_export.graph.trace import MARK_DOMAIN, simplify, trace
 from medusa_export.graph.weights import PREFIX, StepWeights
 from medusa_export.models.supported import max_positions
+from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
 from medusa_runtime.bundles.contract import TensorSpec
@@ -40,7 +41,11 @@ class StepGraph:
 
 
 def build_graph(
-    step: MedusaStep, on_progress: OnProgress = ignore_progress, *, weights: StepWeights | None = None
+    step: MedusaStep,
+    on_progress: OnProgress = ignore_progress,
+    *,
+    weights: StepWeights | None = None,
+    types: WeightTypes | None = None,
 ) -> StepGraph:
     """Traces a step and brings the graph into the form of the contract.
 
@@ -51,6 +56,7 @@ def build_graph(
         step: The step, in eval mode.
         on_progress: Receives reports.
         weights: The weights; those in the step's memory if None.
+        types: How the graph stores them; in their dtype if None.
 
     Raises:
         ModelNotSupportedError: The model needs something that a step can't honour.
@@ -70,7 +76,9 @@ def build_graph(
     passes.CommonSubexpressionEliminationPass()(model)
     # Half of the file would be stack traces of the tracer, with the paths of this machine.
     passes.ClearMetadataAndDocStringPass()(model)
-    facts = StepFacts(margin=step.tree.max_depth, max_positions=max_positions(step.model))
+    facts = StepFacts(
+        margin=step.tree.max_depth, max_positions=max_positions(step.model), weights=types or WeightTypes()
+    )
     return StepGraph(model, facts, STANDARD.run(model, facts))
 
 

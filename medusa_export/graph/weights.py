@@ -9,8 +9,9 @@ from types import MappingProxyType
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
-from torch import Tensor
+from torch import Tensor, nn
 
+from medusa_export.models.weight_types import Role
 from medusa_export.step.step import MedusaStep
 
 # Traced graphs name a weight of the step by its name in the step behind this.
@@ -40,6 +41,8 @@ class StepWeights:
         check: Callable[[str, Tensor], None] = _accept,
     ) -> None:
         self._check = check
+        self._lm_head = step.model.get_output_embeddings().weight
+        self._embeddings = step.model.get_input_embeddings().weight
         parameters = step.named_parameters(remove_duplicate=False)
         self._parameters = {f"{PREFIX}{name}": weight for name, weight in parameters}
         # A weight that is tied to another has the reader of the other.
@@ -52,7 +55,17 @@ class StepWeights:
     def tensor(self, name: str) -> LazyWeight:
         """A weight as a tensor of a graph."""
         weight = self._parameters[name]
-        return LazyWeight(name, partial(self._read, name), weight.shape, weight.dtype)
+        is_table = weight is self._embeddings
+        return LazyWeight(
+            name, partial(self._read, name), weight.shape, weight.dtype, self._role(name, weight), is_table=is_table
+        )
+
+    def _role(self, name: str, weight: nn.Parameter) -> Role:
+        if weight is self._lm_head:
+            return "lm_head"
+        if weight is self._embeddings:
+            return "embeddings"
+        return "heads" if name.startswith(f"{PREFIX}heads.") else "layers"
 
     def _read(self, name: str) -> Tensor:
         read = self._readers[name]
@@ -70,12 +83,26 @@ class LazyWeight(ir.LazyTensor):
         shape: The shape of the values.
         dtype: The dtype of the values.
 
+        role: What the weight is for.
+        is_table: The model looks rows up in it by token.
+
     Attributes:
         read: As given.
         torch_dtype: The dtype of the values.
+        role: As given.
+        is_table: As given.
     """
 
-    def __init__(self, name: str, read: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[], Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        role: Role = "other",
+        *,
+        is_table: bool = False,
+    ) -> None:
         super().__init__(
             lambda: TorchTensor(self.read().contiguous(), name),
             dtype=from_torch_dtype(dtype),
@@ -84,9 +111,20 @@ class LazyWeight(ir.LazyTensor):
         )
         self.read = read
         self.torch_dtype = dtype
+        self.role = role
+        self.is_table = is_table
 
 
 def weight_of(value: ir.Value) -> LazyWeight:
     """The weight that an initializer of a traced graph is."""
     assert isinstance(value.const_value, LazyWeight)
     return value.const_value
+
+
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Makes a tensor an initializer of a graph, by its name."""
+    value = ir.Value(
+        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(value)
+    return value

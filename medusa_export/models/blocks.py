@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Bits = Literal[4, 8]
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,12 @@ class BlockWeight:
 
     def packed(self) -> Tensor:
         """The values as bytes, [N, K · bits / 8]. Of two 4-bit values in a byte, the first is in the low half."""
-        if self.bits == 8:
-            return self.values
-        return self.values[:, ::2] | self.values[:, 1::2] << 4
+        return self.values if self.bits == 8 else pack(self.values)
+
+
+def pack(values: Tensor) -> Tensor:
+    """4-bit values [N, K] as bytes [N, K / 2], the first of two in the low half."""
+    return values[:, ::2] | values[:, 1::2] << 4
 
 
 def round_to_nearest(
@@ -67,22 +71,31 @@ def round_to_nearest(
         symmetric: Put the zero points in the middle of the range. Otherwise each block has its own.
         dtype: The dtype of the scales. Values are rounded with the scale in this dtype.
     """
+    parts = [
+        _rounded(rows, bits, block_size, symmetric=symmetric, dtype=dtype) for rows in torch.split(weight, _ROWS)
+    ]  # the rounding of a part takes several times its size
+    values, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    zero_points = None if symmetric else torch.cat([part[2] for part in parts])
+    return BlockWeight(bits, block_size, values, scales, zero_points)
+
+
+def _rounded(
+    weight: Tensor, bits: Bits, block_size: int, *, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, scales and zero points of some rows."""
     blocks = weight.to(torch.float32).reshape(len(weight), -1, block_size)
     middle, top = 1 << (bits - 1), (1 << bits) - 1
     low, high = blocks.amin(-1), blocks.amax(-1)
     if symmetric:
         # The value farthest from 0 gets the end of the range that has one number more.
         scales = torch.where(high > -low, high, low) / -middle
-        zero_points = None
     else:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scales = (high - low) / top
-    scales = scales.to(dtype).to(torch.float32)
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    if not symmetric:
-        zero_points = (-low * inverse).round().clamp(0, top)
-    offset = middle if zero_points is None else zero_points.unsqueeze(-1)
-    values = (blocks * inverse.unsqueeze(-1)).round().add(offset).clamp(0, top).to(torch.uint8).flatten(1)
-    return BlockWeight(
-        bits, block_size, values, scales.to(dtype), None if zero_points is None else zero_points.to(torch.uint8)
-    )
+        scales = (high.clamp(min=0) - low.clamp(max=0)) / top
+    scales = scales.to(dtype)
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.float())
+    if symmetric:
+        zero_points = torch.full_like(scales, middle, dtype=torch.uint8)
+    else:
+        zero_points = (-low.clamp(max=0) * inverse).round().clamp(0, top).to(torch.uint8)
+    values = (blocks * inverse.unsqueeze(-1)).round().add(zero_points.unsqueeze(-1)).clamp(0, top)
+    return values.to(torch.uint8).flatten(1), scales, zero_points

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from medusa_export.graph.rewrites.building import initializer
-from medusa_export.graph.rewrites.matching import producer, shape_of
+from medusa_export.graph.rewrites.matching import producer
 from medusa_export.graph.rewrites.rewrite import Rewrite
-from medusa_export.graph.weights import LazyWeight, weight_of
+from medusa_export.graph.weights import LazyWeight, register, weight_of
 
 _Product = tuple[ir.Node, ir.Value]
 
 
-class LayOutLinears(Rewrite):
-    """Stores weights transposed, and merges products x Wᵀ of one x.
+class MergeLinears(Rewrite):
+    """Merges products x Wᵀ of one x.
 
-    1. A weight that only one product x Wᵀ reads is stored transposed.
-    2. Several such products of one x become one ``MatMul`` with the weights side by side, and a ``Split``.
-    3. A weight that several products read (an ``lm_head`` that heads use too) is stored transposed, by itself.
+    1. Several such products become one product with the weights side by side, and a ``Split``.
+
+    A weight that is read elsewhere too (an ``lm_head`` that heads use, tied embeddings) stays as it is. The count is
+    the number of products that were merged.
+    """
+
+    name = "merge_linears"
+
+    def apply(self, model: ir.Model) -> int:
+        groups: dict[ir.Value, list[_Product]] = defaultdict(list)
+        for node in [node for node in model.graph if node.op_type == "MatMul"]:
+            weight, source = transposed_weight(node), node.inputs[0]
+            if weight is not None and source is not None and _products_of(weight) == [node]:
+                groups[source].append((node, weight))
+        merged = [(source, members) for source, members in groups.items() if len(members) > 1]
+        for source, members in merged:
+            _merge(model.graph, source, members)
+        return sum(len(members) for _, members in merged)
+
+
+class LayOutLinears(Rewrite):
+    """Stores weights transposed, as ``MatMul`` reads them.
+
+    1. A weight that only products x Wᵀ read is stored transposed.
 
     A weight that is read elsewhere too (tied embeddings) stays as it is.
 
@@ -36,41 +58,44 @@ class LayOutLinears(Rewrite):
     def apply(self, model: ir.Model) -> int:
         graph = model.graph
         count = 0
-        groups: dict[ir.Value, list[_Product]] = defaultdict(list)
-        for node in [node for node in graph if node.op_type == "MatMul"]:
-            weight, source = transposed_weight(node), node.inputs[0]
-            products = _products_of(weight) if weight is not None else []
-            if weight is None or source is None:
+        for weight in list(graph.initializers.values()):
+            products = _products_of(weight)
+            if not products:
                 continue
-            if products == [node]:
-                groups[source].append((node, weight))
-            elif products:
-                turned = _transposed(graph, [weight])
-                for product in products:
-                    product.replace_input_with(1, turned)
-                count += len(products)
-        for source, members in groups.items():
-            _merge(graph, source, members)
-            count += len(members)
+            source = weight_of(weight)
+            rows, columns = source.shape.numpy()
+            turned = LazyWeight(f"{weight.name}.T", partial(_transposed, source), (columns, rows), source.torch_dtype)
+            stored = register(graph, turned)
+            for product in products:
+                product.replace_input_with(1, stored)
+            count += len(products)
         return count
 
 
+def _transposed(weight: LazyWeight) -> torch.Tensor:
+    return weight.read().T
+
+
 def _merge(graph: ir.Graph, source: ir.Value, members: list[_Product]) -> None:
-    """Replaces the products of one input by one product, and a ``Split`` if there are several."""
-    weights = [weight for _, weight in members]
-    merged = _transposed(graph, weights)
+    """Replaces several products of one input by one product and a ``Split``."""
+    parts = [weight_of(weight) for _, weight in members]
+    sizes = [part.shape.numpy()[0] for part in parts]
+    columns = parts[0].shape.numpy()[1]
+    merged = LazyWeight(
+        "+".join(part.name or "" for part in parts),
+        lambda: torch.cat([part.read() for part in parts]),
+        (sum(sizes), columns),
+        parts[0].torch_dtype,
+        parts[0].role,
+    )
     first = members[0][0]
-    if len(members) == 1:
-        first.replace_input_with(1, merged)
-        return
-    product = ir.node("MatMul", [source, merged], name=f"{first.name}/merged")
-    sizes = initializer(
-        graph, f"{first.name}/sizes", np.array([shape_of(weight)[0] for weight in weights], dtype=np.int64)
-    )
+    transpose = ir.node("Transpose", [register(graph, merged)], {"perm": [1, 0]}, name=f"{first.name}/transpose")
+    product = ir.node("MatMul", [source, transpose.outputs[0]], name=f"{first.name}/merged")
+    lengths = initializer(graph, f"{first.name}/sizes", np.array(sizes, dtype=np.int64))
     split = ir.node(
-        "Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=len(members), name=f"{first.name}/split"
+        "Split", [product.outputs[0], lengths], {"axis": -1}, num_outputs=len(members), name=f"{first.name}/split"
     )
-    graph.insert_before(first, [product, split])
+    graph.insert_before(first, [transpose, product, split])
     for (node, _), output in zip(members, split.outputs, strict=True):
         old = node.outputs[0]
         output.type, output.shape = old.type, old.shape
@@ -93,20 +118,3 @@ def _products_of(weight: ir.Value) -> list[ir.Node]:
             return []
         products += [reader.node for reader in readers]
     return products
-
-
-def _transposed(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:
-    """An initializer of the weights' transposes side by side. Its values are computed when the model is written."""
-    name = "+".join(weight.name or "" for weight in weights) + ".T"
-    sources = [weight_of(weight) for weight in weights]
-    shapes = [source.shape.numpy() for source in sources]
-    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-
-    def turned() -> torch.Tensor:
-        parts = [source.read() for source in sources]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).T
-
-    tensor = LazyWeight(name, turned, (columns, rows), sources[0].torch_dtype)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_ir as ir
+
+from medusa_export.models.weight_types import WeightTypes
 
 
 class NotApplicableError(ir.passes.PreconditionError):
@@ -21,11 +23,13 @@ class StepFacts:
         margin: M, the depth of the tree: slots in front of each row's first entry.
         max_positions: Length of the longest sequence of the model, in tokens.
         capacity: C, slots per row, where it is fixed; None where each call chooses it.
+        weights: How weights are stored.
     """
 
     margin: int
     max_positions: int
     capacity: int | None = None
+    weights: WeightTypes = field(default_factory=WeightTypes)
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from medusa_export.graph.rewrites.linears import LayOutLinears
+from medusa_export.graph.rewrites.block_weights import QuantizeWeights
+from medusa_export.graph.rewrites.linears import LayOutLinears, MergeLinears
 from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rms_norm import FuseRmsNorm
 from medusa_export.graph.rewrites.rotary_embedding import FuseRotaryEmbedding
 from medusa_export.graph.rewrites.row_index import GatherRows
 from medusa_runtime.bundles.bundle import GRAPH
 
-STANDARD = Pipeline(GRAPH, FuseRmsNorm, FuseRotaryEmbedding, GatherRows, LayOutLinears)
+STANDARD = Pipeline(GRAPH, FuseRmsNorm, FuseRotaryEmbedding, GatherRows, MergeLinears, QuantizeWeights, LayOutLinears)

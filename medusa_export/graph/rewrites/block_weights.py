@@ -1,0 +1,186 @@
+"""Store matrices as integers of 4 or 8 bits, in blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+from medusa_export.graph.rewrites.building import Builder, initializer
+from medusa_export.graph.rewrites.matching import given, replace_value
+from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
+from medusa_export.graph.weights import LazyWeight, register
+from medusa_export.models.blocks import Bits, BlockWeight, pack, round_to_nearest
+
+_TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+_Make = Callable[[BlockWeight], ir.TensorProtocol]
+
+
+class _Parts(NamedTuple):
+    """The initializers of a matrix [N, K] in blocks.
+
+    Attributes:
+        block_size: Columns per block.
+        values: [N, K] unsigned integers.
+        scales: [N, K / block_size].
+        zero_points: [N, K / block_size] unsigned integers.
+    """
+
+    block_size: int
+    values: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value
+
+
+class QuantizeWeights(Rewrite):
+    """Stores matrices in blocks of integers, as ``StepFacts.weights`` says.
+
+    1. A product x Wᵀ reads W from a ``DequantizeLinear`` with blocks along its columns.
+    2. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
+
+    Matrices whose columns no block size divides keep their dtype. 8-bit matrices have no zero points of their own, and
+    tables are of 8 bits. The count is the number of products and lookups.
+
+    Precondition: Weights are those of ``StepWeights``.
+
+    Postcondition: Matrices are read and rounded when the model is written, not before.
+    """
+
+    name = "quantize_weights"
+
+    def __init__(self, step: StepFacts) -> None:
+        super().__init__(step)
+        self._last: tuple[tuple[str | None, Bits], BlockWeight] | None = None
+
+    def apply(self, model: ir.Model) -> int:
+        count = 0
+        for value in list(model.graph.initializers.values()):
+            weight = value.const_value
+            if not isinstance(weight, LazyWeight) or len(weight.shape) != 2:
+                continue
+            lookups = [use.node for use in value.uses() if use.node.op_type == "Gather" and use.idx == 0]
+            transposes = _transposes_for_products(value)
+            if weight.is_table and lookups and (bits := self.step.weights.bits("embeddings")):
+                count += self._store_table(model.graph, weight, bits, lookups)
+            if transposes and (bits := self.step.weights.bits(weight.role)):
+                count += self._store_matrix(model.graph, weight, bits, transposes)
+        return count
+
+    def _store_matrix(self, graph: ir.Graph, weight: LazyWeight, bits: Bits, transposes: list[ir.Node]) -> int:
+        """Makes products read a matrix in blocks."""
+        parts = self._parts(graph, weight, bits)
+        if parts is None:
+            return 0
+        read = ir.node(
+            "DequantizeLinear",
+            [parts.values, parts.scales, parts.zero_points],
+            {"axis": 1, "block_size": parts.block_size},
+            name=f"{weight.name}/dequantize",
+        )
+        read.outputs[0].type, read.outputs[0].shape = parts.scales.type, ir.Shape(weight.shape.numpy())
+        graph.insert_before(transposes[0], read)
+        for transpose in transposes:
+            transpose.replace_input_with(0, read.outputs[0])
+        return len(transposes)
+
+    def _store_table(self, graph: ir.Graph, weight: LazyWeight, bits: Bits, lookups: list[ir.Node]) -> int:
+        """Makes lookups read a table in blocks. No operator gathers 4-bit values."""
+        assert bits == 8
+        parts = self._parts(graph, weight, bits)
+        if parts is None:
+            return 0
+        kind = from_torch_dtype(weight.torch_dtype)
+        middle = initializer(graph, "table/middle", np.array(1 << (bits - 1), kind.numpy()))
+        grouped_by = initializer(graph, "table/grouped", np.array([0, 0, -1, parts.block_size]))
+        last = initializer(graph, "table/last", np.array([-1]))
+        flat = initializer(graph, "table/flat", np.array([0, 0, -1]))
+        for lookup in lookups:
+            build = Builder(graph, f"{lookup.name}/blocks")
+            rows, scales = (
+                build("Gather", [part, given(lookup.inputs[1])], axis=0) for part in (parts.values, parts.scales)
+            )
+            grouped = build("Reshape", [build("Sub", [build("Cast", [rows], to=kind), middle]), grouped_by])
+            scaled = build("Mul", [grouped, build("Unsqueeze", [scales, last])])
+            whole = build("Reshape", [scaled, flat])
+            graph.insert_before(lookup, build.nodes)
+            replace_value(lookup.outputs[0], whole)
+        return len(lookups)
+
+    def _parts(self, graph: ir.Graph, weight: LazyWeight, bits: Bits) -> _Parts | None:
+        """The initializers of a matrix in blocks; None if no block size fits."""
+        rows, columns = weight.shape.numpy()
+        size = self.step.weights.block_for(columns)
+        if size is None:
+            return None
+        symmetric = self.step.weights.symmetric or bits == 8
+        shape = (rows, columns // size)
+
+        def part(name: str, kind: ir.DataType, shape: tuple[int, int], make: _Make) -> ir.Value:
+            def evaluate() -> ir.TensorProtocol:
+                return make(self._rounded(weight, bits, size, symmetric=symmetric))
+
+            full_name = f"{weight.name}/int{bits}/{name}"
+            return register(graph, ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=full_name))
+
+        scale_type = from_torch_dtype(weight.torch_dtype)
+        return _Parts(
+            size,
+            part(
+                "values", _TYPES[bits], (rows, columns), lambda made: _integers(made.packed(), made.values.shape, bits)
+            ),
+            part("scales", scale_type, shape, lambda made: TorchTensor(made.scales)),
+            _middles(graph, shape, bits) if symmetric else part("zero_points", _TYPES[bits], shape, _zero_points),
+        )
+
+    def _rounded(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
+        """A matrix in blocks. The last one is kept, since its parts are written one after the other."""
+        key = (weight.name, bits)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # frees its memory first
+            made = round_to_nearest(weight.read(), bits, block_size, symmetric=symmetric, dtype=weight.torch_dtype)
+            self._last = (key, made)
+        return self._last[1]
+
+
+def _integers(packed: Tensor, shape: Sequence[int], bits: Bits) -> ir.TensorProtocol:
+    """A tensor of unsigned integers from bytes that hold them."""
+    if bits == 8:
+        return TorchTensor(packed.contiguous())
+    return ir.PackedTensor(packed.numpy(), _TYPES[bits], shape=shape)
+
+
+def _zero_points(made: BlockWeight) -> ir.TensorProtocol:
+    assert made.zero_points is not None
+    flat = made.zero_points.flatten()
+    packed = flat if made.bits == 8 else pack(torch.nn.functional.pad(flat, (0, len(flat) % 2))[None])[0]
+    return _integers(packed, made.zero_points.shape, made.bits)
+
+
+def _middles(graph: ir.Graph, shape: tuple[int, int], bits: Bits) -> ir.Value:
+    """Zero points in the middle of the range, which all matrices of a shape share."""
+    name = f"middle/int{bits}/{shape[0]}x{shape[1]}"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    byte = 128 if bits == 8 else 0x88
+    count = math.prod(shape) if bits == 8 else -(-math.prod(shape) // 2)
+
+    def evaluate() -> ir.TensorProtocol:
+        return _integers(torch.full((count,), byte, dtype=torch.uint8).view(shape if bits == 8 else -1), shape, bits)
+
+    return register(graph, ir.LazyTensor(evaluate, dtype=_TYPES[bits], shape=ir.Shape(shape), name=name))
+
+
+def _transposes_for_products(value: ir.Value) -> list[ir.Node]:
+    """The transposes of a matrix that only products x Wᵀ read."""
+    transposes = [use.node for use in value.uses() if use.node.op_type == "Transpose"]
+    return [
+        node
+        for node in transposes
+        if all(use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses())
+    ]
