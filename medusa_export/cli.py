@@ -8,11 +8,9 @@ from importlib import import_module
 
 import click
 
-from medusa_export.commands.options import Failure
-from medusa_export.commands.progress import shown_warnings
+from medusa_export.commands.command import Failure
 from medusa_runtime import __version__
 from medusa_runtime.common.cpus import limit_openmp_threads
-from medusa_runtime.errors import MedusaError
 
 COMMANDS = {
     "onnx": "Compile a model with MEDUSA heads to an ONNX bundle.",
@@ -48,10 +46,7 @@ class _Commands(click.Group):
     def invoke(self, context: click.Context) -> object:
         limit_openmp_threads(os.environ)  # before a command imports torch
         try:
-            with shown_warnings():
-                return super().invoke(context)
-        except MedusaError as error:
-            raise Failure(str(error)) from error
+            return super().invoke(context)
         except OSError as error:
             if error.errno == errno.EPIPE:  # click ends quietly
                 raise

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from medusa_export.commands.command import Command
 from medusa_export.commands.options import (
     PATH,
-    Command,
     data_option,
     device_option,
     dtype_option,

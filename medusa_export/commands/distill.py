@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from medusa_export.commands.command import Command
 from medusa_export.commands.options import (
     COUNT,
     PATH,
-    Command,
     device_option,
     dtype_option,
     option_with_default,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.commands.command import Command
 from medusa_export.common.extras import extra
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
         raise click.BadParameter(f"{value!r} is neither a number nor 'auto'.") from None
 
 
-@click.command("generate")
+@click.command("generate", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, through the chat template.")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import Command, heads_option, option_with_default, output_option, quiet_option
+from medusa_export.commands.command import Command
+from medusa_export.commands.options import heads_option, option_with_default, output_option, quiet_option
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import DTYPES, Dtype

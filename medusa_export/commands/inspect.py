@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medusa_export.commands.command import Command
 from medusa_export.common.extras import extra
 from medusa_runtime.errors import BundleError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from medusa_runtime.bundles.contract import TensorSpec
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def command(bundle: Path, as_json: bool) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from medusa_export.commands.command import Command
 from medusa_export.commands.options import (
     COUNT,
     PATH,
-    Command,
     option_with_default,
     output_option,
     overwrite_option,

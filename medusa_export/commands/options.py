@@ -1,4 +1,4 @@
-"""Options and failures that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeVar
 import click
 
 from medusa_export.common.dtypes import DTYPES
-from medusa_export.common.errors import OptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,32 +24,6 @@ class Decorator(Protocol):
     def __call__(self, function: F, /) -> F:
         """Returns the function with the option."""
         ...
-
-
-class Failure(click.ClickException):
-    """An error of this package: one line on stderr, exit code 1."""
-
-    def show(self, file: object = None) -> None:
-        click.echo(f"error: {self.message}", err=True)
-
-
-class NotRun(Failure):
-    """A check that this machine can't run, which says nothing about the bundle: exit code 3."""
-
-    exit_code = 3
-
-    def show(self, file: object = None) -> None:
-        click.echo(f"not run: {self.message}", err=True)
-
-
-class Command(click.Command):
-    """A command that shows an ``OptionError`` as a usage error, exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except OptionError as error:
-            raise click.UsageError(str(error), ctx) from error
 
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")

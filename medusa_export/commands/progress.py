@@ -136,15 +136,19 @@ class _Counted:
 
 
 @contextmanager
-def shown_warnings() -> Iterator[None]:
-    """Shows warnings of this package on stderr as one line each, while the block lasts; others are left as they are."""
+def shown_warnings(worded: Callable[[str], str]) -> Iterator[None]:
+    """Shows warnings of this package on stderr as one line each, while the block lasts; others are left as they are.
+
+    Args:
+        worded: Gives a warning the words of the command line.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always", MedusaWarning)
         show_others: Callable[..., None] = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
             if issubclass(category, MedusaWarning):
-                click.echo(f"warning: {message}", err=True)
+                click.echo(f"warning: {worded(str(message))}", err=True)
             else:
                 show_others(message, category, *rest, **options)
 

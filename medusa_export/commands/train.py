@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import click
 
+from medusa_export.commands.command import Command
 from medusa_export.commands.options import (
     COUNT,
     POSITIVE,
-    Command,
     data_option,
     dtype_option,
     option_with_default,

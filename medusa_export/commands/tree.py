@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from medusa_export.commands.options import COUNT, PATH, Command, option_with_default, quiet_option
+from medusa_export.commands.command import Command
+from medusa_export.commands.options import COUNT, PATH, option_with_default, quiet_option
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.extras import extra

@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from medusa_export.commands.options import (
-    PATH,
-    Command,
-    Failure,
-    NotRun,
-    option_with_default,
-    quiet_option,
-    sizes,
-    sizes_or_full,
-)
+from medusa_export.commands.command import Command, Failure, NotRun
+from medusa_export.commands.options import PATH, option_with_default, quiet_option, sizes, sizes_or_full
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 

@@ -151,7 +151,7 @@ def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.
     if not replace_existing:
         article = "an" if noun[0] in "aeiou" else "a"
         raise ExportError(
-            f"There is {article} {noun} at {target} already: give another folder, or --overwrite to replace it."
+            f"There is {article} {noun} at {target} already: give another folder, or `overwrite=True` to replace it."
         )
 
 

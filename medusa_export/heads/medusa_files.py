@@ -205,13 +205,13 @@ class MedusaArchitecture(HeadArchitecture):
 def _check_layout(heads: MedusaHeads, layout: str) -> None:
     if heads.config.conditioned and layout != "own":
         raise CheckpointError(
-            f"The layout {layout} has no place for heads that are conditioned on the next token: train with --plain "
-            "for tools that read it."
+            f"The layout {layout} has no place for heads that are conditioned on the next token: train plain "
+            "heads for tools that read it."
         )
     if heads.token_map is not None and layout == "v0.1":
         raise CheckpointError(
-            "The layout v0.1 has no place for heads that can propose some of the tokens only: train without "
-            "--draft-vocab for tools that read it."
+            "The layout v0.1 has no place for heads that can propose some of the tokens only: train without a "
+            "draft vocabulary for tools that read it."
         )
 
 

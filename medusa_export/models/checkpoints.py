@@ -101,7 +101,8 @@ def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"The tokenizer {type(tokenizer).__name__} can't be written as a tokenizer.json, which the runtime needs, "
-            "since transformers has no fast version of it: export with --no-tokenizer, and give and take token ids."
+            "since transformers has no fast version of it: export with "
+            "`with_tokenizer=False`, and give and take token ids."
         )
 
 

@@ -35,11 +35,11 @@ def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
     attached: DraftHeads | None = None
     if bundle.heads is None or bundle.tree.max_depth == 0:
         if heads is not None:
-            raise VerificationError("This bundle has no heads: drop --heads.")
+            raise VerificationError("This bundle has no heads: drop `heads`.")
     elif heads is not None:
         attached = load_heads(heads, base)
     elif bundle.heads.trained:
-        raise VerificationError("This bundle has trained heads: give the file that it was exported with as --heads.")
+        raise VerificationError("This bundle has trained heads: give the file that it was exported with as `heads`.")
     else:
         attached = MedusaHeads.fresh(bundle.heads.num_heads, base.get_output_embeddings())
     if attached is not None:
@@ -68,6 +68,6 @@ def prompt_ids(bundle: Bundle, texts: Sequence[str], *, chosen: bool) -> list[li
     if tokenizer is not None:
         return [tokenizer.encode(text) for text in texts]
     if chosen:
-        raise VerificationError("This bundle has no tokenizer to read prompts with: drop --prompts.")
+        raise VerificationError("This bundle has no tokenizer to read prompts with: drop `prompts`.")
     rng = np.random.default_rng(0)
     return [rng.integers(bundle.model.vocab_size, size=9 + 5 * i).tolist() for i in range(len(texts))]

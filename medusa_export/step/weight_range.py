@@ -54,14 +54,14 @@ def _refusal(step: MedusaStep, source: str | None, name: str, weight: Tensor) ->
     if stored is not None and torch.isfinite(torch.tensor(stored)):
         return ExportError(
             f"{subject} is {stored:g} at {index}, and the largest number of {dtype} is {largest:g}. Export it with "
-            "--dtype fp32 or bf16."
+            "`dtype='fp32'` or `dtype='bf16'`."
         )
     words = f"{subject} is {weight.flatten()[flat].item()} at {index}"
     if stored is not None or weight.dtype is torch.float32:
-        return ExportError(f"{words} in its file, which no --dtype repairs: get the file again, or train it again.")
+        return ExportError(f"{words} in its file, which no `dtype` repairs: get the file again, or train it again.")
     return ExportError(
-        f"{words} in {dtype}, whose largest number is {largest:g}. Export it with --dtype fp32 or bf16; if that is "
-        "refused too, the file holds no number there."
+        f"{words} in {dtype}, whose largest number is {largest:g}. Export it with `dtype='fp32'` or `dtype='bf16'`; "
+        "if that is refused too, the file holds no number there."
     )
 
 

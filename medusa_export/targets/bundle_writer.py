@@ -161,5 +161,6 @@ def _check_tokenizer(folder: Path, target: Path) -> None:
     except BundleError as error:
         reason = str(error).replace(str(folder), str(target))
         raise ExportError(
-            f"The runtime can't read this tokenizer. {reason} Correct the model's files, or export with --no-tokenizer."
+            f"The runtime can't read this tokenizer. {reason} Correct the model's files, or export with "
+            "`with_tokenizer=False`."
         ) from error

@@ -186,7 +186,7 @@ def target_places(heads: DraftHeads, embedding: nn.Module, lm_head: nn.Linear, f
         if not output["loss"].isfinite():
             raise TrainingError(
                 "The heads' logits are not finite, so their candidates can't be ranked. Check the weights of the "
-                "heads and of the model, or use --dtype fp32."
+                "heads and of the model, or use `dtype='fp32'`."
             )
         found.append(output["places"].cpu().numpy())
     places: NDArray[np.int64] = np.concatenate(found)

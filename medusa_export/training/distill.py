@@ -113,7 +113,7 @@ def _warnings(made: Distilled, settings: DistillSettings) -> list[str]:
     if made.own_prompts < settings.magpie:
         found.append(
             f"The model wrote {made.own_prompts:,} of {settings.magpie:,} prompts, because it repeats itself or does "
-            "not end its turns: raise --prompt-temperature, or give it a file with --prompts."
+            "not end its turns: raise `prompt_temperature`, or give `prompts`."
         )
     if made.left_out:
         found.append(
@@ -126,6 +126,6 @@ def _warnings(made: Distilled, settings: DistillSettings) -> list[str]:
     if made.cut_off > made.answers // 2:
         found.append(
             f"{made.cut_off:,} of {made.answers:,} conversations were cut off at {settings.max_new_tokens} tokens of "
-            "an answer. Raise --max-new-tokens, in another folder, so that the heads see whole answers."
+            "an answer. Raise `max_new_tokens`, in another folder, so that the heads see whole answers."
         )
     return found

@@ -106,7 +106,7 @@ def write_dataset(
     written = _write_prompts(Parts(folder / "prompts"), given, settings, writer, on_progress)
     seeds = [*given, *written][: settings.limit]
     if not seeds:
-        raise DatasetError("There are no prompts: give a file of them, or let the model write some with --magpie.")
+        raise DatasetError("There are no prompts: give a file of them, or let the model write some with `magpie`.")
     # Rows of a batch are padded to the longest row, so prompts of similar length go together.
     seeds.sort(key=lambda seed: len("".join(seed.user_turns)))
     answers = Parts(folder / "answers")
@@ -184,7 +184,7 @@ def _finish(
     if not answered:
         raise DatasetError(
             f"None of {len(seeds):,} prompts leaves room for an answer of {settings.max_new_tokens} tokens in the "
-            "model's context. Start again in another folder, with shorter prompts or a lower --max-new-tokens."
+            "model's context. Start again in another folder, with shorter prompts or a lower `max_new_tokens`."
         )
     splits = _write_splits(folder, settings, answered)
     note(folder / DESCRIPTION, left_out=left_out, refused=[str(prompt) for prompt in refused])
@@ -209,11 +209,11 @@ def _check_prompts(writer: Writer, prompts: Sequence[Conversation], settings: Di
         if found is None and not strict:
             return
         if found is not None and strict:
-            raise DatasetError(f"With --strict, no prompt may be refused. {_name(prompt)}: {found}")
+            raise DatasetError(f"With `strict=True`, no prompt may be refused. {_name(prompt)}: {found}")
         reason = reason or found or ""
     if not reason:
         return
-    remedy = "without --system" if settings.system is not None else "with other prompts"
+    remedy = "without `system`" if settings.system is not None else "with other prompts"
     raise DatasetError(
         f"None of {len(prompts):,} prompts can be answered. {reason} Start again in another folder, {remedy}."
     )
@@ -229,7 +229,7 @@ def _check_answered(writer: Writer, rows: Sequence[dict[str, Any]], settings: Di
     if ended and len(ended) == sum(row["tokens"] > 0 for row in rows):
         raise DatasetError(
             f"No conversation can continue after the model's answer. {ended[0]['ended']} Start again in another "
-            "folder, with one turn (--turns 1)."
+            "folder, with `turns=1`."
         )
     for row in rows:
         if not row["tokens"]:

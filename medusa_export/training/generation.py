@@ -117,7 +117,7 @@ class Writer:
             if not found:
                 raise DatasetError(
                     "The chat template alters the text of user messages, so the model can't write prompts: give "
-                    "prompts with --prompts."
+                    "`prompts`."
                 )
             texts.append(before)
             ends.add(after.strip())

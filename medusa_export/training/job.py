@@ -51,7 +51,9 @@ _FEATURES = "features"
 _ONLINE_CHECKPOINTS = "online_checkpoints"
 _CHECKPOINTS, _JOINT_CHECKPOINTS = "checkpoints", "joint_checkpoints"
 SETTINGS = "settings.json"
-_WITHOUT_ROOM = "train on fewer conversations with --limit, or compute them in every epoch with --hidden-states online"
+_WITHOUT_ROOM = (
+    "train on fewer conversations with `limit`, or compute them in every epoch with `hidden_states='online'`"
+)
 
 
 class TrainingJob:
@@ -189,8 +191,8 @@ class TrainingJob:
         if hidden_states == "online" or (hidden_states == "auto" and not self._fits()):
             if soft:
                 raise TrainingError(
-                    "Soft targets (--soft) need hidden states that are kept, but there is no room for them, or "
-                    "--hidden-states is 'online': leave --soft out, or make room, for instance with --limit."
+                    "Soft targets (`soft`) need hidden states that are kept, but there is no room for them, or "
+                    "`hidden_states` is 'online': leave `soft` out, or make room, for instance with `limit`."
                 )
             schedule = replace(schedule, batch_size=conversations)
             return self._joint(self._model, heads, schedule, _ONLINE_CHECKPOINTS, Lora())

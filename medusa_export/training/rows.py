@@ -115,7 +115,7 @@ def check_skipped(skipped: Sequence[Skipped], rows: int, *, strict: bool) -> Non
     if skipped and len(skipped) == rows:
         raise DatasetError(f"No row can be used: {summary(skipped, rows)}.")
     if skipped and strict:
-        raise DatasetError(f"With --strict, no row is skipped, but this would be: {summary(skipped, rows)}.")
+        raise DatasetError(f"With `strict=True`, no row is skipped, but this would be: {summary(skipped, rows)}.")
 
 
 def read_conversations(path: Path) -> Reading:

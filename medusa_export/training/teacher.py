@@ -53,10 +53,10 @@ class Teacher(nn.Module):
         expected = logits[0][:, chosen].float()
         if not expected.isfinite().all():
             raise TrainingError(
-                f"{type(model).__name__} gives logits that are not finite: check its weights, or use --dtype fp32."
+                f"{type(model).__name__} gives logits that are not finite: check its weights, or use `dtype='fp32'`."
             )
         if (self(hidden[0]) - expected).abs().max() > _TOLERANCE * expected.abs().max():
             raise TrainingError(
                 f"{type(model).__name__} changes the output of its lm_head in a way that is not supported: train "
-                "without --soft."
+                "with `soft=0`."
             )

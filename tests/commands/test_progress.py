@@ -58,10 +58,10 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_warnings_of_the_package_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(record=True) as others, shown_warnings():
+def test_warnings_of_the_package_are_one_line_in_the_words_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as others, shown_warnings(str.upper):
         for _ in range(2):
             warnings.warn("the end tokens disagree", MedusaWarning, stacklevel=1)
         warnings.warn("of another package", UserWarning, stacklevel=1)
     assert [str(other.message) for other in others] == ["of another package"]
-    assert capsys.readouterr().err == "warning: the end tokens disagree\n" * 2
+    assert capsys.readouterr().err == "warning: THE END TOKENS DISAGREE\n" * 2

@@ -42,7 +42,7 @@ def test_a_weight_beyond_the_type_is_refused_by_name_and_value(tmp_path: Path, v
     result = export(model, tmp_path / "bundle", "--no-heads", "--dtype", "fp16")
     assert result.exit_code == 1
     assert f"The weight {PLACE} of the model is {value:g} at [3, 17]" in result.output
-    assert "the largest number of float16 is 65504. Export it with --dtype fp32 or bf16." in result.output
+    assert "the largest number of float16 is 65504. Export it with --dtype fp32 or --dtype bf16." in result.output
     assert not (tmp_path / "bundle").exists()
     for dtype in (torch.float32, torch.bfloat16):
         wide = tiny_model("llama").to(dtype)

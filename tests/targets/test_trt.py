@@ -265,7 +265,7 @@ def test_a_flavor_that_builds_for_the_gpu_at_hand_only() -> None:
 
     library = libraries.TensorRTLibrary("tensorrt", Module)
     assert known_targets(library) == ()
-    with pytest.raises(EngineBuildError, match="drop --target"):
+    with pytest.raises(EngineBuildError, match="drop `targets`"):
         check_targets(library, ["sm89"])
 
 
@@ -288,13 +288,13 @@ def test_builder_failures_name_the_node_and_the_remedy(tiny_bundle: Bundle) -> N
     """Chunks longer than the caches: ``choose_limits`` refuses them, so the builder is asked directly."""
     limits = EngineLimits(max_batch=2, capacity=32, max_prefill=64)
     builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), tiny_bundle, BuildOptions(limits, ("sm89",)))
-    with pytest.raises(EngineBuildError, match="Raise --max-seq-len, or lower --max-prefill") as raised:
+    with pytest.raises(EngineBuildError, match="Raise `max_seq_len`, or lower `max_prefill`") as raised:
         builder.build()
     assert raised.value.node is not None and "cache_scatter" in raised.value.node
     for said, helps in (
         ("cudaError 35: CUDA driver version is insufficient", "update the driver"),
-        ("Requested amount of GPU memory could not be allocated: out of memory", "lower --max-batch or --max-seq-len"),
-        ("Cuda Runtime (cudaError 2: out of memory)", "lower --max-batch or --max-seq-len"),
+        ("Requested amount of GPU memory could not be allocated: out of memory", "lower `max_batch` or `max_seq_len`"),
+        ("Cuda Runtime (cudaError 2: out of memory)", "lower `max_batch` or `max_seq_len`"),
         ("Timing cache data is corrupted", "delete it, or give another file"),
     ):
         assert helps in str(remedy(said))

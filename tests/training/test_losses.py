@@ -91,5 +91,5 @@ def test_teacher_and_ranks_refuse_logits_that_are_not_finite() -> None:
 def test_a_model_that_the_teacher_can_not_reproduce_is_refused() -> None:
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda _, __, logits: 3 * logits)
-    with pytest.raises(TrainingError, match="without --soft"):
+    with pytest.raises(TrainingError, match="with `soft=0`"):
         Teacher(model, None)

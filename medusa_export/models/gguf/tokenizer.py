@@ -53,7 +53,7 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, reader: Any, source: 
         said = "doesn't say how its tokenizer splits text" if name is None else f"splits text as {name!r} does"
         raise CheckpointError(
             f"The GGUF file {source} {said} (tokenizer.ggml.pre), which isn't known here: give the model's folder in "
-            "Hugging Face's layout, or export with --no-tokenizer."
+            "Hugging Face's layout, or export with `with_tokenizer=False`."
         )
 
 

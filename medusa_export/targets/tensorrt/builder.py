@@ -81,7 +81,7 @@ class EngineBuilder:
         if self.options.timing_cache is not None and self.library.flavor == "tensorrt-rtx":
             raise EngineBuildError(
                 "tensorrt-rtx does nothing with a timing cache, because it measures no kernels when it builds.",
-                remedy="Drop --timing-cache. The runtime keeps the kernels that it compiles beside the engine.",
+                remedy="Drop `timing_cache`. The runtime keeps the kernels that it compiles beside the engine.",
             )
         self.log = error_log(trt, ignore=NO_DRIVER if self.options.targets else None)
         self._builder = trt.Builder(self.log)
@@ -202,5 +202,7 @@ def current_architecture(library: TensorRTLibrary) -> str:
         return Cuda.open().device.architecture
     except BackendError as error:
         known = known_targets(library)
-        remedy = f"To build without a GPU, name the architectures with --target: {', '.join(known)}." if known else None
+        remedy = (
+            f"To build without a GPU, name the architectures with `targets`: {', '.join(known)}." if known else None
+        )
         raise EngineBuildError(str(error), remedy=remedy) from error

@@ -12,15 +12,15 @@ from medusa_export.common.errors import EngineBuildError
 REMEDIES: tuple[tuple[str, str], ...] = (
     (
         r"driver version is insufficient|no CUDA-capable device|getCurrentCC|cudaError (35|100)\b",
-        "There is no usable GPU here: update the driver, or name architectures with --target, such as sm89.",
+        "There is no usable GPU here: update the driver, or name architectures with `targets`, such as sm89.",
     ),
-    (r"out of memory|OutOfMemory|cudaError 2\b", "The GPU's memory is too small: lower --max-batch or --max-seq-len."),
-    (r"violate shape constraints", "Raise --max-seq-len, or lower --max-prefill."),
+    (r"out of memory|OutOfMemory|cudaError 2\b", "The GPU's memory is too small: lower `max_batch` or `max_seq_len`."),
+    (r"violate shape constraints", "Raise `max_seq_len`, or lower `max_prefill`."),
     (
         r"static sequence length",
         "The caches must have a fixed capacity. This graph is not of contract version 1: export the bundle again.",
     ),
-    (r"more than one op named", "TensorRT-RTX fails on a fixed batch here: build with --max-batch 2 or more."),
+    (r"more than one op named", "TensorRT-RTX fails on a fixed batch here: build with `max_batch=2` or more."),
     (r"timing cache", "The timing cache belongs to another TensorRT or GPU: delete it, or give another file."),
 )
 # TensorRT logs this as an error when it builds without a driver, and goes on.

@@ -55,19 +55,19 @@ def choose_limits(
     smallest = slots.capacity(0, tree)
     if capacity < smallest:
         raise EngineBuildError(
-            f"--max-seq-len {capacity} is smaller than a step: the tree has {tree} nodes, and its depth takes {margin} "
+            f"`max_seq_len={capacity}` is smaller than a step: the tree has {tree} nodes, and its depth takes {margin} "
             f"more slots. Give at least {smallest}, and room for prompt and answer."
         )
     most = slots.most_entries(capacity)
     prefill = max_prefill if max_prefill is not None else max(min(MOST_PREFILL, most), tree)
     if prefill < tree:
         raise EngineBuildError(
-            f"--max-prefill {prefill} is smaller than the tree of {tree} nodes. The last chunk of a prompt is padded "
+            f"`max_prefill={prefill}` is smaller than the tree of {tree} nodes. The last chunk of a prompt is padded "
             f"to the size of the tree, so give at least {tree}."
         )
     if prefill > most:
         raise EngineBuildError(
-            f"--max-prefill {prefill} doesn't fit into --max-seq-len {capacity}, because the first {margin} slots of a "
+            f"`max_prefill={prefill}` doesn't fit into `max_seq_len={capacity}`, because the first {margin} slots of a "
             f"row are reserved. Give at most {most}."
         )
     return EngineLimits(max_batch=max_batch, capacity=capacity, max_prefill=prefill)
@@ -96,8 +96,8 @@ def check_targets(library: TensorRTLibrary, names: Sequence[str]) -> tuple[str, 
     known = known_targets(library)
     if not known:
         raise EngineBuildError(
-            f"{library.flavor} builds for the GPU at hand only: drop --target and run this on a machine with that GPU, "
-            "or use --flavor tensorrt-rtx."
+            f"{library.flavor} builds for the GPU at hand only: drop `targets` and run this on a machine with that "
+            "GPU, or use `flavor='tensorrt-rtx'`."
         )
     targets = []
     for name in names:
