@@ -191,6 +191,7 @@ class MedusaEngine(Closeable):
         chunk = check_integer("prefill_chunk", options.get("prefill_chunk", LONE_CHUNK), at_least=1)
         size = options.get("tree_size", "auto")
         size = size if size == "auto" else check_tree_size(self.bundle, size)
+        self._loop.check(sequence, size)
         answer = _Answer()
         job = Job(sequence, answer)
         with self._requests:

@@ -92,6 +92,7 @@ class ServiceThread:
 
         Raises:
             QueueFullError: The queue is full.
+            RequestError: The request can't fit into the backend's caches.
             ServiceClosedError: The service refuses new requests.
         """
         with self.changed:
@@ -99,6 +100,7 @@ class ServiceThread:
                 raise ServiceClosedError(f"This service has failed: {self.failure!r}. Load another.") from self.failure
             if not self._accepting:
                 raise ServiceClosedError("This service takes no more requests: it is closed, or is about to be.")
+            self.loop.check(job.sequence, self.loop.sizes.tree_size)
             self.scheduler.add(job)
             self.changed.notify_all()
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from medusa_export.step.eager import EagerBackend
-from medusa_runtime import BackendError, Bundle, DoubtfulRowsError, MedusaEngine, MedusaService, SamplingParams
+from medusa_runtime import (
+    BackendError,
+    Bundle,
+    DoubtfulRowsError,
+    MedusaEngine,
+    MedusaService,
+    RequestError,
+    SamplingParams,
+)
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.tensorrt import backend as backend_module
 from medusa_runtime.backends.tensorrt.cuda import Cuda
@@ -109,8 +117,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
     with MedusaService(tiny_bundle, machine.backend(3), None, tree_size=9) as service:
         for _ in range(2):  # in the second round free rows hold long texts
             handles = [service.submit([token] * 60, max_new_tokens=longest - 60) for token in (5, 6, 7, 8, 9)]
-            with pytest.raises(BackendError, match=r"takes 1\d\d\. Ask for less, or build .* --max-seq-len 129"):
-                service.generate([4] * 60, max_new_tokens=longest - 59)
+            with pytest.raises(RequestError, match=r"takes 129\. Ask for less, or build .* --max-seq-len 129"):
+                service.submit([4] * 60, max_new_tokens=longest - 59)
             for token, handle in zip((5, 6, 7, 8, 9), handles, strict=True):
                 expected = engine.generate([token] * 60, max_new_tokens=longest - 60).token_ids
                 assert handle.result(60).token_ids == expected

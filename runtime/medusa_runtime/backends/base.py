@@ -11,6 +11,7 @@ whether a backend has it:
 ``MovesRows``      ``can_move_rows``      Rows that step together are brought together; others cost nothing.
 ``CopiesRows``     ``can_copy_rows``      A row takes over the first entries of another one.
 ``GivesOutputs``   ``can_give_outputs``   Values inside the graph can be read after a step.
+``FixedCapacity``  ``has_fixed_capacity`` A request that is too long is refused before it waits for a row.
 =================  =====================  ==============================================================
 """
 
@@ -239,6 +240,18 @@ class GivesOutputs(Backend, Protocol):
         ...
 
 
+class FixedCapacity(Backend, Protocol):
+    """A backend whose caches never grow."""
+
+    def check_capacity(self, capacity: int) -> None:
+        """Refuses more slots per row than the caches have. Any thread may call it at any time.
+
+        Raises:
+            RequestError: The caches have fewer than ``capacity`` slots per row.
+        """
+        ...
+
+
 def can_step_ahead(backend: Backend) -> TypeGuard[StepsAhead]:
     """True if a backend has ``submit`` and ``collect``."""
     return hasattr(backend, "submit")
@@ -257,3 +270,8 @@ def can_copy_rows(backend: Backend) -> TypeGuard[CopiesRows]:
 def can_give_outputs(backend: Backend) -> TypeGuard[GivesOutputs]:
     """True if a backend has ``extra_output``."""
     return hasattr(backend, "extra_output")
+
+
+def has_fixed_capacity(backend: Backend) -> TypeGuard[FixedCapacity]:
+    """True if a backend has ``check_capacity``."""
+    return hasattr(backend, "check_capacity")

@@ -26,6 +26,7 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.ownership import Ownership
 from medusa_runtime.decoding.runner import StepRunner
 from medusa_runtime.decoding.scheduler import Admission, Job, Scheduler
+from medusa_runtime.decoding.sequence import TokenSequence
 from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSizes
 from medusa_runtime.errors import BackendError, DoubtfulRowsError, MedusaError, RequestError
 from medusa_runtime.metrics import Metrics, tell
@@ -100,6 +101,18 @@ class DecodeLoop:
         for jobs in groups:
             self._decode(jobs)
 
+    def check(self, sequence: TokenSequence, tree_size: TreeSize) -> None:
+        """Refuses a request that can't fit into the backend's caches. Any thread may call it at any time.
+
+        Args:
+            sequence: The tokens of the request.
+            tree_size: The tree size of its steps.
+
+        Raises:
+            RequestError: The request is too long; the message says by how much.
+        """
+        self._room.check(sequence.most_tokens, self.sizes.most(tree_size))
+
     def submit(self, job: Job) -> None:
         """Queues a request, and gives it a row if one is free."""
         with self.changed:
@@ -138,7 +151,7 @@ class DecodeLoop:
         job.admitted = self.clock()
         sequence.stats.queue_seconds = job.admitted - job.submitted
         with self._blamed_on(job):
-            self._room.admit(len(sequence.prompt_ids) + sequence.max_new_tokens)
+            self._room.admit(sequence.most_tokens)
             self.runner.admit(row, admission.source, admission.shared)
             self.backend.assign(row, sequence.draws)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medusa_runtime.backends.base import Backend, MovesRows
+from medusa_runtime.backends.base import Backend, MovesRows, has_fixed_capacity
 from medusa_runtime.bundles.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.decoding.tree_choice import TreeSizes
 from medusa_runtime.errors import BackendError
@@ -35,6 +35,19 @@ class Room(ABC):
         self._backend = backend
         self._sizes = sizes
         self._slots = bundle.slots
+
+    def check(self, tokens: int, size: int) -> None:
+        """Refuses a request that can't fit into the backend's caches. Any thread may call it at any time.
+
+        Args:
+            tokens: The most tokens of its prompt and answer.
+            size: The most nodes that its steps verify.
+
+        Raises:
+            RequestError: The caches have a fixed capacity, and the request takes more slots.
+        """
+        if has_fixed_capacity(self._backend):
+            self._backend.check_capacity(self._slots.sequence_capacity(tokens, size))
 
     @abstractmethod
     def admit(self, tokens: int) -> None:

@@ -99,6 +99,11 @@ class TokenSequence:
         return self.prefilled < len(self.prompt_ids)
 
     @property
+    def most_tokens(self) -> int:
+        """The most tokens of prompt and answer."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+    @property
     def tokens_left(self) -> int:
         """Tokens that may still be generated."""
         return self.max_new_tokens - len(self.token_ids)

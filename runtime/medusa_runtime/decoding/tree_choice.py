@@ -207,7 +207,11 @@ class TreeSizes:
     @property
     def largest(self) -> int:
         """The most nodes that a step may have."""
-        return self.choice.largest if self.tree_size == "auto" else self.tree_size
+        return self.most(self.tree_size)
+
+    def most(self, tree_size: TreeSize) -> int:
+        """The most nodes that a step may have with this tree size."""
+        return self.choice.largest if tree_size == "auto" else tree_size
 
     def of(self, rows: Sequence[int], hits: Collection[int] = ()) -> int:
         """Nodes per row in the next step of these rows; ``hits`` are those with a lookup hit."""

@@ -194,8 +194,10 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
         prompt = PROMPTS[0] * 5
         result = engine.generate(prompt, max_new_tokens=longest - len(prompt), tree_size=9)
         assert len(result.token_ids) == longest - len(prompt)
-        with pytest.raises(BackendError, match="--max-seq-len 129"):
+        running = engine.stream(prompt, max_new_tokens=3)
+        with pytest.raises(RequestError, match="--max-seq-len 129"):
             engine.generate(prompt, max_new_tokens=longest - len(prompt) + 1, tree_size=9)
+        assert len(running.result().token_ids) == 3  # the refused request has not ended it
         for other in ("tensorrt", "onnxruntime"):
             with pytest.raises(BackendError, match="holds an engine of tensorrt-rtx"):
                 MedusaEngine.load(tiny_engine.folder, other)

@@ -22,7 +22,7 @@ from medusa_runtime.backends.tensorrt.steps import EngineSteps
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
 from medusa_runtime.bundles.contract import cache_name
-from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
+from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError, RequestError
 from medusa_runtime.sampling import Draws, SamplingRows
 
 IN_FLIGHT = 2  # steps that may be in flight
@@ -156,10 +156,16 @@ class TensorRTBackend:
         return self._steps.uncaptured
 
     def reserve(self, capacity: int) -> None:
+        try:
+            self.check_capacity(capacity)
+        except RequestError as error:
+            raise BackendError(str(error)) from error
+
+    def check_capacity(self, capacity: int) -> None:
         if capacity > self._limits.capacity:
-            raise BackendError(
-                f"The engine's caches have {self._limits.capacity} slots per sequence, but this takes {capacity}. Ask "
-                f"for less, or build the engine with --max-seq-len {capacity}."
+            raise RequestError(
+                f"The engine's caches have {self._limits.capacity} slots per row, but this takes {capacity}. Ask for "
+                f"less, or build the engine with --max-seq-len {capacity}."
             )
 
     def reset(self, row: int) -> None:
