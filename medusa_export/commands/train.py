@@ -41,6 +41,13 @@ _SHAPE_OPTIONS = tuple(field.name for field in fields(HeadShape))
 )
 @click.option("--heads", metavar="PATH", help="Heads to train further; with medusa2 they replace the first stage.")
 @option_with_default("--num-heads", kind=click.IntRange(1, 16), default=SHAPE.num_heads, text="Number of heads.")
+@option_with_default(
+    "--head-architecture",
+    "architecture",
+    kind=click.STRING,
+    default=SHAPE.architecture,
+    text="The head architecture of new heads: medusa, or one of an installed package.",
+)
 @option_with_default("--num-layers", kind=COUNT, default=SHAPE.num_layers, text="Residual blocks per head.")
 @click.option(
     "--conditioned/--plain",
@@ -190,5 +197,6 @@ def _check_shape(context: click.Context, heads: str | None) -> None:
     default = click.core.ParameterSource.DEFAULT
     given = next((name for name in _SHAPE_OPTIONS if context.get_parameter_source(name) is not default), None)
     if given is not None:
-        option = "--conditioned and --plain" if given == "conditioned" else f"--{given.replace('_', '-')}"
-        raise click.UsageError(f"Heads given with --heads have their shape: leave {option} out, or train fresh ones.")
+        option = next(option for option in context.command.params if option.name == given)
+        words = " and ".join((*option.opts, *option.secondary_opts))
+        raise click.UsageError(f"Heads given with --heads have their shape: leave {words} out, or train fresh ones.")

@@ -29,7 +29,8 @@ BENCH_TOKENS = 96  # per prompt
 BENCH_REPEATS = 3
 BENCH_TOLERANCE = 0.1  # share by which a ratio may be worse than an earlier one
 
-# Files of heads
+# Heads
+HEAD_ARCHITECTURE = "medusa"
 HEADS_LAYOUT: Final = "own"
 
 # Training data

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from medusa_export.common.errors import CheckpointError
+from medusa_export.common.errors import CheckpointError, OptionError
 from medusa_export.common.registry import Registry
 from medusa_export.heads.base import DraftHeads, HeadsConfig
 from medusa_export.heads.tensors import TOKEN_MAP, HeadTensors
@@ -41,6 +41,26 @@ class HeadArchitecture:
     def layouts(self) -> tuple[str, ...]:
         """The file layouts that heads of this architecture can be written in."""
         return ("own",)
+
+    def fresh(self, num_heads: int, lm_head: nn.Linear, *, seed: int = 0) -> DraftHeads:
+        """Makes untrained heads with the defaults of the configuration. Equal arguments give equal weights.
+
+        Args:
+            num_heads: K.
+            lm_head: The base model's output projection.
+            seed: Seed of random weights.
+
+        Raises:
+            OptionError: The configuration has no defaults for this number of heads and this model.
+        """
+        try:
+            config = self.config_type(num_heads, lm_head.in_features, lm_head.out_features)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"There are no fresh heads of the architecture {self.name!r}: {error}.") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads = self.heads_type(config, lm_head)
+        return heads.to(dtype=lm_head.weight.dtype)
 
     def read(self, tensors: HeadTensors, lm_head: nn.Linear) -> DraftHeads:
         """Makes heads from a file.

@@ -131,6 +131,9 @@ class MedusaArchitecture(HeadArchitecture):
     def layouts(self) -> tuple[str, ...]:
         return ("own", "v0.1", "v2", "vllm")
 
+    def fresh(self, num_heads: int, lm_head: nn.Linear, *, seed: int = 0) -> MedusaHeads:
+        return MedusaHeads.fresh(num_heads, lm_head)  # none of its weights is random
+
     def read(self, tensors: HeadTensors, lm_head: nn.Linear) -> MedusaHeads:
         found = _MedusaTensors(tensors)
         vocab_size, size = lm_head.out_features, lm_head.in_features

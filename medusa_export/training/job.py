@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_export.common.errors import SettingsError, TrainingError
 from medusa_export.common.progress import OnProgress
+from medusa_export.heads.architecture import head_architecture
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
@@ -131,12 +132,25 @@ class TrainingJob:
         """Number of tokens of a split that the assistant wrote."""
         return sum(sum(sample.is_label) for sample in self.samples(split))
 
-    def fresh_heads(self, shape: HeadShape, *, own_projections: bool) -> DraftHeads:
+    def fresh_heads(self, shape: HeadShape, *, own_projections: bool, seed: int) -> DraftHeads:
         """Makes untrained heads, in fp32.
 
+        Args:
+            shape: The shape of the heads.
+            own_projections: Train an output projection for each head.
+            seed: Seed of random weights.
+
         Raises:
+            ExtensionError: There is no head architecture of that name.
+            OptionError: The architecture has no heads of this shape.
             TrainingError: The heads' vocabulary is larger than the model's.
         """
+        if shape.architecture != MedusaHeads.architecture:
+            heads = head_architecture(shape.architecture).fresh(shape.num_heads, self._lm_head, seed=seed)
+            return self._trainable(heads, projections=own_projections)
+        return self._trainable(self._medusa_heads(shape, own_projections=own_projections), projections=own_projections)
+
+    def _medusa_heads(self, shape: HeadShape, *, own_projections: bool) -> MedusaHeads:
         token_map = None
         if shape.draft_vocab is not None:
             if shape.draft_vocab > self._lm_head.out_features:
@@ -144,7 +158,7 @@ class TrainingJob:
                     f"Heads can't propose {shape.draft_vocab:,} tokens: this model has {self._lm_head.out_features:,}."
                 )
             token_map = frequent_tokens(self.samples("train"), shape.draft_vocab)
-        heads = MedusaHeads.fresh(
+        return MedusaHeads.fresh(
             shape.num_heads,
             self._lm_head,
             num_layers=shape.num_layers,
@@ -152,7 +166,6 @@ class TrainingJob:
             token_map=token_map,
             own_projections=own_projections,
         )
-        return self._trainable(heads, projections=own_projections)
 
     def loaded_heads(self, path: str, *, projections: bool) -> DraftHeads:
         """Loads heads to continue training them, in fp32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medusa_export.common.defaults import MAX_LENGTH
+from medusa_export.common.defaults import HEAD_ARCHITECTURE, MAX_LENGTH
 
 Recipe = Literal["medusa1", "medusa2"]
 HiddenStates = Literal["auto", "cached", "online"]
@@ -52,12 +52,15 @@ class HeadShape:
         num_layers: Residual blocks per head.
         conditioned: Whether heads get the token that the base model has just chosen, beside the hidden state.
         draft_vocab: Number of tokens that the heads can propose, the most frequent ones; None for all.
+        architecture: The name of the head architecture. Architectures other than MEDUSA's take the number of heads, and
+            defaults of their own for everything else.
     """
 
     num_heads: int = 4
     num_layers: int = 1
     conditioned: bool = True
     draft_vocab: int | None = None
+    architecture: str = HEAD_ARCHITECTURE
 
 
 @dataclass(frozen=True)

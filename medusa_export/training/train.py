@@ -98,14 +98,16 @@ def train(
         The folder and the log.
 
     Raises:
-        OptionError: Both ``heads`` and ``shape`` are given, or a type is unknown.
+        OptionError: Both ``heads`` and ``shape`` are given, a type is unknown, or the head architecture has no heads of
+            this shape.
+        ExtensionError: There is no head architecture of that name.
         CheckpointError: The model or the heads can't be read.
         DatasetError: The data can't be read, or hold nothing to learn from.
         SettingsError: The folder's training began with other options, data or weights.
         TrainingError: The loss is NaN or infinite, or the options are not possible for this model or this machine.
         OutputError: A file can't be written.
     """
-    shape, saved = _shape(heads, shape), getattr(torch, torch_name(save_dtype))
+    shape, saved = _shape(heads, shape, options), getattr(torch, torch_name(save_dtype))
     processes, source, folder = Processes(device), fspath(model), Path(output)
     kind, reports = dtype_of(dtype, processes.device), on_progress if processes.is_main else ignore_progress
     tokenizer, tokenized = _read(source, data, processes, options, strict=strict)
@@ -124,11 +126,19 @@ def train(
     return Trained(folder, trained.config.num_heads, histories, processes.is_main)
 
 
-def _shape(heads: str | PathLike[str] | None, shape: HeadShape | None) -> HeadShape | None:
+def _shape(heads: str | PathLike[str] | None, shape: HeadShape | None, options: TrainOptions) -> HeadShape | None:
     """The shape of new heads; None if heads are given."""
     if heads is not None and shape is not None:
         raise OptionError("Heads to train further have their shape: leave the shape out, or train new heads.")
-    return shape or HeadShape() if heads is None else None
+    if heads is not None:
+        return None
+    shape = shape or HeadShape()
+    plain = HeadShape(num_heads=shape.num_heads, architecture=shape.architecture)
+    if shape.architecture != defaults.HEAD_ARCHITECTURE and (shape != plain or options.own_projections):
+        raise OptionError(
+            f"Heads of the architecture {shape.architecture!r} have a shape of their own: give `num_heads` alone."
+        )
+    return shape
 
 
 def _read(
@@ -157,7 +167,7 @@ def _heads(
 ) -> DraftHeads:
     """New heads of a shape, or the given ones."""
     if heads is None:
-        return job.fresh_heads(shape or HeadShape(), own_projections=options.own_projections)
+        return job.fresh_heads(shape or HeadShape(), own_projections=options.own_projections, seed=options.seed)
     return job.loaded_heads(fspath(heads), projections=options.own_projections)
 
 
@@ -165,6 +175,8 @@ def _asked(options: TrainOptions, shape: HeadShape | None, *, dtype: str) -> dic
     """The settings that determine the result, as JSON values."""
     asked = asdict(options) | {"dtype": dtype} | (asdict(shape) if shape is not None else {})
     del asked["hidden_states"]  # the result does not depend on it
+    if asked.get("architecture") == defaults.HEAD_ARCHITECTURE:
+        del asked["architecture"]  # trainings of earlier versions, which have no such setting, can continue
     return asked
 
 

@@ -65,7 +65,7 @@ def test_heads_are_looked_at_too() -> None:
     check_all(make_step(model, heads), "nowhere")
     heads.layers[0].weight[2, 5, 6] = 1e6
     with pytest.raises(
-        ExportError, match=r"layers\.0\.weight of the heads is inf at \[2, 5, 6\] in float16.*--dtype fp32"
+        ExportError, match=r"layers\.0\.weight of the heads is inf at \[2, 5, 6\] in float16.*`dtype='fp32'`"
     ):
         check_all(make_step(model, heads), "nowhere")
 
