@@ -379,7 +379,7 @@ def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, digits: int) -
 @pytest.mark.parametrize(("pre", "words"), [("banana", "'banana'"), (None, "doesn't say how")])
 def test_text_that_is_split_in_another_way_is_refused(tmp_path: Path, pre: str | None, words: str) -> None:
     file = write_gguf(tmp_path / "a.gguf", tiny_model("llama", vocab_size=VOCAB), pre=pre)
-    with pytest.raises(CheckpointError, match=rf"{words}.*tokenizer\.ggml\.pre.*--no-tokenizer"):
+    with pytest.raises(CheckpointError, match=rf"{words}.*tokenizer\.ggml\.pre.*with_tokenizer=False"):
         load_tokenizer(str(file))
 
 
