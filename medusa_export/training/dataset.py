@@ -81,7 +81,7 @@ def _nothing_in(conversation: Conversation, max_length: int | None) -> str:
     answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
     if not any(answer.strip() for answer in answers):
         return "its answers are empty" if answers else "it has no answer to learn from"
-    return f"its first answer begins after the first {max_length:,} tokens (`max_length`)"
+    return f"its first answer begins after the first {max_length:,} tokens (max_length)"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_export.common.errors import SettingsError, TrainingError
-from medusa_export.common.progress import OnProgress
+from medusa_export.common.progress import OnProgress, Progress
 from medusa_export.heads.architecture import head_architecture
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
@@ -249,6 +249,7 @@ class TrainingJob:
         Raises:
             OutputError: The files can't be written.
         """
+        self._on_progress(Progress("saving"))
         source = self._source
         if self._changed:
             source = str(self._folder / "model")

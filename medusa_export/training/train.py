@@ -98,8 +98,7 @@ def train(
         The folder and the log.
 
     Raises:
-        OptionError: Both ``heads`` and ``shape`` are given, a type is unknown, or the head architecture has no heads of
-            this shape.
+        OptionError: Options contradict each other, or a type is unknown.
         ExtensionError: There is no head architecture of that name.
         CheckpointError: The model or the heads can't be read.
         DatasetError: The data can't be read, or hold nothing to learn from.
@@ -120,7 +119,6 @@ def train(
     job.begin(trained, _asked(options, shape, dtype=kind), tokenized.facts)
     histories = _run(job, trained, options, fresh=heads is None, on_progress=reports)
     if processes.is_main:
-        reports(Progress("saving"))
         job.save(trained, saved)
         write_text(folder / HISTORY, json.dumps({"recipe": options.recipe, **histories}, indent=1) + "\n")
     return Trained(folder, trained.config.num_heads, histories, processes.is_main)

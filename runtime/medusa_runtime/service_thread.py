@@ -32,7 +32,7 @@ class ServiceThread:
         loop: The decode loop over the backend, without requests.
 
     Attributes:
-        loop: As given.
+        loop: The decode loop over the backend.
         scheduler: The loop's queue and rows.
         changed: Guards the scheduler. Is notified when something has changed.
         thread: The thread itself.

@@ -200,7 +200,7 @@ REASONS = (
     "line 7: its conversation is empty",
     "line 8: it has no answer to learn from",
     "line 9: its answers are empty",
-    "line 10: its first answer begins after the first 300 tokens (--max-length)",
+    "line 10: its first answer begins after the first 300 tokens (max_length)",
     "line 11: The chat template can't render these messages: system messages are not known",
 )
 

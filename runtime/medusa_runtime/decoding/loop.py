@@ -56,11 +56,12 @@ class DecodeLoop:
         scheduler: The queue and the rows. ``changed`` guards it.
         changed: Is notified when a request has ended.
         sizes: The tree sizes of steps.
-        prefill_chunk: As given. It may be set between steps.
+        prefill_chunk: Tokens of a prompt that one step takes in while other requests decode. It may be set between
+            steps.
         lone_chunk: Tokens of a prompt that one step takes in while no request decodes. It may be set between steps.
         backend: The backend, which raises errors of this project only.
-        metrics: As given.
-        clock: As given.
+        metrics: Hooks that are called for steps and ends.
+        clock: Gives seconds, and never goes back.
         reset_error: The error of the last attempt to empty a row; None if it worked.
     """
 

@@ -35,7 +35,7 @@ class TokenSequence:
         prefilled: Tokens of the prompt that the cache holds.
         token_ids: Token ids of the completion so far, including a stop token.
         finish_reason: ``stop`` or ``length`` once the completion has ended, None before.
-        draws: As given.
+        draws: The numbers that the row draws tokens with; None if it draws none.
         stats: Figures of the request.
     """
 

@@ -196,8 +196,8 @@ class TreeSizes:
         choice: Chooses where ``tree_size`` is ``auto``.
 
     Attributes:
-        tree_size: As given. It may be set between steps.
-        choice: As given. It counts steps only while it chooses.
+        tree_size: A number of nodes, or ``auto``. It may be set between steps.
+        choice: Chooses where ``tree_size`` is ``auto``. It counts steps only while it chooses.
     """
 
     def __init__(self, tree_size: TreeSize, choice: TreeChoice) -> None:
