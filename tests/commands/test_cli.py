@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer
 from medusa_export.cli import COMMANDS, main
 from medusa_export.targets import bundle_writer
 from medusa_runtime import Bundle, MedusaEngine
+from support.cli import run
 from support.interrupts import interrupt
 
 BLOCKED = """
@@ -32,14 +33,6 @@ from medusa_export.cli import main
 main(prog_name='medusa-export')
 """
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "numpy", "tokenizers", "rich")
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert "Traceback" not in result.output
-    if result.exception is not None:
-        assert isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 def without(packages: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,11 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import Comparator, CompareFunc
 
-from medusa_export.cli import main
 from medusa_export.common.errors import EngineBuildError
 from medusa_export.targets.tensorrt.build import write_engine
 from medusa_export.targets.tensorrt.builder import EngineBuilder
@@ -32,6 +30,7 @@ from medusa_runtime.backends.tensorrt.library import import_tensorrt
 from medusa_runtime.bundles.bundle import DESCRIPTION
 from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, EngineLimits
 from medusa_runtime.sampling import GREEDY, SamplingParams
+from support.cli import run
 from support.decoding import TREE
 from support.interrupts import interrupt
 from support.stock import Stock
@@ -42,14 +41,6 @@ TARGETS = ("sm80", "sm89", "sm120")
 # Layers that the parser makes of the tiny llama with its tree; more of them means that a rewrite no longer applies.
 MOST_LAYERS = {"float32": 550, "float16": 565}
 SAMPLING_LAYERS = 500
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert "Traceback" not in result.output
-    if result.exception is not None:
-        assert isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize("family", families("llama", others=SUPPORTED_FAMILIES))
