@@ -116,7 +116,7 @@ class _Counted:
         self._is_finished = False
 
     def is_due(self, report: Progress) -> bool:
-        """Tells if the report deserves a line: the last one was a while ago, or the job is finished."""
+        """True if the report is shown: the last line is older than the pause, or the job is finished."""
         finishes = report.done == report.total and not self._is_finished
         due = finishes or time.monotonic() - self._last >= _PAUSE
         self._is_finished |= finishes

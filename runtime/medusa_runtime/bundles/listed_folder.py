@@ -6,7 +6,7 @@ of the machine. The one exception is the cache of the Hugging Face hub, whose sn
 ``blobs`` folder of the same repository.
 
 Files that this process reads are read once, and the same bytes are checked and used. Graphs and weights are different:
-libraries open them again after the check. So nobody else may write to a folder while it is loaded.
+libraries open them again after the check. So no other process may write to a folder while it is loaded.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class MovedRoom(Room):
         """Does nothing: rows are given room as they grow."""
 
     def regroup(self, rows: Sequence[int]) -> None:
-        if self._grouped != list(rows):  # else rows would move to and fro
+        if self._grouped != list(rows):  # otherwise rows would move with every change of length
             ascending = sorted(rows, key=lambda row: int(self._backend.lengths[row]))
             self._grouped, self._wanted = list(rows), self._split(ascending)
             stay = [[row for row in group if row in rows] for group in self.groups]

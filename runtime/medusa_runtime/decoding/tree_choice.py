@@ -122,7 +122,7 @@ class TreeChoice:
         return best if place in self._grown else 1
 
     def outlook(self, rows: Sequence[int]) -> int:
-        """About the most nodes per row in the next step of these rows, whichever of them will have lookup hits."""
+        """About the most nodes per row in the next step of these rows, with any lookup hits."""
         measured = self._measured(len(rows))
         if measured is None:
             return 1

@@ -366,5 +366,5 @@ class RowStore:
 
 
 def _fits(block: Block, capacity: int) -> bool:
-    """True if a block has enough slots, and not so many more that steps would lose time on them."""
+    """True if a block has enough slots, and not so much more than enough that steps would lose time on them."""
     return capacity <= block.capacity <= 2 * capacity + SPARE_SLOTS
