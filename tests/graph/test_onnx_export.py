@@ -122,7 +122,7 @@ def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
     bundle = export(make_step(model, random_heads(model)), tmp_path / "bundle")
     onnx.checker.check_model(str(bundle.graph), full_check=True)
     assert bundle.dtype == "bfloat16"
-    with pytest.raises(BackendError, match="--dtype fp32 or fp16"):
+    with pytest.raises(BackendError, match="Export it in fp32 or fp16"):
         OnnxRuntimeBackend(bundle)
 
 

@@ -247,7 +247,7 @@ def test_half_precision_that_overflows_is_told_to_export_fp32(stock: Stock) -> N
     with MedusaEngine.load(bundle.folder) as engine:
         for prompt in ([4, 5, 6], [4, POISON, 6], [4, 5, 6]):
             if POISON in prompt:
-                with pytest.raises(NotFiniteError, match=r"float16\. Export it with --dtype fp32"):
+                with pytest.raises(NotFiniteError, match=r"float16\. Export it in fp32"):
                     engine.generate(prompt, max_new_tokens=4)
             else:
                 answers.append(engine.generate(prompt, max_new_tokens=8, tree_size=9).token_ids)

@@ -28,7 +28,7 @@ def test_greedy_only_leaves_sampling_out(stock: Stock) -> None:
     with MedusaEngine.load(bundle.folder, threads=1) as engine:
         assert engine.generate(PROMPT, max_new_tokens=20).token_ids == expected
         assert engine.generate(PROMPT, max_new_tokens=20, sampling=GREEDY).token_ids == expected
-        with pytest.raises(RequestError, match="export it without --greedy-only"):
+        with pytest.raises(RequestError, match="export it with sampling"):
             engine.generate(PROMPT, sampling=SamplingParams())
         with pytest.raises(RequestError, match="can't give log probabilities"):
             engine.generate(PROMPT, logprobs=True)

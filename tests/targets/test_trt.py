@@ -213,7 +213,7 @@ def test_without_a_gpu_a_target_is_needed(tiny_bundle: Bundle, tmp_path: Path) -
 def test_which_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tensorrt-rtx" in libraries.installed_flavors()
     monkeypatch.setattr(libraries, "installed_flavors", lambda: ["tensorrt", "tensorrt-rtx"])
-    with pytest.raises(BackendError, match="are both installed: say which one with --flavor"):
+    with pytest.raises(BackendError, match="are both installed: choose one with `flavor`"):
         import_tensorrt()
     assert import_tensorrt("tensorrt-rtx").version
     monkeypatch.setattr(libraries, "installed_flavors", list)

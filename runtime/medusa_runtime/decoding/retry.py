@@ -34,7 +34,7 @@ def retried(backend: Backend, row: int, dtype: str, again: Callable[[], StepResu
     if not result.count[row]:
         backend.reset(row)
         backend.scrub(row)  # the step has written its values behind the row's end
-        remedy = "check its weights" if dtype == "float32" else "export it with --dtype fp32, or check its weights"
+        remedy = "check its weights" if dtype == "float32" else "export it in fp32, or check its weights"
         raise NotFiniteError(
             f"The model's logits for this request are not finite numbers: a weight or an activation exceeds {dtype}. "
             f"{remedy.capitalize()}."

@@ -191,7 +191,7 @@ def _check_sampling(bundle: Bundle, sampling: object, logprobs: bool) -> Samplin
     chosen = sampling or GREEDY
     if not bundle.sampling and (logprobs or not chosen.greedy):
         what = "give log probabilities" if chosen.greedy else "sample"
-        raise RequestError(f"This bundle is greedy only and can't {what}: export it without --greedy-only.")
+        raise RequestError(f"This bundle is greedy only and can't {what}: export it with sampling.")
     return chosen
 
 

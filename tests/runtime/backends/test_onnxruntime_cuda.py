@@ -102,7 +102,7 @@ def test_what_an_earlier_request_left_does_not_reach_the_next(tiny_bundle: Bundl
 
 def test_bfloat16_is_refused_for_what_it_is_here(tiny_bundle: Bundle) -> None:
     with pytest.raises(
-        BackendError, match=r"passes caches through NumPy.*--dtype fp16 or fp32, or .*medusa-export trt"
+        BackendError, match=r"passes caches through NumPy.*Export it in fp16 or fp32, or .*medusa-export trt"
     ):
         OnnxRuntimeOnHost(replace(tiny_bundle, dtype="bfloat16"))
 

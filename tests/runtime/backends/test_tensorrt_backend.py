@@ -285,7 +285,7 @@ def test_steps_that_do_not_fit(machine: Machine) -> None:
     backend = machine.backend()
     for size, prompts, words in (
         (10, None, "verifies up to 9 at a time"),
-        (33, {0: [1] * 33}, "larger --max-prefill"),
+        (33, {0: [1] * 33}, "larger 'medusa-export trt --max-prefill'"),
         (0, None, "step of 0 tokens"),
     ):
         with pytest.raises(BackendError, match=words):

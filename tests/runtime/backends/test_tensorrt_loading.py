@@ -88,7 +88,9 @@ def test_a_driver_that_is_missing_or_too_old(
 
 def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
     machine = Machine(tiny_bundle, tiny_engine, memory_limit=100_000)
-    with pytest.raises(OutOfDeviceMemoryError, match=r"3 sequences of 128 tokens .* smaller --max-seq-len") as raised:
+    with pytest.raises(
+        OutOfDeviceMemoryError, match=r"3 sequences of 128 tokens .* smaller 'medusa-export trt --max-seq-len'"
+    ) as raised:
         machine.backend(3)
     assert "cudaMalloc gave cudaErrorMemoryAllocation" in str(raised.value)
     machine.cuda.fail["cudaMemsetAsync"] = cudaError_t.cudaErrorInvalidValue

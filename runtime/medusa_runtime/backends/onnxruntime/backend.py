@@ -51,7 +51,7 @@ class OnnxRuntimeBackend(SessionBackend):
         if bundle.dtype == "bfloat16":
             raise BackendError(
                 "This bundle is bfloat16, which ONNX Runtime has no CPU kernels for. "
-                "Export it with --dtype fp32 or fp16 to run it on a CPU."
+                "Export it in fp32 or fp16 to run it on a CPU."
             )
         graph = derived_graph(bundle, rows) if graph is None else graph
         super().__init__(bundle, graph, CPU, rows=rows, threads=threads, extra_outputs=extra_outputs)

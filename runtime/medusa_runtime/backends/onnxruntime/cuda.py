@@ -45,8 +45,8 @@ class OnnxRuntimeCudaBackend(SessionBackend):
         if bundle.dtype == "bfloat16":
             raise BackendError(
                 "This bundle is bfloat16: onnxruntime-cuda passes caches through NumPy, which has no such type, and "
-                "nobody has tried whether ONNX Runtime's CUDA kernels would run the step. Export it with --dtype fp16 "
-                "or fp32, or compile it with 'medusa-export trt'."
+                "it is not known whether ONNX Runtime's CUDA kernels would run the step. Export it in fp16 or fp32, "
+                "or compile it with 'medusa-export trt'."
             )
         if self.provider not in ort.get_available_providers():
             raise BackendError(

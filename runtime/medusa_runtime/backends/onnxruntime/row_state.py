@@ -86,7 +86,7 @@ class RowState:
         if self._sampling is not None:
             self._sampling.assign(row, draws)
         elif draws is not None:
-            raise BackendError("This bundle was exported with --greedy-only: it can't sample.")
+            raise BackendError("This bundle is greedy only: it can't sample.")
 
     def write_inputs(
         self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]

@@ -25,6 +25,7 @@ from medusa_runtime.bundles.contract import cache_name
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError, RequestError
 from medusa_runtime.sampling import Draws, SamplingRows
 
+_LARGER_CHUNKS = ", or build the engine with a larger 'medusa-export trt --max-prefill'"
 IN_FLIGHT = 2  # steps that may be in flight
 
 
@@ -75,7 +76,7 @@ class TensorRTBackend:
         if not 1 <= rows <= limits.max_batch:
             raise BackendError(
                 f"The engine in {description.folder} holds 1 to {limits.max_batch} sequences, not {rows}. Build it "
-                f"again with --max-batch {rows}."
+                f"again with 'medusa-export trt --max-batch {rows}'."
             )
         library = library or import_tensorrt(description.flavor)
         cuda = cuda or Cuda.open()
@@ -100,8 +101,8 @@ class TensorRTBackend:
             self.close()
             raise OutOfDeviceMemoryError(
                 f"{self._name} has no memory for {rows} sequences of {limits.capacity} tokens "
-                f"({self._buffers.total / 2**20:,.0f} MiB with caches): take fewer rows, or build again with a smaller "
-                f"--max-seq-len. {error}"
+                f"({self._buffers.total / 2**20:,.0f} MiB with caches): take fewer rows, or build it again "
+                f"with a smaller 'medusa-export trt --max-seq-len'. {error}"
             ) from error
         except BackendError:
             self.close()
@@ -165,7 +166,7 @@ class TensorRTBackend:
         if capacity > self._limits.capacity:
             raise RequestError(
                 f"The engine's caches have {self._limits.capacity} slots per row, but this takes {capacity}. Ask for "
-                f"less, or build the engine with --max-seq-len {capacity}."
+                f"less, or build the engine with 'medusa-export trt --max-seq-len {capacity}'."
             )
 
     def reset(self, row: int) -> None:
@@ -215,7 +216,7 @@ class TensorRTBackend:
     def assign(self, row: int, draws: Draws | None) -> None:
         if self._sampling is None:
             if draws is not None:
-                raise BackendError("This engine's bundle was exported with --greedy-only: it can't sample.")
+                raise BackendError("This engine's bundle is greedy only: it can't sample.")
             return
         self._stream.synchronize("changing how a row samples")  # the device may still read the old values
         self._sampling.assign(row, draws)
@@ -284,7 +285,7 @@ class TensorRTBackend:
             what = "prefills up to" if prompts else "verifies up to"
             raise BackendError(
                 f"A step of {size} tokens is not for this engine, which {what} {limit} at a time. "
-                f"Take smaller ones{', or build it with a larger --max-prefill' if prompts else ''}."
+                f"Take smaller ones{_LARGER_CHUNKS if prompts else ''}."
             )
         # A block written past the end would land in another sequence's cache: TensorRT doesn't check. Rows that don't
         # take part are written to as well, behind their entries.

@@ -73,7 +73,7 @@ def _the_only_flavor() -> str:
             "(builds ahead of time, for RTX GPUs) or 'medusa-export[tensorrt]' (for the GPU at hand)."
         )
     if len(found) > 1:
-        raise BackendError(f"{' and '.join(found)} are both installed: say which one with --flavor.")
+        raise BackendError(f"{' and '.join(found)} are both installed: choose one with `flavor`.")
     return found[0]
 
 

@@ -124,7 +124,8 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
     if device.architecture not in description.targets:
         raise BackendError(
             f"This GPU, {device.name}, is {device.architecture}; the engine in {description.folder} was built for "
-            f"{', '.join(description.targets)}. Build it again here, or with --target {device.architecture}."
+            f"{', '.join(description.targets)}. Build it again here, or with "
+            f"'medusa-export trt --target {device.architecture}'."
         )
     log = error_log(library.trt)
     runtime = library.trt.Runtime(log)
