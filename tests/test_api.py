@@ -30,62 +30,9 @@ from medusa_export import (
 from medusa_export.cli import main
 from medusa_runtime import Bundle, MedusaEngine
 
-FUNCTIONS = (
-    "bench",
-    "bench_prompts",
-    "build_engine",
-    "calibrate",
-    "convert_heads",
-    "distill",
-    "export",
-    "search_tree",
-    "time_tree",
-    "train",
-    "verify",
-)
-ERRORS = (
-    "BackendError",
-    "BundleError",
-    "CheckpointError",
-    "DatasetError",
-    "EngineBuildError",
-    "ExportError",
-    "ExtensionError",
-    "MedusaError",
-    "MissingExtraError",
-    "ModelNotSupportedError",
-    "OptionError",
-    "OutputError",
-    "SettingsError",
-    "TrainingError",
-    "TreeError",
-    "VerificationError",
-)
-TYPES = (
-    "BenchPeers",
-    "BenchPrompt",
-    "BenchResult",
-    "Bundle",
-    "Calibration",
-    "Check",
-    "CompiledEngine",
-    "DistillOptions",
-    "Distilled",
-    "DraftHeads",
-    "HeadShape",
-    "MedusaHeads",
-    "MedusaWarning",
-    "OnProgress",
-    "Progress",
-    "Speed",
-    "Split",
-    "Tolerances",
-    "TrainOptions",
-    "Trained",
-    "Tree",
-    "TreeTimes",
-    "Verification",
-)
+FUNCTIONS = [name for name in medusa_export.__all__ if name.islower()]
+CLASSES = [name for name in medusa_export.__all__ if not name.islower() and name != "OnProgress"]
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 
 
 class Reports(list[Progress]):
@@ -99,10 +46,20 @@ class Reports(list[Progress]):
         return [report.message for report in self]
 
 
-def test_the_public_surface() -> None:
-    assert medusa_export.__all__ == sorted(FUNCTIONS + ERRORS + TYPES)
-    for name in medusa_export.__all__:
+def test_the_public_surface_is_the_documented_one() -> None:
+    assert medusa_export.__all__ == sorted(medusa_export._MODULES)
+    pages = "".join(page.read_text(encoding="utf-8") for page in REFERENCE.glob("*.md"))
+    documented = re.findall(r"^::: ([\w.]+)", pages, re.MULTILINE)
+    for name in FUNCTIONS + CLASSES:
         assert getattr(medusa_export, name) is not None
+        module = medusa_export._MODULES[name]
+        assert {module, f"{module}.{name}"} & {*documented}, f"The reference has no entry for {name}"
+    public = {
+        *medusa_export._MODULES.values(),
+        *(f"{module}.{name}" for name, module in medusa_export._MODULES.items()),
+    }
+    private = [path for path in documented if path.startswith("medusa_export.") and path not in public]
+    assert not private, "These are documented, but are not public."
     with pytest.raises(AttributeError, match="no attribute 'compile'"):
         medusa_export.compile  # noqa: B018
 
@@ -129,7 +86,7 @@ def test_functions_document_every_argument(name: str) -> None:
     assert all(p.annotation is not p.empty for p in parameters)
 
 
-@pytest.mark.parametrize("name", [name for name in TYPES + ERRORS if name != "OnProgress"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_types_have_docstrings(name: str) -> None:
     assert inspect.getdoc(getattr(medusa_export, name))
 
