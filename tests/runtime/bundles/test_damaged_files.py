@@ -377,7 +377,7 @@ def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> 
     tokenizer.chat_template = "{% for %}"
     step = make_step(model, None, Tree())
     step.sampling = False  # a smaller graph, which is traced sooner
-    with pytest.raises(ExportError, match=r"syntax error on line 1.* with_tokenizer=False"):
+    with pytest.raises(ExportError, match=r"syntax error on line 1.*`with_tokenizer=False`"):
         export(step, tmp_path / "out", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
 
