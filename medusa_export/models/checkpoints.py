@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from medusa_export.common.errors import CheckpointError, ModelNotSupportedError, OutputError
+from medusa_export.common.errors import CheckpointError, MissingExtraError, ModelNotSupportedError, OutputError
 from medusa_export.common.files import WRITE_ERRORS, atomic_folder
 from medusa_export.compat.transformers import has_causal_lm, quiet_libraries
 from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight
@@ -30,6 +30,7 @@ def load_model(source: str, *, dtype: torch.dtype, attn_implementation: str | No
 
     Raises:
         CheckpointError: The model is missing, unreachable, unreadable, incomplete or of an unknown architecture.
+        MissingExtraError: A library that dequantizes its weights is not installed.
         ModelNotSupportedError: It is an encoder-decoder; with ``attn_implementation``, also if a step can't honour it.
     """
     return _load(source, Precision(dtype, attn_implementation)).model
@@ -49,6 +50,7 @@ def open_model(source: str, *, dtype: torch.dtype, attn_implementation: str | No
 
     Raises:
         CheckpointError: As for ``load_model``.
+        MissingExtraError: As for ``load_model``.
         ModelNotSupportedError: As for ``load_model``.
     """
     return _load(source, Precision(dtype, attn_implementation), leave_weights=True)
@@ -144,7 +146,7 @@ def _loading(source: str, part: str) -> Iterator[Checkpoint]:
         try:
             checkpoint.check()
             yield checkpoint
-        except (CheckpointError, ModelNotSupportedError, MemoryError):
+        except (CheckpointError, MissingExtraError, ModelNotSupportedError, MemoryError):
             raise
         # transformers and the libraries below it raise all kinds of errors for a damaged file.
         except Exception as e:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medusa_export.common.errors import CheckpointError
 from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight, from_pretrained
 from medusa_export.models.files import CONFIG, Place, check_file, check_folder, weight_files
+from medusa_export.models.quantized.contents import open_contents, read_pickle
+from medusa_export.models.quantized.methods import METHODS, unpacked
 
+_GENERATION = "generation_config.json"
 # A model has a tokenizer if it has one of these files.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,11 +58,19 @@ class HuggingFaceCheckpoint(Checkpoint):
         if file is not None:
             _check_settings(self.place.source, file)
         config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):  # the model is an ordinary one
+            del config.quantization_config
         return config
 
     def load(self, config: PreTrainedConfig, precision: Precision) -> LoadedModel:
-        weight_files(self.place, getattr(config, "transformers_weights", None))
-        return from_pretrained(config, precision, self.path)
+        files = weight_files(self.place, getattr(config, "transformers_weights", None))
+        packing = _packing(self.place)
+        if packing is None:
+            return from_pretrained(config, precision, self.path)
+        loaded = from_pretrained(config, precision, state_dict=unpacked(open_contents(files), packing))
+        if self.place.file(_GENERATION) is not None:
+            loaded.model.generation_config = GenerationConfig.from_pretrained(self.path)
+        return loaded
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         found = [file for file in map(self.place.file, _TOKENIZER_FILES) if file is not None]
@@ -65,13 +82,18 @@ class HuggingFaceCheckpoint(Checkpoint):
         return tokenizer
 
     def stored_weights(self, model: PreTrainedModel) -> Iterator[StoredWeight]:
-        for file in weight_files(self.place, _named_weights(self.place)):
+        files, packing = weight_files(self.place, _named_weights(self.place)), _packing(self.place)
+        if packing is not None:
+            for name, tensor in unpacked(open_contents(files), packing).items():
+                yield StoredWeight(name, None, tensor[...])
+            return
+        for file in files:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  # no dictionary
                         yield StoredWeight(name, None, opened.get_tensor(name))
             else:
-                for name, tensor in _unpickled(file).items():
+                for name, tensor in read_pickle(file).items():
                     yield StoredWeight(name, None, tensor)
 
 
@@ -84,11 +106,12 @@ def _check_settings(source: str, file: Path) -> None:
     if not isinstance(settings, dict):
         raise CheckpointError(f"The config.json of {source} holds no settings: restore the file.")
     packed = settings.get("quantization_config") or settings.get("compression_config")
-    if packed:
-        method = packed.get("quant_method") if isinstance(packed, dict) else None
+    method = packed.get("quant_method") if isinstance(packed, dict) else None
+    if packed and method not in METHODS:
         raise CheckpointError(
             f"{source} holds weights packed by {method or 'a quantizer'} (quantization_config in its {CONFIG}), which "
-            "can't be exported: give the model that it was made from, with weights in fp32, fp16 or bf16."
+            f"can't be read; those that can be read are {', '.join(METHODS)}. Give the model that it was made from, "
+            "with weights in fp32, fp16 or bf16."
         )
     kind = settings.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
@@ -106,14 +129,17 @@ def _check_settings(source: str, file: Path) -> None:
 
 
 def _named_weights(place: Place) -> str | None:
-    config = place.file(CONFIG)
-    named = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") if config is not None else None
+    named = _settings(place).get("transformers_weights")
     return named if isinstance(named, str) else None
 
 
-def _unpickled(file: Path) -> dict[str, Tensor]:
-    try:
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # a file of before 2020, which can't be mapped
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    return state
+def _packing(place: Place) -> Mapping[str, Any] | None:
+    """The settings of the quantizer that packed a checkpoint's weights; None if they aren't packed."""
+    settings = _settings(place)
+    return settings.get("quantization_config") or settings.get("compression_config")
+
+
+def _settings(place: Place) -> dict[str, Any]:
+    config = place.file(CONFIG)
+    settings: dict[str, Any] = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
+    return settings

@@ -1,0 +1,90 @@
+"""Weights that files hold in fewer bits, as tensors that are dequantized when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from medusa_export.models.blocks import Bits, BlockWeight
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A matrix that a file holds in blocks of integers.
+
+    Attributes:
+        bits: The bits per value.
+        block_size: The columns per block.
+        has_zero_points: Whether blocks have zero points that are not in the middle of the range.
+        scale_dtype: The dtype in which the file holds the scales.
+        read: Reads the matrix, with its scales in fp32.
+    """
+
+    bits: Bits
+    block_size: int
+    has_zero_points: bool
+    scale_dtype: torch.dtype
+    read: Callable[[], BlockWeight]
+
+    def exact_in(self, dtype: torch.dtype) -> bool:
+        """Whether a dtype holds the scales as they are."""
+        return torch.promote_types(self.scale_dtype, dtype) == dtype
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A tensor of a file that is dequantized when it is read.
+
+    Attributes:
+        kind: How it is stored, for messages; None if it is stored as it is.
+        blocks: Reads it in blocks; None if no blocks hold it exactly.
+    """
+
+    kind: str | None
+    blocks: StoredBlocks | None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """A weight that several tensors of a file hold together.
+
+    Attributes:
+        name: The weight's name, with the prefix that the file uses.
+        shape: The weight's shape.
+        kind: How it is stored, for messages.
+        members: The names of the tensors that hold it.
+        read: Reads and dequantizes it.
+        blocks: Reads it in blocks; None if no blocks hold it exactly.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    members: frozenset[str]
+    read: Callable[[], Tensor]
+    blocks: StoredBlocks | None = None
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Reads some of the values, as one reads from an open safetensors file."""
+        return self.read()[index]
+
+
+def exact_blocks(sources: Mapping[str, object], dtype: torch.dtype) -> dict[str, StoredBlocks]:
+    """The tensors of a file that blocks hold exactly.
+
+    Args:
+        sources: Tensors of files, by the names of the model's weights that they are.
+        dtype: The dtype that the model computes in.
+    """
+    blocks = {name: source.blocks for name, source in sources.items() if isinstance(source, Packed)}
+    return {name: stored for name, stored in blocks.items() if stored is not None and stored.exact_in(dtype)}
+
+
+def packed_kinds(sources: Mapping[str, object]) -> dict[str, str]:
+    """How weights are stored that are dequantized when they are read, by their names."""
+    kinds = {name: source.kind for name, source in sources.items() if isinstance(source, Packed)}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
