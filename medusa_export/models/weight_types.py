@@ -44,6 +44,11 @@ class WeightTypes:
         embeddings: WeightType | None = None if weights is None else "int8"
         return cls(weights, weights, weights, embeddings, block_size, symmetric)
 
+    @property
+    def has_integers(self) -> bool:
+        """True if any matrix is stored in integers."""
+        return any((self.layers, self.lm_head, self.heads, self.embeddings))
+
     def bits(self, role: Role) -> Bits | None:
         """The bits per value of the weights of a role; None for the dtype that the bundle computes in."""
         chosen: WeightType | None = getattr(self, role, None)

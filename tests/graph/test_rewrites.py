@@ -196,7 +196,8 @@ def test_a_pipeline_takes_each_name_once() -> None:
 def test_preconditions_are_checked_before_anything_changes() -> None:
     shape = ir.Shape(["batch", 2, "capacity", 12])
     cache = ir.Value(name="past_key_0", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
-    model = ir.Model(ir.Graph([cache], [cache], nodes=[], opset_imports={"": 24}), ir_version=11)
+    attention = ir.node("Attention", [cache, cache, cache])
+    model = ir.Model(ir.Graph([cache], attention.outputs, nodes=[attention], opset_imports={"": 24}), ir_version=11)
     with pytest.raises(NotApplicableError, match="head_dim is 12"):
         FuseGroupQueryAttention(STEP)(model)
     with pytest.raises(RewriteError, match="can't be applied: head_dim is 12, and GroupQueryAttention needs"):

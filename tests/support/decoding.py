@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from medusa_export.graph.export import build_graph
+from medusa_export.graph.export import StepGraph, build_graph
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.step.attention import ATTENTION_NAME
@@ -47,10 +47,17 @@ def make_step(model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree = TR
     return MedusaStep(model, heads, tree).eval()
 
 
-def export(step: MedusaStep, folder: Path, *, tokenizer: object = None, trained: bool = False) -> Bundle:
-    """Exports a step to a bundle."""
+def export(
+    step: MedusaStep,
+    folder: Path,
+    *,
+    tokenizer: object = None,
+    trained: bool = False,
+    graph: StepGraph | None = None,
+) -> Bundle:
+    """Exports a step to a bundle, by its own graph or by one that was made of it."""
     write_bundle(
-        build_graph(step),
+        graph or build_graph(step),
         step,
         tokenizer,
         folder,

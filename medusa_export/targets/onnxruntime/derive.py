@@ -12,7 +12,9 @@ from medusa_export.common.errors import ExportError, RewriteError, first_line
 from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rewrite import StepFacts
 from medusa_export.targets.onnxruntime.pipelines import DERIVED
+from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
 from medusa_runtime.bundles.bundle import GRAPH, GraphFacts
+from medusa_runtime.bundles.slots import PANEL
 
 # Characters of the longest reason that a bundle keeps.
 _LONGEST_REASON = 1000
@@ -40,7 +42,7 @@ def _derive(pipeline: Pipeline, folder: Path, step: StepFacts) -> GraphFacts:
     except (RewriteError, _InvalidGraphError) as error:
         file.unlink(missing_ok=True)
         return GraphFacts(left_out=str(error)[:_LONGEST_REASON])
-    return GraphFacts(rewrites=counts)
+    return GraphFacts(rewrites=counts, panel=PANEL if counts.get(MakeAttentionRowExact.name) else None)
 
 
 class _InvalidGraphError(ExportError):

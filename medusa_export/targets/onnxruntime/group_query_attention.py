@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from medusa_export.common.tuning import TABLE_SLACK
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, graph_input, producer, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
-from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
+from medusa_export.targets.onnxruntime.biases import bias_of, filled_slots, narrow_masks
+from medusa_export.targets.onnxruntime.constants import CONTRIB, integers
 from medusa_export.targets.onnxruntime.heads_layout import flat, replace_merged_heads
 from medusa_export.targets.onnxruntime.rotary_tables import RotaryTables
 
 _OPERATOR = "GroupQueryAttention"
-# Which input is the bias of attention.
-_BIAS = 10
 
 
 class FuseGroupQueryAttention(Rewrite):
@@ -29,6 +27,8 @@ class FuseGroupQueryAttention(Rewrite):
        product (see ``RotaryTables.pack``).
     3. Masks become biases, as wide as the caches are filled.
 
+    A graph without ``Attention`` stays as it is: ``MakeAttentionRowExact`` has replaced it.
+
     Precondition: head_dim is a multiple of 8; caches are fp32 or fp16.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0.
@@ -37,6 +37,8 @@ class FuseGroupQueryAttention(Rewrite):
     name = "fuse_group_query_attention"
 
     def requires(self, model: ir.Model) -> None:
+        if not _attentions(model):
+            return
         cache = graph_input(model.graph, "past_key_0")
         head_dim = shape_of(cache)[3]
         if not isinstance(head_dim, int) or head_dim % 8:
@@ -45,17 +47,17 @@ class FuseGroupQueryAttention(Rewrite):
             raise NotApplicableError(f"the K/V cache is {cache.dtype}, and {_OPERATOR} needs fp32 or fp16")
 
     def apply(self, model: ir.Model) -> int:
-        attentions = [node for node in model.graph if node.op_type == "Attention"]
+        attentions = _attentions(model)
+        if not attentions:
+            return 0
         fusion = _Fusion(model.graph, self.step.margin, self.step.max_positions + TABLE_SLACK)
         for node in attentions:
             fusion.fuse(node)
         return len(attentions)
 
 
-def biases(graph: ir.Graph) -> list[ir.Value]:
-    """The biases that ``GroupQueryAttention`` nodes read, each once."""
-    found = [given(node.inputs[_BIAS]) for node in graph if node.op_type == _OPERATOR]
-    return list(dict.fromkeys(found))
+def _attentions(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "Attention"]
 
 
 @dataclass(frozen=True)
@@ -73,29 +75,15 @@ class _CacheState:
     @classmethod
     def of(cls, graph: ir.Graph, margin: int) -> _CacheState:
         """Computes it at the start of the graph, and makes masks as wide as the caches are filled."""
-        inputs = {value.name: value for value in graph.inputs}
-        capacity = next(
-            node.outputs[0]
-            for node in graph
-            if node.op_type == "Shape"
-            and node.inputs[0] is inputs["past_key_0"]
-            and node.attributes["start"].as_int() == 2
-        )
-        lengths = inputs["cache_lengths"]
+        filled = narrow_masks(graph, margin)
+        width = filled_slots(graph)
+        maker = width.producer()
+        assert maker is not None
         head = Builder(graph)
-        tokens = head("Shape", [inputs["input_ids"]], start=1, end=2)
-        filled = head("Add", [lengths, head("Add", [tokens, integers(graph, "margin", [margin])])])
-        width = head("ReduceMax", [filled], keepdims=1)
         last = head("Cast", [head("Sub", [filled, integers(graph, "one", [1])])], to=ir.DataType.INT32)
         total = head("Cast", [head("Squeeze", [width])], to=ir.DataType.INT32)
-        graph.insert_before(graph[0], head.nodes)
-        ir.convenience.replace_all_uses_with(capacity, width)
+        graph.insert_after(maker, head.nodes)
         return cls(last, total)
-
-
-def filled_slots(graph: ir.Graph) -> ir.Value:
-    """[1], the number of filled slots of the fullest row, as ``FuseGroupQueryAttention`` computes it."""
-    return next(node.outputs[0] for node in graph if node.op_type == "ReduceMax")
 
 
 class _Fusion:
@@ -155,16 +143,8 @@ class _Fusion:
         return given(scatter.inputs[0]), block
 
     def _bias(self, mask: ir.Value, like: ir.Value) -> ir.Value:
-        """0 where the mask lets a query look, and -inf elsewhere."""
+        """The bias of a mask, made once."""
         if mask not in self._biases:
             assert like.dtype is not None
-            pair = [
-                initializer(self._graph, name, np.array(number, dtype=like.dtype.numpy()))
-                for name, number in (("seen", 0.0), ("unseen", -np.inf))
-            ]
-            node, maker = ir.node("Where", [mask, *pair]), mask.producer()
-            assert maker is not None
-            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(like.dtype), mask.shape
-            self._graph.insert_after(maker, node)
-            self._biases[mask] = node.outputs[0]
+            self._biases[mask] = bias_of(self._graph, mask, like.dtype)
         return self._biases[mask]

@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.graph.rewrites.building import Builder
-from medusa_export.graph.rewrites.matching import given, graph_input, producer, shape_of
+from medusa_export.graph.rewrites.matching import given, shape_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
+from medusa_export.targets.onnxruntime.cache_writes import first_new_slots, write_new_entries_only
 from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
 from medusa_export.targets.onnxruntime.heads_layout import flat, replace_merged_heads
 
@@ -26,6 +27,8 @@ class FuseMultiHeadAttention(Rewrite):
     2. Query heads that share a key head become further tokens of that head, so that its entries are read once.
     3. ``TensorScatter`` writes new entries only, behind the others of their row.
 
+    A graph without ``Attention`` stays as it is: ``MakeAttentionRowExact`` has replaced it.
+
     Precondition: Queries are fp32; no attention has a soft cap.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0.
@@ -42,8 +45,10 @@ class FuseMultiHeadAttention(Rewrite):
                 raise NotApplicableError("attention has a soft cap, and MultiHeadAttention has none")
 
     def apply(self, model: ir.Model) -> int:
-        fusion = _Fusion(model.graph, self.step.margin)
         attentions = _attentions(model)
+        if not attentions:
+            return 0
+        fusion = _Fusion(model.graph, self.step.margin)
         for node in attentions:
             fusion.fuse(node)
         return len(attentions)
@@ -65,9 +70,7 @@ class _Fusion:
         self._graph = graph
         self._margin = margin
         self._biases: dict[tuple[ir.Value, int], ir.Value] = {}
-        head = Builder(graph)
-        self._slots = head("Add", [graph_input(graph, "cache_lengths"), integers(graph, "margin", [margin])])
-        graph.insert_before(graph[0], head.nodes)
+        self._slots = first_new_slots(graph, margin)
 
     def fuse(self, node: ir.Node) -> None:
         """Replaces one ``Attention`` and the changes of layout around it."""
@@ -77,7 +80,7 @@ class _Fusion:
         groups, head_dim = num_heads // kv_heads, shape_of(key)[3]
         assert isinstance(head_dim, int)
         for cache in (key, value):
-            self._write_new_only(cache)
+            write_new_entries_only(cache, self._margin, self._slots)
         build = Builder(self._graph)
         rows = flat(build, query)
         if groups > 1:
@@ -94,15 +97,6 @@ class _Fusion:
             output = self._exchange(build, output, split, _OUT_OF_GROUPS, num_heads * head_dim)
         self._graph.insert_before(node, build.nodes)
         replace_merged_heads(node, output)
-
-    def _write_new_only(self, cache: ir.Value) -> None:
-        scatter = producer(cache, "TensorScatter")
-        assert scatter is not None
-        if self._margin:
-            concat = producer(scatter.inputs[1], "Concat")
-            assert concat is not None
-            scatter.replace_input_with(1, concat.inputs[1])
-            scatter.replace_input_with(2, self._slots)
 
     def _exchange(
         self, build: Builder, tensor: ir.Value, split: list[int], order: tuple[int, ...], width: int

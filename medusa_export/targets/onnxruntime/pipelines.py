@@ -18,6 +18,7 @@ from medusa_export.targets.onnxruntime.multi_head_attention import FuseMultiHead
 from medusa_export.targets.onnxruntime.pending_entries import ReplacePendingEntries
 from medusa_export.targets.onnxruntime.plain_masks import SkipMasksInPlainSteps
 from medusa_export.targets.onnxruntime.plain_trees import SkipTreesInPlainSteps
+from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
 from medusa_export.targets.onnxruntime.skip_norms import FuseSkipNorms
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 
@@ -25,8 +26,22 @@ _FUSIONS: tuple[type[Rewrite], ...] = (ReplacePendingEntries, FuseSkipNorms, Fus
 _BRANCHES: tuple[type[Rewrite], ...] = (SkipSamplingInGreedySteps, SkipTreesInPlainSteps, SplitArgMax)
 _DOMAINS = {CONTRIB: 1}
 
+# Of the two rewrites of attention in a pipeline, the first is for weights in integers, the second for all others.
 ONE_ROW = Pipeline(
-    ONNXRUNTIME_GRAPH, FuseGroupQueryAttention, *_FUSIONS, SkipMasksInPlainSteps, *_BRANCHES, domains=_DOMAINS
+    ONNXRUNTIME_GRAPH,
+    MakeAttentionRowExact,
+    FuseGroupQueryAttention,
+    *_FUSIONS,
+    SkipMasksInPlainSteps,
+    *_BRANCHES,
+    domains=_DOMAINS,
 )
-SEVERAL_ROWS = Pipeline(ONNXRUNTIME_BATCH_GRAPH, FuseMultiHeadAttention, *_FUSIONS, *_BRANCHES, domains=_DOMAINS)
+SEVERAL_ROWS = Pipeline(
+    ONNXRUNTIME_BATCH_GRAPH,
+    MakeAttentionRowExact,
+    FuseMultiHeadAttention,
+    *_FUSIONS,
+    *_BRANCHES,
+    domains=_DOMAINS,
+)
 DERIVED = (ONE_ROW, SEVERAL_ROWS)

@@ -10,9 +10,9 @@ from medusa_export.common.tuning import TABLE_SLACK
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given
 from medusa_export.graph.rewrites.rewrite import Rewrite
+from medusa_export.targets.onnxruntime.biases import biases, filled_slots
 from medusa_export.targets.onnxruntime.branches import branch, is_plain_step
 from medusa_export.targets.onnxruntime.constants import IR_VERSION, initializer, integers
-from medusa_export.targets.onnxruntime.group_query_attention import biases, filled_slots
 
 _MASK_INPUTS = ("input_ids", "num_tokens", "is_prefill", "cache_lengths")
 
@@ -25,7 +25,7 @@ class SkipMasksInPlainSteps(Rewrite):
 
     A mask with a sliding window stays as it is. It is found by computing masks of several lengths.
 
-    Precondition: ``FuseGroupQueryAttention`` has run.
+    Precondition: ``FuseGroupQueryAttention`` or ``MakeAttentionRowExact`` has made the biases.
     """
 
     name = "skip_masks_in_plain_steps"

@@ -45,6 +45,21 @@ class RotaryTables:
             return None
         return split.inputs[0], None, None, found[0][0], found[1][0], found[0][1]
 
+    def gathered(self, values: ir.Value) -> ir.Value | None:
+        """``values`` [B, S, d / 2] gathered from a table; None if the table is too large.
+
+        They are the same bits for a position, whatever the other positions of the step.
+        """
+        found = self._table(values)
+        if found is None:
+            return None
+        node, (_, positions) = ir.node("Gather", list(found)), found
+        node.outputs[0].type, node.outputs[0].shape = values.type, values.shape
+        maker = positions.producer()
+        assert maker is not None
+        self._graph.insert_after(maker, node)
+        return node.outputs[0]
+
     def _table(self, values: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         """The table [rows, d / 2] that has ``values`` [B, S, d / 2], and the positions [B, S]; None if too large."""
         if values not in self._tables:

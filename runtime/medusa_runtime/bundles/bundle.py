@@ -39,6 +39,7 @@ VocabSize = Annotated[int, Meta(ge=1, le=2**24)]
 Positions = Annotated[int, Meta(ge=1, le=2**40)]
 TokenId = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Reason = Annotated[str, Meta(min_length=1, max_length=4096)]
+Panel = Annotated[int, Meta(ge=1, le=2**16)]
 NumHeads = Annotated[int, Meta(ge=0, le=64)]
 
 
@@ -129,10 +130,13 @@ class GraphFacts:
     Attributes:
         rewrites: Number of places that each rewrite changed, by the rewrite's name, in the order in which they ran.
         left_out: Why the bundle does not have the graph; None if it has.
+        panel: Slots that attention sums together, in a graph whose rows have the same bits whatever the tree size (see
+            ``SlotLayout.size_within_panel``); None in other graphs, and in older bundles.
     """
 
     rewrites: Mapping[Name, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     left_out: Reason | None = None
+    panel: Panel | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,11 @@ class Bundle:
     def slots(self) -> SlotLayout:
         """The arithmetic of slots in the caches, for this tree."""
         return SlotLayout(self.tree.max_depth)
+
+    @property
+    def panel(self) -> int | None:
+        """The smallest panel of a graph (see ``GraphFacts``), which trees keep to; None if there is none."""
+        return min((facts.panel for facts in self.graphs.values() if facts.panel is not None), default=None)
 
     @property
     def drafting_size(self) -> int:

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from medusa_runtime.tuning import CAPACITY_STEP
 
+# Slots that attention sums together in the graphs of bundles with weights in integers, in which each row must have the
+# same bits whatever its neighbours. CAPACITY_STEP is a multiple of it.
+PANEL = 64
+
 # Tokens of a finished sequence that its last step doesn't find in the cache: the root of its tree, which that step
 # writes, and the last token, which no step writes.
 _NOT_CACHED = 2
@@ -34,6 +38,20 @@ class SlotLayout:
     def slot(self, entry: int) -> int:
         """The slot of an entry. The slot of entry ``length`` is the first one behind the committed entries."""
         return self.margin + entry
+
+    def size_within_panel(self, length: int, size: int, panel: int) -> int:
+        """The largest tree, up to ``size`` nodes, whose nodes behind the root are all in one panel of slots.
+
+        Where sums of attention are by panel, a path of the tree then has its entries in the same panels as in plain
+        decoding, in which they follow each other. Nodes are stored parents first, so any number of them is a tree.
+
+        Args:
+            length: Committed entries of the row.
+            size: Nodes that are wanted.
+            panel: Slots of a panel.
+        """
+        left = panel - self.slot(length) % panel
+        return min(size, left if left > 1 else 1 + panel)  # the root alone may be in the panel before
 
     def committed(self, length: int) -> slice:
         """The slots of a row's committed entries."""

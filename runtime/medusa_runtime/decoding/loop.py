@@ -230,7 +230,7 @@ class DecodeLoop:
         rows = _rows(jobs)
         deepest = self.runner.deepest_hit
         hits = {row: hit for job, row in zip(jobs, rows, strict=True) if (hit := job.sequence.look_up(deepest))}
-        size = self.sizes.of(rows, hits)
+        size = self.runner.tree_size(rows, hits)
         with self._timed("decode", len(rows), size) as tokens:
             result = self.runner.decode(rows, size, hits)
             silent = [job for job, row in zip(jobs, rows, strict=True) if not result.count[row]]

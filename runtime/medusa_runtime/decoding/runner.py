@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +101,26 @@ class StepRunner:
     def chunk_limit(self, wanted: int) -> int:
         """The most tokens of a prompt that one step takes in, ``wanted`` at most."""
         return min(wanted, self.backend.max_tokens or wanted)
+
+    def tree_size(self, rows: Sequence[int], hits: Collection[int]) -> int:
+        """Nodes per row in the next step of these rows: those of ``TreeSizes``, or fewer to keep to a panel.
+
+        A prompt needs no such limit: its tokens are in the same slots whatever the chunks. Neither do backends that
+        step ahead: they run the standard graph.
+
+        Args:
+            rows: The rows.
+            hits: Rows that have a lookup hit.
+
+        Raises:
+            BackendError: The backend can't tell the lengths of rows.
+        """
+        size = self._sizes.of(rows, hits)
+        panel = self._bundle.panel
+        if panel is None or size == 1:
+            return size
+        lengths = self.backend.lengths
+        return min(self._bundle.slots.size_within_panel(int(lengths[row]), size, panel) for row in rows)
 
     def chunk_size(self, row: int, chunk: int, beside: Sequence[int]) -> int:
         """The size of the step that takes in a chunk: padded, if need be, so that it drafts the tree that follows.

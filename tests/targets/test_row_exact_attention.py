@@ -1,0 +1,220 @@
+"""Steps of bundles with weights in integers: each row has the same bits whatever the tree, the chunk and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from medusa_export.graph.export import build_graph
+from medusa_export.models.weight_types import WeightTypes
+from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
+from medusa_runtime import Bundle, MedusaEngine, MedusaService, Tree
+from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.slots import PANEL
+from support.decoding import export, make_step, random_heads
+from support.stock import Stock
+from support.tiny_models import tiny_model
+
+# Sixteen nodes, with gaps between the nodes of most paths.
+TREE = Tree.from_paths(
+    [
+        [0],
+        [0, 0],
+        [1],
+        [0, 1],
+        [0, 0, 0],
+        [1, 0],
+        [2],
+        [0, 0, 1],
+        [0, 1, 0],
+        [1, 0, 0],
+        [3],
+        [0, 0, 2],
+        [1, 1],
+        [2, 0],
+        [4],
+    ]
+)
+NODES: list[tuple[int, ...]] = [(), *(tuple(path) for path in TREE.paths)]
+# Grouped heads, heads without groups, one group, and soft caps with windows.
+MODELS = {
+    "grouped": ("llama", {}),
+    "ungrouped": ("llama", {"num_key_value_heads": 4}),
+    "one_group": ("llama", {"num_key_value_heads": 1}),
+    "soft_cap": ("gemma2", {}),
+}
+# Around the ends of panels: the first new entry is in slot margin + length.
+LENGTHS = (5, 57, 60, 61, 62, 64, 100, 124, 125, 127, 190)
+SIZES = (2, 3, 4, 8, 16)
+
+
+def exported(stock: Stock, kind: str) -> Bundle:
+    """A bundle with fp32 weights, whose attention is that of bundles with weights in integers."""
+    family, overrides = MODELS[kind]
+
+    def fill(folder: Path) -> None:
+        model = tiny_model(family, **overrides)
+        step = make_step(model, random_heads(model), TREE)
+        graph = build_graph(step)
+        export(step, folder, graph=replace(graph, step=replace(graph.step, weights=WeightTypes.all("int8"))))
+
+    return Bundle.load(stock.folder(f"row_exact-{kind}", fill))
+
+
+class Logits:
+    """Runs steps of a graph, and gives out the logits of their tokens."""
+
+    def __init__(self, bundle: Bundle, graph: str, *, rows: int = 1, threads: int = 1) -> None:
+        model = onnx.load(bundle.folder / graph, load_external_data=False)
+        model.graph.output.append(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None))
+        self.backend = OnnxRuntimeBackend(
+            bundle, rows=rows, threads=threads, graph=model.SerializeToString(), extra_outputs=("logits",)
+        )
+
+    def take_in(self, tokens: Sequence[int], row: int = 0) -> NDArray[np.float32]:
+        """Takes in a chunk of a prompt. Gives the logits of its last token."""
+        self.backend.step(len(tokens), {row: tokens}, [row])
+        return self._bits()[0, 0]
+
+    def verify(self, lengths: Sequence[int], trees: NDArray[np.int64], size: int) -> NDArray[np.float32]:
+        """Verifies a tree in each row, and gives the logits of its nodes, [rows, size, V]. Commits nothing."""
+        self.backend.lengths[:] = lengths
+        self.backend.drafts[...] = trees
+        self.backend.step(size)
+        logits = self._bits()
+        self.backend.lengths[:] = lengths
+        return logits
+
+    def plain(self, length: int, tree: NDArray[np.int64], path: tuple[int, ...]) -> NDArray[np.float32]:
+        """Takes plain steps along a path, and gives the logits of the last."""
+        self.backend.lengths[:] = length
+        for depth in range(len(path) + 1):
+            self.backend.drafts[0, 0] = tree[NODES.index(path[:depth])]
+            self.backend.step(1)
+        return self._bits()[0, 0]
+
+    def _bits(self) -> NDArray[np.float32]:
+        return self.backend.extra_output("logits").copy()
+
+
+def random_tokens(bundle: Bundle, *shape: int, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(1, bundle.model.vocab_size, shape)
+
+
+def differing(first: NDArray[np.float32], second: NDArray[np.float32]) -> int:
+    """The number of values whose bits differ."""
+    return int((first.view(np.int32) != second.view(np.int32)).sum())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("graph", "threads"), [(ONNXRUNTIME_GRAPH, 1), (ONNXRUNTIME_GRAPH, 7), (ONNXRUNTIME_BATCH_GRAPH, 2)]
+)
+def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(kind: str, graph: str, threads: int, stock: Stock) -> None:
+    bundle = exported(stock, kind)
+    steps = Logits(bundle, graph, threads=threads)
+    for length in LENGTHS:
+        steps.backend.reset(0)
+        steps.take_in(random_tokens(bundle, length).tolist())
+        tree = random_tokens(bundle, len(NODES), seed=length)
+        expected = np.stack([steps.plain(length, tree, path) for path in NODES])
+        for size in {bundle.slots.size_within_panel(length, size, PANEL) for size in SIZES}:
+            verified = steps.verify([length], tree[None], size)
+            assert differing(verified[0], expected[:size]) == 0, (length, size)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_chunk_of_a_prompt_has_the_bits_of_single_steps(kind: str, stock: Stock) -> None:
+    """Chunks need no limit at the ends of panels: the entries of a prompt are in the same slots whatever the chunks."""
+    bundle = exported(stock, kind)
+    steps = Logits(bundle, ONNXRUNTIME_GRAPH, threads=2)
+    tokens = random_tokens(bundle, 150).tolist()
+    expected = [steps.take_in([token]) for token in tokens]
+    for chunk in (7, 64, 150):
+        steps.backend.reset(0)
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            assert differing(steps.take_in(part), expected[start + len(part) - 1]) == 0, (chunk, start)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(kind: str, stock: Stock) -> None:
+    bundle = exported(stock, kind)
+    lengths, size = (5, 130, 61), 3
+    together, alone = (Logits(bundle, ONNXRUNTIME_BATCH_GRAPH, rows=rows, threads=2) for rows in (3, 1))
+    single = Logits(bundle, ONNXRUNTIME_GRAPH, threads=1)
+    prompts = [random_tokens(bundle, length, seed=length).tolist() for length in lengths]
+    trees = random_tokens(bundle, 3, len(NODES))
+    for row, prompt in enumerate(prompts):
+        together.take_in(prompt, row)
+    verified = together.verify(lengths, trees, size)
+    for row, prompt in enumerate(prompts):
+        for steps in (alone, single):
+            steps.backend.reset(0)
+            steps.take_in(prompt)
+            assert differing(steps.verify(lengths[row : row + 1], trees[row : row + 1], size)[0], verified[row]) == 0
+
+
+def test_a_tree_across_panels_differs_without_the_rule(stock: Stock) -> None:
+    """If it does not, the rule is of no use, or the tests above can't see what it is for."""
+    bundle = exported(stock, "grouped")
+    steps = Logits(bundle, ONNXRUNTIME_GRAPH)
+    length = 2 * PANEL - bundle.slots.margin - 4
+    steps.take_in(random_tokens(bundle, length).tolist())
+    tree = random_tokens(bundle, len(NODES))
+    expected = np.stack([steps.plain(length, tree, path) for path in NODES])
+    assert differing(steps.verify([length], tree[None], 16)[0], expected) > 0
+
+
+def test_other_bundles_keep_the_fused_attention(stock: Stock) -> None:
+    bundle = stock.export("llama").bundle
+    assert bundle.panel is None
+    for name in (ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH):
+        assert bundle.graphs[name].rewrites[MakeAttentionRowExact.name] == 0
+
+
+class Watched(OnnxRuntimeBackend):
+    """Keeps the trees whose nodes behind the root are in two panels, and the sizes of all trees."""
+
+    def __init__(self, bundle: Bundle, rows: int) -> None:
+        super().__init__(bundle, rows=rows, threads=1)
+        self.sizes: set[int] = set()
+        self.across: list[tuple[int, int]] = []
+
+    def step(
+        self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> StepResult:
+        if not prompts:
+            self.sizes.add(size)
+            first = [self._bundle.slots.slot(int(self.lengths[row])) for row in rows or range(self.rows)]
+            self.across += [
+                (slot, size) for slot in first if size > 1 and (slot + 1) // PANEL != (slot + size - 1) // PANEL
+            ]
+        return super().step(size, prompts, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_engine_and_service_keep_trees_within_a_panel(rows: int, stock: Stock) -> None:
+    bundle = exported(stock, "grouped")
+    prompts = [random_tokens(bundle, length, seed=length).tolist() for length in (9, 30, 50, 100)]
+    answers = []
+    for size in (1, 16):
+        backend = Watched(bundle, rows)
+        with MedusaService(bundle, backend, None, tree_size=size) as service:
+            handles = [service.submit(prompt, max_new_tokens=90) for prompt in prompts]
+            answers.append([handle.result(60).token_ids for handle in handles])
+        assert backend.across == []
+        assert size in backend.sizes and (size == 1 or len(backend.sizes) > 1)
+    assert answers[0] == answers[1]
+    with MedusaEngine(bundle, Watched(bundle, 1), None) as engine:
+        for prompt, answer in zip(prompts, answers[0], strict=True):
+            assert engine.generate(prompt, max_new_tokens=90, tree_size=9).token_ids == answer
+        assert engine.backend.across == []
