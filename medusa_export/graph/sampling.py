@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError
-from medusa_export.compat.torch import quiet_tracing
+from medusa_export.compat.torch import export_program, quiet_tracing
 from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, simplify, translate
 from medusa_export.step.sampling import SamplingInputs, draw
 
@@ -40,7 +40,7 @@ def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
     rows, grid = {0: dynamic}, {0: dynamic, 1: dynamic}
     free = (grid, grid, grid, rows, tuple(grid if name == "exponentials" else rows for name in given))
     with torch.no_grad(), quiet_tracing():
-        program = torch.export.export(_Drawings(), example, dynamic_shapes=free, strict=False)
+        program = export_program(_Drawings(), example, {}, free)
         model = translate(program)
     simplify(model)
     for node in model.graph:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.onnxscript import fold_constants
-from medusa_export.compat.torch import quiet_tracing
+from medusa_export.compat.torch import export_program, quiet_tracing
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
@@ -211,7 +211,7 @@ def trace(step: MedusaStep) -> ir.Model:
         while True:
             try:
                 with reusing_layers(layers, like):
-                    program = torch.export.export(traced, (), example, dynamic_shapes=free, strict=False)
+                    program = export_program(traced, (), example, free)
                 break
             except AnotherKindError as error:
                 like[error.layer] = error.layer
