@@ -1,4 +1,4 @@
-"""Real builds by TensorRT-RTX, ahead of time, of random models; what is asked for in vain; what an engine folder is."""
+"""The command ``trt``: engine folders that it writes, requests that it refuses, and failures that it reports."""
 
 from __future__ import annotations
 
@@ -9,138 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-from polygraphy.comparator import Comparator, CompareFunc
 
 from medusa_export.common.errors import EngineBuildError
 from medusa_export.targets.tensorrt.build import write_engine
 from medusa_export.targets.tensorrt.builder import EngineBuilder
 from medusa_export.targets.tensorrt.messages import build_error, remedy
-from medusa_export.targets.tensorrt.network import updated_in_place
-from medusa_export.targets.tensorrt.options import BuildOptions, check_targets, choose_limits, known_targets
-from medusa_export.targets.tensorrt.profiles import profiles_for
+from medusa_export.targets.tensorrt.options import BuildOptions, check_targets, known_targets
 from medusa_export.targets.tensorrt.rewrites.pipeline import TENSORRT, TensorrtGraph, graph_for_tensorrt
 from medusa_runtime import BackendError, Bundle, BundleError
 from medusa_runtime.backends.tensorrt import library as libraries
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
 from medusa_runtime.bundles.bundle import DESCRIPTION
 from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, EngineLimits
-from medusa_runtime.sampling import GREEDY, SamplingParams
 from support.cli import run
 from support.decoding import TREE
 from support.interrupts import interrupt
-from support.stock import Stock
-from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families
-
-LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
-TARGETS = ("sm80", "sm89", "sm120")
-# Layers that the parser makes of the tiny llama with its tree; more of them means that a rewrite no longer applies.
-MOST_LAYERS = {"float32": 550, "float16": 565}
-SAMPLING_LAYERS = 500
-
-
-@pytest.mark.parametrize("family", families("llama", others=SUPPORTED_FAMILIES))
-def test_families_build_for_several_targets(family: str, stock: Stock) -> None:
-    """In fp16, for three architectures at once; ``parse`` holds the network against ``medusa.json``."""
-    bundle = stock.export(family, dtype="float16").bundle
-    builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(LIMITS, TARGETS, opt_level=0))
-    reached: list[float] = []
-    built = builder.build(reached.append)
-    assert built.data.nbytes > 100_000
-    assert built.targets == TARGETS
-    assert reached == sorted(reached) and reached[-2] > 0.8 and reached[-1] == 1.0
-    trt, network = builder.library.trt, builder.network
-    inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
-    assert list(inputs) == [spec.name for spec in bundle.inputs]
-    assert tuple(inputs["past_key_0"].shape) == (-1, bundle.model.num_key_value_heads, 96, bundle.model.head_dim)
-    assert inputs["past_key_0"].dtype == trt.float16
-    assert inputs["input_ids"].dtype == trt.int64
-    assert inputs["is_prefill"].dtype == trt.bool
-    pairs = updated_in_place(trt, network)
-    assert pairs == {name: name.replace("present", "past") for name in pairs}
-    assert len(pairs) == 2 * bundle.model.num_layers == built.layers["KV_CACHE_UPDATE"]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "sampling"),
-    [
-        ("float32", False),
-        ("float16", True),
-        pytest.param("float32", True, marks=pytest.mark.slow),
-        pytest.param("float16", False, marks=pytest.mark.slow),
-    ],
-)
-def test_the_graph_stays_small(stock: Stock, dtype: str, sampling: bool) -> None:
-    """Its greedy part, and what sampling adds, which is the same for all models."""
-    bundle = stock.export(dtype=dtype, sampling=sampling).bundle
-    builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(LIMITS, TARGETS))
-    builder.parse()
-    layers = builder.layer_counts()
-    assert sum(layers.values()) == builder.network.num_layers <= MOST_LAYERS[dtype] + sampling * SAMPLING_LAYERS
-
-
-def test_each_rewrite_takes_place(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
-    """But for soft caps, which this model has none of."""
-    bundle = stock.export(dtype="float16").bundle
-    caplog.clear()
-    graph = graph_for_tensorrt(bundle, LIMITS.capacity)
-    assert caplog.text == ""  # the graph is complete: every value that has a shape has a type
-    assert list(graph.rewrites) == [rewrite.name for rewrite in TENSORRT.rewrites]
-    assert [name for name, count in graph.rewrites.items() if count == 0] == ["spell_out_soft_caps"]
-    onnx.load_from_string(graph.data)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Polygraphy's figures, of zeros
-@pytest.mark.parametrize(
-    "family", families("llama", "gemma3_text", others=("gpt_neox", "qwen2", "qwen3", "gemma2", "cohere"))
-)
-def test_rewrites_change_no_result(family: str, stock: Stock, tmp_path: Path) -> None:
-    """The rewritten graph is standard ONNX: ONNX Runtime gives the same for it, caches included."""
-    exported = stock.export(family, SEEDS.get(family, 0)).bundle
-    bundle = Bundle.load(Path(shutil.copytree(exported.folder, tmp_path / "bundle")))
-    rewritten = tmp_path / "bundle" / "for-tensorrt.onnx"
-    rewritten.write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity).data)
-    onnx.checker.check_model(str(rewritten))
-    feeds = [random_inputs(bundle, size, draws) for size in (1, 4, TREE.size, 20) for draws in (0, size)]
-    runners = [OnnxrtRunner(SessionFromOnnx(str(graph))) for graph in (bundle.graph, rewritten)]
-    results = Comparator.run(runners, data_loader=feeds)
-    # integers differ by 1 at least
-    (outcome,) = Comparator.compare_accuracy(results, compare_func=CompareFunc.simple(atol=1e-4, rtol=0))
-    assert outcome
-    (compared,) = outcome.values()
-    assert [set(outputs) for outputs in compared] == [{spec.name for spec in bundle.outputs}] * len(feeds)
-
-
-def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray]:
-    """Inputs of a step of two rows, of which one prefills, or both do beyond the tree; so many numbers to draw with."""
-    rng = np.random.default_rng(size)
-    sizes = {"batch": 2, "capacity": LIMITS.capacity, "sequence": size, "draws": draws}
-    feed = {}
-    for spec in bundle.inputs:
-        shape = [part if isinstance(part, int) else sizes[part] for part in spec.shape]
-        feed[spec.name] = (
-            rng.standard_normal(shape, np.float32) if spec.dtype == "float32" else rng.integers(0, 101, shape)
-        )
-    feed["num_tokens"] = np.array([size, max(size - 1, 1)])
-    feed["is_prefill"] = np.array([size > TREE.size, True])
-    feed["cache_lengths"] = np.array([30, 7])
-    feed["exponentials"] = rng.standard_exponential(feed["exponentials"].shape, np.float32)
-    rows = [SamplingParams(temperature=0.8, top_k=20, top_p=0.9).row_inputs(), GREEDY.row_inputs()]
-    feed |= {name: np.array([row[name] for row in rows], feed[name].dtype) for name in rows[0]}
-    return feed
-
-
-def test_plain_decoding_and_one_row_build(stock: Stock) -> None:
-    bundle = stock.export(heads=False).bundle
-    limits = choose_limits(bundle, max_batch=1, max_seq_len=64)
-    assert limits == EngineLimits(1, 64, 64)
-    assert profiles_for(bundle, limits)[0].sequence == (1, 1, 1)
-    options = BuildOptions(limits, ("sm86",), opt_level=0)
-    assert EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, options).build().data.nbytes > 100_000
 
 
 def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -373,30 +259,3 @@ def test_verify_says_that_it_was_not_run(tiny_model_folder: Path, untrained_bund
     code, output = run("verify", engine, "--model", tiny_model_folder, "-q")
     assert code == 1
     assert "holds an engine, which has no graph" in output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "target_sets", "most"),
-    [
-        ((), [("sm80",), ("sm86", "sm89"), TARGETS], 1.17),
-        (("--greedy-only",), [TARGETS], 1.11),
-    ],
-    ids=["default", "greedy only"],
-)
-def test_smollm2_is_built_within_its_bounds(
-    smollm2_gguf: str, tmp_path: Path, options: tuple[str, ...], target_sets: list[tuple[str, ...]], most: float
-) -> None:
-    """Layers, and bytes per byte of weights; docs/gpu.md says what comes on top of these."""
-    heads = Path(__file__).parents[2] / "scripts/smollm2_heads"
-    code, output = run(
-        "onnx", smollm2_gguf, "--heads", heads, "--calibration", heads / "calibration.json", "--dtype", "fp16",
-        *options, "-o", tmp_path / "bundle", "-q",
-    )  # fmt: skip
-    assert code == 0, output
-    bundle = Bundle.load(tmp_path / "bundle", check_digests=False)
-    limits = choose_limits(bundle, max_batch=4, max_seq_len=2048)
-    for targets in target_sets:
-        built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, targets)).build()
-        assert sum(built.layers.values()) < 3000
-        assert built.data.nbytes < most * bundle.files["model.onnx.data"].size
