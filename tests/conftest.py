@@ -85,6 +85,28 @@ def smollm2_gguf() -> str:
 
 
 @pytest.fixture(scope="session")
+def smollm2_heads() -> Path:
+    """The trained heads of SmolLM2."""
+    return Path(__file__).parents[1] / "scripts/smollm2_heads"
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(stock: Stock, smollm2_gguf: str, smollm2_heads: Path) -> Path:
+    """SmolLM2 with its heads, exported by the command that README.md and the tutorial show."""
+    from click.testing import CliRunner
+
+    from medusa_export.cli import main
+
+    def fill(folder: Path) -> None:
+        heads = smollm2_heads
+        command = ["onnx", smollm2_gguf, "--heads", heads, "--calibration", heads / "calibration.json", "-o", folder]
+        result = CliRunner().invoke(main, [str(part) for part in command])
+        assert result.exit_code == 0, result.output
+
+    return stock.folder("smollm2-bundle", fill)
+
+
+@pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 22 prompts, one in each line."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"

@@ -1,72 +1,39 @@
-"""``verify`` passes what is right, and catches what is not."""
+"""``verify`` passes what is right, compares what it says, and writes its reports."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import helper, numpy_helper
 from transformers import GenerationConfig
 
 from medusa_export.cli import main
-from medusa_export.common.errors import VerificationError
+from medusa_export.common.progress import ignore_progress
 from medusa_export.heads.modules import MedusaHeads
+from medusa_export.step.reference import load_reference, prompt_ids
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.bundle import verify_bundle
 from medusa_export.verification.checks import Check, Tolerances, Verification
-from medusa_export.verification.plan import VerifyOptions
+from medusa_export.verification.generation import generation_checks
+from medusa_export.verification.plan import Plan, VerifyOptions
 from medusa_export.verification.reference import Prompt, reference_tokens
-from medusa_export.verification.report import as_json, as_junit
 from medusa_export.verification.steps import StepChecks, _Logits, graph_checks
-from medusa_runtime import Bundle, Tree
+from medusa_export.verification.verify import PROMPTS as DEFAULT_PROMPTS
+from medusa_runtime import Bundle, MedusaEngine, Tree
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH, GRAPHS, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
-from medusa_runtime.bundles.listed_folder import FileFacts
-from support.decoding import TREE, make_step, random_heads
+from medusa_runtime.bundles.bundle import GRAPH, GRAPHS, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from support.decoding import make_step
 from support.stock import Stock
 from support.tiny_models import SEEDS, families, tiny_model
-
-PROMPTS = [[(7 * i * i + 3) % 101 for i in range(13)], [(5 * i * i + 11 * i + 1) % 101 for i in range(22)]]
-
-
-@pytest.fixture(scope="module")
-def step() -> MedusaStep:
-    model = tiny_model("llama")
-    return make_step(model, random_heads(model))
-
-
-@pytest.fixture
-def copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
-
-
-def redescribe(folder: Path) -> Bundle:
-    """The bundle with the digests of what its files hold now."""
-    path = folder / DESCRIPTION
-    data = json.loads(path.read_text())
-    for name in data["files"]:
-        facts = FileFacts.of(folder / name)
-        data["files"][name] = {"size": facts.size, "sha256": facts.sha256}
-    path.write_text(json.dumps(data))
-    return Bundle.load(folder)
-
-
-def failed(outcome: Verification) -> set[str]:
-    return {check.name for check in outcome.checks if not check.passed}
-
-
-def verify(bundle: Bundle, step: MedusaStep) -> Verification:
-    return verify_bundle(bundle, step, PROMPTS, VerifyOptions(max_new_tokens=40))
+from support.verifying import PROMPTS, redescribe, verify
 
 
 def test_a_right_bundle_passes(tiny_bundle: Bundle, step: MedusaStep) -> None:
@@ -99,49 +66,6 @@ def test_depths_take_turns_whatever_small_trees_reach() -> None:
     assert [checks._next_node(9, rng) for _ in range(5)] == [8, 7, 6, 5, 4]
 
 
-def edit(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Bundle:
-    path = folder / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    change(model)
-    path.write_bytes(model.SerializeToString())
-    return redescribe(folder)
-
-
-def test_a_wrong_weight_is_caught(copy: Path, step: MedusaStep) -> None:
-    data = copy / "model.onnx.data"
-    raw = np.fromfile(data, np.float32)
-    raw[len(raw) // 2 : len(raw) // 2 + 64] += 1.0
-    raw.tofile(data)
-    wrong = failed(verify(redescribe(copy), step))
-    assert {"model.onnx: logits", "model.onnxruntime.onnx: logits"} <= wrong
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_graph_that_gives_no_numbers_is_caught(copy: Path, step: MedusaStep, tmp_path: Path, value: float) -> None:
-    """NaN is neither larger nor smaller than a tolerance: it fails every check, and no figure hides it."""
-    data = copy / "model.onnx.data"
-    raw = np.fromfile(data, np.float32)
-    raw[len(raw) // 2] = value
-    raw.tofile(data)
-    outcome = verify(redescribe(copy), step)
-    assert failed(outcome) == {check.name for check in outcome.checks}
-    checks = {check.name: check for check in outcome.checks}
-    for graph in GRAPHS:
-        logits = checks[f"{graph}: logits"]
-        assert np.isnan(logits.figures["cosine"])
-        assert any("rows of logits hold NaN or infinity" in note for note in logits.notes)
-    for name in ("tokens, tree size 1", "sampled tokens"):
-        assert any("are not finite numbers" in note for note in checks[name].notes)
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
-
-    written = json.loads(as_json(outcome), parse_constant=refuse)
-    assert written["passed"] is False
-    assert written["checks"][0]["figures"]["cosine"] is None
-    assert "NaN or infinity" in as_junit(outcome)
-
-
 @pytest.mark.parametrize("worst", [0.0, np.nan])
 def test_no_figure_loses_a_nan_that_came_first_or_last(worst: float) -> None:
     rows = [np.ones((1, 4), np.float32), np.full((1, 4), np.nan, np.float32), np.ones((1, 4), np.float32)]
@@ -153,100 +77,10 @@ def test_no_figure_loses_a_nan_that_came_first_or_last(worst: float) -> None:
         assert all(np.isnan(logits.check.figures[name]) for name in ("max_abs", "cosine", "norm_ratio_error"))
 
 
-def test_a_wrong_mask_bit_is_caught(copy: Path, step: MedusaStep) -> None:
-    size = 9
-
-    def change(model: onnx.ModelProto) -> None:
-        tables = [
-            t
-            for t in model.graph.initializer
-            if t.data_type == onnx.TensorProto.BOOL and list(t.dims) == [size * (size + 2)]
-        ]
-        (table,) = tables
-        values = numpy_helper.to_array(table).copy()
-        place = 4 * (size + 2) + 1 + 1  # node 4, (0, 0, 0), no longer sees node 1, its ancestor (0,)
-        assert values[place]
-        values[place] = False
-        table.CopyFrom(numpy_helper.from_array(values, table.name))
-
-    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
-
-
-def test_a_wrong_position_is_caught(copy: Path, step: MedusaStep) -> None:
-    def change(model: onnx.ModelProto) -> None:
-        tables = [
-            t
-            for t in model.graph.initializer
-            if t.data_type == onnx.TensorProto.INT64 and np.array_equal(numpy_helper.to_array(t), TREE.depths)
-        ]
-        (table,) = tables
-        values = numpy_helper.to_array(table).copy()
-        values[4] += 1
-        table.CopyFrom(numpy_helper.from_array(values, table.name))
-
-    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
-
-
-def test_a_wrong_commit_index_is_caught(copy: Path, step: MedusaStep) -> None:
-    def change(model: onnx.ModelProto) -> None:
-        node = next(node for node in model.graph.node if "next_pending_kv" in node.output)
-        model.graph.initializer.append(numpy_helper.from_array(np.array(1), "one_off"))
-        place = list(model.graph.node).index(node)
-        model.graph.node.insert(place, helper.make_node("Sub", [node.input[1], "one_off"], ["wrong_rows"]))
-        model.graph.node[place + 1].input[1] = "wrong_rows"
-
-    assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
-
-
-def test_a_wrong_derived_graph_is_caught(copy: Path, step: MedusaStep) -> None:
-    path = copy / "model.onnxruntime.onnx"
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        if node.op_type == "SkipSimplifiedLayerNormalization":
-            next(a for a in node.attribute if a.name == "epsilon").f = 0.5
-    path.write_bytes(model.SerializeToString())
-    wrong = failed(verify(redescribe(copy), step))
-    assert "model.onnxruntime.onnx: logits" in wrong
-    assert "model.onnx: logits" not in wrong
-
-
-def test_a_wrong_draw_is_caught(copy: Path, step: MedusaStep) -> None:
-    path = copy / "model.onnxruntime.onnx"
-    model = onnx.load(path, load_external_data=False)
-
-    def mistake(graph: onnx.GraphProto) -> int:
-        """Takes p * E for p / E in both races."""
-        count = 0
-        numbers = {node.output[0] for node in graph.node if node.op_type == "Gather"}
-        for node in graph.node:
-            if node.op_type == "Div" and node.input[1] in numbers:
-                node.op_type = "Mul"
-                count += 1
-            count += sum(mistake(attribute.g) for attribute in node.attribute if attribute.type == attribute.GRAPH)
-        return count
-
-    assert mistake(model.graph) == 2
-    path.write_bytes(model.SerializeToString())
-    assert failed(verify(redescribe(copy), step)) == {"sampled tokens"}
-
-
-def test_wrong_heads_are_caught(tiny_bundle: Bundle) -> None:
-    model = tiny_model("llama")
-    other = make_step(model, random_heads(model, seed=6))
-    wrong = failed(verify(tiny_bundle, other))
-    assert {"model.onnx: head logits", "model.onnx: integers of a step"} <= wrong
-
-
 def test_nothing_compared_is_a_failure(tiny_bundle: Bundle, step: MedusaStep) -> None:
     assert not Check("empty").passed
     assert not Verification([], verify(tiny_bundle, step).tolerances).passed
     assert not verify_bundle(tiny_bundle, step, [], VerifyOptions(max_new_tokens=8)).passed
-
-
-def test_another_model_is_refused(tiny_bundle: Bundle) -> None:
-    model = tiny_model("llama", num_hidden_layers=3)
-    with pytest.raises(VerificationError, match="number of layers"):
-        verify(tiny_bundle, make_step(model, random_heads(model)))
 
 
 def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:
@@ -406,11 +240,14 @@ def test_fresh_heads_are_made_again() -> None:
 
 
 @pytest.mark.slow
-def test_smollm2(smollm2_gguf: str, tmp_path: Path) -> None:
-    runner = CliRunner()
-    bundle = str(tmp_path / "bundle")
-    assert runner.invoke(main, ["onnx", smollm2_gguf, "--init-heads", "4", "-o", bundle, "-q"]).exit_code == 0
-    result = runner.invoke(
-        main, ["verify", bundle, "--model", smollm2_gguf, "-n", "24", "--tree-sizes", "1,4,10,full", "-q"]
-    )
-    assert result.exit_code == 0, result.output
+def test_smollm2_decodes_with_large_trees(smollm2_gguf: str, smollm2_bundle: Path, smollm2_heads: Path) -> None:
+    """The tutorial's command, which runs as a test, compares all steps. Its whole answers are those of small trees."""
+    bundle = Bundle.load(smollm2_bundle, check_digests=False)
+    step = load_reference(bundle, smollm2_gguf, str(smollm2_heads))
+    ids = prompt_ids(bundle, DEFAULT_PROMPTS[:3], chosen=False)
+    options = VerifyOptions(max_new_tokens=32, tree_sizes=(10, bundle.tree.size))
+    plan = Plan.answered(bundle, step, ids, options, ignore_progress)
+    with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
+        checks = list(generation_checks(engine, plan, ignore_progress))
+    assert [check.name for check in checks] == ["tokens, tree size 10", "tokens, tree size 64", "sampled tokens"]
+    assert all(check.passed for check in checks), checks
