@@ -175,7 +175,7 @@ def test_what_a_user_should_know_is_a_warning(tiny_model_folder: Path, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     model.generation_config.repetition_penalty = 1.5
     with pytest.warns(MedusaWarning, match=r"repetition_penalty=1\.5"):
-        medusa_export.export(model, tmp_path / "bundle")
+        medusa_export.export(model, tmp_path / "bundle", sampling=False)
 
 
 def test_verify(untrained_bundle: Bundle, tiny_model_folder: Path) -> None:
@@ -265,7 +265,12 @@ def test_from_prompts_to_a_tree(tiny_model_folder: Path, prompts: Path, tmp_path
     tree = medusa_export.search_tree(tmp_path / "c.json", 5)
     assert tree == medusa_export.search_tree(calibration, 5)
     bundle = medusa_export.export(
-        tiny_model_folder, tmp_path / "bundle", heads=tmp_path / "heads", calibration=calibration, tree_size=5
+        tiny_model_folder,
+        tmp_path / "bundle",
+        heads=tmp_path / "heads",
+        calibration=calibration,
+        tree_size=5,
+        sampling=False,
     )
     assert bundle.acceptance.source == "calibrated"
     times = medusa_export.time_tree(tmp_path / "bundle", bundle.tree, bundle.acceptance)

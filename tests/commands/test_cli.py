@@ -275,6 +275,7 @@ def test_a_closed_pipe_ends_quietly(tiny_bundle: Bundle, command: str) -> None:
     assert "BrokenPipe" not in errors
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_leaves_nothing(tiny_model_folder: Path, tmp_path: Path) -> None:
     command = ["onnx", str(tiny_model_folder), "--init-heads", "2", "-o", str(tmp_path / "out")]
     returncode, errors = interrupt(command, at=["writing", "tracing"])

@@ -67,6 +67,7 @@ def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
     if reduced:
         heads.token_map = torch.randperm(101, generator=generator)[:40]
     step = make_step(model, heads.eval().requires_grad_(False))
+    step.sampling = False
     bundle = export(step, tmp_path / "bundle")
     for graph in (bundle.graph, None):
         compiled, eager = OnnxRuntimeBackend(bundle, threads=1, graph=graph), EagerBackend(step)
@@ -126,7 +127,8 @@ def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
         OnnxRuntimeBackend(bundle)
 
 
-@pytest.mark.parametrize(("head_dim", "derived"), [(12, False), pytest.param(24, True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "derived"), [(12, False), (24, True)])
 def test_heads_that_are_odd_for_the_derived_graph(stock: Stock, head_dim: int, derived: bool) -> None:
     """ONNX Runtime's attention wants heads of a multiple of 8, and of 16 to rotate them: others do without."""
     options = {"num_hidden_layers": 1, "head_dim": head_dim}

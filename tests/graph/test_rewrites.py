@@ -124,6 +124,7 @@ def test_a_failing_rewrite_of_the_standard_graph_is_named() -> None:
 def test_a_rewrite_of_an_extension(tmp_path: Path) -> None:
     model = tiny_model("llama")
     step = make_step(model, random_heads(model))
+    step.sampling = False
     with ONE_ROW.registered(FuseSilu):
         bundle = export(step, tmp_path / "bundle")
     silus = model.config.num_hidden_layers + 1  # one in each layer, and one for all heads
@@ -160,6 +161,7 @@ def test_counts_of_a_bundle(stock: Stock) -> None:
     assert f"rewrites: fuse_rms_norm {2 * layers + 1}, fuse_rotary_embedding {2 * layers}" in result.output
 
 
+@pytest.mark.slow
 def test_reasons_of_a_bundle(stock: Stock) -> None:
     """Attention for several rows has no soft cap in ONNX Runtime, and Gemma 2 needs one."""
     bundle = stock.export("gemma2").bundle

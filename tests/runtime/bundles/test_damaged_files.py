@@ -373,7 +373,7 @@ def test_errors_of_the_library_in_encode_are_reported(folder: Path, damage: Call
 
 
 def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> None:
-    model, tokenizer = tiny_model("llama"), make_tokenizer()
+    model, tokenizer = tiny_model("llama", num_hidden_layers=1), make_tokenizer()
     tokenizer.chat_template = "{% for %}"
     step = make_step(model, None, Tree())
     step.sampling = False  # a smaller graph, which is traced sooner
