@@ -10,6 +10,7 @@ from __future__ import annotations
 from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.targets.onnxruntime.best_token import SplitArgMax
+from medusa_export.targets.onnxruntime.block_weights import FuseBlockWeights
 from medusa_export.targets.onnxruntime.constants import CONTRIB
 from medusa_export.targets.onnxruntime.greedy_steps import SkipSamplingInGreedySteps
 from medusa_export.targets.onnxruntime.group_query_attention import FuseGroupQueryAttention
@@ -22,7 +23,12 @@ from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionR
 from medusa_export.targets.onnxruntime.skip_norms import FuseSkipNorms
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 
-_FUSIONS: tuple[type[Rewrite], ...] = (ReplacePendingEntries, FuseSkipNorms, FuseTransposedWeights)
+_FUSIONS: tuple[type[Rewrite], ...] = (
+    ReplacePendingEntries,
+    FuseSkipNorms,
+    FuseBlockWeights,
+    FuseTransposedWeights,
+)
 _BRANCHES: tuple[type[Rewrite], ...] = (SkipSamplingInGreedySteps, SkipTreesInPlainSteps, SplitArgMax)
 _DOMAINS = {CONTRIB: 1}
 
