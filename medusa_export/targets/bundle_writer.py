@@ -30,6 +30,7 @@ from medusa_runtime.bundles.bundle import (
     GraphFacts,
     HeadFacts,
     ModelFacts,
+    WeightFacts,
 )
 from medusa_runtime.bundles.listed_folder import FileFacts
 from medusa_runtime.errors import BundleError
@@ -110,6 +111,7 @@ def write_bundle(
         tree_name=tree_name,
         end_tokens=ends.found,
         generation=kept_settings(step.model.generation_config),
+        weights=WeightFacts(**asdict(graph.step.weights)),
         producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
     )
     try:

@@ -56,6 +56,7 @@ class QuantizeWeights(Rewrite):
 
     def __init__(self, step: StepFacts) -> None:
         super().__init__(step)
+        self._made: dict[tuple[str | None, Bits], _Parts] = {}
         self._last: tuple[tuple[str | None, Bits], BlockWeight] | None = None
 
     def apply(self, model: ir.Model) -> int:
@@ -113,7 +114,10 @@ class QuantizeWeights(Rewrite):
         return len(lookups)
 
     def _parts(self, graph: ir.Graph, weight: LazyWeight, bits: Bits) -> _Parts | None:
-        """The initializers of a matrix in blocks; None if no block size fits."""
+        """The initializers of a matrix in blocks; None if no block size fits. A tied matrix may be asked for twice."""
+        known = self._made.get((weight.name, bits))
+        if known is not None:
+            return known
         rows, columns = weight.shape.numpy()
         size = self.step.weights.block_for(columns)
         if size is None:
@@ -129,7 +133,7 @@ class QuantizeWeights(Rewrite):
             return register(graph, ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=full_name))
 
         scale_type = from_torch_dtype(weight.torch_dtype)
-        return _Parts(
+        self._made[weight.name, bits] = parts = _Parts(
             size,
             part(
                 "values", _TYPES[bits], (rows, columns), lambda made: _integers(made.packed(), made.values.shape, bits)
@@ -137,6 +141,7 @@ class QuantizeWeights(Rewrite):
             part("scales", scale_type, shape, lambda made: TorchTensor(made.scales)),
             _middles(graph, shape, bits) if symmetric else part("zero_points", _TYPES[bits], shape, _zero_points),
         )
+        return parts
 
     def _rounded(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
         """A matrix in blocks. The last one is kept, since its parts are written one after the other."""

@@ -140,6 +140,32 @@ class GraphFacts:
 
 
 @dataclass(frozen=True)
+class WeightFacts:
+    """How a bundle stores its weights. None is its dtype; ``int8`` and ``int4`` are blocks of integers.
+
+    Attributes:
+        layers: The matrices of the decoder layers.
+        lm_head: The output projection.
+        heads: The projections of the heads.
+        embeddings: The input embeddings.
+        block_size: Columns of a matrix that share a scale; fewer where it does not divide them.
+        symmetric: Blocks have no zero points.
+    """
+
+    layers: IntegerType | None = None
+    lm_head: IntegerType | None = None
+    heads: IntegerType | None = None
+    embeddings: IntegerType | None = None
+    block_size: Annotated[int, Meta(ge=1)] = 32
+    symmetric: bool = True
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether any matrix is stored as integers."""
+        return any((self.layers, self.lm_head, self.heads, self.embeddings))
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A bundle's folder, and the content of its description.
 
@@ -161,6 +187,7 @@ class Bundle:
         acceptance_rules: The names of the graph's acceptance rules. Rules other than ``exact`` and ``typical`` may
             accept drafts of any request that the base model has not chosen.
         graphs: Facts about each graph, by file name; empty in older bundles.
+        weights: How weights are stored.
         digests_checked: Whether the files were compared with their digests.
     """
 
@@ -178,6 +205,7 @@ class Bundle:
     generation: Mapping[str, Any] = field(default_factory=dict)
     acceptance_rules: tuple[str, ...] = ("exact", "typical")
     graphs: Mapping[str, GraphFacts] = field(default_factory=dict)
+    weights: WeightFacts = field(default_factory=WeightFacts)
     digests_checked: bool = field(default=True, compare=False)
 
     @property
@@ -238,6 +266,7 @@ class Bundle:
             "end_tokens": [asdict(token) for token in self.end_tokens],
             "generation": dict(self.generation),
             "dtype": self.dtype,
+            "weights": asdict(self.weights),
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
             "acceptance_rules": list(self.acceptance_rules),
@@ -293,6 +322,7 @@ class _Description(msgspec.Struct):
     generation: dict[Name, Any] = msgspec.field(default_factory=dict)
     acceptance_rules: tuple[Name, ...] = ("exact", "typical")
     graphs: dict[Name, GraphFacts] = msgspec.field(default_factory=dict)
+    weights: WeightFacts = msgspec.field(default_factory=WeightFacts)
 
 
 def _no_bundle(folder: Path) -> str:
@@ -326,6 +356,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         generation=description.generation,
         acceptance_rules=description.acceptance_rules,
         graphs=description.graphs,
+        weights=description.weights,
         digests_checked=check_digests,
     )
     if (description.inputs, description.outputs) != (bundle.inputs, bundle.outputs):
