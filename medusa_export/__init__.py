@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from medusa_export.heads.base import DraftHeads
     from medusa_export.heads.convert import convert_heads
     from medusa_export.heads.modules import MedusaHeads
+    from medusa_export.models.weight_types import WeightTypes
     from medusa_export.targets.export import export
     from medusa_export.targets.tensorrt.build import build_engine
     from medusa_export.training.calibrate import calibrate
@@ -98,6 +99,7 @@ _MODULES = {
     "TreeTimes": "medusa_export.trees.timing",
     "Verification": "medusa_export.verification.checks",
     "VerificationError": "medusa_export.common.errors",
+    "WeightTypes": "medusa_export.models.weight_types",
     "bench": "medusa_export.benchmarks.bench",
     "bench_prompts": "medusa_export.benchmarks.prompts",
     "build_engine": "medusa_export.targets.tensorrt.build",
@@ -151,6 +153,7 @@ __all__ = [
     "TreeTimes",
     "Verification",
     "VerificationError",
+    "WeightTypes",
     "bench",
     "bench_prompts",
     "build_engine",

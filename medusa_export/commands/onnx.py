@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,7 +19,11 @@ from medusa_export.commands.options import (
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import DTYPES, Dtype
+from medusa_export.common.dtypes import DTYPES, WEIGHT_TYPES, Dtype, WeightType
+
+# The value of an option that leaves weights in the type of --dtype.
+_UNCHANGED = "dtype"
+_OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 
 
 @click.command("onnx", cls=Command)
@@ -52,8 +58,32 @@ from medusa_export.common.dtypes import DTYPES, Dtype
     help="Add an acceptance rule of an installed package to 'exact' and 'typical'. It may change the output.",
 )
 @option_with_default(
-    "--dtype", kind=click.Choice(DTYPES), default=defaults.EXPORT_DTYPE, text="Type of weights and caches."
+    "--dtype",
+    kind=click.Choice(DTYPES),
+    default=defaults.EXPORT_DTYPE,
+    text="Type that the bundle computes in, and of its caches.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHT_TYPES),
+    help="Store matrices as integers with a scale per block, and embeddings as int8. [default: the type of --dtype]",
+)
+@click.option("--lm-head-weights", type=_OWN_TYPE, help="The same for the output projection. [default: as --weights]")
+@click.option(
+    "--head-weights", type=_OWN_TYPE, help="The same for the projections of the heads. [default: as --weights]"
+)
+@click.option(
+    "--embedding-weights",
+    type=click.Choice((_UNCHANGED, "int8")),
+    help="The same for the input embeddings. [default: int8 with --weights]",
+)
+@option_with_default(
+    "--block-size",
+    kind=click.Choice(("16", "32", "64", "128")),
+    default=str(defaults.BLOCK_SIZE),
+    text="Columns of a matrix of integers that share a scale.",
+)
+@click.option("--asymmetric", is_flag=True, help="Give each block of int4 a zero point: more exact, and slower.")
 @click.option("--no-tokenizer", is_flag=True, help="Leave out the tokenizer. The bundle takes and gives token ids.")
 @output_option("The folder to write.")
 @overwrite_option("a bundle")
@@ -70,6 +100,12 @@ def command(
     greedy_only: bool,
     rules: tuple[str, ...],
     dtype: Dtype,
+    weights: WeightType | None,
+    lm_head_weights: str | None,
+    head_weights: str | None,
+    embedding_weights: str | None,
+    block_size: str,
+    asymmetric: bool,
     no_tokenizer: bool,
     output: Path,
     overwrite: bool,
@@ -84,8 +120,11 @@ def command(
             "Give exactly one of: --heads PATH (trained heads; a merged MEDUSA-2 model holds its own, so give its "
             "folder), --init-heads K (fresh heads, to try the pipeline), --no-heads (plain decoding)."
         )
-    from medusa_export import export
+    from medusa_export import WeightTypes, export
 
+    types = WeightTypes.all(weights, block_size=int(block_size), symmetric=not asymmetric)
+    own = {"lm_head": lm_head_weights, "heads": head_weights, "embeddings": embedding_weights}
+    chosen: dict[str, Any] = {role: None if kind == _UNCHANGED else kind for role, kind in own.items() if kind}
     with shown_progress(quiet=quiet) as on_progress:
         export(
             model,
@@ -100,6 +139,7 @@ def command(
             sampling=not greedy_only,
             acceptance_rules=(*defaults.ACCEPTANCE_RULES, *rules),
             dtype=dtype,
+            weights=replace(types, **chosen),
             overwrite=overwrite,
             on_progress=on_progress,
         )

@@ -35,3 +35,7 @@ HEADS_LAYOUT: Final = "own"
 
 # Training data
 MAX_LENGTH = 2048  # tokens of a conversation
+
+# Matrices of integers: columns per scale. With larger blocks of 4-bit integers, the bits that ONNX Runtime computes for
+# a row depend on the number of rows.
+BLOCK_SIZE = 32

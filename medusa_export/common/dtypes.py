@@ -1,4 +1,4 @@
-"""Names of floating-point types, as options take them."""
+"""Names of types, as options take them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from medusa_export.common.errors import OptionError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+WeightType = Literal["int8", "int4"]
+WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

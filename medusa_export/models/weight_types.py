@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from medusa_export.common import defaults
+from medusa_export.common.dtypes import WEIGHT_TYPES, WeightType
+from medusa_export.common.errors import OptionError
 from medusa_export.models.blocks import Bits
-
-WeightType = Literal["int8", "int4"]
-WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 
 Role = Literal["layers", "lm_head", "heads", "embeddings", "other"]
 
@@ -35,11 +35,23 @@ class WeightTypes:
     lm_head: WeightType | None = None
     heads: WeightType | None = None
     embeddings: WeightType | None = None
-    block_size: int = 32
+    block_size: int = defaults.BLOCK_SIZE
     symmetric: bool = True
 
+    def __post_init__(self) -> None:
+        if self.block_size < _LEAST_BLOCK or self.block_size & (self.block_size - 1):
+            raise OptionError(f"The block size is {self.block_size}: give a power of two from {_LEAST_BLOCK} on.")
+        for role in ("layers", "lm_head", "heads", "embeddings"):
+            chosen = getattr(self, role)
+            if chosen is not None and chosen not in WEIGHT_TYPES:
+                raise OptionError(f"There is no type {chosen!r} of weights: give one of {', '.join(WEIGHT_TYPES)}.")
+        if self.embeddings == "int4":
+            raise OptionError("Embeddings can't be int4, since no operator looks up 4-bit rows: give int8.")
+
     @classmethod
-    def all(cls, weights: WeightType | None, *, block_size: int = 32, symmetric: bool = True) -> WeightTypes:
+    def all(
+        cls, weights: WeightType | None, *, block_size: int = defaults.BLOCK_SIZE, symmetric: bool = True
+    ) -> WeightTypes:
         """One type for all matrices, but no less than 8 bits for embeddings, of which a step reads a few rows."""
         embeddings: WeightType | None = None if weights is None else "int8"
         return cls(weights, weights, weights, embeddings, block_size, symmetric)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import Dtype, torch_name
+from medusa_export.common.dtypes import Dtype, WeightType, torch_name
 from medusa_export.common.errors import MedusaWarning, OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
@@ -29,6 +29,7 @@ from medusa_export.models.checkpoints import check_fast, load_tokenizer, model_n
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
 from medusa_export.models.supported import check_supported
+from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.step import MedusaStep
 from medusa_export.step.weight_range import WeightRange
@@ -55,6 +56,7 @@ def export(
     sampling: bool = True,
     acceptance_rules: Sequence[str] = defaults.ACCEPTANCE_RULES,
     dtype: Dtype | None = None,
+    weights: WeightType | WeightTypes | None = None,
     name: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress = ignore_progress,
@@ -81,7 +83,10 @@ def export(
         top_k: Candidates per head.
         sampling: Let requests sample and ask for log probabilities. Without it the graph is smaller and only greedy.
         acceptance_rules: The names of the acceptance rules of the graph. Rules of your own may change the output.
-        dtype: Type of weights and caches. If None, that of a loaded model, and fp32 for a model that is read.
+        dtype: Type that the bundle computes in, and of its caches. If None, that of a loaded model, and fp32 for a
+            model that is read.
+        weights: How matrices are stored: ``int8`` or ``int4``, in blocks of 32 columns, embeddings as ``int8``; or each
+            kind of matrix by itself. In ``dtype`` if None.
         name: The model's name in the bundle. If None, the name of its folder, file or hub id.
         overwrite: Replace a bundle that is at ``output``.
         on_progress: Receives reports.
@@ -109,8 +114,9 @@ def export(
             attached = _attached(source.model, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
         step = _step(source.model, attached, chosen.tree, sampling=sampling, rules=acceptance_rules)
-        weights = StepWeights(step, source.readers, WeightRange(step, source.path).check)
-        graph = build_graph(step, on_progress, weights=weights)
+        read = StepWeights(step, source.readers, WeightRange(step, source.path).check)
+        types = weights if isinstance(weights, WeightTypes) else WeightTypes.all(weights)
+        graph = build_graph(step, on_progress, weights=read, types=types)
         bundle = write_bundle(
             graph,
             step,

@@ -21,7 +21,7 @@ from medusa_export.verification.checks import Check, Verification
 from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.plan import Plan, VerifyOptions, check_same
 from medusa_export.verification.steps import graph_checks
-from medusa_runtime.bundles.bundle import GRAPHS, Bundle
+from medusa_runtime.bundles.bundle import GRAPH, GRAPHS, Bundle
 from medusa_runtime.engine import MedusaEngine
 
 
@@ -54,7 +54,10 @@ def verify_bundle(
     checks: list[Check] = []
     for graph in _graphs(bundle):
         on_progress(Progress(f"comparing steps of {graph}"))
-        checks += graph_checks(bundle, step, graph, plan.tolerances).run(plan.prompts, plan.sizes, plan.chunks)
+        rounds = bundle.weights.has_integers and graph != GRAPH
+        tolerances = plan.rounded if rounds else plan.tolerances
+        steps = graph_checks(bundle, step, graph, tolerances, rounds_activations=rounds)
+        checks += steps.run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
         checks += generation_checks(engine, plan, on_progress)
     return Verification(checks, plan.tolerances)

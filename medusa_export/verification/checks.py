@@ -22,12 +22,15 @@ class Tolerances:
     margin: float
 
     @classmethod
-    def of(cls, dtype: str) -> Tolerances:
+    def of(cls, dtype: str, *, rounds_activations: bool = False) -> Tolerances:
         """Returns the differences that rounding explains.
 
         Args:
-            dtype: Type of weights and caches, such as ``float16``.
+            dtype: Type that the bundle computes in, such as ``float16``.
+            rounds_activations: Products round their inputs to 8 bits, as they do with matrices of integers.
         """
+        if rounds_activations:
+            return cls(max_abs=3.0, cosine=0.98, norm_ratio=0.1, margin=1.5)
         if dtype == "float32":
             return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4)
         return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,14 +34,20 @@ def generation_checks(engine: MedusaEngine, plan: Plan, on_progress: OnProgress)
     Yields:
         One check per tree size, and one for sampled tokens.
     """
-    step, tolerances = plan.step, plan.tolerances
+    step, tolerances = plan.step, plan.rounded
     sizes = plan.sizes if step.is_exact else [1]
+    prompts = plan.prompts
+    if plan.own_reference:
+        on_progress(Progress("decoding plainly"))
+        check, prompts = _plain_answers(engine, plan)
+        yield check
+        tolerances = replace(tolerances, margin=-1.0)  # no difference is a tie
     for size in sizes:
         on_progress(Progress(f"generating with tree size {size}"))
         check = Check(f"tokens, tree size {size}")
         steps = emitted = 0
         for chunk in plan.chunks:
-            for number, prompt in enumerate(plan.prompts):
+            for number, prompt in enumerate(prompts):
                 engine.evict()  # the whole prompt is to be checked
                 try:
                     result = engine.generate(
@@ -54,7 +61,23 @@ def generation_checks(engine: MedusaEngine, plan: Plan, on_progress: OnProgress)
                 emitted += result.stats.completion_tokens - 1
         check.figures["tokens_per_step"] = emitted / max(steps, 1)
         yield check
-    yield from _sampling_checks(engine, step, plan.prompts, sizes, tolerances)
+    yield from _sampling_checks(engine, step, plan.prompts, sizes, plan.rounded)
+
+
+def _plain_answers(engine: MedusaEngine, plan: Plan) -> tuple[Check, list[Prompt]]:
+    """Decodes plainly, and compares each answer with the reference's up to the first difference.
+
+    Returns:
+        The check, and the prompts with the engine's own answers.
+    """
+    check = Check("tokens, plain decoding and the reference")
+    answered = []
+    for number, prompt in enumerate(plan.prompts):
+        engine.evict()
+        result = engine.generate(prompt.ids, max_new_tokens=len(prompt.expected), tree_size=1, lookup=False)
+        _compare_tokens(check, plan.step, number, prompt, result.token_ids, plan.rounded)
+        answered.append(Prompt(prompt.ids, list(result.token_ids)))
+    return check, answered
 
 
 def _note_failure(check: Check, number: int, error: NotFiniteError) -> None:

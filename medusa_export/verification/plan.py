@@ -44,7 +44,11 @@ class Plan:
         prompts: Prompts with the reference's answers.
         sizes: Tree sizes to decode with, in nodes, ascending.
         chunks: Chunk sizes, in tokens per step.
-        tolerances: Differences that pass.
+        tolerances: Differences that pass in the standard graph.
+        rounded: Differences that pass where products may round their inputs: in derived graphs of bundles with
+            matrices of integers. Otherwise the same.
+        own_reference: Trees and chunks are compared with plain decoding by the engine itself, and must give the same
+            tokens. That plain decoding is compared with the reference.
     """
 
     step: MedusaStep
@@ -52,6 +56,8 @@ class Plan:
     sizes: Sequence[int]
     chunks: Sequence[int]
     tolerances: Tolerances
+    rounded: Tolerances
+    own_reference: bool = False
 
     @classmethod
     def answered(
@@ -74,7 +80,9 @@ class Plan:
         tree = bundle.tree
         sizes = sorted(set(options.tree_sizes or (1, (tree.size + 1) // 2, tree.size)))
         answered = answered_prompts(step, prompts, options.max_new_tokens, on_progress, bundle.model.eos_token_ids)
-        return cls(step, answered, sizes, options.prefill_chunks, options.tolerances_for(bundle))
+        tolerances, integers = options.tolerances_for(bundle), bundle.weights.has_integers
+        rounded = Tolerances.of(bundle.dtype, rounds_activations=True) if integers else tolerances
+        return cls(step, answered, sizes, options.prefill_chunks, tolerances, rounded, own_reference=integers)
 
 
 def check_same(bundle: Bundle, step: MedusaStep) -> None:

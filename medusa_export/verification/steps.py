@@ -25,14 +25,16 @@ from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
 STEPS_PER_SCENARIO = 8
 
 
-def graph_checks(bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances) -> StepChecks:
+def graph_checks(
+    bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances, *, rounds_activations: bool = False
+) -> StepChecks:
     """Prepares the checks of one graph of a bundle in ONNX Runtime, logits included."""
     contract = graph == GRAPH
     # Head logits of a derived graph are inside a branch. The candidates that follow from them are compared anyway.
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
     data = _with_outputs(bundle.folder / graph, extra)
     backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
-    return StepChecks(bundle, step, graph, backend, extra, tolerances)
+    return StepChecks(bundle, step, graph, backend, extra, tolerances, rounds_activations=rounds_activations)
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
@@ -58,6 +60,8 @@ class StepChecks:
         compiled: The backend to check; ``run`` closes it.
         extra: Names of inner values that it returns by ``extra_output``.
         tolerances: Differences that pass.
+        rounds_activations: The backend's products round their inputs. Then most near ties fall otherwise than in the
+            reference: other drafts are counted, and a scenario may end before all lengths of paths were accepted.
     """
 
     def __init__(
@@ -68,7 +72,11 @@ class StepChecks:
         compiled: Backend,
         extra: Sequence[str],
         tolerances: Tolerances,
+        *,
+        rounds_activations: bool = False,
     ) -> None:
+        self._rounds_activations = rounds_activations
+        self._other_drafts = 0
         self._bundle, self._step, self._tolerances = bundle, step, tolerances
         self._tree = bundle.tree
         self._rows = compiled.rows
@@ -86,7 +94,10 @@ class StepChecks:
         finally:
             self._compiled.close()
         self._integers.figures = {f"accepted_{length}": times for length, times in sorted(self._accepted.items())}
-        self._require_all_lengths()
+        if self._rounds_activations:
+            self._integers.figures["other_drafts"] = self._other_drafts
+        else:
+            self._require_all_lengths()
         return [*(logits.check for logits in self._logits.values()), self._integers]
 
     def _run_all(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> None:
@@ -184,6 +195,9 @@ class StepChecks:
         if wrong is None:
             return False
         name, a, b = wrong
+        if name == "next_input_ids" and self._rounds_activations and a[0] == b[0]:
+            self._other_drafts += 1
+            return False
         margin = self._margin(name, row, output, a, b)
         if margin <= self._tolerances.margin and (name != "next_input_ids" or a[0] == b[0]):
             self._integers.notes.append(f"tie: {name} of row {row} differ where the reference's margin is {margin:.2g}")

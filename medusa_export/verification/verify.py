@@ -13,10 +13,12 @@ from medusa_export.common import defaults
 from medusa_export.common.errors import OptionError
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.step.reference import load_reference, prompt_ids
+from medusa_export.step.step import MedusaStep
 from medusa_export.verification.backend import verify_backend
 from medusa_export.verification.bundle import verify_bundle
-from medusa_export.verification.checks import Tolerances, Verification
+from medusa_export.verification.checks import Check, Tolerances, Verification
 from medusa_export.verification.plan import VerifyOptions
+from medusa_export.verification.stored_matrices import use_stored_matrices
 from medusa_export.verification.weights import weights_check
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import require_bundle
@@ -79,11 +81,20 @@ def verify(
     ids = prompt_ids(bundle, PROMPTS if prompts is None else prompts, chosen=prompts is not None)
     on_progress(Progress(f"loading {fspath(model)}"))
     step = load_reference(bundle, fspath(model), None if heads is None else fspath(heads))
+    weights = _weights_checks(bundle, fspath(model), step, on_progress)
     run = partial(verify_bundle, bundle) if backend is None else partial(verify_backend, bundle, backend)
     outcome = run(step, ids, options, on_progress=on_progress)
+    return replace(outcome, checks=[*weights, *outcome.checks])
+
+
+def _weights_checks(bundle: Bundle, model: str, step: MedusaStep, on_progress: OnProgress) -> list[Check]:
+    """Compares the reference's weights with their files. Then gives it the integers that the bundle stores."""
     on_progress(Progress("comparing weights with their files"))
-    weights = weights_check(fspath(model), step.model, bundle.dtype)
-    return replace(outcome, checks=[weights, *outcome.checks])
+    checks = [weights_check(model, step.model, bundle.dtype)]
+    if bundle.weights.has_integers:
+        on_progress(Progress("comparing weights with the bundle's integers"))
+        checks.append(use_stored_matrices(step, bundle))
+    return checks
 
 
 def _opened(bundle: str | PathLike[str] | Bundle, *, needs_graph: bool) -> Bundle:

@@ -31,6 +31,7 @@ GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
 ENGINE_DESCRIPTION = "engine.json"
 REEXPORT = "Export the bundle again."
 Dtype = Literal["float32", "float16", "bfloat16"]
+IntegerType = Literal["int8", "int4"]
 
 # These bounds are at least ten times what the largest published models have.
 Layers = Annotated[int, Meta(ge=1, le=1024)]

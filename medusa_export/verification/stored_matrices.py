@@ -1,0 +1,116 @@
+"""The matrices of integers that a bundle stores, for the reference to compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from medusa_export.graph.weights import PREFIX
+from medusa_export.models.blocks import BlockWeight
+from medusa_export.step.step import MedusaStep
+from medusa_export.verification.checks import Check
+from medusa_runtime.bundles.bundle import Bundle
+
+CHECK = "integers of the weights"
+# Largest distance between a matrix and its integers, as a share of the matrix's norm, by the number of bits. Rounding
+# takes 0.1 and 0.006; rows in another order take 1.4.
+_LARGEST_ERROR = {4: 0.3, 8: 0.03}
+_MAX_NOTES = 5
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix of integers in a bundle.
+
+    Attributes:
+        weights: The names in the step of the weights that it holds, one above the other.
+        is_table: Rows are looked up in it. Otherwise it is multiplied with.
+        blocks: The matrix.
+    """
+
+    weights: tuple[str, ...]
+    is_table: bool
+    blocks: BlockWeight
+
+
+def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
+    """Reads the matrices of integers in a bundle's standard graph, one at a time."""
+    graph = ir.load(bundle.graph).graph
+    for node in graph:
+        if node.op_type == "DequantizeLinear":
+            values, scales, zero_points = (value.const_value for value in node.inputs if value is not None)
+        elif node.op_type == "Gather" and (node.inputs[0] is not None) and node.inputs[0].dtype == ir.DataType.UINT8:
+            values, zero_points = node.inputs[0].const_value, None
+            name = (node.inputs[0].name or "").replace("/values", "/scales")
+            scales = graph.initializers[name].const_value
+        else:
+            continue
+        assert values is not None and scales is not None and values.name is not None
+        integers, steps = _tensor(values).to(torch.uint8), _tensor(scales)
+        zeros = None if zero_points is None else _tensor(zero_points).to(torch.uint8)
+        block_size = integers.shape[1] // steps.shape[1]
+        names = values.name.rpartition("/int")[0].split("+")
+        yield StoredMatrix(
+            tuple(name.removeprefix(PREFIX) for name in names),
+            node.op_type == "Gather",
+            BlockWeight(4 if values.dtype.bitwidth == 4 else 8, block_size, integers, steps.float(), zeros),
+        )
+
+
+def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:
+    """Gives a step the matrices that a bundle stores as integers, and compares them with those that it had.
+
+    Args:
+        step: The reference, computing in fp32. Embeddings and ``lm_head`` that are tied may get values of their own.
+        bundle: The bundle.
+    """
+    check = Check(CHECK, figures={"largest_error": 0.0})
+    seen: set[tuple[str, bool]] = set()
+    for stored in stored_matrices(bundle):
+        start, values = 0, stored.blocks.dequantized()
+        for name in stored.weights:
+            if (name, stored.is_table) in seen:
+                continue
+            seen.add((name, stored.is_table))
+            module, attribute = _owner(step, name, stored.is_table)
+            original = getattr(module, attribute).detach()
+            part = values[start : start + len(original)]
+            start += len(original)
+            _compare(check, name, original, part, stored.blocks.bits)
+            setattr(module, attribute, nn.Parameter(part.clone(), requires_grad=False))
+    return check
+
+
+def _owner(step: MedusaStep, name: str, is_table: bool) -> tuple[nn.Module, str]:
+    """The module that uses a weight, and the weight's name in it. A tied weight is used by two."""
+    weight = step.get_parameter(name)
+    lm_head, embeddings = step.model.get_output_embeddings(), step.model.get_input_embeddings()
+    if is_table:
+        return embeddings, "weight"
+    if lm_head.weight is weight or weight is embeddings.weight:
+        return lm_head, "weight"
+    module, _, attribute = name.rpartition(".")
+    return step.get_submodule(module), attribute
+
+
+def _compare(check: Check, name: str, original: Tensor, stored: Tensor, bits: int) -> None:
+    check.compared += original.numel()
+    same_shape = original.shape == stored.shape
+    error = float((original - stored).norm() / original.norm().clamp(min=1e-30)) if same_shape else float("inf")
+    check.figures["largest_error"] = float(np.maximum(check.figures["largest_error"], error))
+    if not error <= _LARGEST_ERROR[bits]:  # NaN fails, too
+        check.mismatches += original.numel()
+        if len(check.notes) < _MAX_NOTES:
+            check.notes.append(f"{name} is {error:.2g} of its norm away from the integers of the bundle")
+
+
+def _tensor(stored: ir.TensorProtocol) -> Tensor:
+    array = stored.numpy()
+    if stored.dtype == ir.DataType.BFLOAT16:
+        return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array.astype(np.uint8) if stored.dtype.bitwidth <= 8 else np.array(array))

@@ -1,0 +1,138 @@
+"""Bundles whose matrices are integers: the graphs, the bytes that they share, and what verify says of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+
+import medusa_export
+from medusa_export import WeightTypes
+from medusa_export.cli import main
+from medusa_export.common.errors import OptionError
+from medusa_export.models.blocks import round_to_nearest
+from medusa_export.verification.stored_matrices import stored_matrices
+from medusa_runtime import Bundle, MedusaEngine
+from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from support.tiny_models import tiny_model
+
+PROMPT = [5, 17, 80, 3, 44]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with tied embeddings."""
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_model("qwen3").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["int4", "int8", "asymmetric int4"])
+def bundle(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    kind = request.param.removeprefix("asymmetric ")
+    types = WeightTypes.all(kind, symmetric=kind == request.param)
+    return medusa_export.export(
+        model_folder, tmp_path_factory.mktemp("bundles") / "bundle", init_heads=2, top_k=2, weights=types
+    )
+
+
+def test_the_standard_graph_holds_the_rounded_weights(bundle: Bundle) -> None:
+    model, found = tiny_model("qwen3"), set()
+    for stored in stored_matrices(bundle):
+        start = 0
+        for name in stored.weights:
+            weight = model.get_parameter(name.removeprefix("model."))
+            rows = stored.blocks.dequantized()[start : start + len(weight)]
+            expected = round_to_nearest(
+                weight,
+                stored.blocks.bits,
+                stored.blocks.block_size,
+                symmetric=bundle.weights.symmetric or stored.blocks.bits == 8,
+                dtype=torch.float32,
+            )
+            assert torch.equal(rows, expected.dequantized()), name
+            start += len(weight)
+            found.add((name, stored.is_table))
+    matrices = {f"model.{name}" for name, weight in model.named_parameters() if weight.ndim == 2}
+    tied = {"model.lm_head.weight", "model.model.embed_tokens.weight"}
+    assert {name for name, is_table in found if not is_table} - tied == matrices - tied
+    for is_table in (True, False):
+        assert len({(name, is_table) for name in tied} & found) == 1
+
+
+def test_derived_graphs_read_the_same_bytes(bundle: Bundle) -> None:
+    """No matrix of floating-point numbers is left, and derived graphs add nothing to the file of weights."""
+    placed: dict[str, set[tuple[str, str]]] = {}
+    for name in (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH):
+        graph = onnx.load(bundle.folder / name, load_external_data=False).graph
+        placed[name] = {
+            (entries["offset"], entries["length"])
+            for tensor in graph.initializer
+            if (entries := {entry.key: entry.value for entry in tensor.external_data})
+        }
+        if name != GRAPH:
+            operators = [node.op_type for node in graph.node]
+            assert operators.count("MatMulNBits") >= 4 * 2
+            assert placed[name] <= placed[GRAPH]
+    floats = [
+        tensor
+        for tensor in onnx.load(bundle.graph, load_external_data=False).graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and "scales" not in tensor.name
+    ]
+    assert not [tensor.name for tensor in floats if tensor.dims[0] * tensor.dims[1] > 4096]
+
+
+def test_an_engine_decodes(bundle: Bundle) -> None:
+    with MedusaEngine.load(bundle.folder) as engine:
+        plain = engine.generate(PROMPT, max_new_tokens=16, tree_size=1)
+    assert len(plain.token_ids) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_verify(kind: str, model_folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "onnx",
+        model_folder,
+        "--init-heads",
+        "2",
+        "--top-k",
+        "2",
+        "--weights",
+        kind,
+        "-o",
+        tmp_path / "b",
+        "-q",
+    ]
+    assert CliRunner().invoke(main, [str(argument) for argument in arguments]).exit_code == 0
+    outcome = medusa_export.verify(tmp_path / "b", model_folder, max_new_tokens=8, tree_sizes=[1, "full"])
+    assert [check.name for check in outcome.checks if not check.passed] == []
+    names = {check.name for check in outcome.checks}
+    assert {"integers of the weights", "tokens, plain decoding and the reference"} <= names
+
+
+@pytest.mark.slow
+def test_verify_finds_integers_of_another_model(model_folder: Path, tmp_path: Path) -> None:
+    other = tiny_model("qwen3")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.neg_()
+    other.save_pretrained(tmp_path / "other")
+    medusa_export.export(tmp_path / "other", tmp_path / "b", weights="int8")
+    outcome = medusa_export.verify(tmp_path / "b", model_folder, max_new_tokens=4, tree_sizes=[1])
+    assert "integers of the weights" in [check.name for check in outcome.checks if not check.passed]
+
+
+def test_options() -> None:
+    types = WeightTypes.all("int4", block_size=128)
+    assert (types.layers, types.lm_head, types.heads, types.embeddings) == ("int4", "int4", "int4", "int8")
+    assert [types.block_for(columns) for columns in (4096, 576, 48, 100)] == [128, 64, 16, None]
+    with pytest.raises(OptionError, match="The block size is 48"):
+        WeightTypes(block_size=48)
+    with pytest.raises(OptionError, match="no type 'int3'"):
+        WeightTypes.all("int3")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="Embeddings can't be int4"):
+        replace(types, embeddings="int4")
