@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import medusa_export
 from medusa_export import WeightTypes
 from medusa_export.cli import main
-from medusa_export.common.errors import OptionError
+from medusa_export.common.errors import EngineBuildError, OptionError
 from medusa_export.models.blocks import round_to_nearest
 from medusa_export.verification.stored_matrices import stored_matrices
 from medusa_runtime import Bundle, MedusaEngine
@@ -90,6 +90,12 @@ def test_an_engine_decodes(bundle: Bundle) -> None:
     with MedusaEngine.load(bundle.folder) as engine:
         plain = engine.generate(PROMPT, max_new_tokens=16, tree_size=1)
     assert len(plain.token_ids) == 16
+
+
+def test_no_engine_is_built_from_it(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(EngineBuildError, match="stores matrices as integers"):
+        medusa_export.build_engine(bundle, tmp_path / "engine", targets=["sm89"])
 
 
 @pytest.mark.slow

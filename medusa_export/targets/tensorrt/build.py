@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from medusa_export.common import defaults
-from medusa_export.common.errors import OutputError
+from medusa_export.common.errors import EngineBuildError, OutputError
 from medusa_export.common.files import atomic_folder, check_target, write_bytes
 from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
 from medusa_export.targets.tensorrt.builder import EngineBuilder
@@ -58,7 +58,8 @@ def build_engine(
     Raises:
         BackendError: TensorRT is not installed.
         BundleError: The bundle can't be read.
-        EngineBuildError: TensorRT refuses the graph, or can't build an engine with these options.
+        EngineBuildError: The bundle stores matrices as integers, TensorRT refuses the graph, or it can't build an
+            engine with these options.
         ExportError: There is something else at ``output``.
         OutputError: The engine can't be written.
     """
@@ -67,6 +68,11 @@ def build_engine(
     if not isinstance(bundle, Bundle):
         require_bundle(Path(bundle))
         bundle = Bundle.load(Path(bundle))
+    if bundle.weights.has_integers:
+        raise EngineBuildError(
+            "This bundle stores matrices as integers, from which no engine can be built yet: export it without "
+            "--weights, in fp16."
+        )
     if bundle.dtype == "float32":
         on_progress(Progress("weights and caches are fp32, like the bundle's; fp16 would take half of the memory"))
     limits = choose_limits(bundle, max_batch=max_batch, max_seq_len=max_seq_len, max_prefill=max_prefill)
