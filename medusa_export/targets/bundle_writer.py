@@ -117,15 +117,8 @@ def write_bundle(
     try:
         check_target(target, replace_existing=replace_existing)
         with atomic_folder(target) as folder:
-            _write_graph(graph.model, folder, on_progress)
-            graphs = {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, folder)
-                _check_tokenizer(folder, target)
-            if step.model.generation_config is not None:
-                # save_pretrained refuses settings that contradict each other, which many published configs hold.
-                text = step.model.generation_config.to_json_string()
-                (folder / "generation_config.json").write_text(text, encoding="utf-8")
+            graphs = _write_graphs(graph, folder, on_progress)
+            _write_texts(step.model, tokenizer, folder, target)
             files = {
                 str(path.relative_to(folder)): FileFacts.of(path)
                 for path in sorted(folder.rglob("*"))
@@ -138,11 +131,10 @@ def write_bundle(
     return bundle
 
 
-def _write_graph(model: ir.Model, folder: Path, on_progress: OnProgress) -> None:
-    """Writes the standard graph, and reads, converts and writes one weight after the other."""
-    sizes = (
-        weight.const_value.nbytes for weight in model.graph.initializers.values() if weight.const_value is not None
-    )
+def _write_graphs(graph: StepGraph, folder: Path, on_progress: OnProgress) -> dict[str, GraphFacts]:
+    """Writes the standard graph with the weights, and the graphs that are derived from it."""
+    values = graph.model.graph.initializers.values()
+    sizes = [value.const_value.nbytes for value in values if value.const_value is not None]
     task = Task("writing weights", sum(size for size in sizes if size > EXTERNAL_THRESHOLD), on_progress, unit=BYTES)
     written = 0
 
@@ -151,9 +143,22 @@ def _write_graph(model: ir.Model, folder: Path, on_progress: OnProgress) -> None
         task.reach(written)  # called before a tensor is written
         written += tensor.nbytes
 
-    ir.save(model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD, callback=count)
+    # Reads, converts and writes one weight after the other.
+    ir.save(graph.model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD, callback=count)
     task.reach(written)
     on_progress(Progress("writing graphs"))
+    return {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}
+
+
+def _write_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, target: Path) -> None:
+    """Writes the tokenizer, and the generation config."""
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+        _check_tokenizer(folder, target)
+    if model.generation_config is not None:
+        # save_pretrained refuses settings that contradict each other, which many published configs hold.
+        text = model.generation_config.to_json_string()
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def _check_tokenizer(folder: Path, target: Path) -> None:
