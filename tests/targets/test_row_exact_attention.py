@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -44,12 +46,25 @@ TREE = Tree.from_paths(
     ]
 )
 NODES: list[tuple[int, ...]] = [(), *(tuple(path) for path in TREE.paths)]
-# Grouped heads, heads without groups, one group, and soft caps with windows.
-MODELS = {
-    "grouped": ("llama", {}),
-    "ungrouped": ("llama", {"num_key_value_heads": 4}),
-    "one_group": ("llama", {"num_key_value_heads": 1}),
-    "soft_cap": ("gemma2", {}),
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of bundle: a model, and how its weights are stored; in fp32 if None."""
+
+    family: str = "llama"
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    weights: WeightTypes | None = None
+
+
+KINDS = {
+    "grouped": Kind(),
+    "ungrouped": Kind(overrides={"num_key_value_heads": 4}),
+    "one_group": Kind(overrides={"num_key_value_heads": 1}),
+    "soft_cap": Kind("gemma2"),
+    "int4": Kind(weights=WeightTypes.all("int4", block_size=16)),
+    "int4_asymmetric": Kind(weights=WeightTypes.all("int4", block_size=32, symmetric=False)),
+    "int8": Kind(overrides={"num_key_value_heads": 4}, weights=WeightTypes.all("int8", block_size=32)),
 }
 # Around the ends of panels: the first new entry is in slot margin + length.
 LENGTHS = (5, 57, 60, 61, 62, 64, 100, 124, 125, 127, 190)
@@ -57,16 +72,48 @@ SIZES = (2, 3, 4, 8, 16)
 
 
 def exported(stock: Stock, kind: str) -> Bundle:
-    """A bundle with fp32 weights, whose attention is that of bundles with weights in integers."""
-    family, overrides = MODELS[kind]
+    """A bundle whose attention is that of bundles with weights in integers, also where weights are fp32."""
+    made = KINDS[kind]
 
     def fill(folder: Path) -> None:
-        model = tiny_model(family, **overrides)
+        model = tiny_model(made.family, **made.overrides)
         step = make_step(model, random_heads(model), TREE)
-        graph = build_graph(step)
-        export(step, folder, graph=replace(graph, step=replace(graph.step, weights=WeightTypes.all("int8"))))
+        graph = build_graph(step, types=made.weights)
+        facts = replace(graph.step, weights=made.weights or WeightTypes.all("int8"))
+        export(step, folder, graph=replace(graph, step=facts))
+
+    if made.weights is not None:
+        check_products(made.weights)
 
     return Bundle.load(stock.folder(f"row_exact-{kind}", fill))
+
+
+@functools.cache
+def check_products(weights: WeightTypes) -> None:
+    """Skips a test where ONNX Runtime's products with integers depend on the number of rows on this processor."""
+    rows, columns, block = 48, 64, weights.block_size
+    bits = 4 if weights.layers == "int4" else 8
+    rng = np.random.default_rng(0)
+    constants = {
+        "values": rng.integers(0, 256, (rows, columns // block, block * bits // 8)).astype(np.uint8),
+        "scales": rng.random((rows, columns // block), np.float32),
+    }
+    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4}
+    node = onnx.helper.make_node("MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", **attributes)
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    ends = [
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["S", width])]
+        for name, width in (("x", columns), ("y", rows))
+    ]
+    graph = onnx.helper.make_graph([node], "product", *ends, tensors)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = rng.standard_normal((64, columns), np.float32)
+    alone = np.concatenate([session.run(None, {"x": x[row : row + 1]})[0] for row in range(len(x))])
+    for count in (2, 3, 8, 9, 64):
+        if differing(session.run(None, {"x": x[:count]})[0], alone[:count]):
+            pytest.skip(f"{bits}-bit products in blocks of {block} depend on the number of rows on this processor")
 
 
 class Logits:
@@ -114,7 +161,7 @@ def differing(first: NDArray[np.float32], second: NDArray[np.float32]) -> int:
     return int((first.view(np.int32) != second.view(np.int32)).sum())
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("graph", "threads"), [(ONNXRUNTIME_GRAPH, 1), (ONNXRUNTIME_GRAPH, 7), (ONNXRUNTIME_BATCH_GRAPH, 2)]
 )
@@ -131,7 +178,7 @@ def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(kind: str, graph: st
             assert differing(verified[0], expected[:size]) == 0, (length, size)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_chunk_of_a_prompt_has_the_bits_of_single_steps(kind: str, stock: Stock) -> None:
     """Chunks need no limit at the ends of panels: the entries of a prompt are in the same slots whatever the chunks."""
     bundle = exported(stock, kind)
@@ -145,7 +192,7 @@ def test_a_chunk_of_a_prompt_has_the_bits_of_single_steps(kind: str, stock: Stoc
             assert differing(steps.take_in(part), expected[start + len(part) - 1]) == 0, (chunk, start)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(kind: str, stock: Stock) -> None:
     bundle = exported(stock, kind)
     lengths, size = (5, 130, 61), 3
@@ -202,8 +249,9 @@ class Watched(OnnxRuntimeBackend):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_engine_and_service_keep_trees_within_a_panel(rows: int, stock: Stock) -> None:
-    bundle = exported(stock, "grouped")
+@pytest.mark.parametrize("kind", ["grouped", "int4"])
+def test_engine_and_service_keep_trees_within_a_panel(rows: int, kind: str, stock: Stock) -> None:
+    bundle = exported(stock, kind)
     prompts = [random_tokens(bundle, length, seed=length).tolist() for length in (9, 30, 50, 100)]
     answers = []
     for size in (1, 16):
