@@ -63,6 +63,8 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
     model, heads, tree = bundle.model, bundle.heads, bundle.tree
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{model.name} ({model.model_type}), {bundle.dtype}")
+    for text in _integers(bundle):
+        facts.add_row("", text)
     facts.add_row("", f"{model.num_layers} layers, {model.num_key_value_heads} KV heads of {model.head_dim}")
     facts.add_row("", f"vocabulary {model.vocab_size:,}, up to {model.max_positions:,} positions")
     for name, text in _answering(bundle):
@@ -83,6 +85,17 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
         facts.add_row("", f"up to {limits.max_batch} sequences of {longest:,} tokens, {limits.max_prefill:,} per step")
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in bundle.producer.items()))
     return facts
+
+
+def _integers(bundle: Bundle) -> list[str]:
+    """Returns a row about the matrices that are stored as integers, if there are any."""
+    weights = bundle.weights
+    if not weights.has_integers:
+        return []
+    kinds = ("layers", "lm_head", "heads", "embeddings")
+    stored = ", ".join(f"{kind} {getattr(weights, kind) or bundle.dtype}" for kind in kinds)
+    zero_points = "" if weights.symmetric else " and a zero point"
+    return [f"{stored}; a scale{zero_points} per {weights.block_size} columns"]
 
 
 def _answering(bundle: Bundle) -> list[tuple[str, str]]:
