@@ -70,8 +70,8 @@ def build_engine(
         bundle = Bundle.load(Path(bundle))
     if bundle.weights.has_integers:
         raise EngineBuildError(
-            "This bundle stores matrices as integers, from which no engine can be built yet: export the model again with "
-            "weights in fp16."
+            "This bundle stores matrices as integers, from which no engine can be built yet: export the model again "
+            "with weights in fp16."
         )
     if bundle.dtype == "float32":
         on_progress(Progress("weights and caches are fp32, like the bundle's; fp16 would take half of the memory"))
