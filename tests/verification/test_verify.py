@@ -195,11 +195,15 @@ def test_command_writes_reports(tiny_model_folder: Path, untrained_bundle: Bundl
     runner = CliRunner()
     bundle = Path(shutil.copytree(untrained_bundle.folder, tmp_path / "bundle"))
     report, junit = tmp_path / "out" / "report.json", tmp_path / "junit.xml"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello\nThe answer\n")
     arguments = [
         "verify",
         str(bundle),
         "--model",
         str(tiny_model_folder),
+        "--prompts",
+        str(prompts),
         "-n",
         "40",
         "--json",
