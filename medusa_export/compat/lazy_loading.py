@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,23 +25,37 @@ from transformers import PreTrainedModel, core_model_loading, modeling_utils
 
 Reader = Callable[[], Tensor]
 
+
+@dataclass(frozen=True)
+class LeftInFiles:
+    """Weights that stay in their files.
+
+    Attributes:
+        readers: The functions that read the weights, by the weights' names in the model.
+        sources: The tensor of a file that a weight is, by the weight's name in the model. Weights that transformers
+            makes of several tensors, or converts, are not here.
+    """
+
+    readers: dict[str, Reader] = field(default_factory=dict)
+    sources: dict[str, object] = field(default_factory=dict)
+
+
 _loading: Any = core_model_loading
 _utils: Any = modeling_utils
 _PATCHED = threading.Lock()  # the patches are those of a module, so of all threads
 
 
 @contextmanager
-def weights_left_in_files() -> Iterator[dict[str, Reader]]:
+def weights_left_in_files() -> Iterator[LeftInFiles]:
     """Makes ``from_pretrained`` leave weights in their files for the duration of a block.
 
     A weight of a model that is loaded inside the block is an empty tensor on the device ``meta``, of the right shape
     and dtype. Buffers, and weights that are in no file, are loaded as usual. Other threads wait.
 
     Yields:
-        The functions that read the weights, by the weights' names in the model, once the model is loaded. The files
-        stay open while the functions live.
+        The weights, once the model is loaded. The files stay open while the functions that read them live.
     """
-    readers: dict[str, Reader] = {}
+    left = LeftInFiles()
     transforms = (_loading.WeightRenaming, _loading.WeightConverter)
     with _PATCHED:
         spawn, originals = _loading.spawn_materialize, [transform.convert for transform in transforms]
@@ -48,9 +63,9 @@ def weights_left_in_files() -> Iterator[dict[str, Reader]]:
         _loading.spawn_materialize = _job
         _utils.safe_open = partial(_opened, open_file)
         for transform, convert in zip(transforms, originals, strict=True):
-            transform.convert = _recording(convert, readers)
+            transform.convert = _recording(convert, left)
         try:
-            yield readers
+            yield left
         finally:
             _loading.spawn_materialize, _utils.safe_open = spawn, open_file
             for transform, convert in zip(transforms, originals, strict=True):
@@ -67,7 +82,7 @@ def _job(pool: Any, tensor: Any, device: Any = None, dtype: Any = None, **_: Any
     return partial(_loading._materialize_copy, tensor, device, dtype)
 
 
-def _recording(convert: Callable[..., dict[str, Any]], readers: dict[str, Reader]) -> Callable[..., dict[str, Any]]:
+def _recording(convert: Callable[..., dict[str, Any]], left: LeftInFiles) -> Callable[..., dict[str, Any]]:
     """Replaces ``convert`` of a transform: records how to run it, and returns empty weights."""
 
     def recorded(transform: Any, layer_name: str, model: Any = None, **given: Any) -> dict[str, Any]:
@@ -82,13 +97,17 @@ def _recording(convert: Callable[..., dict[str, Any]], readers: dict[str, Reader
             return _single(run(**later)[name])
 
         empty = _renamed(transform, sources)
-        made = {name: _single(value) for name, value in run(**given).items()} if empty is None else empty
+        if empty is None:
+            made = {name: _single(value) for name, value in run(**given).items()}
+        else:
+            made = empty
+            left.sources[transform.target_patterns[0]] = sources[transform.source_patterns[0]][0].args[0]
         buffers = {name for name, _ in model.named_buffers()}
         for name in made:
             if name in buffers:
                 made[name] = read(name)
             else:
-                readers[name] = partial(read, name)
+                left.readers[name] = partial(read, name)
                 made[name] = made[name].to("meta")
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -11,6 +12,8 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor, nn
 
+from medusa_export.models.blocks import BlockWeight
+from medusa_export.models.packed import StoredBlocks
 from medusa_export.models.weight_types import Role
 from medusa_export.step.step import MedusaStep
 
@@ -32,6 +35,11 @@ class StepWeights:
         readers: Functions that read weights of the base model that are placeholders in the step, by their names there.
         check: Called with the name in the step and the values of each weight that is read. It raises an error to
             refuse them.
+        blocks: Weights of the base model that their file holds in blocks of integers, by their names there.
+        packed: How files store weights of the base model that are dequantized when they are read, by their names there.
+
+    Attributes:
+        dequantized: How files store the weights that were dequantized so far, by their names in the step.
     """
 
     def __init__(
@@ -39,6 +47,9 @@ class StepWeights:
         step: MedusaStep,
         readers: Readers = MappingProxyType({}),
         check: Callable[[str, Tensor], None] = _accept,
+        *,
+        blocks: Mapping[str, StoredBlocks] = MappingProxyType({}),
+        packed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._check = check
         self._lm_head = step.model.get_output_embeddings().weight
@@ -48,6 +59,9 @@ class StepWeights:
         # A weight that is tied to another has the reader of the other.
         known = {id(step.model.get_parameter(name)): read for name, read in readers.items()}
         self._readers = {name: known.get(id(weight)) for name, weight in self._parameters.items()}
+        self._blocks = {id(step.model.get_parameter(name)): stored for name, stored in blocks.items()}
+        self._packed = {id(step.model.get_parameter(name)): kind for name, kind in packed.items()}
+        self.dequantized: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
@@ -57,8 +71,26 @@ class StepWeights:
         weight = self._parameters[name]
         is_table = weight is self._embeddings
         return LazyWeight(
-            name, partial(self._read, name), weight.shape, weight.dtype, self._role(name, weight), is_table=is_table
+            name,
+            partial(self._read, name),
+            weight.shape,
+            weight.dtype,
+            self._role(name, weight),
+            is_table=is_table,
+            blocks=self._blocks_of(name),
         )
+
+    def _blocks_of(self, name: str) -> StoredBlocks | None:
+        stored = self._blocks.get(id(self._parameters[name]))
+        if stored is None:
+            return None
+
+        def read() -> BlockWeight:
+            made = stored.read()
+            self._check(name.removeprefix(PREFIX), made.dequantized())
+            return made
+
+        return replace(stored, read=read)
 
     def _role(self, name: str, weight: nn.Parameter) -> Role:
         if weight is self._lm_head:
@@ -71,6 +103,9 @@ class StepWeights:
         read = self._readers[name]
         values = self._parameters[name].detach() if read is None else read()
         self._check(name.removeprefix(PREFIX), values)
+        kind = self._packed.get(id(self._parameters[name]))
+        if kind is not None:
+            self.dequantized[name.removeprefix(PREFIX)] = kind
         return values
 
 
@@ -85,12 +120,14 @@ class LazyWeight(ir.LazyTensor):
 
         role: What the weight is for.
         is_table: The model looks rows up in it by token.
+        blocks: The weight in blocks of integers that hold it exactly; None if there are none.
 
     Attributes:
         read: As given.
         torch_dtype: The dtype of the values.
         role: As given.
         is_table: As given.
+        blocks: As given.
     """
 
     def __init__(
@@ -102,6 +139,7 @@ class LazyWeight(ir.LazyTensor):
         role: Role = "other",
         *,
         is_table: bool = False,
+        blocks: StoredBlocks | None = None,
     ) -> None:
         super().__init__(
             lambda: TorchTensor(self.read().contiguous(), name),
@@ -113,6 +151,7 @@ class LazyWeight(ir.LazyTensor):
         self.torch_dtype = dtype
         self.role = role
         self.is_table = is_table
+        self.blocks = blocks
 
 
 def weight_of(value: ir.Value) -> LazyWeight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,19 @@ class BlockWeight:
         zero_points = self.middle if self.zero_points is None else self.zero_points.unsqueeze(-1)
         return ((blocks - zero_points) * self.scales.unsqueeze(-1)).view(rows, columns)
 
+    def split(self, block_size: int, dtype: torch.dtype) -> BlockWeight:
+        """The same matrix in smaller blocks, with scales in another dtype.
+
+        Args:
+            block_size: The columns per block; it must divide the block size of this matrix.
+            dtype: The dtype of the scales.
+        """
+        assert self.block_size % block_size == 0
+        times = self.block_size // block_size
+        zero_points = None if self.zero_points is None else self.zero_points.repeat_interleave(times, 1)
+        scales = self.scales.repeat_interleave(times, 1).to(dtype)
+        return BlockWeight(self.bits, block_size, self.values, scales, zero_points)
+
     def packed(self) -> Tensor:
         """The values as bytes, [N, K · bits / 8]. Of two 4-bit values in a byte, the first is in the low half."""
         return self.values if self.bits == 8 else pack(self.values)
@@ -57,6 +71,24 @@ class BlockWeight:
 def pack(values: Tensor) -> Tensor:
     """4-bit values [N, K] as bytes [N, K / 2], the first of two in the low half."""
     return values[:, ::2] | values[:, 1::2] << 4
+
+
+def joined(parts: Sequence[BlockWeight]) -> BlockWeight:
+    """The rows of several matrices with blocks of the same bits and size as one matrix."""
+    (bits, block_size), *others = {(part.bits, part.block_size) for part in parts}
+    assert not others
+    zero_points = None
+    if any(part.zero_points is not None for part in parts):
+        zero_points = torch.cat(
+            [
+                torch.full(part.scales.shape, part.middle, dtype=torch.uint8)
+                if part.zero_points is None
+                else part.zero_points
+                for part in parts
+            ]
+        )
+    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+    return BlockWeight(bits, block_size, values, scales, zero_points)
 
 
 def round_to_nearest(

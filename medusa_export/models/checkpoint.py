@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.registry import Registry
-from medusa_export.compat.lazy_loading import weights_left_in_files, with_placeholders
+from medusa_export.compat.lazy_loading import LeftInFiles, weights_left_in_files, with_placeholders
 from medusa_export.compat.transformers import causal_lm_class
 from medusa_export.models.files import Place
+from medusa_export.models.packed import StoredBlocks, exact_blocks, packed_kinds
 
 
 class StoredWeight(NamedTuple):
@@ -56,6 +57,8 @@ class LoadedModel:
         mismatched: Weights of other shapes in the files: name, shape in the files, shape in the model.
         readers: Functions that read the weights that are still in the files, by the weights' names in the model. In
             the model these weights are placeholders, which have a shape and a dtype, but no values.
+        blocks: Those of these weights that blocks of integers hold exactly, by the same names.
+        packed: How those of these weights are stored that are dequantized when they are read, by the same names.
     """
 
     model: PreTrainedModel
@@ -63,6 +66,8 @@ class LoadedModel:
     unread: frozenset[str] = frozenset()
     mismatched: frozenset[tuple[str, tuple[int, ...], tuple[int, ...]]] = frozenset()
     readers: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    blocks: Mapping[str, StoredBlocks] = field(default_factory=dict)
+    packed: Mapping[str, str] = field(default_factory=dict)
 
 
 class Checkpoint(abc.ABC):
@@ -110,10 +115,9 @@ class Checkpoint(abc.ABC):
             config: The configuration.
             precision: How the model computes.
         """
-        with weights_left_in_files() as readers:
+        with weights_left_in_files() as left:
             loaded = self.load(config, precision)
-        with_placeholders(loaded.model)
-        return replace(loaded, readers=readers)
+        return left_in_files(loaded, left, precision)
 
     @abc.abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -173,6 +177,13 @@ def from_pretrained(
         unread=frozenset(info["unexpected_keys"]),
         mismatched=frozenset((name, tuple(found), tuple(own)) for name, found, own in info["mismatched_keys"]),
     )
+
+
+def left_in_files(loaded: LoadedModel, left: LeftInFiles, precision: Precision) -> LoadedModel:
+    """A model that was loaded inside ``weights_left_in_files``, with placeholders and with readers of its weights."""
+    with_placeholders(loaded.model)
+    blocks, packed = exact_blocks(left.sources, precision.dtype), packed_kinds(left.sources)
+    return replace(loaded, readers=left.readers, blocks=blocks, packed=packed)
 
 
 FORMATS: Registry[type[Checkpoint]] = Registry("weight format", "medusa_export.weight_formats")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from medusa_export.models.blocks import Bits, BlockWeight
+from medusa_export.models.blocks import Bits, BlockWeight, joined
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,28 @@ class StoredBlocks:
     def exact_in(self, dtype: torch.dtype) -> bool:
         """Whether a dtype holds the scales as they are."""
         return torch.promote_types(self.scale_dtype, dtype) == dtype
+
+    def fit(self, bits: Bits, block_size: int) -> bool:
+        """Whether blocks of some bits and size hold the matrix as it is."""
+        return self.bits == bits and self.block_size % block_size == 0
+
+
+def joined_blocks(parts: Sequence[StoredBlocks | None]) -> StoredBlocks | None:
+    """The rows of several matrices as one matrix; None if one of them is not in blocks, or in blocks of another kind.
+
+    Blocks may be of several sizes. They are split to the largest size that divides all.
+    """
+    blocks = [part for part in parts if part is not None]
+    if len(blocks) < len(parts) or len({part.bits for part in blocks}) > 1:
+        return None
+    size = math.gcd(*(part.block_size for part in blocks))
+
+    def read() -> BlockWeight:
+        return joined([part.read().split(size, torch.float32) for part in blocks])
+
+    scale_dtype = functools.reduce(torch.promote_types, [part.scale_dtype for part in blocks])
+    has_zero_points = any(part.has_zero_points for part in blocks)
+    return StoredBlocks(blocks[0].bits, size, has_zero_points, scale_dtype, read)
 
 
 @runtime_checkable

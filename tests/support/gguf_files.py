@@ -67,8 +67,9 @@ def write_gguf(
     name: str = "tiny",
     with_tokenizer: bool = True,
     pre: str | None = "gpt-2",
+    kind: gguf.GGMLQuantizationType | None = None,
 ) -> Path:
-    """Writes a model in fp32, with a byte-level vocabulary.
+    """Writes a model in fp32, or with quantized matrices, with a byte-level vocabulary.
 
     Args:
         file: The file to write.
@@ -79,6 +80,7 @@ def write_gguf(
         name: The model's name in the file.
         with_tokenizer: Whether the file holds a vocabulary.
         pre: The pre-tokenizer's name in the file; None for no name.
+        kind: How matrices are quantized; None for fp32.
     """
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
@@ -90,15 +92,20 @@ def write_gguf(
         _add(writer, key, value)
     if with_tokenizer:
         _add_tokenizer(writer, config.vocab_size, pre)
-    kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    family = next(family for family, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    names = gguf.get_tensor_name_map(family, config.num_hidden_layers)
     tied = config.tie_word_embeddings
     for own, tensor in model.state_dict().items():
         if own == "lm_head.weight" and tied:
             continue
         stem, _, suffix = own.rpartition(".")
         weight = laid_out(architecture, own, tensor.numpy(), config)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(weight))
+        weight = np.ascontiguousarray(weight)
+        if kind is None or weight.ndim == 1:
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", weight)
+        else:
+            packed = gguf.quants.quantize(weight, kind)
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", packed, raw_dtype=kind)
     for own, array in (tensors or {}).items():
         writer.add_tensor(own, array)
     writer.write_header_to_file()

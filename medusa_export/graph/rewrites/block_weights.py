@@ -17,6 +17,7 @@ from medusa_export.graph.rewrites.matching import given, replace_value
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
 from medusa_export.graph.weights import LazyWeight, register
 from medusa_export.models.blocks import Bits, BlockWeight, pack, round_to_nearest
+from medusa_export.models.packed import StoredBlocks
 
 _TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 _Make = Callable[[BlockWeight], ir.TensorProtocol]
@@ -44,8 +45,9 @@ class QuantizeWeights(Rewrite):
     1. A product x Wᵀ reads W from a ``DequantizeLinear`` with blocks along its columns.
     2. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
 
-    Matrices whose columns no block size divides keep their dtype. 8-bit matrices have no zero points of their own, and
-    tables are of 8 bits. The count is the number of products and lookups.
+    Matrices that their file holds in such blocks are stored as they are. Others are rounded. Matrices whose columns no
+    block size divides keep their dtype. 8-bit matrices have no zero points of their own, and tables are of 8 bits. The
+    count is the number of products and lookups.
 
     Precondition: Weights are those of ``StepWeights``.
 
@@ -122,12 +124,13 @@ class QuantizeWeights(Rewrite):
         size = self.step.weights.block_for(columns)
         if size is None:
             return None
-        symmetric = self.step.weights.symmetric or bits == 8
+        exact = _exact_blocks(weight, bits, size)
+        symmetric = self.step.weights.symmetric or bits == 8 if exact is None else not exact.has_zero_points
         shape = (rows, columns // size)
 
         def part(name: str, kind: ir.DataType, shape: tuple[int, int], make: _Make) -> ir.Value:
             def evaluate() -> ir.TensorProtocol:
-                return make(self._rounded(weight, bits, size, symmetric=symmetric))
+                return make(self._made(weight, bits, size, symmetric=symmetric))
 
             full_name = f"{weight.name}/int{bits}/{name}"
             return register(graph, ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=full_name))
@@ -143,21 +146,33 @@ class QuantizeWeights(Rewrite):
         )
         return parts
 
-    def _rounded(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
+    def _made(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
         """A matrix in blocks. The last one is kept, since its parts are written one after the other."""
         key = (weight.name, bits)
         if self._last is None or self._last[0] != key:
             self._last = None  # frees its memory first
-            made = round_to_nearest(weight.read(), bits, block_size, symmetric=symmetric, dtype=weight.torch_dtype)
+            exact = _exact_blocks(weight, bits, block_size)
+            if exact is None:
+                made = round_to_nearest(weight.read(), bits, block_size, symmetric=symmetric, dtype=weight.torch_dtype)
+            else:
+                made = exact.read().split(block_size, weight.torch_dtype)
             self._last = (key, made)
         return self._last[1]
+
+
+def _exact_blocks(weight: LazyWeight, bits: Bits, block_size: int) -> StoredBlocks | None:
+    """A weight as its file holds it, if that is in blocks of these bits that can be of this size; else None."""
+    stored = weight.blocks
+    if stored is None or not stored.fit(bits, block_size) or (bits == 8 and stored.has_zero_points):
+        return None
+    return stored
 
 
 def _integers(packed: Tensor, shape: Sequence[int], bits: Bits) -> ir.TensorProtocol:
     """A tensor of unsigned integers from bytes that hold them."""
     if bits == 8:
         return TorchTensor(packed.contiguous())
-    return ir.PackedTensor(packed.numpy(), _TYPES[bits], shape=shape)
+    return ir.PackedTensor(packed.flatten().numpy(), _TYPES[bits], shape=shape)
 
 
 def _zero_points(made: BlockWeight) -> ir.TensorProtocol:

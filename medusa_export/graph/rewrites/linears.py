@@ -13,6 +13,7 @@ from medusa_export.graph.rewrites.building import initializer
 from medusa_export.graph.rewrites.matching import producer
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.graph.weights import LazyWeight, register, weight_of
+from medusa_export.models.packed import joined_blocks
 
 _Product = tuple[ir.Node, ir.Value]
 
@@ -87,6 +88,7 @@ def _merge(graph: ir.Graph, source: ir.Value, members: list[_Product]) -> None:
         (sum(sizes), columns),
         parts[0].torch_dtype,
         parts[0].role,
+        blocks=joined_blocks([part.blocks for part in parts]),
     )
     first = members[0][0]
     transpose = ir.node("Transpose", [register(graph, merged)], {"perm": [1, 0]}, name=f"{first.name}/transpose")

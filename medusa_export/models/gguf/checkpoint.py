@@ -19,9 +19,16 @@ from transformers import (
 )
 
 from medusa_export.compat.gguf import gguf_cache, open_gguf
-from medusa_export.compat.lazy_loading import weights_left_in_files, with_placeholders
+from medusa_export.compat.lazy_loading import weights_left_in_files
 from medusa_export.compat.transformers import causal_lm_class
-from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight, from_pretrained
+from medusa_export.models.checkpoint import (
+    Checkpoint,
+    LoadedModel,
+    Precision,
+    StoredWeight,
+    from_pretrained,
+    left_in_files,
+)
 from medusa_export.models.files import GGUF_MAGIC, Place
 from medusa_export.models.gguf.settings import Metadata, apply_settings, check_readable
 from medusa_export.models.gguf.tensors import stored_tensors, unread_tensors
@@ -72,10 +79,10 @@ class GgufCheckpoint(Checkpoint):
         with torch.device("meta"):
             names = causal_lm_class(config)(config)
         state = {tensor.weight: tensor for tensor in stored_tensors(reader, names) if tensor.weight is not None}
-        with weights_left_in_files() as readers:
+        with weights_left_in_files() as left:
             loaded = from_pretrained(config, precision, state_dict=state)
-        with_placeholders(loaded.model)
-        return replace(loaded, readers=readers, unread=frozenset(unread_tensors(reader, loaded.model)))
+        loaded = replace(loaded, unread=frozenset(unread_tensors(reader, loaded.model)))
+        return left_in_files(loaded, left, precision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         reader: Any = open_gguf(self.file)

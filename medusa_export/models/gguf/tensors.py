@@ -10,6 +10,7 @@ llama.cpp stores some weights in another layout than transformers. This module u
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,8 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from medusa_export.compat.gguf import release_pages
+from medusa_export.models.blocks import BlockWeight
+from medusa_export.models.gguf.blocks import BLOCK_KINDS, BlockKind
 from medusa_export.models.gguf.settings import ARCHITECTURES, ROPE_FREQS, Architecture
+from medusa_export.models.packed import StoredBlocks
 
+# Kinds of numbers that are stored as they are, by gguf's names.
+_NUMBERS = ("F16", "BF16", "F32", "F64")
 # Rows that are dequantized at once.
 _ROWS = 4096
 
@@ -72,6 +78,8 @@ class StoredTensor:
         name: The tensor's name in the file.
         weight: As given.
         shape: Its shape in the layout of the model.
+        kind: How it is stored, for messages; None if it is stored as numbers of 16 or 32 bits.
+        blocks: Reads it in blocks of integers; None if no blocks hold it exactly.
     """
 
     def __init__(
@@ -83,6 +91,21 @@ class StoredTensor:
         turned = bool(architecture.transposed) and self.name.endswith(architecture.transposed)
         shape = [int(size) for size in tensor.shape]
         self.shape = tuple(shape if turned else reversed(shape))  # a file names the fastest dimension first
+        kind = str(tensor.tensor_type.name)
+        self.kind = None if kind in _NUMBERS else f"GGUF {kind}"
+        held = None if turned or len(shape) != 2 else BLOCK_KINDS.get(kind)
+        self.blocks: StoredBlocks | None = None
+        if held is not None:
+            self.blocks = StoredBlocks(
+                held.bits, held.block_size, False, held.scale_dtype, partial(self._read_blocks, held)
+            )
+
+    def _read_blocks(self, kind: BlockKind) -> BlockWeight:
+        parts: list[NDArray[Any]] = list(kind.unpack(self._tensor.data))
+        laid_out = [_laid_out(part, self.name, self._architecture, self._config) for part in parts]
+        values, scales = (torch.from_numpy(np.ascontiguousarray(part)) for part in laid_out)
+        release_pages(self._reader)
+        return BlockWeight(kind.bits, kind.block_size, values, scales)
 
     def __getitem__(self, index: Any) -> Tensor:
         """Reads some of the values, as one reads from an open safetensors file."""
