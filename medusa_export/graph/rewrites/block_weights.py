@@ -130,7 +130,7 @@ class QuantizeWeights(Rewrite):
 
         def part(name: str, kind: ir.DataType, shape: tuple[int, int], make: _Make) -> ir.Value:
             def evaluate() -> ir.TensorProtocol:
-                return make(self._made(weight, bits, size, symmetric=symmetric))
+                return make(self._in_blocks(weight, bits, size, symmetric=symmetric))
 
             full_name = f"{weight.name}/int{bits}/{name}"
             return register(graph, ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=full_name))
@@ -146,7 +146,7 @@ class QuantizeWeights(Rewrite):
         )
         return parts
 
-    def _made(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
+    def _in_blocks(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
         """A matrix in blocks. The last one is kept, since its parts are written one after the other."""
         key = (weight.name, bits)
         if self._last is None or self._last[0] != key:
