@@ -231,6 +231,7 @@ def test_unusable_heads(tiny_model_folder: Path, tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_leaves_what_was_there(
     tiny_model_folder: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -214,11 +215,18 @@ def as_loaded(bundle: Bundle, graph: str, target: Path) -> onnx.GraphProto:
 
 
 @pytest.mark.parametrize(
-    ("family", "tied"), [("llama", False), ("qwen3", True), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+    ("family", "options", "tied"),
+    [
+        ("llama", {}, False),
+        ("gpt2", {"sampling": False, "max_position_embeddings": 64}, True),  # exported once, with test_families.py
+        pytest.param("qwen3", {}, True, marks=pytest.mark.slow),
+    ],
 )
-def test_no_step_transposes_a_weight(stock: Stock, tmp_path: Path, family: str, tied: bool) -> None:
+def test_no_step_transposes_a_weight(
+    stock: Stock, tmp_path: Path, family: str, options: dict[str, Any], tied: bool
+) -> None:
     """Heads share the lm_head, and it may be the embedding too: it is stored once, and read as it is stored."""
-    exported = stock.export(family, SEEDS.get(family, 0))
+    exported = stock.export(family, SEEDS.get(family, 0), **options)
     model = exported.step.model
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     graphs = [name for name in GRAPHS if name in exported.bundle.files]

@@ -113,6 +113,7 @@ def test_an_export_goes_on_without_a_derived_graph(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_failing_rewrite_of_the_standard_graph_is_named() -> None:
     step = smallest_step()
     with STANDARD.registered(Failing, after=LayOutLinears), pytest.raises(RewriteError, match="'failing'") as error:

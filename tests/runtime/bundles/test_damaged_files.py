@@ -372,6 +372,7 @@ def test_errors_of_the_library_in_encode_are_reported(folder: Path, damage: Call
         tokenizer.encode("中 Hello")
 
 
+@pytest.mark.slow
 def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama", num_hidden_layers=1), make_tokenizer()
     tokenizer.chat_template = "{% for %}"
