@@ -20,6 +20,11 @@ DYNAMIC_BLOCKS = 8
 LONE_CHUNK = 512
 SHARED_CHUNK = 64
 
+# Pairs of a token and a slot in a chunk of a prompt, where attention keeps the scores of all pairs in memory, as in
+# bundles with weights in integers. A model of 32 heads takes 128 MiB for each buffer of them. No chunk becomes shorter
+# than SHARED_CHUNK for it.
+MOST_SCORES = 2**20
+
 # Entries of rows that are moved at a time while requests decode: faster than a chunk of a prompt, even in new memory.
 MOVED_AT_ONCE = 512
 

@@ -21,6 +21,8 @@ from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.slots import PANEL
+from medusa_runtime.decoding.runner import StepRunner
+from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSizes
 from support.decoding import export, make_step, random_heads
 from support.stock import Stock
 from support.tiny_models import tiny_model
@@ -226,6 +228,18 @@ def test_other_bundles_keep_the_fused_attention(stock: Stock) -> None:
     assert bundle.panel is None
     for name in (ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH):
         assert bundle.graphs[name].rewrites[MakeAttentionRowExact.name] == 0
+
+
+def test_chunks_are_shorter_in_long_texts(stock: Stock) -> None:
+    """Attention keeps a score for each token of a chunk and each slot."""
+    for bundle, limits in (
+        (exported(stock, "grouped"), [512, 512, 244, 64, 40]),
+        (stock.export("llama").bundle, [512, 512, 512, 512, 40]),
+    ):
+        backend = OnnxRuntimeBackend(bundle, threads=1)
+        runner = StepRunner(bundle, backend, TreeSizes(1, TreeChoice(bundle.acceptance, bundle.tree, {})))
+        given = [(512, 0), (512, 1536), (512, 3784), (512, 100_000), (40, 100_000)]
+        assert [runner.chunk_limit(wanted, length) for wanted, length in given] == limits
 
 
 class Watched(OnnxRuntimeBackend):

@@ -197,7 +197,8 @@ class DecodeLoop:
 
     def _chunk_with_room(self, job: Job, row: int, decoding: Sequence[int]) -> tuple[Sequence[int], int]:
         """The next chunk of a prompt, with room for it; and the number of moved entries."""
-        limit = self.runner.chunk_limit(self.prefill_chunk if decoding else self.lone_chunk)
+        wanted = self.prefill_chunk if decoding else self.lone_chunk
+        limit = self.runner.chunk_limit(wanted, job.sequence.prefilled)
         make = self._room.make_in_part if decoding else lambda row, size: self._room.make([row], size)
         chunk = job.sequence.next_chunk(limit)
         try:

@@ -15,6 +15,7 @@ from medusa_runtime.decoding.retry import retried
 from medusa_runtime.decoding.room import MovedRoom, Room, SharedRoom
 from medusa_runtime.decoding.tree_choice import TreeSizes
 from medusa_runtime.errors import BackendError, DoubtfulRowsError
+from medusa_runtime.tuning import MOST_SCORES, SHARED_CHUNK
 
 
 class StepsInFlight:
@@ -98,9 +99,17 @@ class StepRunner:
         """The most tokens of a lookup hit that a tree has nodes for."""
         return min(self._sizes.largest - 1, self._bundle.tree.max_depth)
 
-    def chunk_limit(self, wanted: int) -> int:
-        """The most tokens of a prompt that one step takes in, ``wanted`` at most."""
-        return min(wanted, self.backend.max_tokens or wanted)
+    def chunk_limit(self, wanted: int, length: int) -> int:
+        """The most tokens of a prompt that one step takes in, ``wanted`` at most.
+
+        Args:
+            wanted: Tokens.
+            length: Tokens of the row before the chunk.
+        """
+        limit = min(wanted, self.backend.max_tokens or wanted)
+        if self._bundle.panel is None:
+            return limit
+        return min(limit, max(SHARED_CHUNK, MOST_SCORES // (length + limit)))
 
     def tree_size(self, rows: Sequence[int], hits: Collection[int]) -> int:
         """Nodes per row in the next step of these rows: those of ``TreeSizes``, or fewer to keep to a panel.
