@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -112,3 +113,19 @@ def packed_kinds(sources: Mapping[str, object]) -> dict[str, str]:
     """How weights are stored that are dequantized when they are read, by their names."""
     kinds = {name: source.kind for name, source in sources.items() if isinstance(source, Packed)}
     return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def dequantized_note(source: str, kinds: Sequence[str]) -> str | None:
+    """A sentence that says which weights were dequantized to store them in another way; None if there are none.
+
+    Args:
+        source: The model's name.
+        kinds: How the files of the model store each of these weights.
+    """
+    if not kinds:
+        return None
+    counts = ", ".join(f"{kind} ({count})" for kind, count in sorted(Counter(kinds).items()))
+    return (
+        f"{len(kinds)} matrices of {source} are dequantized: {counts}. The bundle does not store them as the files do, "
+        "since its weights are of another type or size of blocks, or no blocks hold them exactly."
+    )

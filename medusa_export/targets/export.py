@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike, fspath
@@ -28,6 +28,7 @@ from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.checkpoints import check_fast, load_tokenizer, model_name, open_model, reading
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
+from medusa_export.models.packed import StoredBlocks, dequantized_note
 from medusa_export.models.supported import check_supported
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.attention import ATTENTION_NAME
@@ -114,7 +115,8 @@ def export(
             attached = _attached(source.model, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
         step = _step(source.model, attached, chosen.tree, sampling=sampling, rules=acceptance_rules)
-        read = StepWeights(step, source.readers, WeightRange(step, source.path).check)
+        check = WeightRange(step, source.path).check
+        read = StepWeights(step, source.readers, check, blocks=source.blocks, packed=source.packed)
         types = weights if isinstance(weights, WeightTypes) else WeightTypes.all(weights)
         graph = build_graph(step, on_progress, weights=read, types=types)
         bundle = write_bundle(
@@ -130,8 +132,9 @@ def export(
             end_tokens=ends,
             on_progress=on_progress,
         )
-    for note in bundle.notes:
-        warnings.warn(note, MedusaWarning, stacklevel=2)
+    note = dequantized_note(source.name, list(read.dequantized.values()))
+    for words in [*bundle.notes, *([] if note is None else [note])]:
+        warnings.warn(words, MedusaWarning, stacklevel=2)
     return bundle
 
 
@@ -154,6 +157,8 @@ class _Source:
         path: The folder, file or hub id that it was read from; None for a loaded model.
         name: The model's name.
         readers: Functions that read the weights that are placeholders in the model.
+        blocks: Those of these weights that the files hold in blocks of integers.
+        packed: How the files store those of these weights that are dequantized when they are read.
     """
 
     model: PreTrainedModel
@@ -161,6 +166,8 @@ class _Source:
     path: str | None
     name: str
     readers: Readers = field(default_factory=dict)
+    blocks: Mapping[str, StoredBlocks] = field(default_factory=dict)
+    packed: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -190,7 +197,7 @@ def _opened(
         )
         check_supported(opened.model)
         read = _fast(load_tokenizer(path)) if with_tokenizer else None
-        yield _Source(opened.model, read, path, model_name(path), opened.readers)
+        yield _Source(opened.model, read, path, model_name(path), opened.readers, opened.blocks, opened.packed)
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:

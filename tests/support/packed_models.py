@@ -162,15 +162,20 @@ def _write_integers(
     top = 2 ** settings["bits"]
     random = torch.Generator().manual_seed(0)
     for name, module in packed_linears(model).items():
-        rows, columns = module.weight.shape
-        groups = columns // settings["group_size"]
-        values = torch.randint(0, top, (rows, columns), generator=random)
-        zero_points = torch.randint(1, top, (rows, groups), generator=random)
-        zero_points = torch.full_like(zero_points, top // 2) if symmetric else zero_points
-        scales = (torch.rand(rows, groups, generator=random) * 0.1 + 0.01).half()
+        weight = module.weight.detach().float()
+        columns = weight.shape[1]
         group_of = torch.arange(columns) // settings["group_size"]
         if shuffled:
             group_of = group_of[torch.randperm(columns, generator=random)]
+        groups = weight[:, group_of.argsort()].unflatten(1, (-1, settings["group_size"]))
+        low, high = groups.amin(-1), groups.amax(-1)
+        if symmetric:
+            scales = (groups.abs().amax(-1) / (top // 2 - 1)).half()
+            zero_points = torch.full(scales.shape, top // 2)
+        else:
+            scales = ((high - low) / (top - 1)).half()
+            zero_points = (-low / scales).round().long().clamp(1, top - 1)
+        values = (weight / scales[:, group_of] + zero_points[:, group_of]).round().long().clamp(0, top - 1)
         del state[f"{name}.weight"]
         parts = packed(values, zero_points, scales, group_of)
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
