@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -83,6 +84,21 @@ def test_compressed_tensors_are_rounded_once(tmp_path: Path) -> None:
     ours = load_model(str(source), dtype=torch.float32)
     for name, weight in theirs.named_parameters():
         assert torch.equal(ours.get_parameter(name).bfloat16().float(), weight), name
+
+
+def test_compressed_tensors_with_groups_in_another_order(tmp_path: Path) -> None:
+    layout, weights = COMPRESSED["int4 in groups"]
+    source = write_compressed(tmp_path / "model", torch.float32, layout, **weights)
+    name, file = "model.layers.0.self_attn.q_proj", source / "model.safetensors"
+    before = load_model(str(source), dtype=torch.float32).get_parameter(f"{name}.weight")
+    tensors = load_file(file)
+    scales, order = tensors[f"{name}.weight_scale"], torch.arange(64) // 32
+    integers = (before / scales[:, order]).round()
+    tensors[f"{name}.weight_g_idx"] = (1 - order).to(torch.int32)
+    save_file(tensors, file, {"format": "pt"})
+    opened = open_model(str(source), dtype=torch.float32)
+    assert torch.equal(opened.readers[f"{name}.weight"](), integers * scales[:, 1 - order])
+    assert f"{name}.weight" not in opened.blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
