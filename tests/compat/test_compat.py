@@ -17,7 +17,7 @@ def test_a_module_was_tried_with_the_versions_that_tests_install(module: Path) -
     """After a version in constraints.txt is raised: try without each patch, then correct the docstring."""
     (words,) = re.findall(r"^Tried with (.*?)\.$", module.read_text(), flags=re.MULTILINE)
     tried = dict(re.findall(r"(\w+) (\d[\d.]*\d)", words))
-    assert module.stem in tried
+    assert tried
     assert tried == {name: PINNED[name.replace("_", "-")] for name in tried}
 
 
