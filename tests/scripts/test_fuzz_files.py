@@ -10,7 +10,7 @@ from medusa_runtime import Bundle
 from support.script import load_script
 
 SEED = 21
-CASES = 800
+CASES = 2000
 
 
 @pytest.mark.slow
