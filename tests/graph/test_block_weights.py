@@ -31,7 +31,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "asymmetric int4"])
+@pytest.fixture(
+    scope="module",
+    params=["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "asymmetric int4"))],
+)
 def bundle(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     kind = request.param.removeprefix("asymmetric ")
     types = WeightTypes.all(kind, symmetric=kind == request.param)

@@ -58,8 +58,7 @@ def build_engine(
     Raises:
         BackendError: TensorRT is not installed.
         BundleError: The bundle can't be read.
-        EngineBuildError: The bundle stores matrices as integers, TensorRT refuses the graph, or it can't build an
-            engine with these options.
+        EngineBuildError: The bundle stores matrices as integers, or TensorRT refuses the graph or the options.
         ExportError: There is something else at ``output``.
         OutputError: The engine can't be written.
     """
