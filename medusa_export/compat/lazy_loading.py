@@ -102,9 +102,8 @@ def _recording(convert: Callable[..., dict[str, Any]], left: LeftInFiles) -> Cal
         else:
             made = empty
             left.sources[transform.target_patterns[0]] = sources[transform.source_patterns[0]][0].args[0]
-        buffers = {name for name, _ in model.named_buffers()}
         for name in made:
-            if name in buffers:
+            if _is_buffer(model, name):
                 made[name] = read(name)
             else:
                 left.readers[name] = partial(read, name)
@@ -121,6 +120,11 @@ def _renamed(transform: Any, sources: dict[str, list[Any]]) -> dict[str, Tensor]
     ((tensor, _, dtype),) = (job.args for job in sources[transform.source_patterns[0]])
     shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
     return {transform.target_patterns[0]: torch.empty(tuple(shape), dtype=dtype, device="meta")}
+
+
+def _is_buffer(model: PreTrainedModel, name: str) -> bool:
+    module, _, own = name.rpartition(".")
+    return own in model.get_submodule(module)._buffers
 
 
 def _single(value: Any) -> Tensor:

@@ -117,17 +117,16 @@ class LazyWeight(ir.LazyTensor):
         read: Makes the values.
         shape: The shape of the values.
         dtype: The dtype of the values.
-
-        role: What the weight is for.
+        role: The part of the model that uses the weight.
         is_table: The model looks rows up in it by token.
         blocks: The weight in blocks of integers that hold it exactly; None if there are none.
 
     Attributes:
-        read: As given.
+        read: Makes the values.
         torch_dtype: The dtype of the values.
-        role: As given.
-        is_table: As given.
-        blocks: As given.
+        role: The part of the model that uses the weight.
+        is_table: The model looks rows up in it by token.
+        blocks: The weight in blocks of integers that hold it exactly; None if there are none.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ def exact_blocks(sources: Mapping[str, object], dtype: torch.dtype) -> dict[str,
 
 
 def packed_kinds(sources: Mapping[str, object]) -> dict[str, str]:
-    """How weights are stored that are dequantized when they are read, by their names."""
+    """The storage of each weight that is dequantized when it is read, by the weight's name."""
     kinds = {name: source.kind for name, source in sources.items() if isinstance(source, Packed)}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 

@@ -1,4 +1,4 @@
-"""How the weights of a bundle are stored."""
+"""The storage types of a bundle's weights, as an export is asked for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from medusa_export.common import defaults
 from medusa_export.common.dtypes import WEIGHT_TYPES, WeightType
 from medusa_export.common.errors import OptionError
 from medusa_export.models.blocks import Bits
+from medusa_runtime.bundles.bundle import WeightFacts
 
 Role = Literal["layers", "lm_head", "heads", "embeddings", "other"]
 
@@ -18,8 +19,8 @@ _LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True)
-class WeightTypes:
-    """How the weights of a bundle are stored: None is the dtype that it computes in.
+class WeightTypes(WeightFacts):
+    """Storage types of a bundle's weights: None is the dtype that it computes in.
 
     Attributes:
         layers: The linear layers of the decoder layers.
@@ -31,12 +32,7 @@ class WeightTypes:
         symmetric: Have no zero points.
     """
 
-    layers: WeightType | None = None
-    lm_head: WeightType | None = None
-    heads: WeightType | None = None
-    embeddings: WeightType | None = None
     block_size: int = defaults.BLOCK_SIZE
-    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.block_size < _LEAST_BLOCK or self.block_size & (self.block_size - 1):
@@ -55,11 +51,6 @@ class WeightTypes:
         """One type for all matrices, but no less than 8 bits for embeddings, of which a step reads a few rows."""
         embeddings: WeightType | None = None if weights is None else "int8"
         return cls(weights, weights, weights, embeddings, block_size, symmetric)
-
-    @property
-    def has_integers(self) -> bool:
-        """True if any matrix is stored in integers."""
-        return any((self.layers, self.lm_head, self.heads, self.embeddings))
 
     def bits(self, role: Role) -> Bits | None:
         """The bits per value of the weights of a role; None for the dtype that the bundle computes in."""
