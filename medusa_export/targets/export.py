@@ -111,8 +111,7 @@ def export(
     on_progress(Progress("loading the model"))
     with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer) as source:
         ends = _end_tokens(source)
-        with _lm_head_in_memory(source):
-            attached = _attached(source.model, heads, init_heads, measured, on_progress)
+        attached = _attached(source, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
         step = _step(source.model, attached, chosen.tree, sampling=sampling, rules=acceptance_rules)
         check = WeightRange(step, source.path).check
@@ -224,7 +223,7 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _lm_head_in_memory(source: _Source) -> Iterator[None]:
-    """Gives the model's output projection its values while the block lasts. Heads are compared with it."""
+    """Gives the model's output projection its values while the block lasts. Heads in a file are compared with it."""
     lm_head = source.model.get_output_embeddings()
     placeholder = lm_head.weight
     named = source.model.named_parameters(remove_duplicate=False)
@@ -247,22 +246,23 @@ def _end_tokens(source: _Source) -> EndTokens:
 
 
 def _attached(
-    model: PreTrainedModel,
+    source: _Source,
     heads: str | PathLike[str] | DraftHeads | None,
     init_heads: int | None,
     calibration: Calibration | None,
     on_progress: OnProgress,
 ) -> DraftHeads | None:
     if init_heads is not None:
-        return MedusaHeads.fresh(init_heads, model.get_output_embeddings())
+        return MedusaHeads.fresh(init_heads, source.model.get_output_embeddings())
     if heads is None:
         return None
     if isinstance(heads, DraftHeads):
-        _check_heads(heads, model)
+        _check_heads(heads, source.model)
         attached = heads
     else:
         on_progress(Progress(f"loading heads from {fspath(heads)}"))
-        attached = load_heads(fspath(heads), model)
+        with _lm_head_in_memory(source):
+            attached = load_heads(fspath(heads), source.model)
     if calibration is not None and len(calibration.accuracies) != attached.config.num_heads:
         raise OptionError(
             f"The calibration is of {len(calibration.accuracies)} heads, but these are {attached.config.num_heads}: "
