@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from medusa_export.common.extras import extra
 
 if TYPE_CHECKING:
-    from medusa_export.benchmarks.bench import BenchPeers, BenchResult, bench
+    from medusa_export.benchmarks.bench import BenchResult, bench
+    from medusa_export.benchmarks.peers import BenchPeers
     from medusa_export.benchmarks.prompts import BenchPrompt, bench_prompts
     from medusa_export.benchmarks.speeds import Speed
     from medusa_export.common.errors import (
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "BackendError": "medusa_runtime.errors",
-    "BenchPeers": "medusa_export.benchmarks.bench",
+    "BenchPeers": "medusa_export.benchmarks.peers",
     "BenchPrompt": "medusa_export.benchmarks.prompts",
     "BenchResult": "medusa_export.benchmarks.bench",
     "Bundle": "medusa_runtime.bundles.bundle",

@@ -16,7 +16,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.benchmarks import contestants as bench
+from medusa_export.benchmarks.contestants import Contestant as Peer
+from medusa_export.benchmarks.peers import genai_contestant, transformers_contestant
 from medusa_runtime import MedusaEngine
 from medusa_runtime.bundles.bundle import WEIGHTS
 
@@ -52,7 +53,7 @@ class Bundle:
         return seconds * (tokens - 1) / (len(result.token_ids) - 1)
 
 
-def seconds_of(peer: bench.Contestant, prompt: list[int]) -> Contestant:
+def seconds_of(peer: Peer, prompt: list[int]) -> Contestant:
     """Another runtime as a contestant of this script."""
 
     def run(tokens: int) -> float:
@@ -110,9 +111,9 @@ def main(
     for size in tree_sizes:
         contestants[f"bundle with heads, tree size {size}, per step"] = _per_step(Bundle(heads, prompt, threads, size))
     if genai_model is not None:
-        contestants["onnxruntime-genai, fp32"] = seconds_of(bench.genai_contestant(genai_model, threads), prompt)
+        contestants["onnxruntime-genai, fp32"] = seconds_of(genai_contestant(genai_model, threads), prompt)
     if model is not None:
-        contestants["transformers generate"] = seconds_of(bench.transformers_contestant(model, threads), prompt)
+        contestants["transformers generate"] = seconds_of(transformers_contestant(model, threads), prompt)
     contestants["reading the weights"] = reading((no_heads / WEIGHTS).stat().st_size, threads)
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -15,7 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medusa_export.benchmarks.contestants import Generation, engine_contestant, transformers_contestant
+from medusa_export.benchmarks.contestants import Generation, engine_contestant
+from medusa_export.benchmarks.peers import transformers_contestant
 from medusa_export.benchmarks.prompts import BenchPrompt, bench_prompts
 from medusa_export.benchmarks.speeds import Speed, race, speeds
 from medusa_runtime import MedusaEngine

@@ -15,14 +15,10 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from medusa_export.benchmarks.contestants import (
-    Contestants,
-    engine_contestant,
-    genai_contestant,
-    llama_cpp_contestant,
-    resident,
-    transformers_contestant,
-)
+from medusa_export.benchmarks.contestants import Contestants, engine_contestant, resident
+from medusa_export.benchmarks.peer_weights import bundle_weights
+from medusa_export.benchmarks.peers import BenchPeers, llama_cpp_build
+from medusa_export.benchmarks.processor import processor
 from medusa_export.benchmarks.prompts import BenchPrompt, bench_prompts
 from medusa_export.benchmarks.speeds import Speed, by_category, race, speeds
 from medusa_export.common import defaults
@@ -31,26 +27,8 @@ from medusa_export.common.progress import OnProgress, Progress, Task, ignore_pro
 from medusa_runtime.common.cpus import usable_cpus
 from medusa_runtime.engine import MedusaEngine
 
-LLAMA_CPP = "llama.cpp"
 AUTO = "auto"
 _USUAL_SIZES = (2, 4, 6, 8, 10, 12, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class BenchPeers:
-    """Other programs to measure beside a bundle; those that are None are left out.
-
-    Attributes:
-        plain: A bundle of the same model without heads.
-        model: The model to run with transformers: a folder, a hub id or a ``.gguf`` file.
-        genai: The folder of a model for onnxruntime-genai.
-        llama_cpp: A GGUF file for llama.cpp.
-    """
-
-    plain: Path | None = None
-    model: str | None = None
-    genai: Path | None = None
-    llama_cpp: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +57,8 @@ class BenchResult:
             "tokens_per_step": self.auto.tokens_per_step,
             "overhead": self.auto.overhead,
             "tree_size": self.auto.nodes_per_step,
-            # llama.cpp computes with quantized weights in another way, so its tokens prove nothing.
-            "identical": all(speed.identical for name, speed in self.speeds.items() if name != LLAMA_CPP),
+            # Tokens of peers with weights of their own prove nothing.
+            "identical": all(speed.identical for speed in self.speeds.values() if speed.comparable),
             "contestants": {name: asdict(speed) for name, speed in self.speeds.items()},
             "categories": {name: dict(figures) for name, figures in self.categories.items()},
             "environment": environment(),
@@ -99,6 +77,8 @@ def bench(
     on_progress: OnProgress = ignore_progress,
 ) -> BenchResult:
     """Measures tokens per second, tokens per step and the cost of a step with a bundle.
+
+    All contestants generate as many tokens per prompt as plain decoding of the bundle does.
 
     Args:
         bundle: The folder of the bundle.
@@ -127,13 +107,14 @@ def bench(
     engine = MedusaEngine.load(Path(bundle), threads=threads)
     ids = _encoded(engine, asked)
     names = {size: f"tree size {size}" for size in _measured_sizes(engine, tree_sizes)}
-    contestants = Contestants(ids[0], max_new_tokens)
+    contestants, weights = Contestants(ids[0], max_new_tokens), bundle_weights(engine.bundle)
     for size, name in names.items():
-        contestants.add(name, partial(engine_contestant, engine, size), since=empty)
-    contestants.add(AUTO, partial(engine_contestant, engine, "auto"), since=empty)
+        contestants.add(name, partial(engine_contestant, engine, size), weights, since=empty)
+    contestants.add(AUTO, partial(engine_contestant, engine, "auto"), weights, since=empty)
     if engine.bundle.tree.size > 1:
-        contestants.add(f"{AUTO}, no lookup", partial(engine_contestant, engine, "auto", lookup=False), since=empty)
-    _add_peers(contestants, peers, threads, engine.bundle.model.eos_token_ids)
+        without = partial(engine_contestant, engine, "auto", lookup=False)
+        contestants.add(f"{AUTO}, no lookup", without, weights, since=empty)
+    peers.add_to(contestants, engine.bundle, threads)
     task = Task("answering", len(ids) * repeats, on_progress)
     answers = race(
         contestants.by_name,
@@ -143,7 +124,7 @@ def bench(
         repeats=repeats,
         on_prompt=task.finish_piece,
     )
-    measured = speeds(answers, names[1], contestants.memory)
+    measured = speeds(answers, names[1], contestants.memory, contestants.weights)
     categories = by_category(answers, [prompt.category for prompt in asked], AUTO, names[1])
     return BenchResult(measured, {size: measured[name] for size, name in names.items()}, categories)
 
@@ -163,18 +144,6 @@ def _measured_sizes(engine: MedusaEngine, asked: Sequence[int] | None) -> list[i
     return sizes
 
 
-def _add_peers(contestants: Contestants, peers: BenchPeers, threads: int, end_tokens: Sequence[int]) -> None:
-    plain, genai, llama_cpp, model = peers.plain, peers.genai, peers.llama_cpp, peers.model
-    if plain is not None:
-        contestants.add("without heads", lambda: engine_contestant(MedusaEngine.load(plain, threads=threads), 1))
-    if genai is not None:
-        contestants.add("onnxruntime-genai", lambda: genai_contestant(genai, threads))
-    if llama_cpp is not None:
-        contestants.add(LLAMA_CPP, lambda: llama_cpp_contestant(llama_cpp, threads))
-    if model is not None:
-        contestants.add("transformers", lambda: transformers_contestant(model, threads, end_tokens))
-
-
 def environment() -> dict[str, Any]:
     """Returns facts about this machine and its packages, for JSON."""
     found = {}
@@ -185,6 +154,8 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "platform": platform.platform(),
+        "processor": asdict(processor()),
         "versions": found,
+        "llama.cpp": llama_cpp_build(),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }

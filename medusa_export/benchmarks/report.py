@@ -17,10 +17,10 @@ from medusa_export.common.errors import DatasetError
 
 COLUMNS = (
     "", "tokens/s", "range", "tokens per step", "nodes per step", "over- head", "speedup", "first token", "memory",
-    "same tokens",
+    "same tokens", "weights",
 )  # fmt: skip
 # Not shown at a terminal, which is narrow.
-_WIDE = {"range", "nodes per step"}
+_WIDE = {"range", "nodes per step", "weights"}
 
 
 def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
@@ -36,7 +36,8 @@ def rows(measured: Mapping[str, Speed]) -> list[tuple[str, ...]]:
             f"{speed.speedup:.2f}x",
             f"{speed.first_token_seconds * 1e3:.0f} ms",
             "" if speed.memory_mib is None else f"{speed.memory_mib} MiB",
-            "yes" if speed.identical else "NO",
+            "yes" if speed.identical else "NO" if speed.comparable else "no",
+            str(speed.weights or ""),
         )
         for name, speed in measured.items()
     ]
@@ -51,6 +52,15 @@ def as_table(measured: Mapping[str, Speed]) -> Table:
     for row in rows(measured):
         table.add_row(*compress(row, shown))
     return table
+
+
+def own_weights(measured: Mapping[str, Speed]) -> list[str]:
+    """Returns a sentence for each contestant whose weights are not the bundle's."""
+    return [
+        f"{name} has weights of its own ({speed.weights.kind}), so its tokens may differ."
+        for name, speed in measured.items()
+        if speed.weights is not None and not speed.comparable
+    ]
 
 
 def as_markdown(measured: Mapping[str, Speed], categories: Mapping[str, Mapping[str, float]]) -> str:

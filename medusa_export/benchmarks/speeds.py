@@ -1,8 +1,8 @@
 """Measures the speeds of contestants, and compares them with a baseline.
 
-In each repeat every contestant answers every prompt. The order is shuffled for each prompt, with a fixed seed, because
-threads and caches of one contestant may disturb the one after it. Speeds are totals over prompts. Ratios are taken
-within a repeat, and figures are medians over repeats.
+In each repeat every contestant answers every prompt, with as many tokens as the baseline. The order is shuffled for
+each prompt, with a fixed seed, because threads and caches of one contestant may disturb the one after it. Speeds are
+totals over prompts. Ratios are taken within a repeat, and figures are medians over repeats.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from medusa_export.benchmarks.contestants import Contestant, Generation
+from medusa_export.benchmarks.peer_weights import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Speed:
         identical: True if all tokens are the baseline's.
         memory_mib: Memory that loading and a first answer added to this process, in MiB; None if not measured. Tree
             sizes share one engine.
+        weights: How it stores its weights; None if all contestants store them alike.
     """
 
     tokens_per_second: float
@@ -41,6 +43,12 @@ class Speed:
     first_token_seconds: float
     identical: bool
     memory_mib: int | None = None
+    weights: StoredWeights | None = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether its tokens should be the baseline's, since its weights are the same numbers."""
+        return self.weights is None or self.weights.same
 
 
 def race(
@@ -58,26 +66,30 @@ def race(
         contestants: The contestants by name.
         baseline: The name of the one that the others are compared with.
         prompts: Token ids of each prompt.
-        max_new_tokens: Largest number of tokens to generate per prompt.
+        max_new_tokens: Largest number of tokens to generate per prompt. All generate as many as the baseline does.
         repeats: Number of times that each prompt is answered.
         on_prompt: Called when all have answered a prompt.
 
     Returns:
         The answers of each contestant, as [repeat][prompt].
     """
+    counts = [len(contestants[baseline](prompt, max_new_tokens).token_ids) for prompt in prompts]
     names = [baseline, *(name for name in contestants if name != baseline)]
     answers: dict[str, list[list[Generation]]] = {name: [[] for _ in range(repeats)] for name in names}
     orders = random.Random(0)  # noqa: S311  # no secret
     for repeat in range(repeats):
-        for prompt in prompts:
+        for prompt, count in zip(prompts, counts, strict=True):
             for name in orders.sample(names, len(names)):
-                answers[name][repeat].append(contestants[name](prompt, max_new_tokens))
+                answers[name][repeat].append(contestants[name](prompt, count))
             on_prompt()
     return answers
 
 
 def speeds(
-    answers: Mapping[str, list[list[Generation]]], baseline: str, memory: Mapping[str, int] | None = None
+    answers: Mapping[str, list[list[Generation]]],
+    baseline: str,
+    memory: Mapping[str, int] | None = None,
+    weights: Mapping[str, StoredWeights] | None = None,
 ) -> dict[str, Speed]:
     """Returns the speed of each contestant.
 
@@ -85,8 +97,9 @@ def speeds(
         answers: The answers of each contestant, as [repeat][prompt].
         baseline: The name of the contestant to compare with.
         memory: Memory of contestants in bytes, by name.
+        weights: How contestants store their weights, by name.
     """
-    taken = memory or {}
+    taken, stored = memory or {}, weights or {}
     rates = {name: [_rate(repeat) for repeat in repeats] for name, repeats in answers.items()}
     step_seconds = {name: [_step_seconds(repeat) for repeat in repeats] for name, repeats in answers.items()}
     expected = [answer.token_ids for answer in answers[baseline][0]]
@@ -101,6 +114,7 @@ def speeds(
             first_token_seconds=statistics.median(a.prefill_seconds for repeat in repeats for a in repeat),
             identical=all([answer.token_ids for answer in repeat] == expected for repeat in repeats),
             memory_mib=taken[name] >> 20 if name in taken else None,
+            weights=stored.get(name),
         )
         for name, repeats in answers.items()
     }

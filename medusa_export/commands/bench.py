@@ -35,8 +35,8 @@ from medusa_export.common.extras import extra
 @click.option("--threads", type=COUNT, help="CPU threads of each contestant. [default: all]")
 @click.option("--plain", type=PATH, help="Also measure this bundle of the model without heads.")
 @click.option("--model", help="Also measure transformers' generate with this model.")
-@click.option("--genai", type=PATH, help="Also measure onnxruntime-genai with this folder.")
-@click.option("--llama-cpp", type=PATH, help="Also measure llama.cpp with this GGUF file.")
+@click.option("--genai", type=PATH, multiple=True, help="Also measure onnxruntime-genai with this folder. Repeatable.")
+@click.option("--llama-cpp", type=PATH, multiple=True, help="Also measure llama.cpp with this GGUF file. Repeatable.")
 @click.option("--json", "json_path", type=PATH, help="Write a JSON report to this file.")
 @click.option("--markdown", type=PATH, help="Write tables to this file.")
 @click.option("--plot", type=PATH, help="Write a plot of speed against tree size to this PNG.")
@@ -57,8 +57,8 @@ def command(
     threads: int | None,
     plain: Path | None,
     model: str | None,
-    genai: Path | None,
-    llama_cpp: Path | None,
+    genai: tuple[Path, ...],
+    llama_cpp: tuple[Path, ...],
     json_path: Path | None,
     markdown: Path | None,
     plot: Path | None,
@@ -72,7 +72,7 @@ def command(
     """
     with shown_progress(quiet=quiet) as on_progress:
         from medusa_export import BenchPeers, bench, bench_prompts
-        from medusa_export.benchmarks.report import as_markdown, as_table, earlier_report, regressions
+        from medusa_export.benchmarks.report import as_markdown, as_table, earlier_report, own_weights, regressions
         from medusa_export.common.files import write_text
 
         if plot is not None:
@@ -100,6 +100,8 @@ def command(
     from rich.console import Console
 
     Console().print(as_table(result.speeds))
+    for sentence in own_weights(result.speeds):
+        click.echo(sentence)
     auto = result.auto
     click.echo(
         f"'auto' verifies {auto.nodes_per_step:.2g} nodes/step: {auto.tokens_per_step:.2f} tokens/step, "

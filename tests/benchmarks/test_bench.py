@@ -7,11 +7,15 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import gguf
+import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
@@ -21,14 +25,17 @@ from medusa_export.benchmarks.contestants import (
     Contestants,
     Generation,
     engine_contestant,
-    genai_contestant,
 )
+from medusa_export.benchmarks.peer_weights import StoredWeights, bundle_weights, genai_weights, gguf_weights
+from medusa_export.benchmarks.peers import genai_contestant
+from medusa_export.benchmarks.processor import processor
 from medusa_export.benchmarks.prompts import bench_prompts
-from medusa_export.benchmarks.report import as_markdown, as_table, earlier_report, regressions
+from medusa_export.benchmarks.report import as_markdown, as_table, earlier_report, own_weights, regressions
 from medusa_export.benchmarks.speeds import by_category, race, speeds
 from medusa_export.cli import main
-from medusa_export.common.errors import DatasetError
+from medusa_export.common.errors import CheckpointError, DatasetError
 from medusa_runtime import Bundle, MedusaEngine
+from medusa_runtime.bundles.bundle import WeightFacts
 from support.script import load_script
 
 
@@ -87,11 +94,71 @@ def test_everyone_answers_everything_after_everyone_else() -> None:
 
     prompts = [[number] for number in range(12)]
     answers = race({n: contestant(n) for n in "abcd"}, "a", prompts, max_new_tokens=3, repeats=2)
+    del order[: len(prompts)]  # the baseline's answers, whose lengths all take
     assert list(answers) == ["a", "b", "c", "d"]
     assert [[a.token_ids for a in repeat] for repeat in answers["b"]] == [[tuple(p * 3) for p in prompts]] * 2
     turns = [order[i : i + 4] for i in range(0, len(order), 4)]
     assert all(sorted(turn) == ["a", "b", "c", "d"] for turn in turns)
     assert {(x, y) for x, y in itertools.pairwise(order) if x != y} == set(itertools.permutations("abcd", 2))
+
+
+def test_all_generate_as_many_tokens_as_the_baseline() -> None:
+    def ends_early(prompt: list[int], count: int) -> Generation:
+        return Generation(tuple(range(min(count, prompt[0]))), 0.1, 0.2, 2)
+
+    def never_ends(_: list[int], count: int) -> Generation:
+        return Generation(tuple(range(count)), 0.1, 0.2, 2)
+
+    answers = race({"a": ends_early, "b": never_ends}, "a", [[3], [20]], max_new_tokens=9, repeats=1)
+    assert [[len(answer.token_ids) for answer in repeat] for repeat in answers["b"]] == [[3, 9]]
+
+
+def test_weights_of_peers() -> None:
+    own = StoredWeights("int4, blocks of 32", same=False)
+    answers = {"a": [[answer(10, 1.0, 10)]], "b": [[answer(10, 1.0, 10, first=8)]], "c": [[answer(9, 1.0, 9)]]}
+    found = speeds(answers, "a", weights={"a": StoredWeights("fp32", same=True), "b": own})
+    assert [found[name].comparable for name in "abc"] == [True, False, True]
+    assert own_weights(found) == ["b has weights of its own (int4, blocks of 32), so its tokens may differ."]
+    table = as_markdown(found, {})
+    assert "| yes | same: fp32 |" in table and "| no | own: int4, blocks of 32 |" in table and "| NO |  |" in table
+
+
+def test_the_weights_of_a_genai_model(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": {"filename": "m.onnx"}}}))
+    shutil.copy(tiny_bundle.graph, tmp_path / "m.onnx")
+    assert genai_weights(tmp_path, tiny_bundle) == bundle_weights(tiny_bundle) == StoredWeights("fp32", same=True)
+    assert not genai_weights(tmp_path, replace(tiny_bundle, dtype="float16")).same
+    assert not genai_weights(tmp_path, replace(tiny_bundle, weights=WeightFacts(layers="int4"))).same
+    node = onnx.helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", bits=4, block_size=64)
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [])), tmp_path / "m.onnx")
+    assert genai_weights(tmp_path, tiny_bundle) == StoredWeights("int4, blocks of 64", same=False)
+    for damage in ("m.onnx", "genai_config.json"):
+        (tmp_path / damage).write_text("{}")
+        with pytest.raises(CheckpointError, match="no model for onnxruntime-genai"):
+            genai_weights(tmp_path, tiny_bundle)
+
+
+@pytest.mark.parametrize(("kind", "same"), [("F32", True), ("Q8_0", False)])
+def test_the_weights_of_a_gguf_file(tiny_bundle: Bundle, tmp_path: Path, kind: str, same: bool) -> None:
+    file, stored = tmp_path / "m.gguf", gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("w", gguf.quants.quantize(np.ones((4, 64), np.float32), stored), raw_dtype=stored)
+    writer.add_tensor("norm", np.ones(64, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    assert gguf_weights(file, tiny_bundle) == StoredWeights("fp32" if same else kind, same=same)
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="can't be read as GGUF"):
+        gguf_weights(file, tiny_bundle)
+
+
+def test_the_processor_is_named(tmp_path: Path) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx avx2 avx_vnni\n")
+    assert processor(facts).name == "A CPU"
+    assert processor(facts).instructions == ("AVX2", "AVX-VNNI")
+    assert processor(tmp_path / "none").instructions is None
 
 
 class StandInGenai(ModuleType):
@@ -110,7 +177,7 @@ class StandInGenai(ModuleType):
     class GeneratorParams:
         def __init__(self, model: object) -> None: ...
 
-        def set_search_options(self, *, max_length: int, do_sample: bool) -> None:
+        def set_search_options(self, *, max_length: int, min_length: int, do_sample: bool) -> None:
             self.max_length = max_length
 
     class Generator:
@@ -159,8 +226,9 @@ def test_contestants_are_weighed() -> None:
         kept.append(bytearray(os.urandom(1 << 26)))
         return lambda _, count: answer(count, 1.0, count)
 
-    contestants.add("heavy", heavy)
-    contestants.add("light", lambda: lambda _, count: answer(count, 1.0, count))
+    weights = StoredWeights("fp32", same=True)
+    contestants.add("heavy", heavy, weights)
+    contestants.add("light", lambda: lambda _, count: answer(count, 1.0, count), weights)
     assert contestants.memory["heavy"] >> 20 in range(60, 140)
     assert contestants.memory["light"] >> 20 < 20
     found = speeds({name: [[answer(10, 1.0, 10)]] for name in contestants.by_name}, "light", contestants.memory)
