@@ -3,7 +3,7 @@
 Each function does what the command of the same kind does, and returns its result:
 
 * ``export`` compiles a model with heads to a bundle, ``build_engine`` a bundle to a TensorRT engine;
-* ``verify`` checks a bundle against PyTorch, ``bench`` measures its speed;
+* ``verify`` checks a bundle against PyTorch, ``bench`` measures its speed, ``quality`` what its quantization costs;
 * ``distill`` writes training data, ``train`` trains heads on it, ``calibrate`` measures their hit rates, and
   ``search_tree`` finds the best draft tree for these rates.
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from medusa_export.common.progress import OnProgress, Progress
+    from medusa_export.evaluation.figures import Closeness
+    from medusa_export.evaluation.quality import BundleQuality, HeadQuality, Quality, quality
     from medusa_export.heads.base import DraftHeads
     from medusa_export.heads.convert import convert_heads
     from medusa_export.heads.modules import MedusaHeads
@@ -67,9 +69,11 @@ _MODULES = {
     "BenchResult": "medusa_export.benchmarks.bench",
     "Bundle": "medusa_runtime.bundles.bundle",
     "BundleError": "medusa_runtime.errors",
+    "BundleQuality": "medusa_export.evaluation.quality",
     "Calibration": "medusa_export.trees.calibration",
     "Check": "medusa_export.verification.checks",
     "CheckpointError": "medusa_export.common.errors",
+    "Closeness": "medusa_export.evaluation.figures",
     "CompiledEngine": "medusa_runtime.bundles.compiled",
     "DatasetError": "medusa_export.common.errors",
     "DistillOptions": "medusa_export.training.options",
@@ -78,6 +82,7 @@ _MODULES = {
     "EngineBuildError": "medusa_export.common.errors",
     "ExportError": "medusa_export.common.errors",
     "ExtensionError": "medusa_export.common.errors",
+    "HeadQuality": "medusa_export.evaluation.quality",
     "HeadShape": "medusa_export.training.options",
     "MedusaError": "medusa_runtime.errors",
     "MedusaHeads": "medusa_export.heads.modules",
@@ -88,6 +93,7 @@ _MODULES = {
     "OptionError": "medusa_export.common.errors",
     "OutputError": "medusa_export.common.errors",
     "Progress": "medusa_export.common.progress",
+    "Quality": "medusa_export.evaluation.quality",
     "SettingsError": "medusa_export.common.errors",
     "Speed": "medusa_export.benchmarks.speeds",
     "Split": "medusa_export.training.distillation",
@@ -108,6 +114,7 @@ _MODULES = {
     "convert_heads": "medusa_export.heads.convert",
     "distill": "medusa_export.training.distill",
     "export": "medusa_export.targets.export",
+    "quality": "medusa_export.evaluation.quality",
     "search_tree": "medusa_export.trees.search",
     "time_tree": "medusa_export.trees.timing",
     "train": "medusa_export.training.train",
@@ -121,9 +128,11 @@ __all__ = [
     "BenchResult",
     "Bundle",
     "BundleError",
+    "BundleQuality",
     "Calibration",
     "Check",
     "CheckpointError",
+    "Closeness",
     "CompiledEngine",
     "DatasetError",
     "DistillOptions",
@@ -132,6 +141,7 @@ __all__ = [
     "EngineBuildError",
     "ExportError",
     "ExtensionError",
+    "HeadQuality",
     "HeadShape",
     "MedusaError",
     "MedusaHeads",
@@ -142,6 +152,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "Progress",
+    "Quality",
     "SettingsError",
     "Speed",
     "Split",
@@ -162,6 +173,7 @@ __all__ = [
     "convert_heads",
     "distill",
     "export",
+    "quality",
     "search_tree",
     "time_tree",
     "train",
@@ -169,7 +181,7 @@ __all__ = [
 ]
 
 # Functions that need more than the extra ``export`` installs.
-_EXTRAS = {"calibrate": "train", "distill": "train", "train": "train"}
+_EXTRAS = {"calibrate": "train", "distill": "train", "quality": "train", "train": "train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from medusa_export.benchmarks.speeds import Speed
 from medusa_export.common.files import atomic_file
+from medusa_export.evaluation.quality import Quality
 from medusa_export.training.report import held_out
 from medusa_export.trees.calibration import Calibration
 
@@ -87,6 +88,31 @@ def plot_calibration(calibration: Calibration, target: Path) -> None:
     title = f"{calibration.positions:,} held-out positions"
     axes.set(xlabel="candidates", ylabel="chance that one is right", title=title, ylim=(0, 1))
     axes.legend()
+    _save(figure, target)
+
+
+def plot_quality(quality: Quality, target: Path) -> None:
+    """Plots KL divergence and perplexity of bundles over the size of their weights.
+
+    Args:
+        quality: The measured quality.
+        target: The PNG file to write.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    divergence, perplexity = figure.subplots(1, 2)
+    for bundle in quality.bundles:
+        close, size = bundle.closeness, [bundle.megabytes]
+        divergence.plot(size, [max(close.divergence, 1e-9)], "o", label=bundle.name)
+        excess, error = 100 * (close.perplexity_ratio - 1), 100 * close.perplexity_error
+        perplexity.errorbar(size, [excess], [error], fmt="o", capsize=3, label=bundle.name)
+    title = f"{quality.bundles[0].closeness.tokens:,} tokens of {quality.texts:,} texts"
+    divergence.set(xlabel="weights (MB)", ylabel="KL divergence (nats)", yscale="log", title=title)
+    perplexity.set(xlabel="weights (MB)", ylabel="perplexity above the model's (%)", title=f"Against {quality.model}")
+    perplexity.axhline(0.0, color="grey", linewidth=0.8)
+    perplexity.legend()
     _save(figure, target)
 
 

@@ -38,6 +38,7 @@ from medusa_export.common.extras import extra
 )
 @strict_option("data")
 @click.option("--lookup/--no-lookup", default=True, show_default=True, help="Count the runtime's lookup hits, too.")
+@click.option("--bundle", type=PATH, help="Use the integers of this bundle in the place of the matrices of MODEL.")
 @dtype_option("the model's")
 @device_option
 @quiet_option
@@ -50,6 +51,7 @@ def command(
     max_length: int,
     strict: bool,
     lookup: bool,
+    bundle: Path | None,
     dtype: Dtype | None,
     device: str | None,
     quiet: bool,
@@ -72,6 +74,7 @@ def command(
             max_length=max_length,
             strict=strict,
             lookup=lookup,
+            bundle=bundle,
             dtype=dtype,
             device=device,
             on_progress=on_progress,

@@ -29,6 +29,10 @@ BENCH_TOKENS = 96  # per prompt
 BENCH_REPEATS = 3
 BENCH_TOLERANCE = 0.1  # share by which a ratio may be worse than an earlier one
 
+# Quality
+QUALITY_TOKENS = 256  # per answer of the model
+QUALITY_LENGTH = 512  # tokens of a text
+
 # Heads
 HEAD_ARCHITECTURE = "medusa"
 HEADS_LAYOUT: Final = "own"

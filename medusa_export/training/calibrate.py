@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,13 @@ from transformers import PreTrainedModel
 
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import Dtype
-from medusa_export.common.errors import MedusaWarning, TrainingError
+from medusa_export.common.errors import MedusaWarning, TrainingError, VerificationError
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
+from medusa_export.compat.transformers import default_attention
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.models.checkpoints import load_model
+from medusa_export.step.reference import load_reference
 from medusa_export.training.conversations import Sample
 from medusa_export.training.dataset import load_heldout
 from medusa_export.training.device import device_of, dtype_of
@@ -40,6 +43,9 @@ from medusa_export.training.features import (
 from medusa_export.training.medusa1 import TOP, HeadLoss
 from medusa_export.training.templates import load_chat_tokenizer
 from medusa_export.trees.calibration import Calibration
+from medusa_export.verification.plan import check_same
+from medusa_export.verification.stored_matrices import use_stored_matrices
+from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.lookup import TokenLookup
 from medusa_runtime.tuning import DEEPEST_LOOKUP
 
@@ -54,6 +60,7 @@ def calibrate(
     max_length: int = defaults.MAX_LENGTH,
     strict: bool = False,
     lookup: bool = True,
+    bundle: str | PathLike[str] | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,
     on_progress: OnProgress = ignore_progress,
@@ -71,6 +78,8 @@ def calibrate(
         max_length: Largest number of tokens of a conversation; the rest is cut off.
         strict: Refuse data with rows that can't be used, instead of leaving these rows out.
         lookup: Count the runtime's lookup hits, too.
+        bundle: A bundle of this model and these heads whose matrices are stored as integers. They take the place of the
+            model's and the heads' own.
         dtype: Type of the model's weights; bf16 on a GPU and fp32 elsewhere if None.
         device: The device to run on, such as ``cuda:1``; the GPU, if there is one, if None.
         on_progress: Receives reports.
@@ -80,7 +89,9 @@ def calibrate(
 
     Raises:
         OptionError: The type is unknown.
+        BundleError: The bundle can't be read.
         CheckpointError: The model or the heads can't be read, or don't fit each other.
+        VerificationError: The bundle was exported from another model, or with other heads.
         DatasetError: The data can't be read, or are too short for the heads.
         SettingsError: A folder of data was not written by ``distill``.
         TrainingError: The heads' logits are not finite.
@@ -93,19 +104,81 @@ def calibrate(
     if tokenized.note:
         warnings.warn(tokenized.note, MedusaWarning, stacklevel=2)
     on_progress(Progress(f"loading {source}"))
-    base = load_model(source, dtype=getattr(torch, kind)).to(place)
-    attached = load_heads(fspath(heads), base).float().to(place)
-    depth = depth_of(attached, lookup=lookup)
-    parts: list[Features] = []
-    texts: list[Sample] = []
-    for samples in tokenized.samples["heldout"]:
-        key = FeatureKey.of(base, Path(source).name, digest_of_samples(samples), depth, max_length)
-        parts.append(_computed(base, samples, key, on_progress))
-        texts += [sample for batch in batched(samples, max_length) for sample in batch]
-    features = Features.join(parts)
-    on_progress(Progress(f"running the heads over {len(features):,} positions"))
+    if bundle is None:
+        base = load_model(source, dtype=getattr(torch, kind))
+        attached = load_heads(fspath(heads), base)
+    else:
+        base, attached = load_with_integers(Bundle.load(Path(bundle)), source, fspath(heads))
     names = {"model": Path(source).name, "heads": Path(fspath(heads)).name}
-    return counted(attached, base, features, texts, lookup=lookup, names=names)
+    return measured(
+        attached.float().to(place),
+        base.to(place, getattr(torch, kind)),
+        tokenized.samples["heldout"],
+        max_length=max_length,
+        lookup=lookup,
+        names=names,
+        on_progress=on_progress,
+    )
+
+
+def load_with_integers(bundle: Bundle, model: str, heads: str) -> tuple[PreTrainedModel, DraftHeads]:
+    """Loads a model and its heads, with the matrices of integers that a bundle stores. Both compute in fp32.
+
+    Args:
+        bundle: The bundle.
+        model: The model: a folder, a hub id or a GGUF file.
+        heads: The file or folder of the heads.
+
+    Raises:
+        CheckpointError: The model or the heads can't be read.
+        VerificationError: The bundle was exported from another model, or with other heads.
+    """
+    step = load_reference(bundle, model, heads)
+    check_same(bundle, step)
+    check = use_stored_matrices(step, bundle)
+    if not check.passed:
+        raise VerificationError(f"The bundle was exported from another model or other heads: {check.notes[0]}.")
+    base: Any = step.model
+    base.set_attn_implementation(default_attention(base))
+    assert step.heads is not None  # the reference of a bundle without heads refuses a file of heads
+    return base, step.heads
+
+
+def measured(
+    heads: DraftHeads,
+    model: PreTrainedModel,
+    parts: Sequence[Sequence[Sample]],
+    *,
+    max_length: int,
+    lookup: bool,
+    names: Mapping[str, str],
+    on_progress: OnProgress = ignore_progress,
+) -> Calibration:
+    """Runs a model and its heads over samples, and counts how often the heads are right.
+
+    Args:
+        heads: The heads, in fp32 on the model's device.
+        model: The heads' base model.
+        parts: Samples of held-out text, by data set.
+        max_length: Largest number of tokens of a sample; the rest is cut off.
+        lookup: Count the runtime's lookup hits, too.
+        names: The names ``model`` and ``heads`` that the calibration keeps.
+        on_progress: Receives reports.
+
+    Raises:
+        DatasetError: The samples are too short for the heads.
+        TrainingError: The heads' logits are not finite.
+    """
+    depth = depth_of(heads, lookup=lookup)
+    computed: list[Features] = []
+    texts: list[Sample] = []
+    for samples in parts:
+        key = FeatureKey.of(model, names["model"], digest_of_samples(samples), depth, max_length)
+        computed.append(_computed(model, samples, key, on_progress))
+        texts += [sample for batch in batched(samples, max_length) for sample in batch]
+    features = Features.join(computed)
+    on_progress(Progress(f"running the heads over {len(features):,} positions"))
+    return counted(heads, model, features, texts, lookup=lookup, names=names)
 
 
 def _computed(model: PreTrainedModel, samples: Sequence[Sample], key: FeatureKey, on_progress: OnProgress) -> Features:

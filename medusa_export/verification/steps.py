@@ -32,12 +32,12 @@ def graph_checks(
     contract = graph == GRAPH
     # Head logits of a derived graph are inside a branch. The candidates that follow from them are compared anyway.
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
-    data = _with_outputs(bundle.folder / graph, extra)
+    data = with_outputs(bundle.folder / graph, extra)
     backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
     return StepChecks(bundle, step, graph, backend, extra, tolerances, rounds_activations=rounds_activations)
 
 
-def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
+def with_outputs(path: Path, names: Sequence[str]) -> bytes:
     """Returns the serialised graph with inner values as further outputs."""
     model = onnx.load(path, load_external_data=False)
     inner = {name for node in model.graph.node for name in node.output}

@@ -1,0 +1,1 @@
+"""Compares quantized bundles with the unquantized model: logits, and acceptance of heads."""
