@@ -16,12 +16,12 @@ from medusa_export.common.tuning import LARGEST_FOLDED
 from medusa_export.compat.torch import quiet_tracing
 
 
-def fold_constants(model: ir.Model, *, spared: str) -> None:
+def fold_constants(model: ir.Model, *, spared: tuple[str, ...]) -> None:
     """Folds constants in place.
 
     Args:
         model: The graph.
-        spared: Start of the names of constants that are not folded.
+        spared: Starts of the names of constants that are not folded.
     """
     weights = {name: value for name, value in model.graph.initializers.items() if name.startswith(spared)}
     tensors = {name: value.const_value for name, value in weights.items()}

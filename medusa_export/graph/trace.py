@@ -249,8 +249,8 @@ def translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def simplify(model: ir.Model) -> None:
-    """Folds constants, but no weights: copies of a layer need weights of their own."""
-    fold_constants(model, spared="step.model.")
+    """Folds constants, but no weights: copies of a layer need weights of their own, and weights may become integers."""
+    fold_constants(model, spared=("step.model.", "step.heads."))
 
 
 def example_sampling(batch: int, draws: int, vocab_size: int) -> dict[str, Tensor]:

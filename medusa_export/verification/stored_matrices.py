@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,13 +77,30 @@ def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:
             if (name, stored.is_table) in seen:
                 continue
             seen.add((name, stored.is_table))
-            module, attribute = _owner(step, name, stored.is_table)
-            original = getattr(module, attribute).detach()
+            original, store = _place(step, name, stored.is_table)
             part = values[start : start + len(original)]
             start += len(original)
             _compare(check, name, original, part, stored.blocks.bits)
-            setattr(module, attribute, nn.Parameter(part.clone(), requires_grad=False))
+            store(part)
     return check
+
+
+def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
+    """The values of a matrix in a step, and the function that replaces them.
+
+    Args:
+        step: The step.
+        name: The name of a weight, or of a matrix Wᵀ in a stack of them, such as ``heads.layers.0.weight[2]``.
+        is_table: Rows are looked up in it.
+    """
+    stack, _, index = name.removesuffix("]").partition("[")
+    if index:
+        turned = step.get_parameter(stack).detach()[int(index)].T
+        return turned, turned.copy_
+    module, attribute = _owner(step, name, is_table)
+    return getattr(module, attribute).detach(), lambda values: setattr(
+        module, attribute, nn.Parameter(values.clone(), requires_grad=False)
+    )
 
 
 def _owner(step: MedusaStep, name: str, is_table: bool) -> tuple[nn.Module, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,16 +10,20 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 import medusa_export
 from medusa_export import WeightTypes
 from medusa_export.cli import main
 from medusa_export.common.errors import EngineBuildError, OptionError
+from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.blocks import round_to_nearest
-from medusa_export.verification.stored_matrices import stored_matrices
+from medusa_export.verification.stored_matrices import stored_matrices, use_stored_matrices
 from medusa_runtime import Bundle, MedusaEngine
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from support.decoding import make_step
 from support.tiny_models import tiny_model
+from support.verifying import failed, verify
 
 PROMPT = [5, 17, 80, 3, 44]
 
@@ -48,6 +53,8 @@ def test_the_standard_graph_holds_the_rounded_weights(bundle: Bundle) -> None:
     for stored in stored_matrices(bundle):
         start = 0
         for name in stored.weights:
+            if name.startswith("heads."):
+                continue
             weight = model.get_parameter(name.removeprefix("model."))
             rows = stored.blocks.dequantized()[start : start + len(weight)]
             expected = round_to_nearest(
@@ -84,9 +91,29 @@ def test_derived_graphs_read_the_same_bytes(bundle: Bundle) -> None:
     floats = [
         tensor
         for tensor in onnx.load(bundle.graph, load_external_data=False).graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and "scales" not in tensor.name
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1 and "scales" not in tensor.name
     ]
-    assert not [tensor.name for tensor in floats if tensor.dims[0] * tensor.dims[1] > 4096]
+    assert not [tensor.name for tensor in floats if math.prod(tensor.dims) > 4096]
+
+
+def test_every_matrix_of_heads_is_stored(tmp_path: Path) -> None:
+    """The projection of heads too, and stacks of matrices that several heads multiply with at once."""
+    model = tiny_model("llama")
+    heads = MedusaHeads.fresh(
+        2, model.get_output_embeddings(), num_layers=2, conditioned=True, token_map=torch.arange(48)
+    )
+    for layer in heads.residual_layers:
+        nn.init.normal_(layer.weight, std=0.05)
+    types = WeightTypes(heads="int8")
+    bundle = medusa_export.export(model, tmp_path / "bundle", heads=heads, top_k=2, weights=types, sampling=False)
+    stored = {name for matrix in stored_matrices(bundle) for name in matrix.weights}
+    stacks = {f"heads.layers.{layer}.weight[{head}]" for layer in range(2) for head in range(2)}
+    assert stored == stacks | {"heads.projections.0.weight"}
+    step = make_step(model, heads, bundle.tree)
+    before = heads.residual_layers[0].weight.clone()
+    assert use_stored_matrices(step, bundle).passed
+    assert not torch.equal(heads.residual_layers[0].weight, before)
+    assert failed(verify(bundle, step)) == set()
 
 
 def test_an_engine_decodes(bundle: Bundle) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from medusa_export.graph.rewrites.building import Builder, initializer
-from medusa_export.graph.rewrites.matching import given, replace_value
+from medusa_export.graph.rewrites.matching import given, rank_of, replace, replace_value
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
 from medusa_export.graph.weights import LazyWeight, register
 from medusa_export.models.blocks import Bits, BlockWeight, pack, round_to_nearest
@@ -43,7 +44,8 @@ class QuantizeWeights(Rewrite):
     """Stores matrices in blocks of integers, as ``StepFacts.weights`` says.
 
     1. A product x Wᵀ reads W from a ``DequantizeLinear`` with blocks along its columns.
-    2. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
+    2. A product with a stack of matrices [K, C, N] becomes K products x Wᵀ, and a ``Concat``.
+    3. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
 
     Matrices that their file holds in such blocks are stored as they are. Others are rounded. Matrices whose columns no
     block size divides keep their dtype. 8-bit matrices have no zero points of their own, and tables are of 8 bits. The
@@ -65,7 +67,12 @@ class QuantizeWeights(Rewrite):
         count = 0
         for value in list(model.graph.initializers.values()):
             weight = value.const_value
-            if not isinstance(weight, LazyWeight) or len(weight.shape) != 2:
+            if not isinstance(weight, LazyWeight):
+                continue
+            if len(weight.shape) == 3 and self._is_stored(weight):
+                for product in _products_with_stacks(value):
+                    count += self._unstack(model.graph, product, weight)
+            if len(weight.shape) != 2:
                 continue
             lookups = [use.node for use in value.uses() if use.node.op_type == "Gather" and use.idx == 0]
             transposes = _transposes_for_products(value)
@@ -74,6 +81,34 @@ class QuantizeWeights(Rewrite):
             if transposes and (bits := self.step.weights.bits(weight.role)):
                 count += self._store_matrix(model.graph, weight, bits, transposes)
         return count
+
+    def _is_stored(self, stack: LazyWeight) -> bool:
+        columns = stack.shape.numpy()[1]
+        return self.step.weights.bits(stack.role) is not None and self.step.weights.block_for(columns) is not None
+
+    def _unstack(self, graph: ir.Graph, product: ir.Node, stack: LazyWeight) -> int:
+        """Replaces a product with a stack of matrices by one product for each."""
+        bits = self.step.weights.bits(stack.role)
+        source, (depth, columns, rows) = given(product.inputs[0]), stack.shape.numpy()
+        assert bits is not None
+        build = Builder(graph, product.name or "")
+        if rank_of(source) == 3:
+            split = ir.node("Split", [source], {"axis": 0, "num_outputs": depth}, num_outputs=depth)
+            build.nodes.append(split)
+            sources = list(split.outputs)
+        else:
+            sources = [build("Unsqueeze", [source, initializer(graph, "stack/first", np.array([0]))])] * depth
+        transposes, products = [], []
+        for index, own in enumerate(sources):
+            matrix = LazyWeight(
+                f"{stack.name}[{index}]", partial(_turned, stack, index), (rows, columns), stack.torch_dtype, stack.role
+            )
+            turned = build("Transpose", [register(graph, matrix)], perm=[1, 0])
+            transposes.append((matrix, given(turned).producer()))
+            products.append(build("MatMul", [own, turned]))
+        build("Concat", products, axis=0)
+        replace(product.outputs[0], build.nodes)
+        return sum(self._store_matrix(graph, matrix, bits, [node]) for matrix, node in transposes if node is not None)
 
     def _store_matrix(self, graph: ir.Graph, weight: LazyWeight, bits: Bits, transposes: list[ir.Node]) -> int:
         """Makes products read a matrix in blocks."""
@@ -194,6 +229,16 @@ def _middles(graph: ir.Graph, shape: tuple[int, int], bits: Bits) -> ir.Value:
         return _integers(torch.full((count,), byte, dtype=torch.uint8).view(shape if bits == 8 else -1), shape, bits)
 
     return register(graph, ir.LazyTensor(evaluate, dtype=_TYPES[bits], shape=ir.Shape(shape), name=name))
+
+
+def _turned(stack: LazyWeight, index: int) -> Tensor:
+    return stack.read()[index].T
+
+
+def _products_with_stacks(value: ir.Value) -> list[ir.Node]:
+    """The products of a stack of matrices; an empty list if anything else reads it."""
+    uses = list(value.uses())
+    return [use.node for use in uses] if all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses) else []
 
 
 def _transposes_for_products(value: ir.Value) -> list[ir.Node]:
