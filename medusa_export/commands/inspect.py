@@ -95,7 +95,26 @@ def _integers(bundle: Bundle) -> list[str]:
     kinds = ("layers", "lm_head", "heads", "embeddings")
     stored = ", ".join(f"{kind} {getattr(weights, kind) or bundle.dtype}" for kind in kinds)
     zero_points = "" if weights.symmetric else " and a zero point"
-    return [f"{stored}; a scale{zero_points} per {weights.block_size} columns"]
+    return [f"{stored}; a scale{zero_points} per {weights.block_size} columns", *_exactness(bundle)]
+
+
+def _exactness(bundle: Bundle) -> list[str]:
+    """Returns a row that says if answers depend on the tree size on this processor, where ONNX Runtime is installed."""
+    from medusa_runtime.backends.onnxruntime.row_rules import RowRule, row_rule
+    from medusa_runtime.backends.onnxruntime.session import import_onnxruntime
+    from medusa_runtime.errors import BackendError
+
+    try:
+        rule = row_rule(import_onnxruntime(), bundle)
+    except BackendError:
+        return []
+    texts = {
+        RowRule.ANY: "the same for every tree size",
+        RowRule.SEVERAL: "the same for every tree size; a plain step computes two tokens",
+        RowRule.EVEN: "the same for every tree size; each step computes an even number of tokens",
+        RowRule.NONE: "may differ between tree sizes",
+    }
+    return [f"answers of ONNX Runtime on this processor: {texts[rule]}"]
 
 
 def _answering(bundle: Bundle) -> list[tuple[str, str]]:

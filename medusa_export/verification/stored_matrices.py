@@ -85,7 +85,7 @@ def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:
     return check
 
 
-def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
+def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callable[[Tensor], object]]:
     """The values of a matrix in a step, and the function that replaces them.
 
     Args:
@@ -95,8 +95,9 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
     """
     stack, _, index = name.removesuffix("]").partition("[")
     if index:
-        turned = step.get_parameter(stack).detach()[int(index)].T
-        return turned, turned.copy_
+        weight = step.get_parameter(stack).detach()
+        turned = weight[int(index)].T
+        return turned, lambda values: weight[int(index)].copy_(values.T)
     module, attribute = _owner(step, name, is_table)
     return getattr(module, attribute).detach(), lambda values: setattr(
         module, attribute, nn.Parameter(values.clone(), requires_grad=False)

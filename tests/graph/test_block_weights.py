@@ -122,6 +122,11 @@ def test_an_engine_decodes(bundle: Bundle) -> None:
     assert len(plain.token_ids) == 16
 
 
+def test_inspect_says_if_answers_depend_on_the_tree_size(bundle: Bundle) -> None:
+    shown = CliRunner().invoke(main, ["inspect", str(bundle.folder)]).output
+    assert "answers of ONNX Runtime on this processor:" in shown
+
+
 def test_no_engine_is_built_from_it(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(EngineBuildError, match="stores matrices as integers"):

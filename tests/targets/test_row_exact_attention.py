@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from numpy.typing import NDArray
 from medusa_export.graph.export import build_graph
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
-from medusa_runtime import Bundle, MedusaEngine, MedusaService, Tree
+from medusa_runtime import Bundle, MedusaEngine, MedusaService, SamplingParams, Tree
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.backends.onnxruntime.binding import Binding
+from medusa_runtime.backends.onnxruntime.row_rules import RowRule, row_rule
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.slots import PANEL
 from medusa_runtime.decoding.runner import StepRunner
@@ -66,6 +67,7 @@ KINDS = {
     "soft_cap": Kind("gemma2"),
     "int4": Kind(weights=WeightTypes.all("int4", block_size=16)),
     "int4_asymmetric": Kind(weights=WeightTypes.all("int4", block_size=32, symmetric=False)),
+    "int4_64": Kind(weights=WeightTypes.all("int4", block_size=64)),
     "int8": Kind(overrides={"num_key_value_heads": 4}, weights=WeightTypes.all("int8", block_size=32)),
 }
 # Each kind is an export.
@@ -88,38 +90,10 @@ def exported(stock: Stock, kind: str) -> Bundle:
         facts = replace(graph.step, weights=made.weights or WeightTypes.all("int8"))
         export(step, folder, graph=replace(graph, step=facts))
 
-    if made.weights is not None:
-        check_products(made.weights)
-
-    return Bundle.load(stock.folder(f"row_exact-{kind}", fill))
-
-
-@functools.cache
-def check_products(weights: WeightTypes) -> None:
-    """Skips a test where ONNX Runtime's products with integers depend on the number of rows on this processor."""
-    rows, columns, block = 48, 64, weights.block_size
-    bits = 4 if weights.layers == "int4" else 8
-    rng = np.random.default_rng(0)
-    constants = {
-        "values": rng.integers(0, 256, (rows, columns // block, block * bits // 8)).astype(np.uint8),
-        "scales": rng.random((rows, columns // block), np.float32),
-    }
-    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4}
-    node = onnx.helper.make_node("MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", **attributes)
-    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
-    ends = [
-        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["S", width])]
-        for name, width in (("x", columns), ("y", rows))
-    ]
-    graph = onnx.helper.make_graph([node], "product", *ends, tensors)
-    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    x = rng.standard_normal((64, columns), np.float32)
-    alone = np.concatenate([session.run(None, {"x": x[row : row + 1]})[0] for row in range(len(x))])
-    for count in (2, 3, 8, 9, 64):
-        if differing(session.run(None, {"x": x[:count]})[0], alone[:count]):
-            pytest.skip(f"{bits}-bit products in blocks of {block} depend on the number of rows on this processor")
+    bundle = Bundle.load(stock.folder(f"row_exact-{kind}", fill))
+    if made.weights is not None and row_rule(onnxruntime, bundle) is RowRule.NONE:
+        pytest.skip("Products with integers depend on the number of rows on this processor.")
+    return bundle
 
 
 class Logits:
@@ -181,7 +155,9 @@ def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(kind: str, graph: st
         expected = np.stack([steps.plain(length, tree, path) for path in NODES])
         for size in {bundle.slots.size_within_panel(length, size, PANEL) for size in SIZES}:
             verified = steps.verify([length], tree[None], size)
-            assert differing(verified[0], expected[:size]) == 0, (length, size)
+            computed = verified.shape[1]  # fewer than asked for, where steps are of an even number of rows
+            assert computed >= size - 1
+            assert differing(verified[0], expected[:computed]) == 0, (length, size)
 
 
 @pytest.mark.parametrize("kind", PARAMETERS)
@@ -213,7 +189,9 @@ def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(kind: str, stock: Stock)
         for steps in (alone, single):
             steps.backend.reset(0)
             steps.take_in(prompt)
-            assert differing(steps.verify(lengths[row : row + 1], trees[row : row + 1], size)[0], verified[row]) == 0
+            computed = steps.verify(lengths[row : row + 1], trees[row : row + 1], size)[0]
+            both = min(len(computed), verified.shape[1])
+            assert differing(computed[:both], verified[row, :both]) == 0
 
 
 def test_a_tree_across_panels_differs_without_the_rule(stock: Stock) -> None:
@@ -284,3 +262,48 @@ def test_engine_and_service_keep_trees_within_a_panel(rows: int, kind: str, stoc
         for prompt, answer in zip(prompts, answers[0], strict=True):
             assert engine.generate(prompt, max_new_tokens=90, tree_size=9).token_ids == answer
         assert engine.backend.across == []
+
+
+class Counted(OnnxRuntimeBackend):
+    """Keeps the numbers of rows of products, and follows a rule whatever the processor."""
+
+    def __init__(self, bundle: Bundle, rows: int, rule: RowRule) -> None:
+        super().__init__(bundle, rows=rows, threads=1)
+        self._rule = rule
+        self.products: set[int] = set()
+
+    def _run(self, binding: Binding, order: list[int], size: int, capacity: int) -> None:
+        self.products.add(len(order) * size)
+        super()._run(binding, order, size, capacity)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rule", [RowRule.SEVERAL, RowRule.EVEN])
+def test_steps_keep_to_the_numbers_of_rows_that_are_exact(rule: RowRule, rows: int, stock: Stock) -> None:
+    """The answers stay the same: those of fp32, in which every number of rows is exact enough."""
+    bundle = stock.export("llama").bundle
+    prompts = [random_tokens(bundle, length, seed=length).tolist() for length in (1, 9, 30)]
+    sampled = SamplingParams(temperature=1.0, seed=3)
+    for size in (1, 3, 4):
+        answers = []
+        for followed in (RowRule.ANY, rule):
+            backend = Counted(bundle, rows, followed)
+            with MedusaService(bundle, backend, None, tree_size=size, prefill_chunk=7) as service:
+                handles = [
+                    service.submit(prompt, max_new_tokens=20, sampling=sampling)
+                    for prompt in prompts
+                    for sampling in (None, sampled)
+                ]
+                answers.append([handle.result(60).token_ids for handle in handles])
+            assert all(map(followed.allows, backend.products))
+        assert answers[0] == answers[1]
+
+
+def test_a_bundle_whose_steps_are_not_exact_says_so(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = exported(stock, "int4")
+    OnnxRuntimeBackend(bundle, threads=1).close()
+    assert not caplog.records
+    fused = replace(bundle, graphs={name: replace(facts, panel=None) for name, facts in bundle.graphs.items()})
+    backend = OnnxRuntimeBackend(fused, threads=1)
+    assert backend.exact_rows is RowRule.NONE
+    assert "Answers of this bundle may differ between tree sizes" in caplog.text

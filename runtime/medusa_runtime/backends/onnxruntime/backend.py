@@ -6,6 +6,7 @@ accepted, and this backend moves the few entries below the root to their slots. 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Binding, Bound
+from medusa_runtime.backends.onnxruntime.row_rules import RowRule, row_rule
 from medusa_runtime.backends.onnxruntime.row_state import StagedRows
 from medusa_runtime.backends.onnxruntime.row_store import Block, RowStore, Window
 from medusa_runtime.backends.onnxruntime.session import CPU, derived_graph
@@ -22,6 +24,8 @@ from medusa_runtime.backends.onnxruntime.session_backend import SessionBackend
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import cache_name
 from medusa_runtime.errors import BackendError
+
+_log = logging.getLogger(__name__)
 
 
 class OnnxRuntimeBackend(SessionBackend):
@@ -69,6 +73,21 @@ class OnnxRuntimeBackend(SessionBackend):
         self._bindings: dict[tuple[Block, int, int, bool], Binding] = {}
         self._windows: dict[tuple[int, ...], Window] = {}
         self._known_changes = 0  # of the store, at which these windows were found
+        self._rule = self._row_rule(graph)
+
+    def _row_rule(self, graph: Path | bytes) -> RowRule:
+        """The numbers of rows for which steps are exact. Warns if the bundle is one whose steps never are."""
+        if not self._bundle.weights.has_integers or graph == self._bundle.graph:
+            return RowRule.ANY
+        rule = row_rule(self._ort, self._bundle)
+        if rule is RowRule.NONE:
+            _warn_of_inexact(self._ort.__version__, self._bundle)
+        return rule
+
+    @property
+    def exact_rows(self) -> RowRule:
+        """The numbers of rows of a product with integers that give each row the same bits. Steps keep to it."""
+        return self._rule
 
     @property
     def name(self) -> str:
@@ -122,9 +141,11 @@ class OnnxRuntimeBackend(SessionBackend):
     def step(
         self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
     ) -> StepResult:
-        window = self._window(self._all_rows if rows is None else tuple(rows), size)
+        taking_part = self._all_rows if rows is None else tuple(rows)
+        size, prompts = self._exact_step(size, prompts or {}, taking_part)
+        window = self._window(taking_part, size)
         order = list(window.rows)
-        inputs = self._state.write_inputs(size, prompts or {}, order)
+        inputs = self._state.write_inputs(size, prompts, order)
         direct = window.rows == self._all_rows
         binding = self._binding(window, direct=direct)
         if self._staged is not None and not direct:
@@ -140,6 +161,21 @@ class OnnxRuntimeBackend(SessionBackend):
             for row in order:
                 self._move_accepted(row, self._state.path[row])
         return self._state.result
+
+    def _exact_step(
+        self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
+    ) -> tuple[int, Mapping[int, Sequence[int]]]:
+        """Size and prompts of a step with the same results, in which each row has the bits that it always has.
+
+        A larger step has tokens that count for nothing. A plain step is made one by taking in the root of each tree as
+        a prompt. A tree loses its last node instead, since a further one might be in the next panel.
+        """
+        if self._rule.allows(size * len(rows)):
+            return size, prompts
+        if size == 1:
+            roots = {row: [int(self._state.drafts[row, 0])] for row in rows}
+            return 2, roots | dict(prompts)
+        return (size + 1 if prompts else size - 1), prompts
 
     def _window(self, rows: tuple[int, ...], size: int) -> Window:
         """The window of rows that step together; moves them if they aren't beside each other, or have no room."""
@@ -191,6 +227,20 @@ class OnnxRuntimeBackend(SessionBackend):
         self._close_session()
         self._bindings.clear()
         self._store.clear()
+
+
+def _warn_of_inexact(version: str, bundle: Bundle) -> None:
+    """Says that the tokens of a bundle may depend on the tree size."""
+    reason = (
+        f"it computes in {bundle.dtype}, or has a head_dim of {bundle.model.head_dim}"
+        if bundle.panel is None
+        else f"the products of ONNX Runtime {version} depend on the number of rows on this processor"
+    )
+    _log.warning(
+        "Answers of this bundle may differ between tree sizes, because it has weights in integers and %s. See "
+        "docs/concepts/exact.md.",
+        reason,
+    )
 
 
 def scrub_slots(caches: NDArray[Any], committed: slice) -> None:
