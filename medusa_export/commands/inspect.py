@@ -65,7 +65,7 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
     facts.add_row("model", f"{model.name} ({model.model_type}), {bundle.dtype}")
     for text in _integers(bundle):
         facts.add_row("", text)
-    facts.add_row("", f"{model.num_layers} layers, {model.num_key_value_heads} KV heads of {model.head_dim}")
+    facts.add_row("", f"{model.num_layers} layers, {_states(bundle)}")
     facts.add_row("", f"vocabulary {model.vocab_size:,}, up to {model.max_positions:,} positions")
     for name, text in _answering(bundle):
         facts.add_row(name, Text(text))
@@ -85,6 +85,16 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
         facts.add_row("", f"up to {limits.max_batch} sequences of {longest:,} tokens, {limits.max_prefill:,} per step")
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in bundle.producer.items()))
     return facts
+
+
+def _states(bundle: Bundle) -> str:
+    """Returns the shapes of the states in words."""
+    groups = bundle.state_groups
+    if len(groups) == 1:
+        heads, size = groups[0].shape
+        return f"{heads} KV heads of {size}"
+    listed = [f"{len(group.states)} of {group.shape[0]} heads of {group.shape[1]}" for group in groups]
+    return f"{len(bundle.states)} K/V caches: {', '.join(listed)}"
 
 
 def _integers(bundle: Bundle) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -23,6 +22,7 @@ from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
 from medusa_runtime.bundles.contract import TensorSpec
+from medusa_runtime.bundles.states import groups_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _bring_into_contract(model: ir.Model, step: MedusaStep, weights: StepWeights
     for name, value in graph.initializers.items():
         if name in weights:
             value.const_value = weights.tensor(name)
-    num_caches, margin = step.cache_shape.num_caches, step.tree.max_depth
+    groups, margin = groups_of(step.states), step.tree.max_depth
     outputs = {value.name: value for value in graph.outputs}
     specs = {spec.name: spec for spec in _contract_inputs(step)}
     small = [name for name in specs if not name.startswith(("past", "pending"))]
@@ -98,30 +98,35 @@ def _bring_into_contract(model: ir.Model, step: MedusaStep, weights: StepWeights
     def new_input(name: str) -> ir.Value:
         return ir.Value(name=name, type=cache_type, shape=ir.Shape(specs[name].shape))
 
-    caches = [new_input(contract.cache_name("past", i)) for i in range(num_caches)]
-    pending: list[ir.Value] = []
+    caches = {state.name: new_input(state.past) for state in step.states}
+    pending: dict[str, ir.Value] = {}
     inputs = [_rename(value, name, specs[name].shape) for value, name in zip(traced_inputs, small, strict=True)]
-    if margin:
-        inputs.append(new_input("pending_kv"))
-        split = ir.node("Split", inputs[-1:], {"axis": 1, "num_outputs": num_caches}, num_outputs=num_caches)
-        graph.insert_before(graph[0], split)
-        pending = list(split.outputs)
+    for group in groups:
+        if group.pending is not None:
+            count = len(group.states)
+            inputs.append(new_input(group.pending))
+            split = ir.node("Split", inputs[-1:], {"axis": 1, "num_outputs": count}, num_outputs=count)
+            graph.insert_before(graph[0], split)
+            pending |= zip((state.name for state in group.states), split.outputs, strict=True)
 
     present = expand_layers(
         model,
         layer_prefix=_layer_prefix(step),
+        groups=groups,
         caches=caches,
         pending=pending,
         weight=weights.tensor,
     )
 
-    # Readers of a stand-in read its shape only, and all caches have the same shape.
-    for stand_in, value in zip(stand_ins, [caches[0], *pending[:1]], strict=True):
+    # Readers of a stand-in read its shape only, which all states of its group have.
+    firsts = [group.states[0].name for group in groups]
+    values = [*(caches[name] for name in firsts), *(pending[name] for name in firsts if margin)]
+    for stand_in, value in zip(stand_ins, values, strict=True):
         ir.convenience.replace_all_uses_with(stand_in, value)
 
     graph.inputs.clear()
-    graph.inputs.extend([*inputs, *caches])
-    outputs |= {contract.cache_name("present", i): value for i, value in enumerate(present)}
+    graph.inputs.extend([*inputs, *caches.values()])
+    outputs |= {f"present_{name}": value for name, value in present.items()}
     _set_outputs(graph, outputs, _contract_outputs(step))
     graph.name = "medusa_step"
 
@@ -146,20 +151,18 @@ def _rename(value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
 
 
 def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
-    return contract.step_inputs(**_facts(step), vocab_size=step.vocab_size)
+    return contract.step_inputs(step.states, vocab_size=step.vocab_size, dtype=_dtype(step), sampling=step.sampling)
 
 
 def _contract_outputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
-    return contract.step_outputs(**_facts(step), tree_size=step.tree.size)
+    tree = step.tree
+    return contract.step_outputs(
+        step.states, tree_depth=tree.max_depth, tree_size=tree.size, dtype=_dtype(step), sampling=step.sampling
+    )
 
 
-def _facts(step: MedusaStep) -> dict[str, Any]:
-    return {
-        **asdict(step.cache_shape),
-        "tree_depth": step.tree.max_depth,
-        "dtype": str(step.model.dtype).removeprefix("torch."),
-        "sampling": step.sampling,
-    }
+def _dtype(step: MedusaStep) -> str:
+    return str(step.model.dtype).removeprefix("torch.")
 
 
 def _layer_prefix(step: MedusaStep) -> str:

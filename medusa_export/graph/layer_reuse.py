@@ -12,8 +12,10 @@ are the same.
 from __future__ import annotations
 
 import functools
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,7 +102,10 @@ def _describe(layer: nn.Module) -> object:
 
 
 class _Call:
-    """The arguments of one call of a layer, as a flat list of tensors."""
+    """The arguments of one call of a layer, as a flat list of tensors.
+
+    Among them are the keys and values that the layer finds in a dictionary that layers share, if there is one.
+    """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.leaves, self.spec = tree_flatten((args, kwargs))
@@ -108,23 +113,39 @@ class _Call:
         if len(caches) != 1 or not isinstance(self.leaves[0], Tensor):
             raise ModelNotSupportedError("decoder layers called without a hidden state or without past_key_values")
         self.cache = caches[0]
-        unique = {id(leaf): leaf for leaf in self.leaves if isinstance(leaf, Tensor)}
+        shared = [leaf for leaf in self.leaves if isinstance(leaf, UserDict)]
+        self.shared: UserDict[str, tuple[Tensor, ...]] = shared[0] if shared else UserDict()
+        handed_over = [tensor for tensors in self.shared.values() for tensor in tensors]
+        unique = {id(leaf): leaf for leaf in (*self.leaves, *handed_over) if isinstance(leaf, Tensor)}
         self.tensors = list(unique.values())
         self._places = {key: place for place, key in enumerate(unique)}
 
     @property
     def key(self) -> object:
         """A description of the call. Layers of one kind have equal descriptions."""
+        shared = {key: [self._places[id(tensor)] for tensor in tensors] for key, tensors in self.shared.items()}
         leaves = [
-            self._places[id(leaf)] if isinstance(leaf, Tensor) else "cache" if leaf is self.cache else repr(leaf)
+            self._places[id(leaf)] if isinstance(leaf, Tensor) else "cache" if leaf is self.cache else
+            "shared" if leaf is self.shared else repr(leaf)
             for leaf in self.leaves
-        ]
-        return repr((self.spec, leaves))
+        ]  # fmt: skip
+        return repr((self.spec, leaves, sorted(shared.items())))
 
-    def rebuild(self, tensors: list[Tensor], cache: StepCache) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the same call with other tensors and another cache."""
+    def rebuild(
+        self, tensors: list[Tensor], cache: StepCache, shared: UserDict[str, tuple[Tensor, ...]]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the same call with other tensors, another cache and another dictionary.
+
+        Args:
+            tensors: A tensor for each of ``self.tensors``.
+            cache: The cache.
+            shared: Receives the keys and values that the layer finds in the dictionary.
+        """
+        for key, found in self.shared.items():
+            shared[key] = tuple(tensors[self._places[id(tensor)]] for tensor in found)
+        others = {id(self.cache): cache, id(self.shared): shared}
         leaves = [
-            tensors[self._places[id(leaf)]] if isinstance(leaf, Tensor) else cache if leaf is self.cache else leaf
+            tensors[self._places[id(leaf)]] if isinstance(leaf, Tensor) else others.get(id(leaf), leaf)
             for leaf in self.leaves
         ]
         args, kwargs = tree_unflatten(leaves, self.spec)
@@ -160,6 +181,28 @@ class _Stub(nn.Module):
         return function(index, _Call(args, kwargs))
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """A layer that was traced.
+
+    Attributes:
+        key: The description of its call.
+        window: The sliding window of its attention; None without one.
+        returns_tuple: Whether its output is a tuple.
+        hands_over: Whether it gives keys and values to later layers. Such a layer has no copies.
+    """
+
+    key: object
+    window: int | None
+    returns_tuple: bool
+    hands_over: bool
+
+
+def _roles(cache: StepCache, layer: int) -> list[str]:
+    """The roles of the states that a layer writes: ``key`` and ``value``, or none."""
+    return [role for role in ("key", "value") if f"{role}_{layer}" in cache.past]
+
+
 class _Tracer:
     """Runs the first layer of each kind, and replaces the others by marks.
 
@@ -169,19 +212,19 @@ class _Tracer:
 
     def __init__(self, like: list[int]) -> None:
         self.like = like
-        self._calls: dict[int, tuple[object, int | None, bool]] = {}
+        self._calls: dict[int, _Traced] = {}
 
     def stand_in(self, index: int, call: _Call) -> Any:
         """The output of layer ``index``, as an opaque mark."""
         like = self.like[index]
-        key, window, returns_tuple = self._calls[like]
-        if key != call.key:
+        traced, cache = self._calls[like], call.cache
+        if traced.key != call.key or traced.hands_over or _roles(cache, like) != _roles(cache, index):
             raise AnotherKindError(index)
-        cache = call.cache
-        hidden = decoder_layer([*call.tensors, cache.masks.for_window(window), cache.write_indices], index, like)
-        for slot in (0, 1):  # a trace needs their shape only
-            cache.blocks[2 * index + slot] = cache.blocks[2 * like + slot]
-        return (hidden,) if returns_tuple else hidden
+        mask = cache.masks.for_window(traced.window)
+        hidden = decoder_layer([*call.tensors, mask, cache.write_indices], index, like)
+        for role in _roles(cache, index):  # a trace needs their shape only
+            cache.blocks[f"{role}_{index}"] = cache.blocks[f"{role}_{like}"]
+        return (hidden,) if traced.returns_tuple else hidden
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs layer ``index`` between marks on its inputs and outputs."""
@@ -204,24 +247,28 @@ class _Tracer:
                 windows.append(window)
                 return mark(cache.masks.for_window(window), f"in{len(call.tensors)}")
 
-        own = slice(2 * index, 2 * index + 2)
+        names = {role: f"{role}_{index}" for role in _roles(cache, index)}
         inner = StepCache(
-            [mark(past, f"past{slot}") for slot, past in enumerate(cache.past[own])],
-            [mark(pending, f"pending{slot}") for slot, pending in enumerate(cache.pending[own])],
+            list(names.values()),
+            [mark(cache.past[name], f"past_{role}") for role, name in names.items()],
+            [mark(cache.pending[name], f"pending_{role}") for role, name in names.items() if cache.pending],
             mark(cache.write_indices, f"in{len(call.tensors) + 1}"),
             cache.masks,
-            first_layer=index,
         )
-        new_args, new_kwargs = call.rebuild([mark(t, f"in{i}") for i, t in enumerate(call.tensors)], inner)
+        shared: UserDict[str, tuple[Tensor, ...]] = UserDict()
+        inputs = [mark(tensor, f"in{i}") for i, tensor in enumerate(call.tensors)]
+        new_args, new_kwargs = call.rebuild(inputs, inner, shared)
         with attending(Masks()):
             output = forward(*new_args, **new_kwargs)
-        if len(windows) != 1 or len(inner.present) != 2:
+        if len(windows) != 1 or len(inner.present) != len(names):
             raise ModelNotSupportedError(f"decoder layers with {len(windows)} attention calls (one is expected)")
-        for slot in (0, 1):
-            cache.blocks[2 * index + slot] = mark(inner.blocks[slot], f"block{slot}")
-            cache.present[2 * index + slot] = mark(inner.present[slot], f"present{slot}")
+        for role, name in names.items():
+            cache.blocks[name] = mark(inner.blocks[name], f"block_{role}")
+            cache.present[name] = mark(inner.present[name], f"present_{role}")
+        handed_over = {key: tensors for key, tensors in shared.items() if key not in call.shared}
+        call.shared.update(handed_over)
         returns_tuple = isinstance(output, tuple)
-        self._calls[index] = (call.key, windows[0], returns_tuple)
+        self._calls[index] = _Traced(call.key, windows[0], returns_tuple, bool(handed_over))
         hidden = mark(output[0] if returns_tuple else output, "hidden")
         return (hidden,) if returns_tuple else hidden
 

@@ -5,13 +5,14 @@ Afterwards the graph has no node of our own domain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from medusa_export.common.errors import ExportError
 from medusa_export.graph.trace import MARK_DOMAIN
+from medusa_runtime.bundles.states import StateGroup
 
 
 @dataclass
@@ -53,6 +54,11 @@ class _Layer:
         """Whether a value is one of this layer's weights."""
         return value.is_initializer() and (value.name or "").startswith(self.prefix)
 
+    @property
+    def roles(self) -> list[str]:
+        """The roles of the layer's own states: ``key`` and ``value``, or none."""
+        return [port.removeprefix("past_") for port in self.marks if port.startswith("past_")]
+
     def behind(self, port: str) -> ir.Value:
         """The value that a mark marks."""
         value = self.marks[port].inputs[0]
@@ -70,30 +76,33 @@ class _Expansion:
     Args:
         graph: The graph.
         layer_prefix: As for ``expand_layers``.
+        groups: As for ``expand_layers``.
         caches: As for ``expand_layers``.
         pending: As for ``expand_layers``.
         weight: As for ``expand_layers``.
 
     Attributes:
-        present: The updated caches of the layers that are done, by number of the cache.
-        blocks: The entries that are written to these caches.
+        present: The updated caches of the layers that are done, by name of the state.
+        blocks: The entries that are written to these caches, by name of the state.
     """
 
     def __init__(
         self,
         graph: ir.Graph,
         layer_prefix: str,
-        caches: Sequence[ir.Value],
-        pending: Sequence[ir.Value],
+        groups: Sequence[StateGroup],
+        caches: Mapping[str, ir.Value],
+        pending: Mapping[str, ir.Value],
         weight: Callable[[str], ir.TensorProtocol],
     ) -> None:
         self.graph = graph
         self.prefix = layer_prefix
+        self.groups = groups
         self.caches = caches
         self.pending = pending
         self.weight = weight
-        self.present: dict[int, ir.Value] = {}
-        self.blocks: dict[int, ir.Value] = {}
+        self.present: dict[str, ir.Value] = {}
+        self.blocks: dict[str, ir.Value] = {}
 
     def copy(self, layer: _Layer, index: int, node: ir.Node) -> ir.Value:
         """Inserts a copy of ``layer`` as layer ``index`` before the mark ``node``, and returns its hidden state."""
@@ -102,10 +111,10 @@ class _Expansion:
             mark = layer.marks.get(f"in{number}")  # none where the layer ignores an argument
             if mark is not None and value is not None:
                 mapped[mark.outputs[0]] = value
-        for slot in (0, 1):
-            mapped[layer.marks[f"past{slot}"].outputs[0]] = self.caches[2 * index + slot]
+        for role in layer.roles:
+            mapped[layer.marks[f"past_{role}"].outputs[0]] = self.caches[f"{role}_{index}"]
             if self.pending:
-                mapped[layer.marks[f"pending{slot}"].outputs[0]] = self.pending[2 * index + slot]
+                mapped[layer.marks[f"pending_{role}"].outputs[0]] = self.pending[f"{role}_{index}"]
         copies = [self._copy_node(original, layer, index, mapped) for original in layer.body]
         self.graph.insert_before(node, copies)
         self._note(index, layer, mapped)
@@ -139,23 +148,25 @@ class _Expansion:
 
     def keep(self, index: int, layer: _Layer) -> None:
         """Connects a traced layer to its caches. Its nodes stay where they are."""
-        for slot in (0, 1):
-            layer.marks[f"past{slot}"].replace_input_with(0, self.caches[2 * index + slot])
+        for role in layer.roles:
+            layer.marks[f"past_{role}"].replace_input_with(0, self.caches[f"{role}_{index}"])
             if self.pending:
-                layer.marks[f"pending{slot}"].replace_input_with(0, self.pending[2 * index + slot])
+                layer.marks[f"pending_{role}"].replace_input_with(0, self.pending[f"{role}_{index}"])
         self._note(index, layer, {})
 
     def _note(self, index: int, layer: _Layer, mapped: dict[ir.Value, ir.Value]) -> None:
-        for slot in (0, 1):
-            present = layer.behind(f"present{slot}")
-            self.present[2 * index + slot] = mapped.get(present, present)
+        for role in layer.roles:
+            present = layer.behind(f"present_{role}")
+            self.present[f"{role}_{index}"] = mapped.get(present, present)
             if self.pending:  # without pending entries no block has a mark
-                block = layer.behind(f"block{slot}")
-                self.blocks[2 * index + slot] = mapped.get(block, block)
+                block = layer.behind(f"block_{role}")
+                self.blocks[f"{role}_{index}"] = mapped.get(block, block)
 
     def concat_blocks(self, node: ir.Node) -> None:
-        """Replaces the mark of all blocks by their concatenation."""
-        concat = ir.node("Concat", [self.blocks[i] for i in range(len(self.caches))], {"axis": 1}, name="concat_blocks")
+        """Replaces the mark of the blocks of a group by their concatenation."""
+        group = node.attributes["group"].as_int()
+        blocks = [self.blocks[state.name] for state in self.groups[group].states]
+        concat = ir.node("Concat", blocks, {"axis": 1}, name=f"concat_blocks_{group}")
         self.graph.insert_before(node, concat)
         _remove(self.graph, node, concat.outputs[0])
 
@@ -171,21 +182,23 @@ def expand_layers(
     model: ir.Model,
     *,
     layer_prefix: str,
-    caches: Sequence[ir.Value],
-    pending: Sequence[ir.Value],
+    groups: Sequence[StateGroup],
+    caches: Mapping[str, ir.Value],
+    pending: Mapping[str, ir.Value],
     weight: Callable[[str], ir.TensorProtocol],
-) -> list[ir.Value]:
+) -> dict[str, ir.Value]:
     """Replaces all marks.
 
     Args:
         model: The traced graph; changed in place.
         layer_prefix: Start of the names of weights of layer i, before ``i.``.
-        caches: The 2L cache inputs, keys and values alternating.
-        pending: The pending entries of each cache; empty if the step has none.
+        groups: The model's states, by shape.
+        caches: The inputs with the caches, by name of the state.
+        pending: The pending entries of each cache, by name of the state; empty if the step has none.
         weight: Returns the weight of a name.
 
     Returns:
-        The 2L updated caches.
+        The updated caches, by name of the state.
 
     Raises:
         ExportError: A mark could not be replaced.
@@ -202,7 +215,7 @@ def expand_layers(
     for layer in layers.values():
         layer.body = layer.own(nodes)
 
-    expansion = _Expansion(graph, layer_prefix, caches, pending, weight)
+    expansion = _Expansion(graph, layer_prefix, groups, caches, pending, weight)
     for node in marks:
         if node.op_type == "DecoderLayer":
             like = layers[node.attributes["like"].as_int()]
@@ -217,4 +230,4 @@ def expand_layers(
     left = sorted({node.op_type for node in graph if node.domain == MARK_DOMAIN})
     if left:
         raise ExportError(f"Marks are left in the graph after its layers were placed: {', '.join(left)}.")
-    return [expansion.present[i] for i in range(len(caches))]
+    return {name: expansion.present[name] for name in caches}

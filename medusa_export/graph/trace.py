@@ -21,6 +21,7 @@ from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, ki
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
+from medusa_runtime.bundles.states import groups_of
 
 OPSET_VERSION = 24
 MARK_DOMAIN = "medusa_export"
@@ -52,7 +53,7 @@ def _translations() -> dict[Any, Any]:
     onnx_op = values.Opset("", OPSET_VERSION)
     boundary = _mark("LayerBoundary", "layer", "port")
     layer_op = _mark("DecoderLayer", "layer", "like")
-    blocks_op = _mark("ConcatBlocks")
+    blocks_op = _mark("ConcatBlocks", "group")
     draw_op = _mark("DrawNodes", outputs=6)
 
     def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
@@ -67,8 +68,8 @@ def _translations() -> dict[Any, Any]:
     def decoder_layer(inputs: Any, layer: int, like: int) -> Any:
         return layer_op(*inputs, layer=layer, like=like)
 
-    def concat_blocks(blocks: Any) -> Any:
-        return blocks_op(*blocks)
+    def concat_blocks(blocks: Any, group: int) -> Any:
+        return blocks_op(*blocks, group=group)
 
     def draw_nodes(logits: Any, best: Any, nodes: Any, above: Any, given: Any) -> Any:
         return draw_op(logits, best, nodes, above, *given)
@@ -110,16 +111,16 @@ def _named(out: StepOutput) -> dict[str, Tensor]:
         "chosen": out.chosen,
         "finite": out.finite,
         "head_logits": out.head_logits,
-        "next_pending_kv": out.next_pending_kv,
         "logprobs": out.logprobs,
     }
     if out.sampled is not None:
         named |= {f"sampled/{name}": value for name, value in vars(out.sampled).items() if name != "chosen"}
+    named |= {f"next_pending_{group}": pending for group, pending in enumerate(out.next_pending)}
     return {name: value for name, value in named.items() if value is not None}
 
 
 class _TracedStep(nn.Module):
-    """A step with one cache and one pending block, which represent those of all layers.
+    """A step with one cache and one pending block per group of states, which represent those of all its states.
 
     Args:
         step: The step.
@@ -129,7 +130,8 @@ class _TracedStep(nn.Module):
     def __init__(self, step: MedusaStep, note: Callable[[Sequence[str]], None]) -> None:
         super().__init__()
         self.step = step
-        self.num_caches = step.cache_shape.num_caches
+        groups = [group.shape for group in groups_of(step.states)]
+        self._group_of = [groups.index(state.shape) for state in step.states]
         self._note = note
 
     def forward(
@@ -139,8 +141,8 @@ class _TracedStep(nn.Module):
         is_prefill: Tensor,
         cache_lengths: Tensor,
         sampling: dict[str, Tensor] | None,
-        past: Tensor,
-        pending: Tensor | None = None,
+        past: list[Tensor],
+        pending: list[Tensor],
     ) -> tuple[Tensor, ...]:
         out = self.step(
             StepInputs(
@@ -148,8 +150,8 @@ class _TracedStep(nn.Module):
                 num_tokens=num_tokens,
                 is_prefill=is_prefill,
                 cache_lengths=cache_lengths,
-                past=[past] * self.num_caches,
-                pending=[] if pending is None else [pending] * self.num_caches,
+                past=[past[group] for group in self._group_of],
+                pending=[pending[group] for group in self._group_of] if pending else [],
                 sampling=None if sampling is None else SamplingInputs(**sampling),
             )
         )
@@ -160,30 +162,30 @@ class _TracedStep(nn.Module):
 
 def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
     """Example inputs of ``_TracedStep`` by name, and the free dimensions of each."""
-    shape = step.cache_shape
-    heads, head_dim = shape.num_key_value_heads, shape.head_dim
+    groups, dtype = groups_of(step.states), step.model.dtype
+    shapes, margin = [group.shape for group in groups], step.tree.max_depth
+    taken = {step.tree.size, *(size for group in groups for size in group.shape)}
     # Each free dimension has a size of its own: the tracer takes equal sizes for the same dimension.
-    batch, capacity, dtype = 3, 251, step.model.dtype
-    tokens = next(size for size in (37, 41, 43) if size not in (step.tree.size, shape.head_dim, heads))
-    draws = next(size for size in (53, 59, 61) if size not in (step.tree.size, shape.head_dim, heads))
-    margin = step.tree.max_depth
+    batch, capacity = 3, 251
+    tokens = next(size for size in range(37, 251, 2) if size not in taken)
+    draws = next(size for size in range(tokens + 2, 251, 2) if size not in taken)
     example: dict[str, Any] = {
         "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
         "num_tokens": torch.ones(batch, dtype=torch.int64),
         "is_prefill": torch.zeros(batch, dtype=torch.bool),
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
         "sampling": example_sampling(batch, draws, step.vocab_size) if step.sampling else None,
-        "past": torch.zeros(batch, heads, capacity, head_dim, dtype=dtype),
+        "past": [torch.zeros(batch, heads, capacity, size, dtype=dtype) for heads, size in shapes],
+        "pending": [torch.zeros(batch, heads, margin, size, dtype=dtype) for heads, size in shapes if margin],
     }
-    if margin:
-        example["pending"] = torch.zeros(batch, heads, margin, head_dim, dtype=dtype)
     dynamic = torch.export.Dim.DYNAMIC
     free: dict[str, Any] = {name: {0: dynamic} for name in example}
     free["input_ids"] = {0: dynamic, 1: dynamic}
     free["sampling"] = {name: {0: dynamic} for name in example["sampling"]} if step.sampling else None
     if step.sampling:
         free["sampling"]["exponentials"] = {0: dynamic, 1: dynamic}
-    free["past"] = {0: dynamic, 2: dynamic}
+    free["past"] = [{0: dynamic, 2: dynamic} for _ in example["past"]]
+    free["pending"] = [{0: dynamic} for _ in example["pending"]]
     return example, free
 
 

@@ -93,15 +93,18 @@ class StepMasks:
             self._windows[window] = self.full & (self._distances() < window).unsqueeze(1)
         return self._windows[window]
 
+    def note(self, module: nn.Module, key: Tensor) -> None:
+        """Called with each layer that attends, and the keys that it attends to."""
+
 
 @torch.library.custom_op("medusa_export::concat_blocks", mutates_args=())
-def concat_blocks(blocks: list[Tensor]) -> Tensor:
-    """Concatenates the blocks of all caches: [B, 2L * num_key_value_heads, N, head_dim]."""
+def concat_blocks(blocks: list[Tensor], group: int) -> Tensor:
+    """Concatenates the blocks of the states of a group, [B, num_heads, N, head_dim] each, along their heads."""
     return torch.cat(blocks, dim=1)
 
 
 @concat_blocks.register_fake
-def _(blocks: list[Tensor]) -> Tensor:
+def _(blocks: list[Tensor], group: int) -> Tensor:
     batch, heads, length, head_dim = blocks[0].shape
     return blocks[0].new_empty(batch, heads * len(blocks), length, head_dim)
 
@@ -110,47 +113,45 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
     """The ``past_key_values`` of one step. It commits each layer's block and returns the whole cache.
 
     Args:
-        past: Key and value caches, alternating, each [B, num_key_value_heads, C, head_dim].
-        pending: The pending entries of each cache, [B, num_key_value_heads, M, head_dim]; empty if M is 0.
+        names: The names of the model's states, such as ``key_0``.
+        past: The caches of these states, each [B, num_heads, C, head_dim].
+        pending: The pending entries of each cache, [B, num_heads, M, head_dim]; empty if M is 0.
         write_indices: [B], the slot of each row's first entry to write.
         masks: The attention masks of the step.
-        first_layer: The index of the layer that the first two caches belong to.
 
     Attributes:
-        blocks: The block written to each cache, [B, num_key_value_heads, M + S, head_dim].
-        present: Each cache with its block.
+        blocks: The block written to each cache, [B, num_heads, M + S, head_dim], by name of the state.
+        present: Each cache with its block, by name of the state.
     """
 
     def __init__(
         self,
+        names: Sequence[str],
         past: Sequence[Tensor],
         pending: Sequence[Tensor],
         write_indices: Tensor,
         masks: StepMasks,
-        *,
-        first_layer: int = 0,
     ) -> None:
         self.layers: list[object] = []  # transformers looks for layers of other kinds here; there are none
-        self.past = past
-        self.pending = pending
+        self.past = dict(zip(names, past, strict=True))
+        self.pending = dict(zip(names, pending, strict=True)) if pending else {}
         self.write_indices = write_indices
         self.masks = masks
-        self.first_layer = first_layer
-        self.blocks: dict[int, Tensor] = {}
-        self.present: dict[int, Tensor] = {}
+        self.blocks: dict[str, Tensor] = {}
+        self.present: dict[str, Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        index = 2 * (operator.index(layer_idx) - self.first_layer)
-        return self._commit(index, key_states), self._commit(index + 1, value_states)
+        layer = operator.index(layer_idx)
+        return self._commit(f"key_{layer}", key_states), self._commit(f"value_{layer}", value_states)
 
-    def _commit(self, index: int, new: Tensor) -> Tensor:
-        if index in self.present:
+    def _commit(self, name: str, new: Tensor) -> Tensor:
+        if name in self.present:
             raise ModelNotSupportedError("several attention layers that share one KV cache")
-        self.blocks[index] = torch.cat([self.pending[index], new], dim=2) if self.pending else new
-        self.present[index] = cache_scatter(self.past[index], self.blocks[index], self.write_indices)
-        return self.present[index]
+        self.blocks[name] = torch.cat([self.pending[name], new], dim=2) if self.pending else new
+        self.present[name] = cache_scatter(self.past[name], self.blocks[name], self.write_indices)
+        return self.present[name]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         raise ModelNotSupportedError("positions taken from the length of the cache instead of position_ids")
@@ -191,7 +192,9 @@ def _attention_forward(
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ModelNotSupportedError("attention that is not causal")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    mask = _active[-1].for_window(sliding_window)
+    masks = _active[-1]
+    masks.note(module, key)
+    mask = masks.for_window(sliding_window)
     output = attention(query, key, value, mask, scale, float(softcap or 0.0))
     return output.transpose(1, 2).contiguous(), None
 

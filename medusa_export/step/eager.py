@@ -12,8 +12,9 @@ from torch import Tensor
 from medusa_export.step.sampling import SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
+from medusa_runtime.bundles.contract import fixed_shape, pending_specs, sampling_inputs
 from medusa_runtime.bundles.slots import SlotLayout
+from medusa_runtime.bundles.states import groups_of
 from medusa_runtime.sampling import Draws, SamplingRows
 
 
@@ -30,17 +31,17 @@ class EagerBackend:
 
     def __init__(self, step: MedusaStep, *, rows: int = 1) -> None:
         self._step = step
-        self._shape = step.cache_shape
         self._slots = SlotLayout(step.tree.max_depth)
         self._rows = rows
         self._lengths = torch.zeros(rows, dtype=torch.int64)
         self._caches: list[Tensor] = []
         self._drafts = np.zeros((rows, step.tree.size), np.int64)
         self._sampling = SamplingRows(rows)
-        self._pending: Tensor | None = None
-        if margin := step.tree.max_depth:
-            heads = self._shape.num_caches * self._shape.num_key_value_heads
-            self._pending = torch.zeros(rows, heads, margin, self._shape.head_dim, dtype=step.model.dtype)
+        dtype = str(step.model.dtype).removeprefix("torch.")
+        self._pending = [
+            torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=step.model.dtype)
+            for spec in pending_specs(step.states, dtype)
+        ]
         self.output: StepOutput | None = None
 
     @property
@@ -70,8 +71,10 @@ class EagerBackend:
     def reserve(self, capacity: int) -> None:
         if capacity <= self.capacity:
             return
-        shape = (self._rows, self._shape.num_key_value_heads, capacity, self._shape.head_dim)
-        grown = [torch.zeros(shape, dtype=self._step.model.dtype) for _ in range(self._shape.num_caches)]
+        grown = [
+            torch.zeros(self._rows, heads, capacity, size, dtype=self._step.model.dtype)
+            for heads, size in (state.shape for state in self._step.states)
+        ]
         for new, old in zip(grown, self._caches, strict=False):
             new[:, :, : old.shape[2]] = old
         self._caches = grown
@@ -80,9 +83,9 @@ class EagerBackend:
         self._lengths[row] = 0
 
     def truncate(self, row: int, length: int) -> None:
-        if self._pending is not None and length:
+        if self._pending and length:
             newest = int(self._lengths[row])
-            for cache, pending in zip(self._caches, self._pending.chunk(len(self._caches), dim=1), strict=True):
+            for cache, pending in zip(self._caches, self._pending_by_state(), strict=True):
                 cache[row, :, self._slots.pending(newest)] = pending[row]
                 pending[row] = cache[row, :, self._slots.pending(length)]
         self._lengths[row] = length
@@ -92,8 +95,17 @@ class EagerBackend:
         for cache in self._caches:
             cache[row, :, : self._slots.slot(0)] = 0
             cache[row, :, self._slots.slot(length) :] = 0
-        if self._pending is not None:
-            self._pending[row, :, : self._slots.before_first(length)] = 0
+        for pending in self._pending:
+            pending[row, :, : self._slots.before_first(length)] = 0
+
+    def _pending_by_state(self) -> list[Tensor]:
+        """The pending entries of each state, as views; empty without a margin."""
+        views = {
+            state.name: view
+            for group, pending in zip(groups_of(self._step.states), self._pending, strict=False)
+            for state, view in zip(group.states, pending.chunk(len(group.states), dim=1), strict=True)
+        }
+        return [views[state.name] for state in self._step.states] if views else []
 
     def assign(self, row: int, draws: Draws | None) -> None:
         self._sampling.assign(row, draws)
@@ -113,7 +125,6 @@ class EagerBackend:
         is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
         sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
         with torch.no_grad():
-            pending = () if self._pending is None else self._pending.chunk(len(self._caches), dim=1)
             output = self._step(
                 StepInputs(
                     input_ids=ids,
@@ -121,11 +132,11 @@ class EagerBackend:
                     is_prefill=is_prefill,
                     cache_lengths=self._lengths,
                     past=self._caches,
-                    pending=pending,
+                    pending=self._pending_by_state(),
                     sampling=sampling,
                 )
             )
-        self._caches, self._pending = output.present, output.next_pending_kv
+        self._caches, self._pending = output.present, output.next_pending
         self._lengths = output.next_cache_lengths
         taking_part = [row for row in range(self._rows) if row not in idle]
         self._drafts[taking_part] = output.next_input_ids.numpy()[taking_part]

@@ -5,7 +5,7 @@
 Entry i of a row is in slot M + i of each cache; M is the depth of the tree (see ``slots``). Each step writes one
 contiguous block to each cache: the last M committed entries again, then the S new ones. Acceptance has to move only
 those M: the root of the last tree is already in its place, and the accepted nodes below it are at most M. Which entries
-they are is known at the end of a step. So the step gathers them into ``next_pending_kv``, and the next step writes them
+they are is known at the end of a step. So the step gathers them as next pending entries, and the next step writes them
 (deferred commit). No cache is read or written twice.
 """
 
@@ -26,25 +26,26 @@ from medusa_export.step.acceptance.path import deepest_confirmed
 from medusa_export.step.acceptance.registry import rules_named
 from medusa_export.step.acceptance.rule import AcceptanceRule, VerifiedNodes, judge
 from medusa_export.step.attention import StepCache, StepMasks, attending, concat_blocks
-from medusa_export.step.cache_shape import CacheShape
 from medusa_export.step.indexing import take_entries, take_rows
 from medusa_export.step.sampling import Sampled, SamplingInputs, sample
 from medusa_export.step.slots import StepSlots
+from medusa_export.step.states import observed_states
 from medusa_export.step.tree_tables import TreeTables
+from medusa_runtime.bundles.states import groups_of
 from medusa_runtime.bundles.tree import Tree
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The inputs of a step. Names and shapes are those of the graph contract, but pending entries are split by cache.
+    """The inputs of a step. Names and shapes are those of the graph contract, but pending entries are split by state.
 
     Attributes:
         input_ids: [B, S], a chunk of the prompt, or the first S nodes of the tree.
         num_tokens: [B], the number of valid tokens in a chunk.
         is_prefill: [B] boolean, True in rows that take in a chunk.
         cache_lengths: [B], the number of committed entries.
-        past: 2L caches, keys and values alternating, each [B, num_key_value_heads, C, head_dim].
-        pending: The last M committed entries of each cache, [B, num_key_value_heads, M, head_dim]; empty if M is 0.
+        past: The cache of each state, [B, num_heads, C, head_dim].
+        pending: The last M committed entries of each state, [B, num_heads, M, head_dim]; empty if M is 0.
         sampling: The sampling parameters and numbers of each row; None in a step that is greedy only.
     """
 
@@ -77,7 +78,7 @@ class StepOutput:
     next_input_ids: Tensor
     next_cache_lengths: Tensor
     logprobs: Tensor | None
-    next_pending_kv: Tensor | None
+    next_pending: list[Tensor]
     present: list[Tensor]
     logits: Tensor
     head_logits: Tensor | None
@@ -118,7 +119,10 @@ class MedusaStep(nn.Module):
     Raises:
         ExportError: No acceptance rule is left.
         ExtensionError: There is no acceptance rule of a name.
-        ModelNotSupportedError: The model's caches are not all of one size.
+        ModelNotSupportedError: The model uses its caches in a way that a step can't honour.
+
+    Attributes:
+        states: The model's states.
     """
 
     def __init__(
@@ -138,7 +142,7 @@ class MedusaStep(nn.Module):
         self._rules = rules_named(rules)
         if not self.rules:
             raise ExportError("A step without sampling has no acceptance rule left: give 'exact' too.")
-        self.cache_shape = CacheShape.of(model)
+        self.states = observed_states(model, tree.max_depth)
         self.tables = TreeTables(tree, self.num_heads)
         self._last_position = _end_of_table(model)
 
@@ -168,7 +172,8 @@ class MedusaStep(nn.Module):
         slots = StepSlots(self.tables, given.input_ids.shape[1], given.is_prefill, given.cache_lengths)
         capacity = given.past[0].shape[2]
         masks = StepMasks(slots.visible(capacity).unsqueeze(1), lambda: slots.distances(capacity))
-        cache = StepCache(given.past, given.pending, given.cache_lengths, masks)
+        names = [state.name for state in self.states]
+        cache = StepCache(names, given.past, given.pending, given.cache_lengths, masks)
 
         nodes, hidden = self._verify(given, slots, cache)  # each layer commits its block to the cache
         finite = _is_finite(nodes)
@@ -187,8 +192,8 @@ class MedusaStep(nn.Module):
             next_input_ids=next_root if draft is None else torch.cat([next_root, draft.tokens], dim=1),
             next_cache_lengths=given.cache_lengths + added,
             logprobs=logprobs,
-            next_pending_kv=self._carry(cache, slots.carried(accepted.path, added)) if self.tables.depth else None,
-            present=[cache.present[i] for i in sorted(cache.present)],
+            next_pending=self._carry(cache, slots.carried(accepted.path, added)) if self.tables.depth else [],
+            present=[cache.present[name] for name in names if name in cache.present],
             logits=nodes.logits,
             head_logits=None if draft is None else draft.logits,
             accepted_path=accepted.path,
@@ -285,13 +290,19 @@ class MedusaStep(nn.Module):
         given = DraftInputs(hidden, next_root, self.model.get_input_embeddings())
         return self.heads.draft(given, self.tables.drafting, sym_min(verified - 1, self.num_heads))
 
-    def _carry(self, cache: StepCache, source: Tensor) -> Tensor:
-        """Gathers entries ``source`` [B, M] of all blocks: [B, 2L * num_key_value_heads, M, head_dim]."""
-        blocks = concat_blocks([cache.blocks[i] for i in range(len(cache.past))])
-        batch, heads, length, head_dim = blocks.shape
-        rows = torch.arange(batch * heads).view(batch, heads, 1) * length + source.unsqueeze(1)
-        carried: Tensor = blocks.reshape(-1, head_dim)[rows]
-        return carried
+    def _carry(self, cache: StepCache, source: Tensor) -> list[Tensor]:
+        """Gathers the entries ``source`` [B, M] of all blocks, by group of states: [B, n * num_heads, M, head_dim]."""
+        return [
+            _gather(concat_blocks([cache.blocks[state.name] for state in group.states], index), source)
+            for index, group in enumerate(groups_of(self.states))
+        ]
+
+
+def _gather(blocks: Tensor, source: Tensor) -> Tensor:
+    batch, heads, length, head_dim = blocks.shape
+    rows = torch.arange(batch * heads).view(batch, heads, 1) * length + source.unsqueeze(1)
+    gathered: Tensor = blocks.reshape(-1, head_dim)[rows]
+    return gathered
 
 
 def _is_finite(nodes: VerifiedNodes) -> Tensor:

@@ -18,7 +18,6 @@ from medusa_export.models.checkpoints import save_tokenizer
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings
 from medusa_export.models.supported import max_positions
-from medusa_export.step.cache_shape import CacheShape
 from medusa_export.step.step import MedusaStep
 from medusa_export.targets.onnxruntime.derive import derive_graphs
 from medusa_runtime.bundles.bundle import (
@@ -29,20 +28,19 @@ from medusa_runtime.bundles.bundle import (
     Bundle,
     GraphFacts,
     HeadFacts,
-    ModelFacts,
     WeightFacts,
 )
 from medusa_runtime.bundles.listed_folder import FileFacts
+from medusa_runtime.bundles.model_facts import ModelFacts
 from medusa_runtime.errors import BundleError
 from medusa_runtime.text.tokenizer import Tokenizer
 
 
-def model_facts(model: PreTrainedModel, shape: CacheShape, name: str, eos_token_ids: tuple[int, ...]) -> ModelFacts:
+def model_facts(model: PreTrainedModel, name: str, eos_token_ids: tuple[int, ...]) -> ModelFacts:
     """Returns the facts about a model that the runtime needs.
 
     Args:
         model: The model.
-        shape: The shape of its caches.
         name: Its name.
         eos_token_ids: Ids of the tokens that end an answer.
 
@@ -53,7 +51,7 @@ def model_facts(model: PreTrainedModel, shape: CacheShape, name: str, eos_token_
     return ModelFacts(
         name=name,
         model_type=config.model_type,
-        **asdict(shape),
+        num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=model.get_output_embeddings().weight.shape[0],
         max_positions=max_positions(model),
@@ -101,7 +99,8 @@ def write_bundle(
     ends = end_tokens or EndTokens(step.model, tokenizer)
     bundle = Bundle(
         folder=target,
-        model=model_facts(step.model, step.cache_shape, name, ends.ids),
+        model=model_facts(step.model, name, ends.ids),
+        states=step.states,
         dtype=str(step.model.dtype).removeprefix("torch."),
         tree=step.tree,
         acceptance=acceptance,

@@ -12,6 +12,7 @@ from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Tolerances
 from medusa_export.verification.reference import Prompt, answered_prompts
 from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.states import State
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def check_same(bundle: Bundle, step: MedusaStep) -> None:
     """
     for what, ours, theirs in (
         ("vocabulary", bundle.model.vocab_size, step.vocab_size),
-        ("number of layers", bundle.model.num_layers, step.cache_shape.num_layers),
+        ("number of layers", bundle.model.num_layers, step.model.config.get_text_config().num_hidden_layers),
+        ("list of states", _shapes(bundle.states), _shapes(step.states)),
         ("tree", bundle.tree, step.tree),
     ):
         if ours != theirs:
@@ -101,3 +103,7 @@ def check_same(bundle: Bundle, step: MedusaStep) -> None:
                 f"The bundle was exported from another model: its {what} is {ours}, not {theirs}. Give the model and "
                 "the heads that it was exported from."
             )
+
+
+def _shapes(states: Sequence[State]) -> list[tuple[str, tuple[int, int]]]:
+    return [(state.name, state.shape) for state in states]

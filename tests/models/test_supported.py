@@ -9,7 +9,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVis
 from medusa_export.common.errors import ExportError, ModelNotSupportedError
 from medusa_export.models.supported import check_supported
 from medusa_export.step.attention import ATTENTION_NAME
-from medusa_export.step.cache_shape import CacheShape
+from medusa_export.step.states import observed_states
 from support.tiny_models import REFUSED_FAMILIES, SUPPORTED_FAMILIES, tiny_model
 
 FEATURES = {
@@ -83,7 +83,7 @@ def test_a_model_that_fails_on_shapes_is_an_export_error() -> None:
     model.set_attn_implementation(ATTENTION_NAME)
     model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(ExportError, match=r"Llama.* can't be run on shapes: RuntimeError: Expected .* type\.$"):
-        CacheShape.of(model)
+        observed_states(model, 0)
 
 
 def test_no_output_embeddings() -> None:

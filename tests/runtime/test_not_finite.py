@@ -175,11 +175,11 @@ def make_backend(bundle: Bundle, name: str) -> Any:
 def poison_all_but_entries(backend: Any, margin: int, values: np.ndarray) -> None:
     """Writes values, [2L], to all slots of row 1 without an entry, and to its pending slots before entry 0."""
     length = int(backend.lengths[1])
-    caches = backend._store.row(1)
+    (caches,) = backend._store.row(1)
     for part in (caches[:, :, :margin], caches[:, :, margin + length :]):
         part[:] = values[:, None, None, None]
-    if backend._state.pending is not None:
-        backend._state.pending[1, :, : max(0, margin - length)] = values[0]
+    for pending in backend._state.pending:
+        pending[1, :, : max(0, margin - length)] = values[0]
 
 
 @settings(max_examples=30, deadline=None)

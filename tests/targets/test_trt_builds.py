@@ -48,13 +48,14 @@ def test_families_build_for_several_targets(family: str, stock: Stock) -> None:
     trt, network = builder.library.trt, builder.network
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     assert list(inputs) == [spec.name for spec in bundle.inputs]
-    assert tuple(inputs["past_key_0"].shape) == (-1, bundle.model.num_key_value_heads, 96, bundle.model.head_dim)
+    heads, size = bundle.states[0].shape
+    assert tuple(inputs["past_key_0"].shape) == (-1, heads, 96, size)
     assert inputs["past_key_0"].dtype == trt.float16
     assert inputs["input_ids"].dtype == trt.int64
     assert inputs["is_prefill"].dtype == trt.bool
     pairs = updated_in_place(trt, network)
     assert pairs == {name: name.replace("present", "past") for name in pairs}
-    assert len(pairs) == 2 * bundle.model.num_layers == built.layers["KV_CACHE_UPDATE"]
+    assert len(pairs) == len(bundle.states) == built.layers["KV_CACHE_UPDATE"]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_wrong_position_is_caught(copy: Path, step: MedusaStep) -> None:
 
 def test_a_wrong_commit_index_is_caught(copy: Path, step: MedusaStep) -> None:
     def change(model: onnx.ModelProto) -> None:
-        node = next(node for node in model.graph.node if "next_pending_kv" in node.output)
+        node = next(node for node in model.graph.node if "next_pending_0" in node.output)
         model.graph.initializer.append(numpy_helper.from_array(np.array(1), "one_off"))
         place = list(model.graph.node).index(node)
         model.graph.node.insert(place, helper.make_node("Sub", [node.input[1], "one_off"], ["wrong_rows"]))

@@ -10,7 +10,7 @@ from medusa_export.graph.rewrites import building
 IR_VERSION = 11
 # ONNX Runtime's own operators.
 CONTRIB = "com.microsoft"
-# Output in place of ``next_pending_kv``: nodes of the accepted path.
+# Output in place of pending entries: nodes of the accepted path.
 PATH = "accepted_path"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.graph.rewrites.matching import graph_input, value_named
+from medusa_export.graph.rewrites.matching import value_named
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.targets.onnxruntime.constants import PATH
 
@@ -12,7 +12,7 @@ from medusa_export.targets.onnxruntime.constants import PATH
 class ReplacePendingEntries(Rewrite):
     """Replaces pending entries by the output ``accepted_path`` [B, M + 1].
 
-    1. The input ``pending_kv`` and the output ``next_pending_kv`` go. The backend moves the entries of accepted nodes
+    1. The inputs ``pending_*`` and the outputs ``next_pending_*`` go. The backend moves the entries of accepted nodes
        to their slots by ``accepted_path`` (see ``medusa_runtime.backends.onnxruntime``).
 
     A graph without a tree (M = 0) has no pending entries, and stays as it is.
@@ -26,7 +26,9 @@ class ReplacePendingEntries(Rewrite):
         if not self.step.margin:
             return 0
         graph = model.graph
-        graph.outputs.remove(next(value for value in graph.outputs if value.name == "next_pending_kv"))
-        graph.inputs.remove(graph_input(graph, "pending_kv"))
+        for value in [value for value in graph.outputs if (value.name or "").startswith("next_pending_")]:
+            graph.outputs.remove(value)
+        for value in [value for value in graph.inputs if (value.name or "").startswith("pending_")]:
+            graph.inputs.remove(value)
         graph.outputs.append(value_named(graph, PATH))
         return 1

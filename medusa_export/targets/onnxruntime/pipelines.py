@@ -1,8 +1,7 @@
 """The graphs that are derived for ONNX Runtime, and their rewrites.
 
 They refer to the weights of the standard graph and compute the same step with ONNX Runtime's own operators, in which a
-decoder layer has a third of the nodes. In the place of ``pending_kv`` and ``next_pending_kv`` they have the output
-``accepted_path``.
+decoder layer has a third of the nodes. In the place of pending entries they have the output ``accepted_path``.
 """
 
 from __future__ import annotations

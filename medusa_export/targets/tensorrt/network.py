@@ -7,7 +7,7 @@ from typing import Any
 
 from medusa_export.common.errors import EngineBuildError
 from medusa_runtime.bundles.bundle import DESCRIPTION, Bundle
-from medusa_runtime.bundles.contract import TensorSpec, cache_name
+from medusa_runtime.bundles.contract import TensorSpec
 
 
 def layers_of(network: Any) -> Iterator[Any]:
@@ -38,7 +38,7 @@ def check_network(trt: Any, network: Any, bundle: Bundle, capacity: int) -> None
             f"The network that TensorRT parsed differs from {DESCRIPTION}: {wrong[0]}.",
             remedy="Export the bundle again.",
         )
-    pairs = {cache_name("present", i): cache_name("past", i) for i in range(2 * bundle.model.num_layers)}
+    pairs = {state.present: state.past for state in bundle.states}
     if updated_in_place(trt, network) != pairs:
         raise EngineBuildError(
             "TensorRT doesn't update every cache in place.", remedy="Export the bundle again, or update TensorRT."

@@ -16,7 +16,9 @@ from medusa_runtime.bundles.contract import CONTRACT_VERSION, TensorSpec, step_i
 from medusa_runtime.bundles.description import description_text, read_description
 from medusa_runtime.bundles.json_file import Name, Share, brief
 from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder
+from medusa_runtime.bundles.model_facts import REEXPORT, AnyModelFacts, ModelFacts, States, TokenId, states_of
 from medusa_runtime.bundles.slots import SlotLayout
+from medusa_runtime.bundles.states import State, StateGroup, groups_of
 from medusa_runtime.bundles.tree import MAX_NODES, RankPath, Tree
 from medusa_runtime.errors import BundleError, TreeError
 
@@ -29,34 +31,12 @@ ONNXRUNTIME_BATCH_GRAPH = "model.onnxruntime.batch.onnx"
 GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
 # A folder with this file beside medusa.json holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
-REEXPORT = "Export the bundle again."
 Dtype = Literal["float32", "float16", "bfloat16"]
 IntegerType = Literal["int8", "int4"]
 
-# These bounds are at least ten times what the largest published models have.
-Layers = Annotated[int, Meta(ge=1, le=1024)]
-Width = Annotated[int, Meta(ge=1, le=2**20)]
-VocabSize = Annotated[int, Meta(ge=1, le=2**24)]
-Positions = Annotated[int, Meta(ge=1, le=2**40)]
-TokenId = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Reason = Annotated[str, Meta(min_length=1, max_length=4096)]
 Panel = Annotated[int, Meta(ge=1, le=2**16)]
 NumHeads = Annotated[int, Meta(ge=0, le=64)]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The sizes and end tokens of the base model."""
-
-    name: Name
-    model_type: Name
-    num_layers: Layers
-    num_key_value_heads: Width
-    head_dim: Width
-    hidden_size: Width
-    vocab_size: VocabSize
-    max_positions: Positions
-    eos_token_ids: tuple[TokenId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,6 +155,7 @@ class Bundle:
     Attributes:
         folder: The folder that holds ``medusa.json``.
         model: The base model.
+        states: The model's states, in the order of the graph's inputs.
         dtype: Type of weights and caches.
         tree: The draft tree.
         acceptance: Acceptance estimates of the tree's nodes.
@@ -194,6 +175,7 @@ class Bundle:
 
     folder: Path
     model: ModelFacts
+    states: tuple[State, ...]
     dtype: str
     tree: Tree
     acceptance: Acceptance
@@ -229,6 +211,17 @@ class Bundle:
         """The arithmetic of slots in the caches, for this tree."""
         return SlotLayout(self.tree.max_depth)
 
+    @cached_property
+    def state_groups(self) -> tuple[StateGroup, ...]:
+        """The states, grouped by shape."""
+        return groups_of(self.states)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the entries of one token in all states."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return itemsize * sum(state.entry_size for state in self.states)
+
     @property
     def panel(self) -> int | None:
         """The smallest panel of a graph (see ``GraphFacts``), which trees keep to; None if there is none."""
@@ -242,28 +235,22 @@ class Bundle:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The graph's inputs according to the contract."""
-        return step_inputs(**self._shape(), vocab_size=self.model.vocab_size, dtype=self.dtype)
+        return step_inputs(self.states, vocab_size=self.model.vocab_size, dtype=self.dtype, sampling=self.sampling)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The graph's outputs according to the contract."""
-        return step_outputs(**self._shape(), tree_size=self.tree.size, dtype=self.dtype)
-
-    def _shape(self) -> dict[str, Any]:
-        model = self.model
-        return {
-            "num_layers": model.num_layers,
-            "num_key_value_heads": model.num_key_value_heads,
-            "head_dim": model.head_dim,
-            "tree_depth": self.tree.max_depth,
-            "sampling": self.sampling,
-        }
+        tree = self.tree
+        return step_outputs(
+            self.states, tree_depth=tree.max_depth, tree_size=tree.size, dtype=self.dtype, sampling=self.sampling
+        )
 
     def to_json(self) -> str:
         """The text of ``medusa.json``."""
         data = {
             "producer": dict(self.producer),
             "model": asdict(self.model),
+            "states": [asdict(state) for state in self.states],
             "end_tokens": [asdict(token) for token in self.end_tokens],
             "generation": dict(self.generation),
             "dtype": self.dtype,
@@ -309,7 +296,7 @@ class _TreeFacts(msgspec.Struct):
 class _Description(msgspec.Struct):
     """The schema of ``medusa.json``. Older bundles lack the keys that have a default here."""
 
-    model: ModelFacts
+    model: AnyModelFacts
     dtype: Dtype
     tree: _TreeFacts
     acceptance: Acceptance
@@ -317,6 +304,7 @@ class _Description(msgspec.Struct):
     outputs: tuple[TensorSpec, ...]
     files: FileTable
     producer: dict[Name, Name]
+    states: States | None = None
     heads: HeadFacts | None = None
     sampling: bool = False
     end_tokens: tuple[EndToken, ...] = ()
@@ -344,7 +332,8 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
             raise BundleError(f"In {where}, {key!r} holds {len(values)} values for a tree of {tree.size} nodes.")
     bundle = Bundle(
         folder=folder,
-        model=description.model,
+        model=description.model.known_now,
+        states=states_of(where, description.states, description.model, tree.max_depth),
         dtype=description.dtype,
         tree=tree,
         acceptance=acceptance,

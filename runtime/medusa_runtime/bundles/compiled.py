@@ -16,7 +16,6 @@ import msgspec
 from msgspec import Meta
 
 from medusa_runtime.bundles.bundle import DESCRIPTION, ENGINE_DESCRIPTION, Bundle
-from medusa_runtime.bundles.contract import CONTRACT_VERSION
 from medusa_runtime.bundles.description import description_text, read_description
 from medusa_runtime.bundles.json_file import Count, Name
 from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder
@@ -25,6 +24,8 @@ from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.errors import BundleError
 
 ENGINE = "model.engine"
+# The oldest contract version of an engine: since then, engines have their tensors from ``medusa.json``.
+_OLDEST = 3
 REBUILD = "Build it again with 'medusa-export trt'."
 
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -159,7 +160,7 @@ class CompiledEngine:
             ENGINE_DESCRIPTION,
             _Description,
             noun="engine",
-            oldest=CONTRACT_VERSION,
+            oldest=_OLDEST,
             remedy=REBUILD,
             check_digests=check_digests,
         )

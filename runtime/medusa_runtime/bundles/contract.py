@@ -1,18 +1,21 @@
-"""The graph contract: names, shapes and types of the step's inputs and outputs (version 3).
+"""The graph contract: names, shapes and types of the step's inputs and outputs (version 4).
 
 Names of dimensions: B is the batch size, S the number of new tokens, C the cache capacity, T the number of nodes of
-the tree, M its depth, L the number of layers, N the number of key/value heads of a layer, d their size (head_dim).
-``docs/contract.md`` explains every input and output.
+the tree, M its depth, N the number of heads of a state, d their size. ``docs/contract.md`` explains every input and
+output.
 
 Version 1 had no sampling: it equals version 3 without sampling. Version 2 drew each token with one random number.
+Version 3 had caches of one shape, and one tensor of pending entries for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-CONTRACT_VERSION = 3
+from medusa_runtime.bundles.states import State, groups_of
+
+CONTRACT_VERSION = 4
 MAX_TOP_K = 256  # the most tokens that top-k sampling may keep
 RACE_BLOCK = 256  # tokens per block of the vocabulary: a draw chooses a block first, then a token of that block
 
@@ -42,16 +45,6 @@ def fixed_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(size if isinstance(size, int) else sizes.get(size, -1) for size in spec.shape)
 
 
-def cache_name(role: str, index: int) -> str:
-    """The name of a cache tensor, such as ``past_key_3`` for role ``past`` and cache 6.
-
-    Args:
-        role: ``past`` for an input, ``present`` for an output.
-        index: Number of the cache, from 0 to 2L - 1. Cache 2i holds the keys of layer i, cache 2i + 1 its values.
-    """
-    return f"{role}_{'value' if index % 2 else 'key'}_{index // 2}"
-
-
 def num_blocks(vocab_size: int) -> int:
     """Number of blocks of ``RACE_BLOCK`` tokens in a vocabulary; the last block may be padded."""
     return -(-vocab_size // RACE_BLOCK)
@@ -79,65 +72,64 @@ def sampling_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
     return (exponentials, *POLICY_INPUTS)
 
 
-def step_inputs(
-    *,
-    num_layers: int,
-    num_key_value_heads: int,
-    head_dim: int,
-    tree_depth: int,
-    vocab_size: int,
-    dtype: str,
-    sampling: bool,
-) -> tuple[TensorSpec, ...]:
+def step_inputs(states: Sequence[State], *, vocab_size: int, dtype: str, sampling: bool) -> tuple[TensorSpec, ...]:
     """The inputs of a step graph, in order.
 
     Args:
-        num_layers: L.
-        num_key_value_heads: N.
-        head_dim: d.
-        tree_depth: M.
+        states: The model's states.
         vocab_size: Size of the vocabulary.
         dtype: Type of weights and caches.
         sampling: Whether the graph can sample. Otherwise it is greedy.
     """
-    caches = 2 * num_layers
-    specs = [
+    return (
         TensorSpec("input_ids", "int64", ("batch", "sequence")),
         TensorSpec("num_tokens", "int64", ("batch",)),
         TensorSpec("is_prefill", "bool", ("batch",)),
         TensorSpec("cache_lengths", "int64", ("batch",)),
         *(sampling_inputs(vocab_size) if sampling else ()),
-    ]
-    if tree_depth:
-        specs.append(TensorSpec("pending_kv", dtype, ("batch", caches * num_key_value_heads, tree_depth, head_dim)))
-    cache_shape = ("batch", num_key_value_heads, "capacity", head_dim)
-    specs += [TensorSpec(cache_name("past", i), dtype, cache_shape) for i in range(caches)]
-    return tuple(specs)
+        *pending_specs(states, dtype),
+        *(TensorSpec(state.past, dtype, cache_shape(state)) for state in states),
+    )
 
 
 def step_outputs(
-    *,
-    num_layers: int,
-    num_key_value_heads: int,
-    head_dim: int,
-    tree_depth: int,
-    tree_size: int,
-    dtype: str,
-    sampling: bool,
+    states: Sequence[State], *, tree_depth: int, tree_size: int, dtype: str, sampling: bool
 ) -> tuple[TensorSpec, ...]:
-    """The outputs of a step graph, in order. The arguments are those of ``step_inputs``; ``tree_size`` is T."""
-    caches = 2 * num_layers
-    specs = [
+    """The outputs of a step graph, in order.
+
+    Args:
+        states: The model's states.
+        tree_depth: M.
+        tree_size: T.
+        dtype: Type of weights and caches.
+        sampling: Whether the graph can sample. Otherwise it is greedy.
+    """
+    logprobs = TensorSpec("logprobs", "float32", ("batch", tree_depth + 1))
+    return (
         TensorSpec("tokens", "int64", ("batch", tree_depth + 1)),
         TensorSpec("count", "int64", ("batch",)),
         TensorSpec("next_input_ids", "int64", ("batch", tree_size)),
         TensorSpec("next_cache_lengths", "int64", ("batch",)),
-    ]
-    if sampling:
-        specs.append(TensorSpec("logprobs", "float32", ("batch", tree_depth + 1)))
-    if tree_depth:
-        shape = ("batch", caches * num_key_value_heads, tree_depth, head_dim)
-        specs.append(TensorSpec("next_pending_kv", dtype, shape))
-    cache_shape = ("batch", num_key_value_heads, "capacity", head_dim)
-    specs += [TensorSpec(cache_name("present", i), dtype, cache_shape) for i in range(caches)]
-    return tuple(specs)
+        *((logprobs,) if sampling else ()),
+        *(TensorSpec(f"next_{spec.name}", dtype, spec.shape) for spec in pending_specs(states, dtype)),
+        *(TensorSpec(state.present, dtype, cache_shape(state)) for state in states),
+    )
+
+
+def cache_shape(state: State) -> tuple[int | str, ...]:
+    """The shape of a state in the graph, [B, N, C, d]."""
+    heads, size = state.shape
+    return ("batch", heads, "capacity", size)
+
+
+def pending_specs(states: Sequence[State], dtype: str) -> tuple[TensorSpec, ...]:
+    """The inputs with pending entries: one for all states of a shape, [B, n·N, M, d] for n states."""
+    return tuple(
+        TensorSpec(
+            group.pending,
+            dtype,
+            ("batch", len(group.states) * group.shape[0], group.states[0].margin, group.shape[1]),
+        )
+        for group in groups_of(states)
+        if group.pending is not None
+    )

@@ -58,7 +58,7 @@ def read_description(
         return None
     version = parse_json(data, _Versioned, where, remedy=remedy).contract_version
     if not oldest <= version <= CONTRACT_VERSION:
-        known = f"version {oldest}" if oldest == CONTRACT_VERSION else f"versions up to {CONTRACT_VERSION}"
+        known = f"versions {oldest} to {CONTRACT_VERSION}"
         raise BundleError(
             f"The {noun} {folder} follows contract version {version}, but this runtime knows {known}. {remedy}"
             f"{' Or update medusa-export.' if version > CONTRACT_VERSION else ''}"

@@ -9,8 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import numpy as np
-
 from medusa_runtime.backends.base import Backend, MovesRows, has_fixed_capacity
 from medusa_runtime.bundles.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.decoding.tree_choice import TreeSizes
@@ -251,7 +249,5 @@ class MovedRoom(Room):
 
 def _slots_worth_a_step(bundle: Bundle) -> int:
     """The number of slots of a row's caches that take as long to read as all the weights."""
-    model = bundle.model
-    slot = 2 * model.num_layers * model.num_key_value_heads * model.head_dim * np.dtype(bundle.dtype).itemsize
     weights = max((facts.size for name, facts in bundle.files.items() if name in (WEIGHTS, GRAPH)), default=0)
-    return weights // (CACHE_TO_WEIGHTS * slot)
+    return weights // (CACHE_TO_WEIGHTS * bundle.entry_bytes)

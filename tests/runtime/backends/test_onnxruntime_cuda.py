@@ -68,7 +68,7 @@ def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, leng
         if text:
             each.step(9, {0: text})
     kept = int(backend.lengths[0])
-    pending = backend._caches.pending[0]
+    pending = backend._caches.pending["pending_0"][0]
     for value in [*backend._caches.values, pending]:
         array = value.numpy().copy()
         if value is pending:
@@ -94,7 +94,7 @@ def test_what_an_earlier_request_left_does_not_reach_the_next(tiny_bundle: Bundl
     backend = OnnxRuntimeOnHost(tiny_bundle, threads=1)
     with MedusaEngine(tiny_bundle, backend, None) as engine:
         engine.generate(PROMPTS[1], max_new_tokens=10)
-        for value in (*backend._caches.values, backend._caches.pending[0]):
+        for value in (*backend._caches.values, backend._caches.pending["pending_0"][0]):
             value.update_inplace(np.full_like(value.numpy(), np.nan))
         result = engine.generate(PROMPTS[0], max_new_tokens=40, tree_size=9)
         assert list(result.token_ids) == greedy(tiny_model("llama"), PROMPTS[0], 40)

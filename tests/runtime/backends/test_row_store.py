@@ -15,10 +15,20 @@ from medusa_runtime.tuning import CAPACITY_STEP, SPARE_SLOTS
 MARGIN = 2
 
 
-def make_store(rows: int, *, num_caches: int = 2) -> tuple[RowStore, np.ndarray]:
+TEN = [(7, 1, 1), (3, 1, 1)]
+GROUPS = [(2, 1, 1), (1, 3, 2)]  # states, heads and size of a head
+
+
+def make_store(rows: int, *, groups: list[tuple[int, int, int]] | None = None) -> tuple[RowStore, np.ndarray]:
     lengths = np.zeros(rows, np.int64)
     dtype = np.dtype(np.float32)
-    return RowStore(lengths, num_caches=num_caches, heads=1, head_dim=1, margin=MARGIN, dtype=dtype), lengths
+    return RowStore(lengths, groups=groups or GROUPS, margin=MARGIN, dtype=dtype), lengths
+
+
+def fill(store: RowStore, row: int, value: float) -> None:
+    """Writes a value to all slots of a row."""
+    for group in store.row(row):
+        group[:] = value
 
 
 class Laws(RuleBasedStateMachine):
@@ -36,13 +46,14 @@ class Laws(RuleBasedStateMachine):
         needed = MARGIN + int(self.lengths[rows].max()) + count
         window = self.store.arrange(rows, needed)
         assert sorted(window.rows) == sorted(rows)
-        assert window.caches.shape[1] == len(rows)
+        assert [group.shape[:2] for group in window.caches] == [(count, len(rows)) for count, _, _ in GROUPS]
         assert needed <= window.block.capacity <= max(2 * needed + SPARE_SLOTS, 2 * CAPACITY_STEP)
         for place, row in enumerate(window.rows):
             new = [float(self.written + i) for i in range(count)]
             self.written += count
             begin = MARGIN + int(self.lengths[row])
-            window.caches[:, place, 0, begin : begin + count, 0] = new
+            for group in window.caches:
+                group[:, place, :, begin : begin + count] = np.reshape(new, (-1, 1))
             self.entries[row] += new
             self.lengths[row] += count
 
@@ -79,8 +90,12 @@ class Laws(RuleBasedStateMachine):
             return
         for row, entries in enumerate(self.entries):
             if entries:
-                held = self.store.row(row)[:, 0, MARGIN : MARGIN + len(entries), 0]
-                assert np.array_equal(held, [entries] * 2)
+                for group, shape in zip(self.store.row(row), GROUPS, strict=True):
+                    held = group[:, :, MARGIN : MARGIN + len(entries)]
+                    count, heads, size = shape
+                    assert np.array_equal(
+                        held, np.broadcast_to(np.reshape(entries, (-1, 1)), (count, heads, len(entries), size))
+                    )
 
     @invariant()
     def a_row_has_one_place(self) -> None:
@@ -103,60 +118,69 @@ def test_a_long_prompt_leaves_the_others_where_they_are() -> None:
         store.arrange([3], MARGIN + length + 64)
         lengths[3] = length + 64
         assert store.arrange([0, 1, 2], 100).block is block
-    assert store.row(3).shape[2] > 1900
+    assert store.row(3)[0].shape[2] > 1900
+
+
+def rows_of_ten(store: RowStore, row: int) -> np.ndarray:
+    """The ten states of a row, [10, slots]."""
+    return np.concatenate([group[:, 0, :, 0] for group in store.row(row)])
 
 
 def test_rows_move_bit_by_bit_and_go_on_meanwhile() -> None:
     for rows in ([0], [0, 2, 1]):
-        store, lengths = make_store(3, num_caches=10)
+        store, lengths = make_store(3, groups=TEN)
         for row in rows:
             store.arrange([row], 1000)
             lengths[row] = 900
-            store.row(row)[:] = 10 * row + np.arange(10)[:, None, None, None]
+            first, second = store.row(row)
+            first[:] = 10 * row + np.arange(7)[:, None, None, None]
+            second[:] = 10 * row + np.arange(7, 10)[:, None, None, None]
         moved, turns = 0, 0
         while not store.approach(rows, 2000, 600):
-            assert store.moved - moved <= 300  # three caches of ten at a time, of a block twice as long
+            assert store.moved - moved <= 300  # three states of ten at a time, of a block twice as long
             moved, turns = store.moved, turns + 1
             for row in rows:
-                store.row(row)[:, 0, MARGIN + lengths[row]] = -turns
+                for group in store.row(row):
+                    group[:, 0, MARGIN + lengths[row]] = -turns
                 lengths[row] += 1
         assert turns >= 3 * len(rows)
         window = store.arrange(rows, 2000)
         assert window.block.capacity > 2000 and window.rows == tuple(rows)
         assert store.moved == moved == 900 * len(rows)
         for row in rows:
-            held = store.row(row)[:, 0, MARGIN : MARGIN + lengths[row], 0]
+            held = rows_of_ten(store, row)[:, MARGIN : MARGIN + lengths[row]]
             assert (held[:, :900] == 10 * row + np.arange(10)[:, None]).all()
             np.testing.assert_array_equal(held[:, 900:], [range(-1, -turns - 1, -1)] * 10)
 
 
 def test_what_is_pending_may_change_meanwhile() -> None:
     """The next step writes the last M entries again."""
-    store, lengths = make_store(1, num_caches=10)
+    store, lengths = make_store(1, groups=TEN)
     store.arrange([0], 1000)
     lengths[0] = 900
     assert not store.approach([0], 2000, 600)
-    store.row(0)[:, 0, 900 : 900 + MARGIN] = 5
+    for group in store.row(0):
+        group[:, 0, 900 : 900 + MARGIN] = 5
     store.arrange([0], 2000)
-    assert (store.row(0)[:, 0, 900 : 900 + MARGIN] == 5).all()
+    assert (rows_of_ten(store, 0)[:, 900 : 900 + MARGIN] == 5).all()
 
 
 def test_a_row_that_begins_anew_is_copied_anew() -> None:
-    store, lengths = make_store(2, num_caches=10)
+    store, lengths = make_store(2, groups=TEN)
     store.arrange([0], 1000)
     lengths[0] = 900
-    store.row(0)[:] = 1
+    fill(store, 0, 1)
     assert not store.approach([0], 2000, 600)
     lengths[0] = 0
     store.arrange([0], 1000)
-    store.row(0)[:] = 2
+    fill(store, 0, 2)
     lengths[0] = 950
     store.arrange([0], 2000)
-    assert (store.row(0)[:, 0, MARGIN : MARGIN + 950] == 2).all()
+    assert (rows_of_ten(store, 0)[:, MARGIN : MARGIN + 950] == 2).all()
 
 
 def test_two_growths_at_a_time() -> None:
-    store, lengths = make_store(3, num_caches=10)
+    store, lengths = make_store(3, groups=TEN)
     for row in range(3):
         store.arrange([row], 1000)
         lengths[row] = 900
@@ -205,10 +229,10 @@ def test_rows_are_compact_whoever_takes_part(groups: list[set[int]]) -> None:
     store.arrange(range(8), 50)
     lengths[:] = 30
     for row in range(8):
-        store.row(row)[:, 0, MARGIN : MARGIN + 30] = row
+        fill(store, row, row)
     for rows in groups:
         window = store.arrange(sorted(rows), 50)
         assert set(window.rows) == rows
         for place, row in enumerate(window.rows):
-            assert (window.caches[:, place, 0, MARGIN : MARGIN + 30] == row).all()
+            assert all((group[:, place, :, MARGIN : MARGIN + 30] == row).all() for group in window.caches)
     assert len(store.blocks) == 1

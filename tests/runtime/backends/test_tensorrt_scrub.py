@@ -46,7 +46,7 @@ def test_a_scrubbed_row_holds_its_committed_entries_and_zeros(
     held = np.arange(ours.capacity)
     committed = (held >= depth) & (held < max(kept, depth))  # the last of them are pending
     for name, array in state.items():
-        if name == "pending_kv":
+        if name == "pending_0":
             array[row][:, : max(depth - kept, 0)] = np.nan
         else:
             array[row][:, ~committed] = np.nan

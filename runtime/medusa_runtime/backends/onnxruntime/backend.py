@@ -22,7 +22,6 @@ from medusa_runtime.backends.onnxruntime.row_store import Block, RowStore, Windo
 from medusa_runtime.backends.onnxruntime.session import CPU, derived_graph
 from medusa_runtime.backends.onnxruntime.session_backend import SessionBackend
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.bundles.contract import cache_name
 from medusa_runtime.errors import BackendError
 
 _log = logging.getLogger(__name__)
@@ -59,12 +58,9 @@ class OnnxRuntimeBackend(SessionBackend):
             )
         graph = derived_graph(bundle, rows) if graph is None else graph
         super().__init__(bundle, graph, CPU, rows=rows, threads=threads, extra_outputs=extra_outputs)
-        model = bundle.model
         self._store = RowStore(
             self._state.lengths,
-            num_caches=2 * model.num_layers,
-            heads=model.num_key_value_heads,
-            head_dim=model.head_dim,
+            groups=[(len(group.states), *group.shape) for group in bundle.state_groups],
             margin=bundle.slots.margin,
             dtype=np.dtype(bundle.dtype),
         )
@@ -123,19 +119,22 @@ class OnnxRuntimeBackend(SessionBackend):
             self.reset(target)
             return
         layout, pending = self._bundle.slots, self._state.pending
-        if pending is not None:
+        if pending:
             # The newest entries are still pending: they come to their slots, as the next step would bring them.
-            newest = self._store.row(source)[:, :, layout.pending(int(self.lengths[source]))]
-            newest[:] = pending[source].reshape(newest.shape)
+            for caches, entries in zip(self._store.row(source), pending, strict=True):
+                newest = caches[:, :, layout.pending(int(self.lengths[source]))]
+                newest[:] = entries[source].reshape(newest.shape)
         if target != source:
             self._store.copy(source, target, length)
-        if pending is not None:
-            pending[target] = self._store.row(target)[:, :, layout.pending(length)].reshape(pending[target].shape)
+        if pending:
+            for caches, entries in zip(self._store.row(target), pending, strict=True):
+                entries[target] = caches[:, :, layout.pending(length)].reshape(entries[target].shape)
         self.lengths[target] = length
 
     def scrub(self, row: int) -> None:
         if self._store.holds(row):
-            scrub_slots(self._store.row(row), self._bundle.slots.committed(int(self.lengths[row])))
+            for caches in self._store.row(row):
+                scrub_slots(caches, self._bundle.slots.committed(int(self.lengths[row])))
         self._state.scrub(row)
 
     def step(
@@ -208,8 +207,9 @@ class OnnxRuntimeBackend(SessionBackend):
         if binding is None:
             bound = self._state.bound if direct or self._staged is None else self._staged.bound(count)
             caches = [
-                Bound(cache_name("past", index), cache_name("present", index), cache)
-                for index, cache in enumerate(window.caches)
+                Bound(state.past, state.present, cache)
+                for group, arrays in zip(self._bundle.state_groups, window.caches, strict=True)
+                for state, cache in zip(group.states, arrays, strict=True)
             ]
             binding = self._bindings[key] = self._new_binding([*bound, *caches])
         return binding
@@ -219,9 +219,9 @@ class OnnxRuntimeBackend(SessionBackend):
         count = int(self._state.result.count[row])
         if count <= 1 or self._state.is_prefill[row]:
             return
-        caches = self._store.row(row)
         root = self._bundle.slots.slot(int(self.lengths[row]) - count)
-        caches[:, :, root + 1 : root + count] = caches[:, :, root + path[1:count]]
+        for caches in self._store.row(row):
+            caches[:, :, root + 1 : root + count] = caches[:, :, root + path[1:count]]
 
     def close(self) -> None:
         self._close_session()
@@ -232,7 +232,7 @@ class OnnxRuntimeBackend(SessionBackend):
 def _warn_of_inexact(version: str, bundle: Bundle) -> None:
     """Says that the tokens of a bundle may depend on the tree size."""
     reason = (
-        f"it computes in {bundle.dtype}, or has a head_dim of {bundle.model.head_dim}"
+        f"it computes in {bundle.dtype}, or has a head_dim of {max(state.shape[1] for state in bundle.states)}"
         if bundle.panel is None
         else f"the products of ONNX Runtime {version} depend on the number of rows on this processor"
     )
@@ -244,6 +244,6 @@ def _warn_of_inexact(version: str, bundle: Bundle) -> None:
 
 
 def scrub_slots(caches: NDArray[Any], committed: slice) -> None:
-    """Sets all slots of caches, [2L, N, C, d], to zero but the committed ones."""
+    """Sets all slots of states, [n, N, C, d], to zero but the committed ones."""
     caches[:, :, : committed.start] = 0
     caches[:, :, committed.stop :] = 0

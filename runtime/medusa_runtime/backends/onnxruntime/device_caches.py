@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from medusa_runtime.backends.onnxruntime.binding import Binding, Bound
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.bundles.contract import cache_name, fixed_shape
+from medusa_runtime.bundles.contract import fixed_shape, pending_specs
 from medusa_runtime.bundles.slots import rounded_capacity
 from medusa_runtime.errors import BackendError
 
 
 class DeviceCaches:
-    """The K/V caches of a fixed number of rows on a device.
+    """The states of a fixed number of rows on a device.
 
     Args:
         ort: The module ``onnxruntime``.
@@ -30,19 +30,18 @@ class DeviceCaches:
     Attributes:
         capacity: Slots per row (C).
         values: The caches, [rows, N, C, d] each, in the order of the contract.
-        pending: Pending entries, [rows, 2L·N, M, d], as the next step reads them, and the memory for what it leaves
-            to the one after; empty if the tree has no depth.
+        pending: Two values by name of the input with pending entries, [rows, n·N, M, d]: the entries that the next step
+            reads, and the memory for those that it leaves to the step after it. Empty if the tree has no depth.
     """
 
     def __init__(self, ort: Any, device: str, bundle: Bundle, rows: int) -> None:
         self._ort, self._device, self._bundle, self._rows = ort, device, bundle, rows
         self.capacity = 0
         self.values: list[Any] = []
-        self.pending: list[Any] = []
-        for spec in bundle.inputs:
-            if spec.name == "pending_kv":
-                shape = fixed_shape(spec, {"batch": rows})
-                self.pending = [self._on_device(np.zeros(shape, spec.dtype)) for _ in range(2)]
+        self.pending: dict[str, list[Any]] = {}
+        for spec in pending_specs(bundle.states, bundle.dtype):
+            shape = fixed_shape(spec, {"batch": rows})
+            self.pending[spec.name] = [self._on_device(np.zeros(shape, spec.dtype)) for _ in range(2)]
 
     def _on_device(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
@@ -51,8 +50,8 @@ class DeviceCaches:
     def bound(self) -> list[Bound]:
         """The memory to bind a session to; pending entries change places in each step, see ``bind_pending``."""
         return [
-            Bound(cache_name("past", index), cache_name("present", index), on_device=value)
-            for index, value in enumerate(self.values)
+            Bound(state.past, state.present, on_device=value)
+            for state, value in zip(self._bundle.states, self.values, strict=True)
         ]
 
     def grow(self, capacity: int) -> None:
@@ -62,17 +61,17 @@ class DeviceCaches:
             BackendError: There is no memory for it; nothing has changed.
         """
         capacity = rounded_capacity(capacity)
-        model = self._bundle.model
-        shape = (self._rows, model.num_key_value_heads, capacity, model.head_dim)
         grown = []
         try:
-            for index in range(2 * model.num_layers):
-                cache = np.zeros(shape, self._bundle.dtype)  # slots that no token has reached have to hold numbers
+            for index, state in enumerate(self._bundle.states):
+                heads, size = state.shape
+                # slots that no token has reached have to hold numbers
+                cache = np.zeros((self._rows, heads, capacity, size), self._bundle.dtype)
                 if self.values:
                     cache[:, :, : self.capacity] = self.values[index].numpy()
                 grown.append(self._on_device(cache))
         except (MemoryError, RuntimeError) as error:  # of the host, or of the device
-            size = 2 * model.num_layers * int(np.prod(shape)) * np.dtype(self._bundle.dtype).itemsize
+            size = self._rows * capacity * self._bundle.entry_bytes
             raise BackendError(
                 f"There is no memory for caches of {capacity} slots in {self._rows} rows ({size / 2**20:,.0f} MiB): "
                 f"{error}"
@@ -81,28 +80,31 @@ class DeviceCaches:
 
     def bind_pending(self, binding: Binding) -> None:
         """Binds pending entries for the next step."""
-        if self.pending:
-            now, following = self.pending
-            binding.values.bind_ortvalue_input("pending_kv", now)
-            binding.values.bind_ortvalue_output("next_pending_kv", following)
+        for name, (now, following) in self.pending.items():
+            binding.values.bind_ortvalue_input(name, now)
+            binding.values.bind_ortvalue_output(f"next_{name}", following)
 
     def commit_pending(self) -> None:
         """Makes what a step left the pending entries; call it once the step has succeeded."""
-        self.pending.reverse()
+        for values in self.pending.values():
+            values.reverse()
 
     def truncate(self, row: int, newest: int, length: int) -> None:
         """Makes pending what is pending once a row of ``newest`` entries is cut to ``length`` of them, at least one."""
-        if not self.pending or newest == length:
+        if newest == length:
             return
-        pending = self.pending[0].numpy()
-        heads = self._bundle.model.num_key_value_heads
-        layout = self._bundle.slots
-        for index, value in enumerate(self.values):
-            entries = value.numpy()[row]
-            own = pending[row, index * heads : (index + 1) * heads]
-            entries[:, layout.pending(newest)] = own  # where the next step would write them
-            own[:] = entries[:, layout.pending(length)]
-        self.pending[0].update_inplace(pending)
+        layout, values = self._bundle.slots, dict(zip(self._bundle.states, self.values, strict=True))
+        for group in self._bundle.state_groups:
+            if group.pending is None:
+                continue
+            on_device, heads = self.pending[group.pending][0], group.shape[0]
+            pending = on_device.numpy()
+            for index, state in enumerate(group.states):
+                entries = values[state].numpy()[row]
+                own = pending[row, index * heads : (index + 1) * heads]
+                entries[:, layout.pending(newest)] = own  # where the next step would write them
+                own[:] = entries[:, layout.pending(length)]
+            on_device.update_inplace(pending)
 
     def scrub(self, row: int, length: int) -> None:
         """As ``Backend.scrub``, for a row of ``length`` entries."""
@@ -112,11 +114,11 @@ class DeviceCaches:
             cache[row, :, : committed.start] = 0
             cache[row, :, committed.stop :] = 0
             value.update_inplace(cache)
-        if self.pending:
-            pending = self.pending[0].numpy()
+        for on_device, _ in self.pending.values():
+            pending = on_device.numpy()
             pending[row, :, : self._bundle.slots.before_first(length)] = 0
-            self.pending[0].update_inplace(pending)
+            on_device.update_inplace(pending)
 
     def close(self) -> None:
         """Gives all memory back."""
-        self.values, self.pending, self.capacity = [], [], 0
+        self.values, self.pending, self.capacity = [], {}, 0

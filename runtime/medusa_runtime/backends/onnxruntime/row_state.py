@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Bound
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.bundles.contract import fixed_shape
+from medusa_runtime.bundles.contract import fixed_shape, pending_specs
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -35,7 +35,7 @@ class RowState:
         lengths: Committed entries, [B].
         drafts: The trees to verify next, [B, T].
         result: The result of the last step.
-        pending: Pending entries, [B, 2L·N, M, d]; None if they aren't kept here.
+        pending: Pending entries of each group of states, [B, n·N, M, d]; empty if they aren't kept here.
         path: The nodes that the last step accepted, [B, M + 1]; None if the graph keeps them to itself.
         is_prefill: The rows that took in a chunk in the last step, [B].
     """
@@ -51,11 +51,11 @@ class RowState:
         self._num_tokens = self._bind(np.zeros(rows, np.int64), input_name="num_tokens")
         self.lengths = self._bind_state(np.zeros(rows, np.int64), "cache_lengths", "next_cache_lengths")
         self.drafts = self._bind_state(np.zeros((rows, bundle.tree.size), np.int64), None, "next_input_ids")
-        self.pending: NDArray[Any] | None = None
-        if pending and "pending_kv" in inputs:
-            spec = next(spec for spec in bundle.inputs if spec.name == "pending_kv")
-            entries = np.zeros(fixed_shape(spec, {"batch": rows}), spec.dtype)
-            self.pending = self._bind_state(entries, "pending_kv", "next_pending_kv")
+        self.pending: list[NDArray[Any]] = []
+        for spec in pending_specs(bundle.states, bundle.dtype):
+            if pending and spec.name in inputs:
+                entries = np.zeros(fixed_shape(spec, {"batch": rows}), spec.dtype)
+                self.pending.append(self._bind_state(entries, spec.name, f"next_{spec.name}"))
         self.path: NDArray[np.int64] | None = None
         if "accepted_path" in outputs:
             self.path = self._bind(np.zeros(tokens, np.int64), output="accepted_path")
@@ -132,8 +132,8 @@ class RowState:
 
     def scrub(self, row: int) -> None:
         """Sets the pending entries from before a row's entry 0 to zero."""
-        if self.pending is not None:
-            self.pending[row, :, : self._bundle.slots.before_first(int(self.lengths[row]))] = 0
+        for entries in self.pending:
+            entries[row, :, : self._bundle.slots.before_first(int(self.lengths[row]))] = 0
 
 
 class StagedRows:

@@ -11,7 +11,8 @@ it is and goes on. Entries that it appends after they would have been copied are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,17 +28,17 @@ class Block:
     """Caches of one capacity.
 
     Attributes:
-        caches: [2L, places, N, C, d], in the order of the contract.
+        caches: The states of each group, [n, places, N, C, d] for n states of one shape.
         rows: The row in each place, None where there is none.
     """
 
-    caches: NDArray[np.generic]
+    caches: tuple[NDArray[np.generic], ...]
     rows: list[int | None]
 
     @property
     def capacity(self) -> int:
         """Slots per row (C)."""
-        return int(self.caches.shape[3])
+        return int(self.caches[0].shape[3])
 
     def holds(self, row: int) -> bool:
         """True if the row is in this block."""
@@ -51,7 +52,7 @@ class Growth:
     Attributes:
         lengths: The number of entries to copy, by row. A row that becomes shorter makes the copy useless.
         block: The new block; the rows get its places in the order of ``lengths``.
-        copied: The number of caches that have been copied, those of the first row first.
+        copied: The number of states that have been copied, those of the first row first.
     """
 
     lengths: dict[int, int]
@@ -74,9 +75,9 @@ class Window:
     rows: tuple[int, ...]
 
     @property
-    def caches(self) -> NDArray[np.generic]:
-        """[2L, rows, N, C, d]; each cache is contiguous."""
-        return self.block.caches[:, self.start : self.start + len(self.rows)]
+    def caches(self) -> tuple[NDArray[np.generic], ...]:
+        """The states of each group, [n, rows, N, C, d]; each state is contiguous."""
+        return tuple(group[:, self.start : self.start + len(self.rows)] for group in self.block.caches)
 
 
 class RowStore:
@@ -84,9 +85,7 @@ class RowStore:
 
     Args:
         lengths: Committed entries per row, [rows]; the owner of the array keeps it up to date.
-        num_caches: Caches of a row (2L).
-        heads: Key/value heads (N).
-        head_dim: Size of a head (d).
+        groups: The number of states in each group, and the shape of their entries: (n, N, d).
         margin: Slots in front of the first entry (M).
         dtype: Type of keys and values.
 
@@ -100,9 +99,7 @@ class RowStore:
         self,
         lengths: NDArray[np.int64],
         *,
-        num_caches: int,
-        heads: int,
-        head_dim: int,
+        groups: Sequence[tuple[int, int, int]],
         margin: int,
         dtype: np.dtype[np.generic],
     ) -> None:
@@ -111,7 +108,8 @@ class RowStore:
         self.changes = 0
         self._growths: dict[frozenset[int], Growth] = {}
         self._lengths = lengths
-        self._num_caches, self._heads, self._head_dim = num_caches, heads, head_dim
+        self._groups = tuple(groups)
+        self._num_states = sum(count for count, _, _ in groups)
         self._margin = margin
         self._dtype = dtype
 
@@ -124,11 +122,12 @@ class RowStore:
         """True if a row has a place."""
         return self._block_of(row) is not None
 
-    def row(self, row: int) -> NDArray[np.generic]:
-        """The caches of a row that has a place, [2L, N, C, d]."""
+    def row(self, row: int) -> tuple[NDArray[np.generic], ...]:
+        """The states of a row that has a place, by group: [n, N, C, d]."""
         block = self._block_of(row)
         assert block is not None
-        return block.caches[:, block.rows.index(row)]
+        place = block.rows.index(row)
+        return tuple(group[:, place] for group in block.caches)
 
     def window(self, rows: Sequence[int]) -> Window | None:
         """The places of rows that were arranged together; None if they aren't beside each other any more."""
@@ -189,13 +188,14 @@ class RowStore:
         growth = self._growth_of(rows, capacity)
         # All slots count: memory that is new is cleared in pages, whatever is written to them.
         before = self.moved
-        self._copy_some(growth, -(-at_most * self._num_caches // growth.block.capacity))
-        return growth.copied == len(rows) * self._num_caches and self.moved - before <= at_most // LAST_MOVE
+        self._copy_some(growth, -(-at_most * self._num_states // growth.block.capacity))
+        return growth.copied == len(rows) * self._num_states and self.moved - before <= at_most // LAST_MOVE
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first ``length`` entries of a row to another one, which has room for them."""
         end = self._margin + length
-        self.row(target)[:, :, :end] = self.row(source)[:, :, :end]
+        for new, old in zip(self.row(target), self.row(source), strict=True):
+            new[:, :, :end] = old[:, :, :end]
 
     def clear(self) -> None:
         """Gives all memory back."""
@@ -227,7 +227,7 @@ class RowStore:
         stay behind in a block that these rows leave move along.
         """
         growth = self._growth_of(rows, capacity, exact=exact)
-        self._copy_some(growth, len(rows) * self._num_caches)
+        self._copy_some(growth, len(rows) * self._num_states)
         del self._growths[frozenset(rows)]
         block = growth.block
         left = [other for other in self.blocks if any(other.holds(row) for row in rows)]
@@ -238,7 +238,8 @@ class RowStore:
                 before = old.rows.index(row)
                 # Entries that came after the copy, and the M newest of then: they were pending and may have changed.
                 begin, end = copied, self._margin + int(self._lengths[row])
-                block.caches[:, place, :, begin:end] = old.caches[:, before, :, begin:end]
+                for new, there in zip(block.caches, old.caches, strict=True):
+                    new[:, place, :, begin:end] = there[:, before, :, begin:end]
                 old.rows[before] = None
             block.rows[place] = row
         if len(rows) > 1:
@@ -258,19 +259,27 @@ class RowStore:
         return self._growths[key]
 
     def _copy_some(self, growth: Growth, count: int) -> None:
-        """Copies ``count`` more caches; each is one cache of one row."""
+        """Copies ``count`` more states; each is one state of one row."""
         for place, (row, length) in enumerate(growth.lengths.items()):
-            first = growth.copied - place * self._num_caches
-            last = min(first + count, self._num_caches)
+            first = growth.copied - place * self._num_states
+            last = min(first + count, self._num_states)
             if last <= first:
                 continue
             old = self._block_of(row)
             if old is not None and length:
-                part, end = slice(first, last), self._margin + length
-                growth.block.caches[part, place, :, :end] = old.caches[part, old.rows.index(row), :, :end]
-                self.moved += -(-length * (last - first) // self._num_caches)
+                before, end = old.rows.index(row), self._margin + length
+                for new, there, part in zip(growth.block.caches, old.caches, self._parts(first, last), strict=True):
+                    new[part, place, :, :end] = there[part, before, :, :end]
+                self.moved += -(-length * (last - first) // self._num_states)
             growth.copied += last - first
             count -= last - first
+
+    def _parts(self, first: int, last: int) -> Iterator[slice]:
+        """The part of each group that has the states from ``first`` up to ``last``, counted over all groups."""
+        begin = 0
+        for count, _, _ in self._groups:
+            yield slice(max(first - begin, 0), max(last - begin, 0))
+            begin += count
 
     def _drop_outdated_growths(self) -> None:
         """Gives up growths with a row that was reset or truncated: it will hold another text."""
@@ -307,14 +316,14 @@ class RowStore:
         failure = None
         for capacity in (needed,) if exact else (needed + needed // 4, needed):
             slots = rounded_capacity(capacity)
-            shape = (self._num_caches, places, self._heads, slots, self._head_dim)
+            shapes = [(count, places, heads, slots, size) for count, heads, size in self._groups]
             try:
                 # Attention reads slots that hold no entry with weight 0, so they have to hold numbers. The system
                 # gives zeros no memory before something is written.
-                return Block(np.zeros(shape, self._dtype), [None] * places)
+                return Block(tuple(np.zeros(shape, self._dtype) for shape in shapes), [None] * places)
             except MemoryError as error:
                 failure = error
-        size = int(np.prod(shape)) * self._dtype.itemsize
+        size = sum(math.prod(shape) for shape in shapes) * self._dtype.itemsize
         raise BackendError(
             f"There is no memory for {needed} slots in each of {places} rows: the caches take {size / 2**20:,.0f} MiB."
         ) from failure
@@ -352,16 +361,18 @@ class RowStore:
         first, second = block.rows[place], block.rows[other]
         assert second is not None
         end = 0 if first is None or not self._lengths[first] else self._margin + int(self._lengths[first])
-        kept = block.caches[:, place, :, :end].copy()
+        kept = [group[:, place, :, :end].copy() for group in block.caches]
         self._copy_slots(block, other, block, place, int(self._lengths[second]))
-        block.caches[:, other, :, :end] = kept
+        for group, entries in zip(block.caches, kept, strict=True):
+            group[:, other, :, :end] = entries
         self.moved += end
         block.rows[place], block.rows[other] = second, first
 
     def _copy_slots(self, old: Block, before: int, new: Block, after: int, length: int) -> None:
         if length:
             end = self._margin + length
-            new.caches[:, after, :, :end] = old.caches[:, before, :, :end]
+            for there, here in zip(new.caches, old.caches, strict=True):
+                there[:, after, :, :end] = here[:, before, :, :end]
             self.moved += length
 
 

@@ -21,7 +21,6 @@ from medusa_runtime.backends.tensorrt.loading import LoadedEngine, load_engine
 from medusa_runtime.backends.tensorrt.steps import EngineSteps
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
-from medusa_runtime.bundles.contract import cache_name
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError, RequestError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -185,17 +184,16 @@ class TensorRTBackend:
         self._settle()
         doing = f"copying {length} entries of row {source} to row {target}"
         buffers, layout, newest = self._buffers, self._bundle.slots, int(self._lengths[source])
-        for index in range(2 * self._bundle.model.num_layers):
-            cache = cache_name("past", index)
+        for state in self._bundle.states:
             if layout.margin:  # the newest entries come to their slots, as the next step would bring them
-                place = buffers.entries(cache, source, layout.pending(newest).start)
-                buffers.copy_entries(place, buffers.entries("pending_kv", source, 0, index), layout.margin, doing)
+                place = buffers.entries(state, source, layout.pending(newest).start)
+                buffers.copy_entries(place, buffers.pending(state, source), layout.margin, doing)
             if target != source:
-                there, here = (buffers.entries(cache, row, layout.slot(0)) for row in (target, source))
+                there, here = (buffers.entries(state, row, layout.slot(0)) for row in (target, source))
                 buffers.copy_entries(there, here, length, doing)
             if layout.margin:
-                place = buffers.entries(cache, source, layout.pending(length).start)
-                buffers.copy_entries(buffers.entries("pending_kv", target, 0, index), place, layout.margin, doing)
+                place = buffers.entries(state, source, layout.pending(length).start)
+                buffers.copy_entries(buffers.pending(state, target), place, layout.margin, doing)
         self._lengths[target] = buffers.length[0] = length
         self._stream.upload(buffers.address["cache_lengths"] + target * ID.itemsize, buffers.length, doing)
         self._stream.synchronize(doing)
@@ -205,12 +203,13 @@ class TensorRTBackend:
             raise BackendError("Steps are in flight: collect them before a row is scrubbed.")
         doing = f"scrubbing row {row}"
         margin, length = self._bundle.slots.margin, int(self._lengths[row])
-        for index in range(2 * self._bundle.model.num_layers):
+        for state in self._bundle.states:
             # The next step writes the pending entries again before it reads them, so their slots may be zeroed, too.
-            self._buffers.zero_entries(cache_name("past", index), row, slice(length, None), doing)
-            self._buffers.zero_entries(cache_name("past", index), row, slice(0, min(margin, length)), doing)
-        if margin:
-            self._buffers.zero_entries("pending_kv", row, slice(0, self._bundle.slots.before_first(length)), doing)
+            self._buffers.zero_entries(state.past, row, slice(length, None), doing)
+            self._buffers.zero_entries(state.past, row, slice(0, min(margin, length)), doing)
+        for group in self._bundle.state_groups:
+            if group.pending is not None:
+                self._buffers.zero_entries(group.pending, row, slice(0, self._bundle.slots.before_first(length)), doing)
         self._stream.synchronize(doing)
 
     def assign(self, row: int, draws: Draws | None) -> None:

@@ -13,7 +13,8 @@ from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.tensorrt.cuda import Cuda, Event, Stream
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import EngineLimits
-from medusa_runtime.bundles.contract import TensorSpec, cache_name, fixed_shape
+from medusa_runtime.bundles.contract import TensorSpec, fixed_shape
+from medusa_runtime.bundles.states import State
 from medusa_runtime.sampling import draws_ahead
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
@@ -39,15 +40,19 @@ class ResultSlot:
 
 @dataclass(frozen=True)
 class Entries:
-    """Consecutive slots of all heads of one row in one cache, or of its pending entries, on the device.
+    """Consecutive slots of all heads of one row in one state, or of its pending entries, on the device.
 
     Attributes:
         address: The address of the first slot of the first head.
         pitch: Bytes from head to head.
+        heads: The number of heads.
+        size: Bytes of one slot of one head.
     """
 
     address: int
     pitch: int
+    heads: int
+    size: int
 
 
 class Buffers:
@@ -100,13 +105,12 @@ class Buffers:
         Raises:
             OutOfDeviceMemoryError: The device has no memory for it.
         """
-        caches = range(2 * self._bundle.model.num_layers)
-        present = {cache_name("present", index) for index in caches}
+        present = {state.present for state in self._bundle.states}
         for name, spec in self.specs.items():
             if name not in present and name not in RESULTS:
                 self.address[name] = self._block(name, self.size(spec))
-        for index in caches:
-            self.address[cache_name("present", index)] = self.address[cache_name("past", index)]
+        for state in self._bundle.states:
+            self.address[state.present] = self.address[state.past]
         places, results_size = {}, 0
         for name in RESULTS:
             if name in self.specs:
@@ -167,41 +171,39 @@ class Buffers:
         """Bytes of device memory that a backend of this size takes."""
         return sum(map(self.size, self.specs.values())) + self.scratch_size
 
-    def entries(self, name: str, row: int, slot: int, index: int = 0) -> Entries:
-        """The entries of a row from a slot on.
+    def entries(self, state: State, row: int, slot: int) -> Entries:
+        """The entries of a row in a state, from a slot on."""
+        return self._entries(state.past, row, slot, 0, state.shape[0])
 
-        Args:
-            name: A tensor of shape [B, heads, slots, d].
-            row: The row.
-            slot: The first slot.
-            index: The cache, for ``pending_kv``, which has the heads of all caches.
-        """
+    def pending(self, state: State, row: int) -> Entries:
+        """The pending entries of a row in a state."""
+        group = next(group for group in self._bundle.state_groups if state in group.states)
+        assert group.pending is not None
+        heads = state.shape[0]
+        return self._entries(group.pending, row, 0, group.states.index(state) * heads, heads)
+
+    def _entries(self, name: str, row: int, slot: int, head: int, heads: int) -> Entries:
+        """Entries of ``heads`` heads from ``head`` on, in a tensor of shape [B, heads, slots, d]."""
         spec = self.specs[name]
-        _, heads, slots, _ = self.shape(spec)
+        _, all_heads, slots, _ = self.shape(spec)
         row_size = self.size(spec) // self._rows
-        pitch = row_size // heads
-        head = index * self._bundle.model.num_key_value_heads
-        return Entries(self.address[name] + row * row_size + head * pitch + slot * (pitch // slots), pitch)
+        pitch = row_size // all_heads
+        address = self.address[name] + row * row_size + head * pitch + slot * (pitch // slots)
+        return Entries(address, pitch, heads, pitch // slots)
 
     def copy_entries(self, target: Entries, source: Entries, count: int, doing: str) -> None:
-        """Copies ``count`` slots of all heads of a cache within the device."""
-        width = count * self._entry_size
-        heads = self._bundle.model.num_key_value_heads
-        self._stream.copy_rows(target.address, target.pitch, source.address, source.pitch, width, heads, doing)
+        """Copies ``count`` slots of all heads of a state within the device."""
+        self._stream.copy_rows(
+            target.address, target.pitch, source.address, source.pitch, count * source.size, source.heads, doing
+        )
 
     def zero_entries(self, name: str, row: int, slots: slice, doing: str) -> None:
         """Sets slots of a row to zero in all heads of a tensor of shape [B, heads, slots, d]."""
         _, heads, count, _ = self.shape(self.specs[name])
         start, stop, _ = slots.indices(count)
         if stop > start:
-            first = self.entries(name, row, start)
-            self._stream.zero_rows(first.address, first.pitch, (stop - start) * self._entry_size, heads, doing)
-
-    @property
-    def _entry_size(self) -> int:
-        """Bytes of one entry of one head."""
-        spec = self.specs[cache_name("past", 0)]
-        return self.size(spec) // int(np.prod(self.shape(spec)[:3]))
+            first = self._entries(name, row, start, 0, heads)
+            self._stream.zero_rows(first.address, first.pitch, (stop - start) * first.size, heads, doing)
 
     def upload_flags(self, num_tokens: Sequence[int], is_prefill: Sequence[bool], doing: str) -> None:
         """Writes what each row does in the steps that follow, [B] each."""

@@ -11,7 +11,7 @@ from medusa_runtime.backends.tensorrt.cuda import Cuda, Device
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, error_log
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
-from medusa_runtime.bundles.contract import cache_name, fixed_shape
+from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.bundles.listed_folder import read_cache_file, write_cache_file
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
 
@@ -180,10 +180,11 @@ def _check_tensors(loaded: LoadedEngine, bundle: Bundle) -> None:
                     f"The engine in {loaded.description.folder} is not what its description says: {spec.name} should "
                     f"be {spec.dtype} {list(expected)}. {REBUILD}"
                 )
-    for index in range(2 * bundle.model.num_layers):
-        past, present = cache_name("past", index), cache_name("present", index)
-        if engine.get_aliased_input_tensor(present) != past:
-            raise BackendError(f"The engine in {loaded.description.folder} doesn't update {past} in place. {REBUILD}")
+    for state in bundle.states:
+        if engine.get_aliased_input_tensor(state.present) != state.past:
+            raise BackendError(
+                f"The engine in {loaded.description.folder} doesn't update {state.past} in place. {REBUILD}"
+            )
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

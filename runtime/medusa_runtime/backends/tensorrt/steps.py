@@ -13,8 +13,6 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.errors import BackendError
 
-# Outputs that the next step reads, and the inputs that it reads them from.
-_CARRIED = {"next_cache_lengths": "cache_lengths", "next_pending_kv": "pending_kv"}
 # The engine's optimisation profiles.
 _DECODE, _PREFILL = 0, 1
 
@@ -64,6 +62,9 @@ class EngineSteps:
         self._rows, self._capacity, self._captures = rows, capacity, capture
         self._decoders: dict[tuple[int, int], _Decoder] = {}  # by size, and numbers to draw with
         self._prefiller: Any = None
+        pending = [group.pending for group in bundle.state_groups if group.pending is not None]
+        # Outputs that the next step reads, by the inputs that it reads them from.
+        self._carried = {name: f"next_{name}" for name in ("cache_lengths", *pending)}
 
     @property
     def uncaptured(self) -> dict[tuple[int, int], str]:
@@ -121,10 +122,9 @@ class EngineSteps:
         if not self._agrees(context.execute_async_v3, self._stream.handle):
             raise BackendError(f"TensorRT failed while {doing}: {self._loaded.words()}")
         buffers = self._buffers
-        for source, target in _CARRIED.items():
-            if source in buffers.address:
-                size = buffers.size(buffers.specs[target])
-                self._stream.copy(buffers.address[target], buffers.address[source], size, doing)
+        for target, source in self._carried.items():
+            size = buffers.size(buffers.specs[target])
+            self._stream.copy(buffers.address[target], buffers.address[source], size, doing)
 
     def _context(self, profile: int, size: int, width: int, *, eager: bool) -> Any:
         """An execution context for steps of a size, with everything bound."""
