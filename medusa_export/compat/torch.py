@@ -9,6 +9,9 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
   is on the terminal.
 * ``export_program``: torch keeps the shapes of each operation that it traced, to find them again for equal inputs. With
   free dimensions, to find a shape again costs more than to compute it. Without it, an export takes a tenth longer.
+* ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
+  Ours has a few of them, and each is another name of one that has. Without it, an export of a small model takes almost
+  twice as long.
 """
 
 from __future__ import annotations
@@ -17,15 +20,30 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["FakeTensorMode", "export_program", "quiet_tracing", "tree_flatten", "tree_unflatten"]
+__all__ = ["FakeTensorMode", "export_program", "quiet_tracing", "tracing_once", "tree_flatten", "tree_unflatten"]
+
+aten = torch.ops.aten
+_OTHER_NAMES: dict[Any, Any] = {  # operations, and the names under which torch.onnx translates them
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.reshape.default: aten.view.default,  # takes a size of 0 as it is, where reshape's translation doesn't
+    aten.to.dtype: aten._to_copy.default,
+    aten.to.dtype_layout: aten._to_copy.default,
+    aten.to.device: aten._to_copy.default,
+}
+_CHECKS = {aten._assert_tensor_metadata.default}  # torch.onnx removes them
+_DECOMPOSED = {
+    aten.repeat_interleave.self_int
+}  # its translation computes shapes in the graph, its decomposition doesn't
 
 _LOGGERS = ("torch.onnx", "onnx_ir", "onnxscript")
 
@@ -61,3 +79,47 @@ def export_program(
 
     with config.patch(fake_tensor_cache_enabled=False):
         return torch.export.export(module, args, dict(kwargs), dynamic_shapes=free, strict=False)
+
+
+@contextlib.contextmanager
+def tracing_once() -> Iterator[None]:
+    """Makes ``torch.onnx.export`` translate a program without tracing it again, while the block lasts.
+
+    A program with an operation that has no translation, or that changes a tensor in place, is still traced again.
+    """
+    decompose = _fx_passes.decompose_with_registry
+
+    def decompose_if_needed(
+        exported_program: torch.export.ExportedProgram, registry: _registration.ONNXRegistry
+    ) -> torch.export.ExportedProgram:
+        translated = {*_decomp.get_onnx_implemented_overloads(registry), *_CHECKS} - _DECOMPOSED
+        called = [node for node in exported_program.graph_module.graph.nodes if node.op == "call_function"]
+        if not all(_is_ready(node.target, translated) for node in called):
+            return decompose(exported_program, registry)
+        for node in called:
+            _rename(node)
+        return exported_program
+
+    _fx_passes.decompose_with_registry = decompose_if_needed
+    try:
+        yield
+    finally:
+        _fx_passes.decompose_with_registry = decompose
+
+
+def _is_ready(operation: Any, translated: Container[object]) -> bool:
+    """Returns True if ``torch.onnx.export`` can translate an operation of a traced program without decomposing it."""
+    if isinstance(operation, torch._ops.OpOverload):
+        return _OTHER_NAMES.get(operation, operation) in translated and not operation._schema.is_mutable
+    return not isinstance(operation, torch._ops.HigherOrderOperator)
+
+
+def _rename(node: torch.fx.Node) -> None:
+    """Gives an operation of a traced program the name that has a translation."""
+    operation: Any = node.target
+    node.target = _OTHER_NAMES.get(operation, operation)
+    if node.target is aten._to_copy.default:
+        names = [argument.name for argument in operation._schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        node.args = (given["self"],)
+        node.kwargs = {} if given.get("dtype") is None else {"dtype": given["dtype"]}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.onnxscript import fold_constants
-from medusa_export.compat.torch import export_program, quiet_tracing
+from medusa_export.compat.torch import export_program, quiet_tracing, tracing_once
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
@@ -234,14 +234,15 @@ def translate(program: torch.export.ExportedProgram) -> ir.Model:
         ExportError: An operator can't be translated.
     """
     try:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=OPSET_VERSION,
-            custom_translation_table=_translations(),
-        )
+        with tracing_once():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET_VERSION,
+                custom_translation_table=_translations(),
+            )
     except Exception as error:
         raise ExportError(f"Translating the traced model to ONNX failed: {first_line(error)}") from error
     if exported is None:

@@ -1,0 +1,75 @@
+"""A traced program is traced again for its translation only where an operation needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.onnx._internal.exporter import _fx_passes
+
+from medusa_export.compat.torch import export_program, tracing_once
+
+_NUMBERS = torch.tensor([[3.7, -1.2, 0.0], [2.0, 5.5, -4.0]])
+
+
+class _Renamed(nn.Module):
+    """Operations whose names have no translation, though other names of them have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x.to(torch.int64).to("cpu")
+        kept = (whole > 0) & (whole < 5) | (whole == -4)
+        return torch.where(kept, whole, 0).to(dtype=torch.float32)
+
+
+class _Empty(nn.Module):
+    """A size that is 0 for some inputs, and a shape that holds it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        none = x[:, x.shape[1] :].t()  # not contiguous
+        return none.reshape(x.shape[0], none.shape[0] * 2)
+
+
+class _InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        changed = x.clone()
+        changed[:, 1:].add_(x[:, :1])
+        return changed
+
+
+class _Repeated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, dim=1)
+
+
+class _Nested(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x & x if x.dtype == torch.bool else x * x
+
+
+@pytest.mark.parametrize(
+    ("module", "times"), [(_Renamed(), 0), (_Empty(), 0), (_InPlace(), 1), (_Repeated(), 1), (_Nested(), 1)], ids=str
+)
+def test_a_program_is_traced_again_only_if_it_must(
+    monkeypatch: pytest.MonkeyPatch, module: nn.Module, times: int
+) -> None:
+    calls = []
+    decompose = _fx_passes.decompose_with_registry
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return decompose(*args)
+
+    monkeypatch.setattr(_fx_passes, "decompose_with_registry", counted)
+    program = export_program(module, (_NUMBERS,), {}, ({0: torch.export.Dim.DYNAMIC},))
+    with tracing_once():
+        exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=24)
+    assert exported is not None
+    session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString())
+    (result,) = session.run(None, {session.get_inputs()[0].name: _NUMBERS.numpy()})
+    np.testing.assert_array_equal(result, module(_NUMBERS).numpy())
+    assert len(calls) == times
