@@ -48,7 +48,7 @@ def as_table(measured: Mapping[str, Speed]) -> Table:
     shown = [column not in _WIDE for column in COLUMNS]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in compress(COLUMNS, shown):
-        table.add_column(column.replace(" ", "\n"), no_wrap=True)
+        table.add_column(column.replace(" ", "\n"), no_wrap=column != COLUMNS[0])  # long names take two lines
     for row in rows(measured):
         table.add_row(*compress(row, shown))
     return table

@@ -73,7 +73,7 @@ def test_categories() -> None:
 
 def test_a_terminal_of_80_columns_cuts_nothing_off() -> None:
     answers = [[Generation((7, *range(10)), 0.9, 9.9, 10, nodes_per_step=5.95)]]
-    measured = speeds({"onnxruntime-genai": answers, "auto, no lookup": answers}, "auto, no lookup", {})
+    measured = speeds({"onnxruntime-genai, int4": answers, "auto, no lookup": answers}, "auto, no lookup", {})
     figures = {name: replace(speed, memory_mib=1699) for name, speed in measured.items()}
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(as_table(figures))

@@ -15,7 +15,7 @@ from torch import nn
 import medusa_export
 from medusa_export import WeightTypes
 from medusa_export.cli import main
-from medusa_export.common.errors import EngineBuildError, OptionError
+from medusa_export.common.errors import OptionError
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.blocks import round_to_nearest
 from medusa_export.verification.stored_matrices import stored_matrices, use_stored_matrices
@@ -125,12 +125,6 @@ def test_an_engine_decodes(bundle: Bundle) -> None:
 def test_inspect_says_if_answers_depend_on_the_tree_size(bundle: Bundle) -> None:
     shown = CliRunner().invoke(main, ["inspect", str(bundle.folder)]).output
     assert "answers of ONNX Runtime on this processor:" in shown
-
-
-def test_no_engine_is_built_from_it(bundle: Bundle, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(EngineBuildError, match="stores matrices as integers"):
-        medusa_export.build_engine(bundle, tmp_path / "engine", targets=["sm89"])
 
 
 @pytest.mark.slow

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import Comparator, CompareFunc
 
 import medusa_export
+from medusa_export import WeightTypes
+from medusa_export.common.errors import EngineBuildError
+from medusa_export.graph.export import build_graph
 from medusa_export.targets.tensorrt.builder import EngineBuilder
 from medusa_export.targets.tensorrt.network import updated_in_place
-from medusa_export.targets.tensorrt.options import BuildOptions, choose_limits
+from medusa_export.targets.tensorrt.options import BuildOptions, check_weights, choose_limits
 from medusa_export.targets.tensorrt.profiles import profiles_for
 from medusa_export.targets.tensorrt.rewrites.pipeline import TENSORRT, graph_for_tensorrt
-from medusa_runtime import Bundle
+from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
+from medusa_runtime.bundles.bundle import WeightFacts
 from medusa_runtime.bundles.compiled import EngineLimits
 from medusa_runtime.sampling import GREEDY, SamplingParams
-from support.decoding import TREE
+from support.decoding import TREE, export, make_step, random_heads
 from support.stock import Stock
-from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families
+from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families, tiny_model
 
 LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
 TARGETS = ("sm80", "sm89", "sm120")
@@ -77,13 +83,16 @@ def test_the_graph_stays_small(stock: Stock, dtype: str, sampling: bool) -> None
 
 
 def test_each_rewrite_takes_place(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
-    """But for soft caps, which this model has none of."""
+    """But for those of integers and soft caps, which this model has none of."""
     bundle = stock.export(dtype="float16").bundle
     caplog.clear()
     graph = graph_for_tensorrt(bundle, LIMITS.capacity)
     assert caplog.text == ""  # the graph is complete: every value that has a shape has a type
     assert list(graph.rewrites) == [rewrite.name for rewrite in TENSORRT.rewrites]
-    assert [name for name, count in graph.rewrites.items() if count == 0] == ["spell_out_soft_caps"]
+    assert [name for name, count in graph.rewrites.items() if count == 0] == [
+        "sign_block_weights",
+        "spell_out_soft_caps",
+    ]
     onnx.load_from_string(graph.data)
 
 
@@ -93,10 +102,67 @@ def test_each_rewrite_takes_place(stock: Stock, caplog: pytest.LogCaptureFixture
 )
 def test_rewrites_change_no_result(family: str, stock: Stock, tmp_path: Path) -> None:
     """The rewritten graph is standard ONNX: ONNX Runtime gives the same for it, caches included."""
-    exported = stock.export(family, SEEDS.get(family, 0)).bundle
+    compare_rewritten(stock.export(family, SEEDS.get(family, 0)).bundle, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def integer_bundle(stock: Stock) -> Bundle:
+    """All kinds of matrices in integers: 4 bits with zero points, 8 bits without, and a table."""
+    types = WeightTypes("int4", "int8", "int4", "int8", block_size=16, symmetric=False)
+
+    def fill(folder: Path) -> None:
+        model = tiny_model("llama")
+        step = make_step(model, random_heads(model), TREE)
+        step.sampling = False  # such a graph is traced faster
+        export(step, folder, graph=build_graph(step, types=types))
+
+    return Bundle.load(stock.folder("integers-for-tensorrt", fill))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Polygraphy's figures, of zeros
+def test_signed_integers_change_no_result(integer_bundle: Bundle, tmp_path: Path) -> None:
+    compare_rewritten(integer_bundle, tmp_path)
+    graph = onnx.load(tmp_path / "bundle" / "for-tensorrt.onnx", load_external_data=False).graph
+    kinds = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
+    assert "INT4" in kinds and not kinds & {"UINT4", "UINT8", "INT8"}
+
+
+def test_integers_build_for_gpus_that_have_them(integer_bundle: Bundle) -> None:
+    library = import_tensorrt("tensorrt-rtx")
+    builder = EngineBuilder(library, integer_bundle, BuildOptions(LIMITS, TARGETS, opt_level=0))
+    built = builder.build()
+    assert built.rewrites["sign_block_weights"] == built.layers["DEQUANTIZE"] + 2  # lm_head and the table
+    assert b"ReplCastMulCastFc" in built.data  # kernels of products read integers
+    check_weights(integer_bundle, TARGETS)
+    with pytest.raises(EngineBuildError, match="int4 weights, which TensorRT takes from sm80 on, not for sm75"):
+        check_weights(integer_bundle, ("sm75", "sm80"))
+    check_weights(replace(integer_bundle, weights=WeightFacts(layers="int8")), ("sm75",))
+
+
+@pytest.mark.slow
+def test_engines_hold_4_bit_integers(tmp_path: Path) -> None:
+    """An engine is smaller than one with fp16 weights by what its integers and scales take less."""
+    sizes = {}
+    for name, weights in (("fp16", None), ("int4", WeightTypes("int4", "int4"))):
+        model = tiny_model("llama", hidden_size=512, intermediate_size=2048, vocab_size=2000).half()
+        step = make_step(model, None, Tree())
+        step.sampling = False
+        export(step, tmp_path / name, graph=build_graph(step, types=weights))
+        bundle = Bundle.load(tmp_path / name)
+        builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(LIMITS, ("sm89",), opt_level=0))
+        sizes[name] = builder.build().data.nbytes
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+    count = sum(map(torch.Tensor.numel, matrices)) - model.get_input_embeddings().weight.numel()
+    assert sizes["fp16"] - sizes["int4"] == pytest.approx(count * (16 - 4 - 16 / 32) / 8, rel=0.05)
+
+
+def compare_rewritten(exported: Bundle, tmp_path: Path) -> None:
+    """Runs the standard graph of a bundle and the one for TensorRT on the same inputs."""
     bundle = Bundle.load(Path(shutil.copytree(exported.folder, tmp_path / "bundle")))
     rewritten = tmp_path / "bundle" / "for-tensorrt.onnx"
-    rewritten.write_bytes(graph_for_tensorrt(bundle, LIMITS.capacity).data)
+    graph = graph_for_tensorrt(bundle, LIMITS.capacity)
+    assert not graph.made  # such a small model has no large constants
+    rewritten.write_bytes(graph.data)
     onnx.checker.check_model(str(rewritten))
     feeds = [random_inputs(bundle, size, draws) for size in (1, 4, TREE.size, 20) for draws in (0, size)]
     runners = [OnnxrtRunner(SessionFromOnnx(str(graph))) for graph in (bundle.graph, rewritten)]
@@ -121,6 +187,8 @@ def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray
     feed["num_tokens"] = np.array([size, max(size - 1, 1)])
     feed["is_prefill"] = np.array([size > TREE.size, True])
     feed["cache_lengths"] = np.array([30, 7])
+    if "exponentials" not in feed:
+        return feed
     feed["exponentials"] = rng.standard_exponential(feed["exponentials"].shape, np.float32)
     rows = [SamplingParams(temperature=0.8, top_k=20, top_p=0.9).row_inputs(), GREEDY.row_inputs()]
     feed |= {name: np.array([row[name] for row in rows], feed[name].dtype) for name in rows[0]}

@@ -9,11 +9,11 @@ from os import PathLike
 from pathlib import Path
 
 from medusa_export.common import defaults
-from medusa_export.common.errors import EngineBuildError, OutputError
+from medusa_export.common.errors import OutputError
 from medusa_export.common.files import atomic_folder, check_target, write_bytes
 from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
-from medusa_export.targets.tensorrt.builder import EngineBuilder
-from medusa_export.targets.tensorrt.options import BuildOptions, check_targets, choose_limits
+from medusa_export.targets.tensorrt.builder import EngineBuilder, current_architecture
+from medusa_export.targets.tensorrt.options import BuildOptions, check_targets, check_weights, choose_limits
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, import_tensorrt
 from medusa_runtime.bundles.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS, Bundle
 from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, require_bundle
@@ -58,7 +58,7 @@ def build_engine(
     Raises:
         BackendError: TensorRT is not installed.
         BundleError: The bundle can't be read.
-        EngineBuildError: The bundle stores matrices as integers, or TensorRT refuses the graph or the options.
+        EngineBuildError: An architecture lacks the type of the weights, or TensorRT refuses the graph or the options.
         ExportError: There is something else at ``output``.
         OutputError: The engine can't be written.
     """
@@ -67,13 +67,11 @@ def build_engine(
     if not isinstance(bundle, Bundle):
         require_bundle(Path(bundle))
         bundle = Bundle.load(Path(bundle))
-    if bundle.weights.has_integers:
-        raise EngineBuildError(
-            "This bundle stores matrices as integers, from which no engine can be built yet: export the model again "
-            "with weights in fp16."
-        )
+    check_weights(bundle, architectures or (current_architecture(library),))
     if bundle.dtype == "float32":
         on_progress(Progress("weights and caches are fp32, like the bundle's; fp16 would take half of the memory"))
+    if "int8" in (bundle.weights.layers, bundle.weights.lm_head, bundle.weights.heads):
+        on_progress(Progress(f"matrices of 8-bit integers are {bundle.dtype} in the engine, with the same numbers"))
     limits = choose_limits(bundle, max_batch=max_batch, max_seq_len=max_seq_len, max_prefill=max_prefill)
     cache = None if timing_cache is None else Path(timing_cache)
     options = BuildOptions(limits, architectures, opt_level, cache)

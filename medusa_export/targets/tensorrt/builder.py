@@ -98,8 +98,14 @@ class EngineBuilder:
         self._parser = trt.OnnxParser(self.network, self.log)
         graph = graph_for_tensorrt(self.bundle, self.options.limits.capacity)
         self.rewrites = graph.rewrites
-        if not self._parser.parse(graph.data, str(self.bundle.graph.resolve())):
-            raise parser_error(self._parser, self.log)
+        self._made = graph.made  # the parser reads them until it is gone
+        parser = self._parser
+        loaded = parser.load_model_proto(graph.data, str(self.bundle.graph.resolve()))
+        loaded = loaded and all(
+            parser.load_initializer(name, data.ctypes.data, data.nbytes) for name, data in self._made.items()
+        )
+        if not loaded or not parser.parse_model_proto():
+            raise parser_error(parser, self.log)
         check_network(trt, self.network, self.bundle, self.options.limits.capacity)
         self._allow_decomposed_attention()
 

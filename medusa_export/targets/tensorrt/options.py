@@ -15,6 +15,8 @@ from medusa_runtime.bundles.compiled import EngineLimits
 
 # Slots per row, and tokens per chunk, of an engine whose options leave them open: at most these.
 MOST_SLOTS, MOST_PREFILL = 4096, 512
+# The first architecture that has each type of weights. All have those that are not named.
+_FIRST_ARCHITECTURES = {"int4": 80}
 _ARCHITECTURE = re.compile(r"sm_?(\d{2,3})", re.IGNORECASE)
 
 
@@ -108,3 +110,26 @@ def check_targets(library: TensorRTLibrary, names: Sequence[str]) -> tuple[str, 
             )
         targets.append(f"sm{match[1]}")
     return tuple(dict.fromkeys(targets))
+
+
+def check_weights(bundle: Bundle, targets: Sequence[str]) -> None:
+    """Checks that architectures have the types in which a bundle stores its weights.
+
+    Args:
+        bundle: The bundle.
+        targets: The architectures that are built for, as ``sm89``.
+
+    Raises:
+        EngineBuildError: One of them lacks a type.
+    """
+    stored = bundle.weights
+    kinds = {stored.layers, stored.lm_head, stored.heads}
+    for kind, first in _FIRST_ARCHITECTURES.items():
+        if kind not in kinds:
+            continue
+        older = [target for target in targets if int(target.removeprefix("sm")) < first]
+        if older:
+            raise EngineBuildError(
+                f"This bundle has {kind} weights, which TensorRT takes from sm{first} on, not for {', '.join(older)}: "
+                "leave these architectures out, or export the model again with other weights."
+            )
