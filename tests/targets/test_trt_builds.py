@@ -132,7 +132,7 @@ def test_integers_build_for_gpus_that_have_them(integer_bundle: Bundle) -> None:
     builder = EngineBuilder(library, integer_bundle, BuildOptions(LIMITS, TARGETS, opt_level=0))
     built = builder.build()
     assert built.rewrites["sign_block_weights"] == built.layers["DEQUANTIZE"] + 2  # lm_head and the table
-    assert b"ReplCastMulCastFc" in built.data  # kernels of products read integers
+    assert b"ReplCastMulCastFc" in bytes(built.data)  # kernels of products read integers
     check_weights(integer_bundle, TARGETS)
     with pytest.raises(EngineBuildError, match="int4 weights, which TensorRT takes from sm80 on, not for sm75"):
         check_weights(integer_bundle, ("sm75", "sm80"))
