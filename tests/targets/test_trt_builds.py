@@ -141,7 +141,7 @@ def test_integers_build_for_gpus_that_have_them(integer_bundle: Bundle) -> None:
 
 @pytest.mark.slow
 def test_engines_hold_4_bit_integers(tmp_path: Path) -> None:
-    """An engine is smaller than one with fp16 weights by what its integers and scales take less."""
+    """An engine is smaller than one with fp16 weights by about what its integers and scales take less."""
     sizes = {}
     for name, weights in (("fp16", None), ("int4", WeightTypes("int4", "int4"))):
         model = tiny_model("llama", hidden_size=512, intermediate_size=2048, vocab_size=2000).half()
@@ -153,7 +153,8 @@ def test_engines_hold_4_bit_integers(tmp_path: Path) -> None:
         sizes[name] = builder.build().data.nbytes
     matrices = [weight for weight in model.parameters() if weight.ndim == 2]
     count = sum(map(torch.Tensor.numel, matrices)) - model.get_input_embeddings().weight.numel()
-    assert sizes["fp16"] - sizes["int4"] == pytest.approx(count * (16 - 4 - 16 / 32) / 8, rel=0.05)
+    expected = count * (16 - 4 - 16 / 32) / 8
+    assert 0.9 * expected < sizes["fp16"] - sizes["int4"] < expected  # kernels have more source
 
 
 def compare_rewritten(exported: Bundle, tmp_path: Path) -> None:
