@@ -15,7 +15,7 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class BlockWeight:
-    """A matrix W [N, K] in blocks of columns: W = (values - zero point) · scale, each block with its own two.
+    """A matrix W [N, K] in blocks of columns: W = (values - zero point) · scale + offset, each per block.
 
     Attributes:
         bits: The bits per value.
@@ -24,6 +24,7 @@ class BlockWeight:
         scales: [N, K / block_size], in the dtype that W is computed in.
         zero_points: [N, K / block_size] uint8; None if all are in the middle of the range, 2 to the power of
             ``bits - 1``.
+        offsets: [N, K / block_size], in the dtype of the scales; None if all are 0.
     """
 
     bits: Bits
@@ -31,12 +32,14 @@ class BlockWeight:
     values: Tensor
     scales: Tensor
     zero_points: Tensor | None = None
+    offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.values.shape
         assert columns % self.block_size == 0
         assert self.scales.shape == (rows, columns // self.block_size)
         assert self.zero_points is None or self.zero_points.shape == self.scales.shape
+        assert self.offsets is None or self.offsets.shape == self.scales.shape
 
     @property
     def middle(self) -> int:
@@ -48,7 +51,9 @@ class BlockWeight:
         rows, columns = self.values.shape
         blocks = self.values.view(rows, -1, self.block_size).to(self.scales.dtype)
         zero_points = self.middle if self.zero_points is None else self.zero_points.unsqueeze(-1)
-        return ((blocks - zero_points) * self.scales.unsqueeze(-1)).view(rows, columns)
+        scaled = (blocks - zero_points) * self.scales.unsqueeze(-1)
+        moved = scaled if self.offsets is None else scaled + self.offsets.unsqueeze(-1)
+        return moved.view(rows, columns)
 
     def split(self, block_size: int, dtype: torch.dtype) -> BlockWeight:
         """The same matrix in smaller blocks, with scales in another dtype.
@@ -61,7 +66,8 @@ class BlockWeight:
         times = self.block_size // block_size
         zero_points = None if self.zero_points is None else self.zero_points.repeat_interleave(times, 1)
         scales = self.scales.repeat_interleave(times, 1).to(dtype)
-        return BlockWeight(self.bits, block_size, self.values, scales, zero_points)
+        offsets = None if self.offsets is None else self.offsets.repeat_interleave(times, 1).to(dtype)
+        return BlockWeight(self.bits, block_size, self.values, scales, zero_points, offsets)
 
     def packed(self) -> Tensor:
         """The values as bytes, [N, K · bits / 8]. Of two 4-bit values in a byte, the first is in the low half."""
@@ -87,8 +93,11 @@ def joined(parts: Sequence[BlockWeight]) -> BlockWeight:
                 for part in parts
             ]
         )
+    offsets = None
+    if any(part.offsets is not None for part in parts):
+        offsets = torch.cat([torch.zeros_like(part.scales) if part.offsets is None else part.offsets for part in parts])
     values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
-    return BlockWeight(bits, block_size, values, scales, zero_points)
+    return BlockWeight(bits, block_size, values, scales, zero_points, offsets)
 
 
 def round_to_nearest(

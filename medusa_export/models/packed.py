@@ -23,8 +23,9 @@ class StoredBlocks:
         bits: The bits per value.
         block_size: The columns per block.
         has_zero_points: Whether blocks have zero points that are not in the middle of the range.
-        scale_dtype: The dtype in which the file holds the scales.
+        scale_dtype: The smallest dtype that holds the scales and offsets as they are.
         read: Reads the matrix, with its scales in fp32.
+        has_offsets: Whether blocks have offsets.
     """
 
     bits: Bits
@@ -32,6 +33,7 @@ class StoredBlocks:
     has_zero_points: bool
     scale_dtype: torch.dtype
     read: Callable[[], BlockWeight]
+    has_offsets: bool = False
 
     def exact_in(self, dtype: torch.dtype) -> bool:
         """Whether a dtype holds the scales as they are."""
@@ -57,7 +59,8 @@ def joined_blocks(parts: Sequence[StoredBlocks | None]) -> StoredBlocks | None:
 
     scale_dtype = functools.reduce(torch.promote_types, [part.scale_dtype for part in blocks])
     has_zero_points = any(part.has_zero_points for part in blocks)
-    return StoredBlocks(blocks[0].bits, size, has_zero_points, scale_dtype, read)
+    has_offsets = any(part.has_offsets for part in blocks)
+    return StoredBlocks(blocks[0].bits, size, has_zero_points, scale_dtype, read, has_offsets)
 
 
 @runtime_checkable

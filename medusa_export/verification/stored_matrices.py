@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from medusa_export.graph.rewrites.block_weights import OFFSETS
 from medusa_export.graph.weights import PREFIX
 from medusa_export.models.blocks import BlockWeight
 from medusa_export.step.step import MedusaStep
@@ -55,10 +56,12 @@ def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
         zeros = None if zero_points is None else _tensor(zero_points).to(torch.uint8)
         block_size = integers.shape[1] // steps.shape[1]
         names = values.name.rpartition("/int")[0].split("+")
+        moved = graph.initializers.get(f"{values.name.rpartition('/')[0]}/{OFFSETS}")
+        offsets = None if moved is None or moved.const_value is None else _tensor(moved.const_value).float().T
         yield StoredMatrix(
             tuple(name.removeprefix(PREFIX) for name in names),
             node.op_type == "Gather",
-            BlockWeight(4 if values.dtype.bitwidth == 4 else 8, block_size, integers, steps.float(), zeros),
+            BlockWeight(4 if values.dtype.bitwidth == 4 else 8, block_size, integers, steps.float(), zeros, offsets),
         )
 
 

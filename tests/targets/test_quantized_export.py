@@ -6,10 +6,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
 import medusa_export
 from medusa_export.common.errors import MedusaWarning
+from medusa_export.verification.stored_matrices import CHECK, stored_matrices
+from support.gguf_files import write_gguf
 from support.packed_models import write_gptq
+from support.tiny_models import tiny_model
 
 
 def export(source: Path, output: Path, weights: str | None) -> list[str]:
@@ -25,6 +29,24 @@ def test_integers_of_the_checkpoint_are_stored_without_a_word(tmp_path: Path) ->
     assert not [words for words in export(source, tmp_path / "bundle", "int4") if "dequantized" in words]
     verified = medusa_export.verify(tmp_path / "bundle", source, max_new_tokens=8)
     assert verified.passed, [check for check in verified.checks if check.mismatches]
+
+
+@pytest.mark.slow
+def test_blocks_with_minima_are_stored_exactly(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "model.gguf", tiny_model("llama", vocab_size=300), kind=Kind.Q4_1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MedusaWarning)
+        bundle = medusa_export.export(
+            source, tmp_path / "bundle", init_heads=2, top_k=2, with_tokenizer=False, weights="int4"
+        )
+    assert [str(warning.message).partition(" The bundle")[0] for warning in caught] == [
+        "1 matrices of model are dequantized: GGUF Q4_1 (1)."  # the embeddings, which are looked up in 8-bit rows
+    ]
+    matrices = list(stored_matrices(bundle))
+    assert sum(matrix.blocks.offsets is not None for matrix in matrices if not matrix.is_table) == 9
+    verified = medusa_export.verify(bundle, source, max_new_tokens=24)
+    assert verified.passed, [check for check in verified.checks if check.mismatches]
+    assert next(check for check in verified.checks if check.name == CHECK).figures["largest_error"] < 0.02
 
 
 @pytest.mark.parametrize(("desc_act", "weights", "kind"), [(True, "int4", " with desc_act"), (False, None, "")])

@@ -14,13 +14,15 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from medusa_export.graph.rewrites.building import Builder, initializer
-from medusa_export.graph.rewrites.matching import given, rank_of, replace, replace_value
+from medusa_export.graph.rewrites.matching import given, rank_of, replace, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
 from medusa_export.graph.weights import LazyWeight, register
 from medusa_export.models.blocks import Bits, BlockWeight, pack, round_to_nearest
 from medusa_export.models.packed import StoredBlocks
 
 _TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+# The end of the name of a matrix's offsets.
+OFFSETS = "offsets"
 _Make = Callable[[BlockWeight], ir.TensorProtocol]
 
 
@@ -32,12 +34,14 @@ class _Parts(NamedTuple):
         values: [N, K] unsigned integers.
         scales: [N, K / block_size].
         zero_points: [N, K / block_size] unsigned integers.
+        offsets: [K / block_size, N], as ``MatMul`` reads them; None if there are none.
     """
 
     block_size: int
     values: ir.Value
     scales: ir.Value
     zero_points: ir.Value
+    offsets: ir.Value | None = None
 
 
 class QuantizeWeights(Rewrite):
@@ -45,7 +49,9 @@ class QuantizeWeights(Rewrite):
 
     1. A product x Wᵀ reads W from a ``DequantizeLinear`` with blocks along its columns.
     2. A product with a stack of matrices [K, C, N] becomes K products x Wᵀ, and a ``Concat``.
-    3. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
+    3. If the blocks of W have offsets, x Wᵀ becomes the sum of two products: x with the blocks without their offsets,
+       and the sums of x over each block with the offsets.
+    4. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
 
     Matrices that their file holds in such blocks are stored as they are. Others are rounded. Matrices whose columns no
     block size divides keep their dtype. 8-bit matrices have no zero points of their own, and tables are of 8 bits. The
@@ -62,6 +68,7 @@ class QuantizeWeights(Rewrite):
         super().__init__(step)
         self._made: dict[tuple[str | None, Bits], _Parts] = {}
         self._last: tuple[tuple[str | None, Bits], BlockWeight] | None = None
+        self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def apply(self, model: ir.Model) -> int:
         count = 0
@@ -125,7 +132,23 @@ class QuantizeWeights(Rewrite):
         graph.insert_before(transposes[0], read)
         for transpose in transposes:
             transpose.replace_input_with(0, read.outputs[0])
+            if parts.offsets is not None:
+                for product in [use.node for use in transpose.outputs[0].uses()]:
+                    self._add_offsets(graph, product, parts.offsets, parts.block_size)
         return len(transposes)
+
+    def _add_offsets(self, graph: ir.Graph, product: ir.Node, offsets: ir.Value, block_size: int) -> None:
+        """Adds to a product the sums of its input over each block, multiplied by the offsets of the blocks."""
+        given_input, output = given(product.inputs[0]), product.outputs[0]
+        build = Builder(graph, f"{product.name}/offsets")
+        key = (given_input, block_size)
+        if key not in self._sums:
+            # A product has the same bits for any number of rows, which a sum by vector lanes may not have.
+            self._sums[key] = build("MatMul", [given_input, _block_sums(graph, offsets, block_size)])
+        added = build("Add", [output, build("MatMul", [self._sums[key], offsets])])
+        graph.insert_after(product, build.nodes)
+        replace_value(output, added)
+        build.nodes[-1].replace_input_with(0, output)
 
     def _store_table(self, graph: ir.Graph, weight: LazyWeight, bits: Bits, lookups: list[ir.Node]) -> int:
         """Makes lookups read a table in blocks. No operator gathers 4-bit values."""
@@ -162,6 +185,7 @@ class QuantizeWeights(Rewrite):
         exact = _exact_blocks(weight, bits, size)
         symmetric = self.step.weights.symmetric or bits == 8 if exact is None else not exact.has_zero_points
         shape = (rows, columns // size)
+        has_offsets = exact is not None and exact.has_offsets
 
         def part(name: str, kind: ir.DataType, shape: tuple[int, int], make: _Make) -> ir.Value:
             def evaluate() -> ir.TensorProtocol:
@@ -178,6 +202,7 @@ class QuantizeWeights(Rewrite):
             ),
             part("scales", scale_type, shape, lambda made: TorchTensor(made.scales)),
             _middles(graph, shape, bits) if symmetric else part("zero_points", _TYPES[bits], shape, _zero_points),
+            part(OFFSETS, scale_type, shape[::-1], _offsets) if has_offsets else None,
         )
         return parts
 
@@ -200,7 +225,7 @@ def _exact_blocks(weight: LazyWeight, bits: Bits, block_size: int) -> StoredBloc
     stored = weight.blocks
     if stored is None or not stored.fit(bits, block_size) or (bits == 8 and stored.has_zero_points):
         return None
-    return stored
+    return None if stored.has_offsets and weight.is_table else stored
 
 
 def _integers(packed: Tensor, shape: Sequence[int], bits: Bits) -> ir.TensorProtocol:
@@ -208,6 +233,19 @@ def _integers(packed: Tensor, shape: Sequence[int], bits: Bits) -> ir.TensorProt
     if bits == 8:
         return TorchTensor(packed.contiguous())
     return ir.PackedTensor(packed.flatten().numpy(), _TYPES[bits], shape=shape)
+
+
+def _block_sums(graph: ir.Graph, offsets: ir.Value, block_size: int) -> ir.Value:
+    """The matrix [K, K / block_size] that sums the columns of each block."""
+    blocks, kind = shape_of(offsets).numpy()[0], offsets.dtype
+    assert kind is not None
+    ones = np.repeat(np.eye(blocks, dtype=kind.numpy()), block_size, axis=0)
+    return initializer(graph, f"block_sums/{blocks}x{block_size}", ones)
+
+
+def _offsets(made: BlockWeight) -> ir.TensorProtocol:
+    assert made.offsets is not None
+    return TorchTensor(made.offsets.T.contiguous())
 
 
 def _zero_points(made: BlockWeight) -> ir.TensorProtocol:

@@ -1,17 +1,19 @@
-"""Tensors of a GGUF file that blocks of integers with one scale each hold exactly.
+"""Tensors of a GGUF file that blocks of integers with a scale and an offset each hold exactly.
 
 * Q4_0: 4 bits, blocks of 32 columns.
 * Q5_0 and Q8_0: held in 8 bits, blocks of 32 columns.
 * Q6_K: held in 8 bits, blocks of 16 columns. Its scales are products that only fp32 holds.
+* Q4_1 and Q4_K: 4 bits, blocks of 32 columns. The files have minima, from which offsets follow: the value in the middle
+  of a block's range is the offset. Only fp32 holds these.
+* Q5_1 and Q5_K: the same, held in 8 bits.
 
-The others have a minimum per block that is no multiple of the scale (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K), a table of values
-(IQ), or fewer bits in an order of their own (Q3_K).
+The others have a table of values (IQ), or fewer bits (Q2_K, Q3_K).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,15 +30,17 @@ class BlockKind(NamedTuple):
     Attributes:
         bits: The bits per value of the blocks.
         block_size: The columns per block.
-        scale_dtype: The smallest dtype that holds the scales.
-        unpack: Makes unsigned values [N, K] and scales [N, K / block_size] in fp32 of the bytes of N rows. The middle
-            of the range of values stands for 0.
+        scale_dtype: The smallest dtype that holds the scales and offsets.
+        unpack: Makes unsigned values [N, K] and scales [N, K / block_size] in fp32 of the bytes of N rows, and offsets
+            if the kind has minima. The middle of the range of values stands for 0, or for the offset.
+        has_offsets: Whether the kind has minima.
     """
 
     bits: Bits
     block_size: int
     scale_dtype: torch.dtype
-    unpack: Callable[[_Bytes], tuple[_Bytes, NDArray[np.float32]]]
+    unpack: Callable[[_Bytes], tuple[NDArray[Any], ...]]
+    has_offsets: bool = False
 
 
 def _scales(rows: _Bytes) -> NDArray[np.float32]:
@@ -78,10 +82,54 @@ def _q6_k(rows: _Bytes) -> tuple[_Bytes, NDArray[np.float32]]:
     return values.astype(np.uint8).reshape(len(rows), -1), scales.reshape(len(rows), -1)
 
 
+def _q4_1(rows: _Bytes) -> tuple[NDArray[Any], ...]:
+    blocks = rows.reshape(len(rows), -1, 20)
+    scales, minima = _scales(blocks[..., :2]), _scales(blocks[..., 2:4])
+    return _nibbles(blocks[..., 4:]).reshape(len(rows), -1), scales, minima + 8 * scales
+
+
+def _q5_1(rows: _Bytes) -> tuple[NDArray[Any], ...]:
+    blocks = rows.reshape(len(rows), -1, 24)
+    scales, minima = _scales(blocks[..., :2]), _scales(blocks[..., 2:4])
+    fifth_bits = np.unpackbits(blocks[..., 4:8], axis=-1, bitorder="little")
+    values = _nibbles(blocks[..., 8:]) + 16 * fifth_bits + (128 - 16)
+    return values.astype(np.uint8).reshape(len(rows), -1), scales, minima + 16 * scales
+
+
+def _q4_k(rows: _Bytes) -> tuple[NDArray[Any], ...]:
+    blocks = rows.reshape(len(rows), -1, 144)
+    scales, minima = _k_scales(blocks)
+    nibbles = _nibbles(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32))
+    return nibbles.reshape(len(rows), -1), scales, minima + 8 * scales
+
+
+def _q5_k(rows: _Bytes) -> tuple[NDArray[Any], ...]:
+    blocks = rows.reshape(len(rows), -1, 176)
+    scales, minima = _k_scales(blocks)
+    nibbles = _nibbles(blocks[..., 48:].reshape(*blocks.shape[:2], 4, 32)).reshape(*blocks.shape[:2], 8, 32)
+    fifth_bits = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    values = nibbles + 16 * fifth_bits + (128 - 16)
+    return values.astype(np.uint8).reshape(len(rows), -1), scales, minima + 16 * scales
+
+
+def _k_scales(blocks: _Bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scales and minima of the eight parts of each block of Q4_K or Q5_K, [N, parts]. They are products in fp32."""
+    first, second, third = np.split(blocks[..., 4:16], 3, axis=-1)  # six bits each: of eight factors and eight minima
+    factors = np.concatenate([first & 0x3F, (third & 0x0F) | (first >> 2 & 0x30)], axis=-1)
+    minima = np.concatenate([second & 0x3F, (third >> 4) | (second >> 2 & 0x30)], axis=-1)
+    scaled = (_scales(blocks[..., :2])[..., None] * factors, -_scales(blocks[..., 2:4])[..., None] * minima)
+    by_row = [part.astype(np.float32).reshape(len(blocks), -1) for part in scaled]
+    return by_row[0], by_row[1]
+
+
 # By gguf's names.
 BLOCK_KINDS: Mapping[str, BlockKind] = {
     "Q4_0": BlockKind(4, 32, torch.float16, _q4_0),
     "Q5_0": BlockKind(8, 32, torch.float16, _q5_0),
     "Q8_0": BlockKind(8, 32, torch.float16, _q8_0),
     "Q6_K": BlockKind(8, 16, torch.float32, _q6_k),
+    "Q4_1": BlockKind(4, 32, torch.float32, _q4_1, has_offsets=True),
+    "Q5_1": BlockKind(8, 32, torch.float32, _q5_1, has_offsets=True),
+    "Q4_K": BlockKind(4, 32, torch.float32, _q4_k, has_offsets=True),
+    "Q5_K": BlockKind(8, 32, torch.float32, _q5_k, has_offsets=True),
 }

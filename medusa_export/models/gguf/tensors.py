@@ -97,15 +97,20 @@ class StoredTensor:
         self.blocks: StoredBlocks | None = None
         if held is not None:
             self.blocks = StoredBlocks(
-                held.bits, held.block_size, False, held.scale_dtype, partial(self._read_blocks, held)
+                held.bits,
+                held.block_size,
+                False,
+                held.scale_dtype,
+                partial(self._read_blocks, held),
+                held.has_offsets,
             )
 
     def _read_blocks(self, kind: BlockKind) -> BlockWeight:
         parts: list[NDArray[Any]] = list(kind.unpack(self._tensor.data))
         laid_out = [_laid_out(part, self.name, self._architecture, self._config) for part in parts]
-        values, scales = (torch.from_numpy(np.ascontiguousarray(part)) for part in laid_out)
+        values, scales, *offsets = (torch.from_numpy(np.ascontiguousarray(part)) for part in laid_out)
         release_pages(self._reader)
-        return BlockWeight(kind.bits, kind.block_size, values, scales)
+        return BlockWeight(kind.bits, kind.block_size, values, scales, offsets=offsets[0] if offsets else None)
 
     def __getitem__(self, index: Any) -> Tensor:
         """Reads some of the values, as one reads from an open safetensors file."""
