@@ -53,7 +53,8 @@ class QuantizeWeights(Rewrite):
        and the sums of x over each block with the offsets.
     4. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
 
-    Matrices that their file holds in such blocks are stored as they are. Others are rounded. Matrices whose columns no
+    Matrices that their file holds in such blocks are stored as they are, and so are matrices that it holds in 8 bits
+    where 4 are asked for. Others are rounded. Matrices whose columns no
     block size divides keep their dtype. 8-bit matrices have no zero points of their own, and tables are of 8 bits. The
     count is the number of products and lookups.
 
@@ -85,7 +86,7 @@ class QuantizeWeights(Rewrite):
             transposes = _transposes_for_products(value)
             if weight.is_table and lookups and (bits := self.step.weights.bits("embeddings")):
                 count += self._store_table(model.graph, weight, bits, lookups)
-            if transposes and (bits := self.step.weights.bits(weight.role)):
+            if transposes and (bits := self._bits(weight)):
                 count += self._store_matrix(model.graph, weight, bits, transposes)
         return count
 
@@ -116,6 +117,12 @@ class QuantizeWeights(Rewrite):
         build("Concat", products, axis=0)
         replace(product.outputs[0], build.nodes)
         return sum(self._store_matrix(graph, matrix, bits, [node]) for matrix, node in transposes if node is not None)
+    def _bits(self, weight: LazyWeight) -> Bits | None:
+        """The bits per value of a matrix that products read; None if it keeps its dtype."""
+        bits, columns = self.step.weights.bits(weight.role), weight.shape.numpy()[1]
+        size = self.step.weights.block_for(columns)
+        holds_more = bits == 4 and size is not None and _exact_blocks(weight, 8, size) is not None
+        return 8 if holds_more else bits
 
     def _store_matrix(self, graph: ir.Graph, weight: LazyWeight, bits: Bits, transposes: list[ir.Node]) -> int:
         """Makes products read a matrix in blocks."""

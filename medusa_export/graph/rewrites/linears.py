@@ -23,6 +23,7 @@ class MergeLinears(Rewrite):
 
     1. Several such products become one product with the weights side by side, and a ``Split``.
 
+    Weights that their file holds in integers of other bits are not merged, as the integers are stored as they are.
     A weight that is read elsewhere too (an ``lm_head`` that heads use, tied embeddings) stays as it is. The count is
     the number of products that were merged.
     """
@@ -30,12 +31,13 @@ class MergeLinears(Rewrite):
     name = "merge_linears"
 
     def apply(self, model: ir.Model) -> int:
-        groups: dict[ir.Value, list[_Product]] = defaultdict(list)
+        groups: dict[tuple[ir.Value, int | None], list[_Product]] = defaultdict(list)
         for node in [node for node in model.graph if node.op_type == "MatMul"]:
             weight, source = transposed_weight(node), node.inputs[0]
             if weight is not None and source is not None and _products_of(weight) == [node]:
-                groups[source].append((node, weight))
-        merged = [(source, members) for source, members in groups.items() if len(members) > 1]
+                stored = weight_of(weight).blocks
+                groups[source, None if stored is None else stored.bits].append((node, weight))
+        merged = [(source, members) for (source, _), members in groups.items() if len(members) > 1]
         for source, members in merged:
             _merge(model.graph, source, members)
         return sum(len(members) for _, members in merged)
