@@ -4,6 +4,7 @@ Each function does what the command of the same kind does, and returns its resul
 
 * ``export`` compiles a model with heads to a bundle, ``build_engine`` a bundle to a TensorRT engine;
 * ``verify`` checks a bundle against PyTorch, ``bench`` measures its speed, ``quality`` what its quantization costs;
+* ``quantize`` rounds a model's weights with GPTQ;
 * ``distill`` writes training data, ``train`` trains heads on it, ``calibrate`` measures their hit rates, and
   ``search_tree`` finds the best draft tree for these rates.
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from medusa_export.heads.convert import convert_heads
     from medusa_export.heads.modules import MedusaHeads
     from medusa_export.models.weight_types import WeightTypes
+    from medusa_export.quantization.quantize import quantize
     from medusa_export.targets.export import export
     from medusa_export.targets.tensorrt.build import build_engine
     from medusa_export.training.calibrate import calibrate
@@ -115,6 +117,7 @@ _MODULES = {
     "distill": "medusa_export.training.distill",
     "export": "medusa_export.targets.export",
     "quality": "medusa_export.evaluation.quality",
+    "quantize": "medusa_export.quantization.quantize",
     "search_tree": "medusa_export.trees.search",
     "time_tree": "medusa_export.trees.timing",
     "train": "medusa_export.training.train",
@@ -174,6 +177,7 @@ __all__ = [
     "distill",
     "export",
     "quality",
+    "quantize",
     "search_tree",
     "time_tree",
     "train",
@@ -181,7 +185,7 @@ __all__ = [
 ]
 
 # Functions that need more than the extra ``export`` installs.
-_EXTRAS = {"calibrate": "train", "distill": "train", "quality": "train", "train": "train"}
+_EXTRAS = {"calibrate": "train", "distill": "train", "quality": "train", "quantize": "train", "train": "train"}
 
 
 def __getattr__(name: str) -> Any:

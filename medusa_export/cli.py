@@ -23,6 +23,7 @@ COMMANDS = {
     "calibrate": "Measure how often heads are right.",
     "heads": "Work with files of heads.",
     "tree": "Search the best draft tree for calibrated heads.",
+    "quantize": "Round the weights of a model with GPTQ.",
     "quality": "Measure what quantization costs.",
     "bench": "Measure decoding speed.",
 }

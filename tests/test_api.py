@@ -284,6 +284,7 @@ def test_commands_have_the_defaults_of_their_functions() -> None:
         "distill": [medusa_export.distill, DistillOptions],
         "onnx": [medusa_export.export],
         "quality": [medusa_export.quality],
+        "quantize": [medusa_export.quantize],
         "train": [medusa_export.train, HeadShape, TrainOptions],
         "tree": [medusa_export.search_tree],
         "trt": [medusa_export.build_engine],

@@ -29,7 +29,8 @@ BENCH_TOKENS = 96  # per prompt
 BENCH_REPEATS = 3
 BENCH_TOLERANCE = 0.1  # share by which a ratio may be worse than an earlier one
 
-# Quality
+# Quantization and its quality
+QUANTIZED_WEIGHTS: Final = "int4"
 QUALITY_TOKENS = 256  # per answer of the model
 QUALITY_LENGTH = 512  # tokens of a text
 

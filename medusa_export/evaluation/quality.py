@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from medusa_export.models.checkpoints import load_model
 from medusa_export.training.calibrate import load_with_integers, measured
 from medusa_export.training.conversations import Sample
 from medusa_export.trees.calibration import Calibration
+from medusa_export.verification.stored_matrices import stored_bits
 from medusa_runtime.bundles.bundle import WEIGHTS, Bundle
 from medusa_runtime.bundles.compiled import require_bundle
 from medusa_runtime.bundles.tree import Tree
@@ -53,7 +55,7 @@ class BundleQuality:
 
     Attributes:
         name: The name of the bundle's folder.
-        weights: How the bundle stores its weights, such as ``layers int4, lm_head int8``.
+        bits: Bits per value of the matrices that products read, without scales, on average.
         megabytes: Size of the file of weights.
         closeness: The bundle's logits against the unquantized model's.
         heads: The heads with the bundle's weights; None if no heads were given.
@@ -61,7 +63,7 @@ class BundleQuality:
     """
 
     name: str
-    weights: str
+    bits: float
     megabytes: float
     closeness: Closeness
     heads: HeadQuality | None = None
@@ -144,7 +146,7 @@ def quality(
     found = [
         BundleQuality(
             bundle.folder.resolve().name,
-            _weights(bundle),
+            stored_bits(bundle) or 8.0 * np.dtype(bundle.dtype).itemsize,
             bundle.files[WEIGHTS].size / 1e6,
             close,
             *measurement.of(bundle),
@@ -220,11 +222,3 @@ class _HeadMeasurement:
             names={"model": "", "heads": ""},
             on_progress=self._on_progress,
         )
-
-
-def _weights(bundle: Bundle) -> str:
-    """How a bundle stores its weights, in words."""
-    stored = {role: getattr(bundle.weights, role) or bundle.dtype for role in ("layers", "lm_head", "embeddings")}
-    if len(set(stored.values())) == 1:
-        return stored["layers"]
-    return ", ".join(f"{role} {kind}" for role, kind in stored.items())

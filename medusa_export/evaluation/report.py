@@ -14,14 +14,12 @@ def closeness_table(quality: Quality) -> Table:
     """A table of the logits: a row per bundle."""
     tokens = max(bundle.closeness.tokens for bundle in quality.bundles)
     title = f"Against {quality.model}, on {tokens:,} tokens of {quality.texts:,} texts"
-    table = Table(
-        "bundle", "weights", "MB", "perplexity", "ratio", "KL", "same choice", box=box.SIMPLE_HEAD, title=title
-    )
+    table = Table("bundle", "bits", "MB", "perplexity", "ratio", "KL", "same choice", box=box.SIMPLE_HEAD, title=title)
     for bundle in quality.bundles:
         close = bundle.closeness
         table.add_row(
             bundle.name,
-            bundle.weights,
+            f"{bundle.bits:.3g}",
             f"{bundle.megabytes:,.0f}",
             f"{close.perplexity:.4g}",
             f"{close.perplexity_ratio:.4f} ± {close.perplexity_error:.4f}",

@@ -200,7 +200,16 @@ def load_sources(sources: Sequence[Path], *, heldout: float, limit: int | None =
 
 
 def load_heldout(sources: Sequence[Path]) -> Source:
-    """Reads conversations to measure on: the held-out part of a folder that ``distill`` wrote, or a whole file.
+    """Reads conversations to measure on: the held-out part of a folder that ``distill`` wrote, or a whole file."""
+    return load_split(sources, "heldout")
+
+
+def load_split(sources: Sequence[Path], name: str) -> Source:
+    """Reads one split of data sets: of folders that ``distill`` wrote, or all of files of conversations.
+
+    Args:
+        sources: Folders and files.
+        name: The split, ``train`` or ``heldout``.
 
     Raises:
         DatasetError: The data can't be read, was altered, is not finished, or is empty.
@@ -208,8 +217,8 @@ def load_heldout(sources: Sequence[Path]) -> Source:
     """
     found = []
     for data in sources:
-        reading = _recorded(data, "heldout") if data.is_dir() else read_conversations(data)
-        split = DatasetSplit("heldout", reading.conversations)
+        reading = _recorded(data, name) if data.is_dir() else read_conversations(data)
+        split = DatasetSplit(name, reading.conversations)
         _check_some(split, data)
         found.append(_source([split], [reading]))
     return _joined(found)

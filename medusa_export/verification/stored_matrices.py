@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -63,6 +64,19 @@ def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
             node.op_type == "Gather",
             BlockWeight(4 if values.dtype.bitwidth == 4 else 8, block_size, integers, steps.float(), zeros, offsets),
         )
+
+
+def stored_bits(bundle: Bundle) -> float | None:
+    """The bits per value of the matrices of integers that a bundle's products read, on average; None if it has none."""
+    sizes = {
+        values.name: (values.dtype.bitwidth, math.prod(values.shape.numpy()))
+        for node in ir.load(bundle.graph).graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None
+        for values in [node.inputs[0]]
+        if values.dtype is not None and values.shape is not None
+    }
+    total = sum(size for _, size in sizes.values())
+    return sum(bits * size for bits, size in sizes.values()) / total if total else None
 
 
 def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:

@@ -117,6 +117,7 @@ class QuantizeWeights(Rewrite):
         build("Concat", products, axis=0)
         replace(product.outputs[0], build.nodes)
         return sum(self._store_matrix(graph, matrix, bits, [node]) for matrix, node in transposes if node is not None)
+
     def _bits(self, weight: LazyWeight) -> Bits | None:
         """The bits per value of a matrix that products read; None if it keeps its dtype."""
         bits, columns = self.step.weights.bits(weight.role), weight.shape.numpy()[1]

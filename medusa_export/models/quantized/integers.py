@@ -22,6 +22,22 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return (words.unsqueeze(-1) >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(1)
 
 
+def pack_words(values: Tensor, bits: int) -> Tensor:
+    """The inverse of ``unpack_words``; rows whose words are not full are filled up with zeros.
+
+    Args:
+        values: [R, C] uint8, each below 2 to the power of ``bits``.
+        bits: The bits per integer; they divide 32.
+
+    Returns:
+        [R, C · bits / 32] int32, rounded up.
+    """
+    count = 32 // bits
+    filled = torch.nn.functional.pad(values, (0, -values.shape[1] % count)).to(torch.int64)
+    words = (filled.view(len(filled), -1, count) << torch.arange(0, 32, bits)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
 def grouped(bits: int, values: Tensor, scales: Tensor, zero_points: Tensor | None) -> BlockWeight:
     """A matrix whose columns are in groups of one size.
 

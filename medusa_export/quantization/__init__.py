@@ -1,0 +1,1 @@
+"""Quantizes models with calibration on text, and writes them as checkpoints."""
