@@ -45,10 +45,12 @@ if TYPE_CHECKING:
     from medusa_export.heads.base import DraftHeads
     from medusa_export.heads.convert import convert_heads
     from medusa_export.heads.modules import MedusaHeads
+    from medusa_export.models.activations import ActivationRanges
     from medusa_export.models.weight_types import WeightTypes
     from medusa_export.quantization.quantize import quantize
     from medusa_export.targets.export import export
     from medusa_export.targets.tensorrt.build import build_engine
+    from medusa_export.training.activations import activations
     from medusa_export.training.calibrate import calibrate
     from medusa_export.training.distill import distill
     from medusa_export.training.distillation import Distilled, Split
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from medusa_runtime.errors import BackendError, BundleError, MedusaError, TreeError
 
 _MODULES = {
+    "ActivationRanges": "medusa_export.models.activations",
     "BackendError": "medusa_runtime.errors",
     "BenchPeers": "medusa_export.benchmarks.peers",
     "BenchPrompt": "medusa_export.benchmarks.prompts",
@@ -109,6 +112,7 @@ _MODULES = {
     "Verification": "medusa_export.verification.checks",
     "VerificationError": "medusa_export.common.errors",
     "WeightTypes": "medusa_export.models.weight_types",
+    "activations": "medusa_export.training.activations",
     "bench": "medusa_export.benchmarks.bench",
     "bench_prompts": "medusa_export.benchmarks.prompts",
     "build_engine": "medusa_export.targets.tensorrt.build",
@@ -125,6 +129,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "ActivationRanges",
     "BackendError",
     "BenchPeers",
     "BenchPrompt",
@@ -169,6 +174,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "WeightTypes",
+    "activations",
     "bench",
     "bench_prompts",
     "build_engine",

@@ -24,6 +24,7 @@ COMMANDS = {
     "heads": "Work with files of heads.",
     "tree": "Search the best draft tree for calibrated heads.",
     "quantize": "Round the weights of a model with GPTQ.",
+    "activations": "Measure the ranges of a model's activations.",
     "quality": "Measure what quantization costs.",
     "bench": "Measure decoding speed.",
 }

@@ -262,6 +262,8 @@ def test_from_prompts_to_a_tree(tiny_model_folder: Path, prompts: Path, tmp_path
     calibration = medusa_export.calibrate(tiny_model_folder, tmp_path / "heads", [tmp_path / "data"])
     calibration.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json").model == tiny_model_folder.name
+    ranges = medusa_export.activations(tiny_model_folder, [tmp_path / "data"])
+    assert ranges.model == tiny_model_folder.name and "lm_head.weight" in ranges.inputs
     tree = medusa_export.search_tree(tmp_path / "c.json", 5)
     assert tree == medusa_export.search_tree(calibration, 5)
     bundle = medusa_export.export(
@@ -279,6 +281,7 @@ def test_from_prompts_to_a_tree(tiny_model_folder: Path, prompts: Path, tmp_path
 
 def test_commands_have_the_defaults_of_their_functions() -> None:
     for command, takers in {
+        "activations": [medusa_export.activations],
         "bench": [medusa_export.bench],
         "calibrate": [medusa_export.calibrate],
         "distill": [medusa_export.distill, DistillOptions],

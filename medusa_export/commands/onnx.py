@@ -83,6 +83,11 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
     default=str(defaults.BLOCK_SIZE),
     text="Columns of a matrix of integers that share a scale.",
 )
+@click.option(
+    "--activations",
+    type=PATH,
+    help="A file of 'activations'. Products with int8 matrices then round their inputs to 8 bits, too.",
+)
 @click.option("--asymmetric", is_flag=True, help="Give each block of int4 a zero point: more exact, and slower.")
 @click.option("--no-tokenizer", is_flag=True, help="Leave out the tokenizer. The bundle takes and gives token ids.")
 @output_option("The folder to write.")
@@ -105,6 +110,7 @@ def command(
     head_weights: str | None,
     embedding_weights: str | None,
     block_size: str,
+    activations: Path | None,
     asymmetric: bool,
     no_tokenizer: bool,
     output: Path,
@@ -140,6 +146,7 @@ def command(
             acceptance_rules=(*defaults.ACCEPTANCE_RULES, *rules),
             dtype=dtype,
             weights=replace(types, **chosen),
+            activations=activations,
             overwrite=overwrite,
             on_progress=on_progress,
         )

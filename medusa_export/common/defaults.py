@@ -40,6 +40,7 @@ HEADS_LAYOUT: Final = "own"
 
 # Training data
 MAX_LENGTH = 2048  # tokens of a conversation
+ACTIVATION_SAMPLES = 64  # conversations that ranges of activations are measured on
 
 # Matrices of integers: columns per scale. With larger blocks of 4-bit integers, the bits that ONNX Runtime computes for
 # a row depend on the number of rows.

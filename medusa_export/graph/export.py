@@ -17,6 +17,7 @@ from medusa_export.graph.rewrites.standard import STANDARD
 from medusa_export.graph.sampling import expand_sampling
 from medusa_export.graph.trace import MARK_DOMAIN, simplify, trace
 from medusa_export.graph.weights import PREFIX, StepWeights
+from medusa_export.models.activations import ActivationRanges
 from medusa_export.models.supported import max_positions
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.step import MedusaStep
@@ -46,6 +47,7 @@ def build_graph(
     *,
     weights: StepWeights | None = None,
     types: WeightTypes | None = None,
+    activations: ActivationRanges | None = None,
 ) -> StepGraph:
     """Traces a step and brings the graph into the form of the contract.
 
@@ -57,6 +59,7 @@ def build_graph(
         on_progress: Receives reports.
         weights: The weights; those in the step's memory if None.
         types: How the graph stores them; in their dtype if None.
+        activations: Ranges of the inputs of products, which round their inputs to 8 bits then.
 
     Raises:
         ModelNotSupportedError: The model needs something that a step can't honour.
@@ -77,7 +80,10 @@ def build_graph(
     # Half of the file would be stack traces of the tracer, with the paths of this machine.
     passes.ClearMetadataAndDocStringPass()(model)
     facts = StepFacts(
-        margin=step.tree.max_depth, max_positions=max_positions(step.model), weights=types or WeightTypes()
+        margin=step.tree.max_depth,
+        max_positions=max_positions(step.model),
+        weights=types or WeightTypes(),
+        activations=activations,
     )
     return StepGraph(model, facts, STANDARD.run(model, facts))
 

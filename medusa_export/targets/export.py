@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from medusa_export.graph.weights import Readers, StepWeights
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
+from medusa_export.models.activations import ActivationRanges
 from medusa_export.models.checkpoints import check_fast, load_tokenizer, model_name, open_model, reading
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
@@ -58,6 +59,7 @@ def export(
     acceptance_rules: Sequence[str] = defaults.ACCEPTANCE_RULES,
     dtype: Dtype | None = None,
     weights: WeightType | WeightTypes | None = None,
+    activations: str | PathLike[str] | ActivationRanges | None = None,
     name: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress = ignore_progress,
@@ -88,6 +90,8 @@ def export(
             model that is read.
         weights: How matrices are stored: ``int8`` or ``int4``, in blocks of 32 columns, embeddings as ``int8``; or each
             kind of matrix by itself. In ``dtype`` if None.
+        activations: Ranges of the inputs of linear layers, by ``activations``. Products with ``int8`` matrices then
+            round their inputs to 8 bits in these ranges, which makes large trees cheap on CPUs.
         name: The model's name in the bundle. If None, the name of its folder, file or hub id.
         overwrite: Replace a bundle that is at ``output``.
         on_progress: Receives reports.
@@ -108,16 +112,23 @@ def export(
     _check_options(heads, init_heads, calibration, tree)
     check_target(target, replace_existing=overwrite)
     measured = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
+    types = weights if isinstance(weights, WeightTypes) else WeightTypes.all(weights)
+    ranges = ActivationRanges.load(Path(activations)) if isinstance(activations, (str, PathLike)) else activations
+    if ranges is not None:
+        if "int8" not in (types.layers, types.lm_head):
+            raise OptionError("Activations are rounded for products with int8 matrices only: give int8 weights.")
+        types = replace(types, activations="int8")
     on_progress(Progress("loading the model"))
     with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer) as source:
+        if ranges is not None and source.model.dtype != torch.float32:
+            raise OptionError("Only inputs in fp32 are rounded to 8 bits: export in fp32, or leave activations out.")
         ends = _end_tokens(source)
         attached = _attached(source, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
         step = _step(source.model, attached, chosen.tree, sampling=sampling, rules=acceptance_rules)
         check = WeightRange(step, source.path).check
         read = StepWeights(step, source.readers, check, blocks=source.blocks, packed=source.packed)
-        types = weights if isinstance(weights, WeightTypes) else WeightTypes.all(weights)
-        graph = build_graph(step, on_progress, weights=read, types=types)
+        graph = build_graph(step, on_progress, weights=read, types=types, activations=ranges)
         bundle = write_bundle(
             graph,
             step,

@@ -54,7 +54,7 @@ def verify_bundle(
     checks: list[Check] = []
     for graph in _graphs(bundle):
         on_progress(Progress(f"comparing steps of {graph}"))
-        rounds = bundle.weights.has_integers and graph != GRAPH
+        rounds = bundle.weights.has_integers and (graph != GRAPH or bundle.weights.activations is not None)
         tolerances = plan.rounded if rounds else plan.tolerances
         steps = graph_checks(bundle, step, graph, tolerances, rounds_activations=rounds)
         checks += steps.run(plan.prompts, plan.sizes, plan.chunks)

@@ -47,7 +47,7 @@ class Plan:
         chunks: Chunk sizes, in tokens per step.
         tolerances: Differences that pass in the standard graph.
         rounded: Differences that pass where products may round their inputs: in derived graphs of bundles with
-            matrices of integers. Otherwise the same.
+            matrices of integers, and in all graphs of bundles with rounded activations. Otherwise the same.
         own_reference: Trees and chunks are compared with plain decoding by the engine itself, and must give the same
             tokens. That plain decoding is compared with the reference.
     """

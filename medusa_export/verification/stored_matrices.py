@@ -16,6 +16,7 @@ from medusa_export.graph.weights import PREFIX
 from medusa_export.models.blocks import BlockWeight
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Check
+from medusa_export.verification.integer_products import integer_products, round_inputs
 from medusa_runtime.bundles.bundle import Bundle
 
 CHECK = "integers of the weights"
@@ -27,7 +28,7 @@ _MAX_NOTES = 5
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix of integers in a bundle.
+    """A matrix in blocks of integers in a bundle.
 
     Attributes:
         weights: The names in the step of the weights that it holds, one above the other.
@@ -41,10 +42,10 @@ class StoredMatrix:
 
 
 def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
-    """Reads the matrices of integers in a bundle's standard graph, one at a time."""
+    """Reads the matrices in blocks of integers in a bundle's standard graph, one at a time."""
     graph = ir.load(bundle.graph).graph
     for node in graph:
-        if node.op_type == "DequantizeLinear":
+        if node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
             values, scales, zero_points = (value.const_value for value in node.inputs if value is not None)
         elif node.op_type == "Gather" and (node.inputs[0] is not None) and node.inputs[0].dtype == ir.DataType.UINT8:
             values, zero_points = node.inputs[0].const_value, None
@@ -99,6 +100,15 @@ def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:
             start += len(original)
             _compare(check, name, original, part, stored.blocks.bits)
             store(part)
+    for product in integer_products(bundle):
+        start = 0
+        for name in product.weights:
+            original, store = _place(step, name, is_table=False)
+            part = product.matrix[start : start + len(original)]
+            start += len(original)
+            _compare(check, name, original, part, 8)
+            store(part)
+            round_inputs(_owner(step, name, is_table=False)[0], product.steps)
     return check
 
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from medusa_export.graph.export import build_graph
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
+from medusa_export.training.activations import measured
+from medusa_export.training.conversations import Sample
 from medusa_runtime import Bundle, MedusaEngine, MedusaService, SamplingParams, Tree
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -53,11 +55,12 @@ NODES: list[tuple[int, ...]] = [(), *(tuple(path) for path in TREE.paths)]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of bundle: a model, and how its weights are stored; in fp32 if None."""
+    """A kind of bundle: a model, and how its weights are stored; in fp32 if None. Products may round their inputs."""
 
     family: str = "llama"
     overrides: Mapping[str, object] = field(default_factory=dict)
     weights: WeightTypes | None = None
+    rounds_inputs: bool = False
 
 
 KINDS = {
@@ -68,10 +71,11 @@ KINDS = {
     "int4": Kind(weights=WeightTypes.all("int4", block_size=16)),
     "int4_asymmetric": Kind(weights=WeightTypes.all("int4", block_size=32, symmetric=False)),
     "int4_64": Kind(weights=WeightTypes.all("int4", block_size=64)),
+    "integer_products": Kind(weights=WeightTypes.all("int8"), rounds_inputs=True),
     "int8": Kind(overrides={"num_key_value_heads": 4}, weights=WeightTypes.all("int8", block_size=32)),
 }
 # Each kind is an export.
-QUICK = ("grouped", "int4")
+QUICK = ("grouped", "int4", "integer_products")
 PARAMETERS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 # Around the ends of panels: the first new entry is in slot margin + length.
 LENGTHS = (5, 57, 60, 61, 62, 64, 100, 124, 125, 127, 190)
@@ -86,7 +90,9 @@ def exported(stock: Stock, kind: str) -> Bundle:
         model = tiny_model(made.family, **made.overrides)
         step = make_step(model, random_heads(model), TREE)
         step.sampling = False  # such a graph is traced faster
-        graph = build_graph(step, types=made.weights)
+        texts = [Sample(np.random.default_rng(0).integers(1, step.vocab_size, 60).tolist(), [True] * 60)]
+        ranges = measured(tiny_model(made.family, **made.overrides), texts) if made.rounds_inputs else None
+        graph = build_graph(step, types=made.weights, activations=ranges)
         facts = replace(graph.step, weights=made.weights or WeightTypes.all("int8"))
         export(step, folder, graph=replace(graph, step=facts))
 

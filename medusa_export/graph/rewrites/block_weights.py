@@ -83,7 +83,7 @@ class QuantizeWeights(Rewrite):
             if len(weight.shape) != 2:
                 continue
             lookups = [use.node for use in value.uses() if use.node.op_type == "Gather" and use.idx == 0]
-            transposes = _transposes_for_products(value)
+            transposes = transposes_for_products(value)
             if weight.is_table and lookups and (bits := self.step.weights.bits("embeddings")):
                 count += self._store_table(model.graph, weight, bits, lookups)
             if transposes and (bits := self._bits(weight)):
@@ -287,7 +287,7 @@ def _products_with_stacks(value: ir.Value) -> list[ir.Node]:
     return [use.node for use in uses] if all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses) else []
 
 
-def _transposes_for_products(value: ir.Value) -> list[ir.Node]:
+def transposes_for_products(value: ir.Value) -> list[ir.Node]:
     """The transposes of a matrix that only products x Wᵀ read."""
     transposes = [use.node for use in value.uses() if use.node.op_type == "Transpose"]
     return [

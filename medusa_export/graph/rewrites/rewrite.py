@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from medusa_export.models.activations import ActivationRanges
 from medusa_export.models.weight_types import WeightTypes
 
 
@@ -24,12 +25,14 @@ class StepFacts:
         max_positions: Length of the longest sequence of the model, in tokens.
         capacity: C, slots per row, where it is fixed; None where each call chooses it.
         weights: How weights are stored.
+        activations: Ranges of the inputs of products, for products of 8-bit integers; None for none.
     """
 
     margin: int
     max_positions: int
     capacity: int | None = None
     weights: WeightTypes = field(default_factory=WeightTypes)
+    activations: ActivationRanges | None = None
 
 
 @dataclass

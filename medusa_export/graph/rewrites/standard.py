@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medusa_export.graph.rewrites.block_weights import QuantizeWeights
+from medusa_export.graph.rewrites.integer_products import QuantizeProducts
 from medusa_export.graph.rewrites.linears import LayOutLinears, MergeLinears
 from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rms_norm import FuseRmsNorm
@@ -10,4 +11,13 @@ from medusa_export.graph.rewrites.rotary_embedding import FuseRotaryEmbedding
 from medusa_export.graph.rewrites.row_index import GatherRows
 from medusa_runtime.bundles.bundle import GRAPH
 
-STANDARD = Pipeline(GRAPH, FuseRmsNorm, FuseRotaryEmbedding, GatherRows, MergeLinears, QuantizeWeights, LayOutLinears)
+STANDARD = Pipeline(
+    GRAPH,
+    FuseRmsNorm,
+    FuseRotaryEmbedding,
+    GatherRows,
+    MergeLinears,
+    QuantizeProducts,
+    QuantizeWeights,
+    LayOutLinears,
+)

@@ -13,6 +13,7 @@ from medusa_export.targets.onnxruntime.block_weights import FuseBlockWeights
 from medusa_export.targets.onnxruntime.constants import CONTRIB
 from medusa_export.targets.onnxruntime.greedy_steps import SkipSamplingInGreedySteps
 from medusa_export.targets.onnxruntime.group_query_attention import FuseGroupQueryAttention
+from medusa_export.targets.onnxruntime.integer_products import FuseIntegerProducts
 from medusa_export.targets.onnxruntime.linears import FuseTransposedWeights
 from medusa_export.targets.onnxruntime.multi_head_attention import FuseMultiHeadAttention
 from medusa_export.targets.onnxruntime.pending_entries import ReplacePendingEntries
@@ -24,6 +25,7 @@ from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_G
 
 _FUSIONS: tuple[type[Rewrite], ...] = (
     ReplacePendingEntries,
+    FuseIntegerProducts,
     FuseSkipNorms,
     FuseBlockWeights,
     FuseTransposedWeights,

@@ -131,6 +131,8 @@ class WeightFacts:
         embeddings: The input embeddings.
         block_size: Columns of a matrix that share a scale; fewer where it does not divide them.
         symmetric: Blocks have no zero points.
+        activations: The inputs of products with matrices of int8 are rounded to ``int8`` too, in ranges that are known
+            beforehand, except those that would lose too much.
     """
 
     layers: IntegerType | None = None
@@ -139,6 +141,7 @@ class WeightFacts:
     embeddings: IntegerType | None = None
     block_size: Annotated[int, Meta(ge=1)] = 32
     symmetric: bool = True
+    activations: Literal["int8"] | None = None
 
     @property
     def has_integers(self) -> bool:

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Types of ``TensorProto``.
-_ELEMENT_TYPES = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2}
+_ELEMENT_TYPES = {
+    np.dtype(kind): number for kind, number in ((np.float32, 1), (np.uint8, 2), (np.int8, 3), (np.int32, 6))
+}
 _IR_VERSION, _OPSET = 10, 21
 _INTEGER = 2  # the type of an attribute
 
@@ -21,15 +23,17 @@ def one_node_model(
     attributes: Mapping[str, int],
     *,
     columns: tuple[int, int],
+    dtypes: tuple[type[np.generic], type[np.generic]] = (np.float32, np.float32),
 ) -> bytes:
-    """The model y = node(x, constants…), with x and y in fp32 and of any number of rows.
+    """The model y = node(x, constants…), with x and y of any number of rows.
 
     Args:
         op_type: The operator.
         domain: The operator's domain.
-        constants: The inputs behind x, by name; fp32 or uint8.
+        constants: The inputs behind x, by name.
         attributes: The node's attributes, all of them integers.
         columns: The columns of x and of y.
+        dtypes: The dtypes of x and of y.
     """
     node = (
         *(_text(1, name) for name in ("x", *constants)),
@@ -42,10 +46,10 @@ def one_node_model(
         _part(1, node),
         _text(2, "graph"),
         *(_part(5, _tensor(name, array)) for name, array in constants.items()),
-        _part(11, _matrix("x", columns[0])),
-        _part(12, _matrix("y", columns[1])),
+        _part(11, _matrix("x", columns[0], dtypes[0])),
+        _part(12, _matrix("y", columns[1], dtypes[1])),
     )
-    opsets = ((_text(1, ""), _number(2, _OPSET)), (_text(1, domain), _number(2, 1)))
+    opsets = [(_text(1, ""), _number(2, _OPSET))] + [(_text(1, domain), _number(2, 1))] * bool(domain)
     return b"".join([_number(1, _IR_VERSION), _part(7, graph), *(_part(8, opset) for opset in opsets)])
 
 
@@ -54,10 +58,10 @@ def _tensor(name: str, array: NDArray[Any]) -> Sequence[bytes]:
     return [*dims, _number(2, _ELEMENT_TYPES[array.dtype]), _text(8, name), _bytes(9, array.tobytes())]
 
 
-def _matrix(name: str, columns: int) -> Sequence[bytes]:
-    """A tensor in fp32 of any number of rows, as an input or output of the graph."""
+def _matrix(name: str, columns: int, dtype: type[np.generic]) -> Sequence[bytes]:
+    """A tensor of any number of rows, as an input or output of the graph."""
     shape = (_part(1, [_text(2, "rows")]), _part(1, [_number(1, columns)]))
-    tensor = (_number(1, _ELEMENT_TYPES[np.dtype(np.float32)]), _part(2, shape))
+    tensor = (_number(1, _ELEMENT_TYPES[np.dtype(dtype)]), _part(2, shape))
     return [_text(1, name), _part(2, [_part(1, tensor)])]
 
 

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.onnxruntime.one_node import one_node_model
-from medusa_runtime.backends.onnxruntime.session import CPU
 from medusa_runtime.bundles.bundle import Bundle
 
 # Matrices of the test: long enough sums, and as many rows of W as a kernel takes at once.
 _COLUMNS, _OUTPUTS, _ROWS = 1024, 96, 8
 _LEAST_BLOCK = 16
+_PROVIDERS = ["CPUExecutionProvider"]
 _BITS = {"int4": 4, "int8": 8}
 
 
@@ -74,7 +74,7 @@ def _rule(ort: Any, format_: _Format) -> RowRule:
     """Runs one product with 1, 2, 3 and 8 rows, and compares the bits of each row."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(_product(format_), options, providers=[CPU])
+    session = ort.InferenceSession(_product(format_), options, providers=_PROVIDERS)
     given = np.random.default_rng(0).standard_normal((_ROWS, _COLUMNS), np.float32)
 
     def results(rows: int) -> NDArray[np.float32]:
@@ -88,6 +88,17 @@ def _rule(ort: Any, format_: _Format) -> RowRule:
     if not same[3]:
         return RowRule.EVEN
     return RowRule.ANY if same[1] else RowRule.SEVERAL
+
+
+@functools.cache
+def overflows(ort: Any) -> bool:
+    """True if products of uint8 and int8 overflow between their sums, as on processors that have AVX2 and no VNNI."""
+    largest = np.full((_COLUMNS, _OUTPUTS), 127, np.int8)
+    columns, dtypes = (_COLUMNS, _OUTPUTS), (np.uint8, np.int32)
+    model = one_node_model("MatMulInteger", "", {"values": largest}, {}, columns=columns, dtypes=dtypes)
+    session = ort.InferenceSession(model, providers=_PROVIDERS)
+    result = session.run(None, {"x": np.full((_ROWS, _COLUMNS), 255, np.uint8)})[0]
+    return bool((result != 255 * 127 * _COLUMNS).any())
 
 
 def _product(format_: _Format) -> bytes:

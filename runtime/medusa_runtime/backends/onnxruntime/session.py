@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from medusa_runtime.backends.onnxruntime.row_rules import overflows
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle
 from medusa_runtime.bundles.listed_folder import leads_outside, open_regular
 from medusa_runtime.common.processes import keep_in_children
@@ -72,6 +73,8 @@ def open_session(bundle: Bundle, graph: Path | bytes, *, threads: int, provider:
         "session.model_external_initializers_file_folder_path", str(bundle.folder.resolve())
     )
     options.add_session_config_entry("session.dynamic_block_base", str(DYNAMIC_BLOCKS))
+    if bundle.weights.activations is not None and graph != bundle.graph and overflows(ort):
+        options.add_session_config_entry("session.x64quantprecision", "1")  # makes int8 matrices uint8
     weights = _linked_weights(bundle)
     if weights is not None:
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
