@@ -5,6 +5,7 @@ Each function does what the command of the same kind does, and returns its resul
 * ``export`` compiles a model with heads to a bundle, ``build_engine`` a bundle to a TensorRT engine;
 * ``verify`` checks a bundle against PyTorch, ``bench`` measures its speed, ``quality`` what its quantization costs;
 * ``quantize`` rounds a model's weights with GPTQ;
+* ``activations`` measures the ranges of a model's activations, for exports that round them;
 * ``distill`` writes training data, ``train`` trains heads on it, ``calibrate`` measures their hit rates, and
   ``search_tree`` finds the best draft tree for these rates.
 

@@ -80,7 +80,7 @@ class ActivationRanges:
         Raises:
             OutputError: The file can't be written.
         """
-        tensors = {name + _MAXIMA: one.maxima.float().contiguous() for name, one in self.inputs.items()}
+        tensors = {name + _MAXIMA: one.maxima.float().clone() for name, one in self.inputs.items()}
         tensors |= {name + _ERROR: torch.tensor([one.error]) for name, one in self.inputs.items()}
         facts = {"format": _FORMAT, "model": self.model, "tokens": str(self.tokens)}
         write_bytes(target, serialized(tensors, facts))

@@ -82,7 +82,7 @@ class QuantizeProducts(Rewrite):
             return register(graph, ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=full_name))
 
         values = part("columns", ir.DataType.INT8, (columns, rows), lambda made: (made.values.int() - _MIDDLE).char().T)
-        scales = part("scales", kind, (rows,), lambda made: made.scales[:, 0])
+        scales = part("column_scales", kind, (rows,), lambda made: made.scales[:, 0])
         read = ir.node("DequantizeLinear", [values, scales], {"axis": 1}, name=f"{weight.name}/dequantize")
         read.outputs[0].type, read.outputs[0].shape = scales.type, ir.Shape((columns, rows))
         graph.insert_before(transposes[0], read)
