@@ -96,6 +96,7 @@ def test_derived_graphs_read_the_same_bytes(bundle: Bundle) -> None:
     assert not [tensor.name for tensor in floats if math.prod(tensor.dims) > 4096]
 
 
+@pytest.mark.slow
 def test_every_matrix_of_heads_is_stored(tmp_path: Path) -> None:
     """The projection of heads too, and stacks of matrices that several heads multiply with at once."""
     model = tiny_model("llama")

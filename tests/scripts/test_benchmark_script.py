@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from medusa_runtime import Bundle
@@ -12,6 +13,7 @@ from support.script import load_script
 from support.stock import Stock
 
 
+@pytest.mark.slow
 def test_plain_decoding_is_compared(tiny_bundle: Bundle, stock: Stock, tmp_path: Path) -> None:
     arguments = [
         "--heads", tiny_bundle.folder, "--no-heads", stock.export(heads=False).bundle.folder, "--threads", 1,

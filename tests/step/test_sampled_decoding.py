@@ -72,7 +72,8 @@ def sampled(backend: Backend, tree: Tree, size: int, length: int, params: Sampli
     return counts
 
 
-@pytest.mark.parametrize("size", [1, 8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 8, 4])
 @pytest.mark.parametrize(
     "params", [SamplingParams(), SamplingParams(temperature=0.7, top_k=6, top_p=0.95)], ids=["plain", "cut off"]
 )

@@ -316,6 +316,7 @@ def test_a_killed_training_continues(tiny_model_folder: Path, talks: Path, tmp_p
             assert (found["epoch"], found["eval_loss"]) == pytest.approx((expected["epoch"], expected["eval_loss"]))
 
 
+@pytest.mark.slow
 def test_a_training_killed_between_its_stages_continues(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     """LoRA's initial weights don't depend on random numbers that the process drew before."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -306,6 +306,7 @@ def test_damaged_files_of_a_training_are_found(
     assert train().exit_code == 0
 
 
+@pytest.mark.slow
 def test_from_heads_to_a_calibrated_bundle(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     heads = MedusaHeads.fresh(2, tiny_model("llama").lm_head)
     save_heads(heads, tmp_path / "heads", base_model_name_or_path="base")
