@@ -23,7 +23,7 @@ from medusa_export.common.extras import extra
 
 @click.command("activations", cls=Command)
 @click.argument("model")
-@data_option("A folder of 'distill', whose held-out part is used, or a file of conversations")
+@data_option("A folder of 'distill', whose part for training is used, or a file of conversations")
 @output_option("The safetensors file to write.")
 @option_with_default(
     "--max-length",

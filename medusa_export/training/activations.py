@@ -19,7 +19,7 @@ from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.models.activations import ActivationRanges, InputRange
 from medusa_export.models.checkpoints import load_model, model_name
 from medusa_export.training.conversations import Sample
-from medusa_export.training.dataset import load_heldout
+from medusa_export.training.dataset import load_split
 from medusa_export.training.device import device_of, dtype_of
 from medusa_export.training.templates import load_chat_tokenizer
 
@@ -39,7 +39,8 @@ def activations(
     Args:
         model: The base model: a folder in Hugging Face's layout, a hub id, or the path of a ``.gguf`` file. It needs a
             chat template.
-        data: Data sets: folders that ``distill`` wrote, of which the held-out part is used, or files of conversations.
+        data: Data sets: folders that ``distill`` wrote, whose part for training is used, or files of conversations. The
+            held-out part is left for measuring the quality.
         max_length: Largest number of tokens of a conversation; the rest is cut off.
         samples: Largest number of conversations.
         strict: Refuse data with rows that can't be used, instead of leaving these rows out.
@@ -56,12 +57,12 @@ def activations(
         OutputError: Raised by ``save``.
     """
     source, place = fspath(model), device_of(device)
-    tokenized = load_heldout([Path(path) for path in data]).tokenized(
+    tokenized = load_split([Path(path) for path in data], "train").tokenized(
         load_chat_tokenizer(source), max_length, strict=strict
     )
     if tokenized.note:
         warnings.warn(tokenized.note, MedusaWarning, stacklevel=2)
-    texts = [sample.cut(max_length) for part in tokenized.samples["heldout"] for sample in part][:samples]
+    texts = [sample.cut(max_length) for part in tokenized.samples["train"] for sample in part][:samples]
     on_progress(Progress(f"loading {source}"))
     base = load_model(source, dtype=getattr(torch, dtype_of(None, place))).to(place)
     return measured(base, texts, name=model_name(source), on_progress=on_progress)
