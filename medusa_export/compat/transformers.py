@@ -9,6 +9,8 @@ Tried with transformers 5.23.0.
   model that can't be exported fails later and with a worse message, or is exported wrongly.
 * ``causal_lm_class``: ``AutoModelForCausalLM`` takes no weights in memory without a path. Without it, a weight format
   would have to write its weights to a folder first.
+* ``experts_of``, ``experts_layout``, ``register_experts``, ``experts_function``: the interface by which layers
+  call their experts. Without it, the code of experts would have to be replaced for each family of models.
 * ``may_be_missing``, ``may_be_left_out``: tensors that a class of models leaves out on purpose. Without them ``verify``
   would report such tensors as missing.
 * ``attention_of``, ``default_attention``: the attention that a model uses, and the one that transformers would choose.
@@ -23,13 +25,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from logging import ERROR
 from typing import Any
 
 import huggingface_hub.utils.logging as hub_logging
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -38,6 +42,7 @@ from transformers import (
     TrainingArguments,
     modeling_gguf_pytorch_utils,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 
@@ -84,6 +89,70 @@ def calls_attention_interface(model: PreTrainedModel) -> bool:
 def has_state(model: PreTrainedModel) -> bool:
     """Whether transformers says that a model keeps a state other than keys and values."""
     return bool(model._is_stateful)
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """The parts of a module of experts.
+
+    Attributes:
+        num_experts: E, the number of experts.
+        first: The name of the weights that a hidden state is multiplied with first. Those after it are ``down_proj``.
+        transposed: Whether the matrices of an expert are stored as [inputs, outputs].
+        has_bias: Whether each weight has a bias, whose name ends in ``_bias``.
+        activate: The function between both products.
+        finish: The function after them.
+    """
+
+    num_experts: int
+    first: str
+    transposed: bool
+    has_bias: bool
+    activate: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor]
+
+
+def calls_experts_interface(module: nn.Module) -> bool:
+    """Whether a module of experts calls transformers' interface for experts."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+
+
+def experts_of(model: PreTrainedModel) -> list[Any]:
+    """The modules of a model that call transformers' interface for experts."""
+    return [module for module in model.modules() if calls_experts_interface(module)]
+
+
+def experts_layout(module: nn.Module) -> ExpertsLayout:
+    """The parts of a module that calls transformers' interface for experts."""
+    experts: Any = module
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    return ExpertsLayout(
+        num_experts=int(getattr(experts, first).shape[0]),
+        first=first,
+        transposed=bool(experts.is_transposed),
+        has_bias=bool(experts.has_bias),
+        activate=experts._apply_gate if experts.has_gate else experts.act_fn,
+        finish=experts.post_expert_norm if experts.has_post_expert_norm else nn.Identity(),
+    )
+
+
+def register_experts(name: str, function: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Adds a function to transformers' interface for experts."""
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+@contextmanager
+def experts_function(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Makes the experts of a model, if it has any, call a registered function for the duration of a block."""
+    configs: dict[int, Any] = {id(experts.config): experts.config for experts in experts_of(model)}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation = name
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
 
 
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:

@@ -10,6 +10,7 @@ from onnx_ir.passes import common as passes
 
 from medusa_export.common.errors import ExportError
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
+from medusa_export.graph.experts import expand_experts
 from medusa_export.graph.layer_reuse import decoder_layers
 from medusa_export.graph.layers import expand_layers
 from medusa_export.graph.rewrites.rewrite import StepFacts
@@ -75,6 +76,7 @@ def build_graph(
     simplify(model)
     expand_sampling(model, step.model.dtype)
     _bring_into_contract(model, step, weights or StepWeights(step))
+    expand_experts(model)
     model.opset_imports.pop(MARK_DOMAIN, None)
     passes.CommonSubexpressionEliminationPass()(model)
     # Half of the file would be stack traces of the tracer, with the paths of this machine.

@@ -1,6 +1,6 @@
 """Replace each mark of ``layer_reuse`` by a copy of a traced decoder layer.
 
-Afterwards the graph has no node of our own domain.
+Marks of experts are copied with their layers. ``medusa_export.graph.experts`` replaces them afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from medusa_export.common.errors import ExportError
-from medusa_export.graph.trace import MARK_DOMAIN
+from medusa_export.graph.trace import EXPERTS_MARK, MARK_DOMAIN
 from medusa_runtime.bundles.states import StateGroup
 
 
@@ -227,7 +227,7 @@ def expand_layers(
             expansion.concat_blocks(node)
         elif node.op_type == "LayerBoundary":
             _remove(graph, node, node.inputs[0])
-    left = sorted({node.op_type for node in graph if node.domain == MARK_DOMAIN})
+    left = sorted({node.op_type for node in graph if node.domain == MARK_DOMAIN} - {EXPERTS_MARK})
     if left:
         raise ExportError(f"Marks are left in the graph after its layers were placed: {', '.join(left)}.")
     return {name: expansion.present[name] for name in caches}

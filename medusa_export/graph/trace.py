@@ -25,6 +25,7 @@ from medusa_runtime.bundles.states import groups_of
 
 OPSET_VERSION = 24
 MARK_DOMAIN = "medusa_export"
+EXPERTS_MARK = "ExpertProducts"
 
 
 def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
@@ -55,6 +56,7 @@ def _translations() -> dict[Any, Any]:
     layer_op = _mark("DecoderLayer", "layer", "like")
     blocks_op = _mark("ConcatBlocks", "group")
     draw_op = _mark("DrawNodes", outputs=6)
+    experts_op = _mark(EXPERTS_MARK, "transposed")
 
     def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
         return onnx_op.TensorScatter(cache, update, write_indices, axis=2)
@@ -70,6 +72,9 @@ def _translations() -> dict[Any, Any]:
 
     def concat_blocks(blocks: Any, group: int) -> Any:
         return blocks_op(*blocks, group=group)
+
+    def expert_products(rows: Any, weights: Any, counts: Any, transposed: bool) -> Any:
+        return experts_op(rows, weights, counts, transposed=int(transposed))
 
     def draw_nodes(logits: Any, best: Any, nodes: Any, above: Any, given: Any) -> Any:
         return draw_op(logits, best, nodes, above, *given)
@@ -91,6 +96,7 @@ def _translations() -> dict[Any, Any]:
     return {
         ops.cache_scatter.default: cache_scatter,
         ops.attention.default: attention,
+        ops.expert_products.default: expert_products,
         ops.draw_nodes.default: draw_nodes,
         ops.nucleus_end.default: nucleus_end,
         ops.layer_boundary.default: layer_boundary,

@@ -56,6 +56,7 @@ class StepWeights:
         self._embeddings = step.model.get_input_embeddings().weight
         parameters = step.named_parameters(remove_duplicate=False)
         self._parameters = {f"{PREFIX}{name}": weight for name, weight in parameters}
+        self._buffers = {f"{PREFIX}{name}": values for name, values in step.named_buffers(remove_duplicate=False)}
         # A weight that is tied to another has the reader of the other.
         known = {id(step.model.get_parameter(name)): read for name, read in readers.items()}
         self._readers = {name: known.get(id(weight)) for name, weight in self._parameters.items()}
@@ -67,7 +68,10 @@ class StepWeights:
         return name in self._parameters
 
     def tensor(self, name: str) -> LazyWeight:
-        """A weight as a tensor of a graph."""
+        """A weight, or a buffer of the model, as a tensor of a graph."""
+        if name in self._buffers:
+            values = self._buffers[name]
+            return LazyWeight(name, lambda: values, values.shape, values.dtype)
         weight = self._parameters[name]
         is_table = weight is self._embeddings
         return LazyWeight(

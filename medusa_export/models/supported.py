@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError
-from medusa_export.compat.transformers import calls_attention_interface, has_state
+from medusa_export.compat.transformers import calls_attention_interface, calls_experts_interface, has_state
 
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -29,7 +29,7 @@ _LAYER_TYPES_IN_WORDS = {
 # Class names of layers that keep a state, for models without `config.layer_types`.
 _STATEFUL_LAYER = re.compile(r"mamba|rwkv|[ms]lstm|recurrent(block|layer)|rglru|shortconv|deltanet|lightning")
 
-_EXPERTS = re.compile(r"experts$|moe(block|layer|mlp)?$")
+_EXPERTS = re.compile(r"experts$")
 
 # Parts of a configuration that hold settings, not another model.
 _PLAIN_SUB_CONFIGS = frozenset({"attn_config", "ffn_config"})
@@ -130,8 +130,10 @@ def _caches(model: PreTrainedModel) -> str | None:
 
 
 def _experts(model: PreTrainedModel) -> str | None:
-    found = any(_EXPERTS.search(type(module).__name__.lower()) for module in model.modules())
-    return "mixture-of-experts layers" if found else None
+    for module in model.modules():
+        if _EXPERTS.search(type(module).__name__.lower()) and not calls_experts_interface(module):
+            return f"experts ({type(module).__name__}) that don't go through transformers' experts interface"
+    return None
 
 
 def _attention(model: PreTrainedModel) -> str | None:

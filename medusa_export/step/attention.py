@@ -23,7 +23,8 @@ ATTENTION_NAME = "medusa_export"
 # Arguments that layers pass to an attention function and that don't change its result.
 _HARMLESS = frozenset({
     "dropout", "position_ids", "position_embeddings", "use_cache", "cache_position", "output_attentions",
-    "output_hidden_states", "return_dict", "is_causal", "layer_idx", "training", "deterministic",
+    "output_hidden_states", "output_router_logits", "return_dict", "is_causal", "layer_idx", "training",
+    "deterministic",
 })  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.torch import FakeTensorMode
+from medusa_export.compat.transformers import experts_function
 from medusa_export.step.attention import StepCache, StepMasks, attending
+from medusa_export.step.experts import EXPERTS_NAME
 from medusa_runtime.bundles.states import State, pending_name
 
 _ROLES = ("key", "value")
@@ -84,7 +86,7 @@ def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
         masks = _ProbeMasks()
         probe = _Probe(token[0], masks)
         try:
-            with attending(masks):
+            with attending(masks), experts_function(model, EXPERTS_NAME):
                 model(input_ids=token, position_ids=token, past_key_values=probe, use_cache=True)
         except ModelNotSupportedError:
             raise

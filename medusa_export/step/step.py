@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 
 from medusa_export.common import defaults
 from medusa_export.common.errors import ExportError
+from medusa_export.compat.transformers import experts_function
 from medusa_export.heads.base import Draft, DraftHeads, DraftInputs
 from medusa_export.heads.sizes import sym_min
 from medusa_export.step.acceptance.path import deepest_confirmed
 from medusa_export.step.acceptance.registry import rules_named
 from medusa_export.step.acceptance.rule import AcceptanceRule, VerifiedNodes, judge
 from medusa_export.step.attention import StepCache, StepMasks, attending, concat_blocks
+from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.indexing import take_entries, take_rows
 from medusa_export.step.sampling import Sampled, SamplingInputs, sample
 from medusa_export.step.slots import StepSlots
@@ -239,7 +241,7 @@ class MedusaStep(nn.Module):
             positions = positions.clamp(max=self._last_position)
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_rows)
         try:
-            with attending(cache.masks):
+            with attending(cache.masks), experts_function(self.model, EXPERTS_NAME):
                 output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         finally:
             hook.remove()

@@ -77,6 +77,44 @@ _SUPPORTED: dict[str, dict[str, object]] = {
         "logit_scale": 0.25,
     },
     "gpt2": {"tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": SLIDING_WINDOW},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "qwen3_moe": {
+        "num_hidden_layers": 3,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "clip_qkv": 2.0},
+    "granitemoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+    },
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": SLIDING_WINDOW},
 }
 
 # Families that must be refused: model type and special features of each.
@@ -190,19 +228,7 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
             "first_k_dense_replace": 2,
         },
     ),
-    "mixtral": ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
-    "qwen3_moe": ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}),
-    "glm4_moe": (
-        "glm4_moe",
-        {
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-        },
-    ),
+    "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "falcon_alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
@@ -238,7 +264,7 @@ def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             settings.pop(name)
         settings.update(pad_token_id=0, eos_token_id=1, bos_token_id=0)
-    if model_type in ("deepseek_v3", "falcon"):
+    if model_type in ("deepseek_v3", "falcon", "jetmoe"):
         settings.pop("head_dim")
     return AutoConfig.for_model(model_type, **{**settings, **overrides})
 

@@ -1,0 +1,92 @@
+"""Replace each mark of experts by products with the matrices of single experts.
+
+The rows of all experts come in one tensor, grouped by expert. A ``Split`` with the number of rows of each expert takes
+them apart, one product x Wᵀ per expert follows, and a ``Concat``. An expert that no token chose has no rows. Its
+product then costs its call only, and reads no weights. So a step reads the weights of the chosen experts, once.
+
+Matrices are initializers of their own. So they are quantised, laid out and stored as those of linear layers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import onnx_ir as ir
+from torch import Tensor
+
+from medusa_export.common.errors import ExportError
+from medusa_export.graph.rewrites.building import Builder
+from medusa_export.graph.rewrites.matching import given, replace
+from medusa_export.graph.trace import EXPERTS_MARK, MARK_DOMAIN
+from medusa_export.graph.weights import LazyWeight, register
+
+
+class _LastStack:
+    """Keeps the stack that was read last. The matrices of a stack are written one after the other."""
+
+    def __init__(self) -> None:
+        self._last: tuple[LazyWeight, Tensor] | None = None
+
+    def read(self, stack: LazyWeight) -> Tensor:
+        """The values of a stack of matrices."""
+        if self._last is None or self._last[0] is not stack:
+            self._last = None  # two stacks need twice the memory
+            self._last = (stack, stack.read())
+        return self._last[1]
+
+
+def expand_experts(model: ir.Model) -> None:
+    """Replaces all marks of experts.
+
+    Args:
+        model: The graph, with the weights of ``StepWeights``. It is changed in place.
+
+    Raises:
+        ExportError: The weights of experts are computed, and so can't be taken apart.
+    """
+    last = _LastStack()
+    for mark in [node for node in model.graph if node.domain == MARK_DOMAIN and node.op_type == EXPERTS_MARK]:
+        _expand(model.graph, mark, last)
+
+
+def _expand(graph: ir.Graph, mark: ir.Node, last: _LastStack) -> None:
+    rows, stacked, counts = (given(value) for value in mark.inputs)
+    stack = stacked.const_value
+    if not isinstance(stack, LazyWeight):
+        raise ExportError(f"The weights of experts at {mark.name} are computed, not stored: they can't be exported.")
+    matrices = _matrices(stack, last, transposed=bool(mark.attributes["transposed"].as_int()))
+    build = Builder(graph, mark.name or "")
+    split = ir.node("Split", [rows, counts], {"axis": 0}, num_outputs=len(matrices), name=f"{mark.name}/split")
+    build.nodes.append(split)
+    products = []
+    for group, matrix in zip(split.outputs, matrices, strict=True):
+        turned = build("Transpose", [register(graph, matrix)], perm=[1, 0])
+        products.append(build("MatMul", [group, turned]))
+    build("Concat", products, axis=0)
+    replace(mark.outputs[0], build.nodes)
+
+
+def _matrices(stack: LazyWeight, last: _LastStack, *, transposed: bool) -> list[LazyWeight]:
+    """The matrices [N, K] of a stack, as weights of their own.
+
+    A matrix has the name of its stack and its place. For one that is stored as [K, N], the place is in brackets, as in
+    other stacks of such matrices.
+    """
+    count, rows, columns = stack.shape.numpy()
+    if transposed:
+        rows, columns = columns, rows
+
+    def read(index: int) -> Tensor:
+        matrix = last.read(stack)[index]
+        return matrix.T if transposed else matrix
+
+    return [
+        LazyWeight(
+            f"{stack.name}[{index}]" if transposed else f"{stack.name}.{index}",
+            partial(read, index),
+            (rows, columns),
+            stack.torch_dtype,
+            stack.role,
+        )
+        for index in range(count)
+    ]
