@@ -29,6 +29,11 @@ from medusa_runtime.bundles.bundle import WEIGHTS, Bundle
 from medusa_runtime.bundles.compiled import require_bundle
 from medusa_runtime.bundles.tree import Tree
 
+_MEASURED_WITH = {
+    "closeness": "the bundle's own graph, in ONNX Runtime on the CPU",
+    "heads": "PyTorch, with the bundle's matrices of integers",
+}
+
 
 @dataclass(frozen=True)
 class HeadQuality:
@@ -85,8 +90,8 @@ class Quality:
     bundles: tuple[BundleQuality, ...]
 
     def figures(self) -> dict[str, Any]:
-        """All figures as JSON values."""
-        found = asdict(self)
+        """All figures as JSON values, and what they were measured with."""
+        found = asdict(self) | {"measured_with": _MEASURED_WITH}
         for given, bundle in zip(found["bundles"], self.bundles, strict=True):
             given["closeness"]["perplexity_ratio"] = bundle.closeness.perplexity_ratio
         return found
