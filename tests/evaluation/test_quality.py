@@ -80,7 +80,7 @@ def test_the_command_measures_a_quantized_bundle_and_its_heads(
     report, plot = tmp_path / "quality.json", tmp_path / "quality.png"
     code, output = run("quality", *bundles, *given, "--json", report, "--plot", plot)
     assert code == 0, output
-    assert "same choice" in output
+    assert "perplexity" in output and "unquantized" in output
     assert plot.read_bytes().startswith(b"\x89PNG")
     int8, int4 = json.loads(report.read_text())["bundles"]
     assert 0 < int8["closeness"]["divergence"] < int4["closeness"]["divergence"]
