@@ -45,7 +45,8 @@ def bundle_weights(bundle: Bundle) -> StoredWeights:
     stored = bundle.weights
     if stored.layers is None:
         return StoredWeights(_FLOATS[bundle.dtype], same=True)
-    return StoredWeights(_blocks(stored.layers, stored.block_size), same=True)
+    kind = stored.layers if stored.layers == "fp8" else _blocks(stored.layers, stored.block_size)
+    return StoredWeights(kind, same=True)
 
 
 def unquantized_weights(kind: str, bundle: Bundle) -> StoredWeights:
@@ -55,7 +56,7 @@ def unquantized_weights(kind: str, bundle: Bundle) -> StoredWeights:
         kind: The storage of the peer's weights. Another storage than the bundle's makes other numbers.
         bundle: The bundle.
     """
-    return StoredWeights(kind, same=not bundle.weights.has_integers and kind == _FLOATS[bundle.dtype])
+    return StoredWeights(kind, same=not bundle.weights.is_quantized and kind == _FLOATS[bundle.dtype])
 
 
 def genai_weights(folder: Path, bundle: Bundle) -> StoredWeights:

@@ -98,12 +98,14 @@ def _states(bundle: Bundle) -> str:
 
 
 def _integers(bundle: Bundle) -> list[str]:
-    """Returns a row about the matrices that are stored as integers, if there are any."""
+    """Returns rows about the matrices that are stored in another type than the bundle's dtype, if there are any."""
     weights = bundle.weights
-    if not weights.has_integers:
+    if not weights.is_quantized:
         return []
     kinds = ("layers", "lm_head", "heads", "embeddings")
     stored = ", ".join(f"{kind} {getattr(weights, kind) or bundle.dtype}" for kind in kinds)
+    if not weights.has_integers:
+        return [f"{stored}; a scale per row"]
     zero_points = "" if weights.symmetric else " and a zero point"
     return [f"{stored}; a scale{zero_points} per {weights.block_size} columns", *_exactness(bundle)]
 

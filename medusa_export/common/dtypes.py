@@ -8,7 +8,7 @@ from medusa_export.common.errors import OptionError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-WeightType = Literal["int8", "int4"]
+WeightType = Literal["int8", "int4", "fp8"]
 WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -41,21 +41,27 @@ class WeightTypes(WeightFacts):
             chosen = getattr(self, role)
             if chosen is not None and chosen not in WEIGHT_TYPES:
                 raise OptionError(f"There is no type {chosen!r} of weights: give one of {', '.join(WEIGHT_TYPES)}.")
-        if self.embeddings == "int4":
-            raise OptionError("Embeddings can't be int4, since no operator looks up 4-bit rows: give int8.")
+        if self.embeddings in ("int4", "fp8"):
+            raise OptionError(
+                f"Embeddings can't be {self.embeddings}, since no operator looks up such rows: give int8."
+            )
 
     @classmethod
     def all(
         cls, weights: WeightType | None, *, block_size: int = defaults.BLOCK_SIZE, symmetric: bool = True
     ) -> WeightTypes:
-        """One type for all matrices, but no less than 8 bits for embeddings, of which a step reads a few rows."""
-        embeddings: WeightType | None = None if weights is None else "int8"
+        """One type for all matrices. Embeddings, of which a step reads a few rows, are int8 beside integers."""
+        embeddings: WeightType | None = None if weights in (None, "fp8") else "int8"
         return cls(weights, weights, weights, embeddings, block_size, symmetric)
 
     def bits(self, role: Role) -> Bits | None:
-        """The bits per value of the weights of a role; None for the dtype that the bundle computes in."""
+        """The bits per integer of the weights of a role; None for weights that are no integers."""
         chosen: WeightType | None = getattr(self, role, None)
-        return None if chosen is None else _BITS[chosen]
+        return None if chosen is None else _BITS.get(chosen)
+
+    def is_float8(self, role: Role) -> bool:
+        """Whether the weights of a role are 8-bit floating-point numbers, with a scale per row."""
+        return getattr(self, role, None) == "fp8"
 
     def block_for(self, columns: int) -> int | None:
         """The block size for a matrix; None if no size fits, so that it keeps its dtype."""

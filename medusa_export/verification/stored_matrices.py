@@ -1,4 +1,4 @@
-"""The matrices of integers that a bundle stores, for the reference to compute with."""
+"""The matrices that a bundle stores as integers or in 8 bits, for the reference to compute with."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from torch import Tensor, nn
 from medusa_export.graph.rewrites.block_weights import OFFSETS
 from medusa_export.graph.weights import PREFIX
 from medusa_export.models.blocks import BlockWeight
+from medusa_export.models.float8 import FLOAT8, Float8Weight
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Check
 from medusa_export.verification.integer_products import integer_products, round_inputs
 from medusa_runtime.bundles.bundle import Bundle
 
-CHECK = "integers of the weights"
-# Largest distance between a matrix and its integers, as a share of the matrix's norm, by the number of bits. Rounding
-# takes 0.1 and 0.006; rows in another order take 1.4.
-_LARGEST_ERROR = {4: 0.3, 8: 0.03}
+CHECK = "stored weights"
+# Largest distance between a matrix and the stored one, as a share of the matrix's norm: of integers by their bits, and
+# of 8-bit floating-point numbers. Rounding takes 0.1, 0.006 and 0.03; rows in another order take 1.4.
+_LARGEST_ERROR, _LARGEST_FLOAT8_ERROR = {4: 0.3, 8: 0.03}, 0.1
 _MAX_NOTES = 5
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix in blocks of integers in a bundle.
+    """A matrix in a bundle: in blocks of integers, or of 8-bit floating-point numbers.
 
     Attributes:
         weights: The names in the step of the weights that it holds, one above the other.
@@ -38,15 +39,21 @@ class StoredMatrix:
 
     weights: tuple[str, ...]
     is_table: bool
-    blocks: BlockWeight
+    blocks: BlockWeight | Float8Weight
+
+    @property
+    def largest_error(self) -> float:
+        """The largest distance from the matrix that was stored, as a share of its norm."""
+        return _LARGEST_ERROR[self.blocks.bits] if isinstance(self.blocks, BlockWeight) else _LARGEST_FLOAT8_ERROR
 
 
 def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
-    """Reads the matrices in blocks of integers in a bundle's standard graph, one at a time."""
+    """Reads the matrices in blocks of integers or in fp8 in a bundle's standard graph, one at a time."""
     graph = ir.load(bundle.graph).graph
     for node in graph:
-        if node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
-            values, scales, zero_points = (value.const_value for value in node.inputs if value is not None)
+        if node.op_type == "DequantizeLinear" and (_is_float8(node) or "block_size" in node.attributes):
+            parts = [value.const_value for value in node.inputs if value is not None]
+            values, scales, zero_points = (*parts, None)[:3]
         elif node.op_type == "Gather" and (node.inputs[0] is not None) and node.inputs[0].dtype == ir.DataType.UINT8:
             values, zero_points = node.inputs[0].const_value, None
             name = (node.inputs[0].name or "").replace("/values", "/scales")
@@ -54,6 +61,15 @@ def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
         else:
             continue
         assert values is not None and scales is not None and values.name is not None
+        if _is_float8(node):
+            names = values.name.rpartition("/fp8")[0].split("+")
+            numbers = torch.from_numpy(values.numpy().view(np.uint8).copy()).view(FLOAT8)
+            yield StoredMatrix(
+                tuple(name.removeprefix(PREFIX) for name in names),
+                False,
+                Float8Weight(numbers, _tensor(scales).float()),
+            )
+            continue
         integers, steps = _tensor(values).to(torch.uint8), _tensor(scales)
         zeros = None if zero_points is None else _tensor(zero_points).to(torch.uint8)
         block_size = integers.shape[1] // steps.shape[1]
@@ -80,8 +96,13 @@ def stored_bits(bundle: Bundle) -> float | None:
     return sum(bits * size for bits, size in sizes.values()) / total if total else None
 
 
+def _is_float8(read: ir.Node) -> bool:
+    """Whether a node dequantizes 8-bit floating-point numbers."""
+    return read.inputs[0] is not None and read.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN
+
+
 def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:
-    """Gives a step the matrices that a bundle stores as integers, and compares them with those that it had.
+    """Gives a step the matrices that a bundle stores in other types, and compares them with those that it had.
 
     Args:
         step: The reference, computing in fp32. Embeddings and ``lm_head`` that are tied may get values of their own.
@@ -98,7 +119,7 @@ def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:
             original, store = _place(step, name, stored.is_table)
             part = values[start : start + len(original)]
             start += len(original)
-            _compare(check, name, original, part, stored.blocks.bits)
+            _compare(check, name, original, part, stored.largest_error)
             store(part)
     for product in integer_products(bundle):
         start = 0
@@ -106,7 +127,7 @@ def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:
             original, store = _place(step, name, is_table=False)
             part = product.matrix[start : start + len(original)]
             start += len(original)
-            _compare(check, name, original, part, 8)
+            _compare(check, name, original, part, _LARGEST_ERROR[8])
             store(part)
             round_inputs(_owner(step, name, is_table=False)[0], product.steps)
     return check
@@ -143,15 +164,15 @@ def _owner(step: MedusaStep, name: str, is_table: bool) -> tuple[nn.Module, str]
     return step.get_submodule(module), attribute
 
 
-def _compare(check: Check, name: str, original: Tensor, stored: Tensor, bits: int) -> None:
+def _compare(check: Check, name: str, original: Tensor, stored: Tensor, largest_error: float) -> None:
     check.compared += original.numel()
     same_shape = original.shape == stored.shape
     error = float((original - stored).norm() / original.norm().clamp(min=1e-30)) if same_shape else float("inf")
     check.figures["largest_error"] = float(np.maximum(check.figures["largest_error"], error))
-    if not error <= _LARGEST_ERROR[bits]:  # NaN fails, too
+    if not error <= largest_error:  # NaN fails, too
         check.mismatches += original.numel()
         if len(check.notes) < _MAX_NOTES:
-            check.notes.append(f"{name} is {error:.2g} of its norm away from the integers of the bundle")
+            check.notes.append(f"{name} is {error:.2g} of its norm away from the one that the bundle stores")
 
 
 def _tensor(stored: ir.TensorProtocol) -> Tensor:

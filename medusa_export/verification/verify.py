@@ -91,8 +91,8 @@ def _weights_checks(bundle: Bundle, model: str, step: MedusaStep, on_progress: O
     """Compares the reference's weights with their files. Then gives it the integers that the bundle stores."""
     on_progress(Progress("comparing weights with their files"))
     checks = [weights_check(model, step.model, bundle.dtype)]
-    if bundle.weights.has_integers:
-        on_progress(Progress("comparing weights with the bundle's integers"))
+    if bundle.weights.is_quantized:
+        on_progress(Progress("comparing weights with those that the bundle stores"))
         checks.append(use_stored_matrices(step, bundle))
     return checks
 

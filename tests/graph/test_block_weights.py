@@ -148,7 +148,7 @@ def test_verify(kind: str, model_folder: Path, tmp_path: Path) -> None:
     outcome = medusa_export.verify(tmp_path / "b", model_folder, max_new_tokens=8, tree_sizes=[1, "full"])
     assert [check.name for check in outcome.checks if not check.passed] == []
     names = {check.name for check in outcome.checks}
-    assert {"integers of the weights", "tokens, plain decoding and the reference"} <= names
+    assert {"stored weights", "tokens, plain decoding and the reference"} <= names
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_verify_finds_integers_of_another_model(model_folder: Path, tmp_path: Pa
     other.save_pretrained(tmp_path / "other")
     medusa_export.export(tmp_path / "other", tmp_path / "b", weights="int8")
     outcome = medusa_export.verify(tmp_path / "b", model_folder, max_new_tokens=4, tree_sizes=[1])
-    assert "integers of the weights" in [check.name for check in outcome.checks if not check.passed]
+    assert "stored weights" in [check.name for check in outcome.checks if not check.passed]
 
 
 def test_options() -> None:

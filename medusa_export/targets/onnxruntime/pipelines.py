@@ -11,6 +11,7 @@ from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.targets.onnxruntime.best_token import SplitArgMax
 from medusa_export.targets.onnxruntime.block_weights import FuseBlockWeights
 from medusa_export.targets.onnxruntime.constants import CONTRIB
+from medusa_export.targets.onnxruntime.float8_weights import SpellOutFloat8Weights
 from medusa_export.targets.onnxruntime.greedy_steps import SkipSamplingInGreedySteps
 from medusa_export.targets.onnxruntime.group_query_attention import FuseGroupQueryAttention
 from medusa_export.targets.onnxruntime.integer_products import FuseIntegerProducts
@@ -28,6 +29,7 @@ _FUSIONS: tuple[type[Rewrite], ...] = (
     FuseIntegerProducts,
     FuseSkipNorms,
     FuseBlockWeights,
+    SpellOutFloat8Weights,
     FuseTransposedWeights,
 )
 _BRANCHES: tuple[type[Rewrite], ...] = (SkipSamplingInGreedySteps, SkipTreesInPlainSteps, SplitArgMax)

@@ -32,7 +32,7 @@ GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
 # A folder with this file beside medusa.json holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
 Dtype = Literal["float32", "float16", "bfloat16"]
-IntegerType = Literal["int8", "int4"]
+StorageType = Literal["int8", "int4", "fp8"]
 
 Reason = Annotated[str, Meta(min_length=1, max_length=4096)]
 Panel = Annotated[int, Meta(ge=1, le=2**16)]
@@ -124,6 +124,8 @@ class GraphFacts:
 class WeightFacts:
     """How a bundle stores its weights. None is its dtype; ``int8`` and ``int4`` are blocks of integers.
 
+    ``fp8`` are 8-bit floating-point numbers (e4m3) with a scale per row.
+
     Attributes:
         layers: The matrices of the decoder layers.
         lm_head: The output projection.
@@ -135,10 +137,10 @@ class WeightFacts:
             beforehand, except those that would lose too much.
     """
 
-    layers: IntegerType | None = None
-    lm_head: IntegerType | None = None
-    heads: IntegerType | None = None
-    embeddings: IntegerType | None = None
+    layers: StorageType | None = None
+    lm_head: StorageType | None = None
+    heads: StorageType | None = None
+    embeddings: StorageType | None = None
     block_size: Annotated[int, Meta(ge=1)] = 32
     symmetric: bool = True
     activations: Literal["int8"] | None = None
@@ -146,7 +148,16 @@ class WeightFacts:
     @property
     def has_integers(self) -> bool:
         """Whether any matrix is stored as integers."""
-        return any((self.layers, self.lm_head, self.heads, self.embeddings))
+        return any(kind in ("int8", "int4") for kind in self._kinds)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any matrix is stored in another type than the bundle's dtype."""
+        return any(self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[StorageType | None, ...]:
+        return self.layers, self.lm_head, self.heads, self.embeddings
 
 
 @dataclass(frozen=True)
