@@ -137,6 +137,8 @@ def test_integers_build_for_gpus_that_have_them(integer_bundle: Bundle) -> None:
     with pytest.raises(EngineBuildError, match="int4 weights, which TensorRT takes from sm80 on, not for sm75"):
         check_weights(integer_bundle, ("sm75", "sm80"))
     check_weights(replace(integer_bundle, weights=WeightFacts(layers="int8")), ("sm75",))
+    with pytest.raises(EngineBuildError, match="rounds activations to 8 bits"):
+        check_weights(replace(integer_bundle, weights=WeightFacts("int8", activations="int8")), TARGETS)
 
 
 @pytest.mark.slow

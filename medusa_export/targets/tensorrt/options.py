@@ -113,16 +113,21 @@ def check_targets(library: TensorRTLibrary, names: Sequence[str]) -> tuple[str, 
 
 
 def check_weights(bundle: Bundle, targets: Sequence[str]) -> None:
-    """Checks that architectures have the types in which a bundle stores its weights.
+    """Checks that an engine can be built from the weights of a bundle, and that architectures have their types.
 
     Args:
         bundle: The bundle.
         targets: The architectures that are built for, as ``sm89``.
 
     Raises:
-        EngineBuildError: One of them lacks a type.
+        EngineBuildError: One of them lacks a type, or the bundle rounds activations.
     """
     stored = bundle.weights
+    if stored.activations is not None:
+        raise EngineBuildError(
+            "This bundle rounds activations to 8 bits, and no engine can be built from such a bundle yet: export the "
+            "model again without --activations."
+        )
     kinds = {stored.layers, stored.lm_head, stored.heads}
     for kind, first in _FIRST_ARCHITECTURES.items():
         if kind not in kinds:
