@@ -19,7 +19,7 @@ from medusa_export.models.blocks import BlockWeight, round_to_nearest
 
 # Inputs that lose more than this share of their squares keep their precision: a few of their tokens have values that
 # are far larger than those of the others.
-_LARGEST_ERROR = 0.005
+_LARGEST_ERROR = 0.0015
 _MIDDLE = 128
 _Make = Callable[[BlockWeight], Tensor]
 
