@@ -17,6 +17,9 @@ from medusa_export.evaluation.quality import Quality
 from medusa_export.training.report import held_out
 from medusa_export.trees.calibration import Calibration
 
+# Smaller divergences are rounding of fp32. A logarithmic axis shows them as this.
+_LEAST_DIVERGENCE = 1e-6
+
 
 def plot_sizes(sizes: Mapping[int, Speed], auto: Speed, target: Path) -> None:
     """Plots speedup, tokens per step and overhead over the tree size. Stars show ``auto``.
@@ -105,7 +108,7 @@ def plot_quality(quality: Quality, target: Path) -> None:
     divergence, perplexity = figure.subplots(1, 2)
     for bundle in quality.bundles:
         close, size = bundle.closeness, [bundle.megabytes]
-        divergence.plot(size, [max(close.divergence, 1e-9)], "o", label=bundle.name)
+        divergence.plot(size, [max(close.divergence, _LEAST_DIVERGENCE)], "o", label=bundle.name)
         excess, error = 100 * (close.perplexity_ratio - 1), 100 * close.perplexity_error
         perplexity.errorbar(size, [excess], [error], fmt="o", capsize=3, label=bundle.name)
     title = f"{quality.bundles[0].closeness.tokens:,} tokens of {quality.texts:,} texts"
