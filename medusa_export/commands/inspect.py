@@ -107,7 +107,9 @@ def _integers(bundle: Bundle) -> list[str]:
     if not weights.has_integers:
         return [f"{stored}; a scale per row"]
     zero_points = "" if weights.symmetric else " and a zero point"
-    return [f"{stored}; a scale{zero_points} per {weights.block_size} columns", *_exactness(bundle)]
+    products = sum(facts.rewrites.get("quantize_products", 0) for facts in bundle.graphs.values())
+    rounded = [f"{products} products round their inputs to {weights.activations}"] if weights.activations else []
+    return [f"{stored}; a scale{zero_points} per {weights.block_size} columns", *rounded, *_exactness(bundle)]
 
 
 def _exactness(bundle: Bundle) -> list[str]:

@@ -8,11 +8,13 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import medusa_export
 from medusa_export import ActivationRanges
+from medusa_export.cli import main
 from medusa_export.common.errors import CheckpointError, OptionError
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.activations import InputRange
@@ -59,6 +61,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def test_the_bundle_says_so(exported: Exported) -> None:
     assert exported.bundle.weights.activations == "int8"
+    shown = CliRunner().invoke(main, ["inspect", str(exported.bundle.folder)]).output
+    assert "products round their inputs to int8" in shown
 
 
 def test_derived_graphs_multiply_integers_and_read_the_same_bytes(exported: Exported) -> None:
