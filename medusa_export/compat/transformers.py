@@ -15,6 +15,8 @@ Tried with transformers 5.23.0.
   would report such tensors as missing.
 * ``attention_of``, ``default_attention``: the attention that a model uses, and the one that transformers would choose.
   Without them ``verify`` could not compare with transformers' own attention.
+* ``using_attention``: the attention of a model that takes no other one by the public interface. Without it, an MPT that
+  was loaded with our attention would ask for a mask that no function makes.
 * ``one_gpu_per_process``: the Trainer uses all GPUs in threads of one process. Without it, tensors of a step are split
   between GPUs.
 * ``restore_weights``: ``Trainer.train`` does one more step for a checkpoint within an epoch, even after the last.
@@ -177,6 +179,17 @@ def attention_of(model: PreTrainedModel) -> str:
 def default_attention(model: PreTrainedModel) -> str:
     """The name of transformers' fastest attention on a CPU for a model."""
     return "sdpa" if model._supports_sdpa else "eager"
+
+
+@contextmanager
+def using_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Sets the name of a model's attention while the block lasts, whether or not its layers choose by it."""
+    before = attention_of(model)
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 def one_gpu_per_process(arguments: TrainingArguments) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from medusa_export.common.errors import ModelNotSupportedError
 from medusa_export.compat.torch import tree_flatten, tree_unflatten
-from medusa_export.step.attention import StepCache, StepMasks, attending
+from medusa_export.step.attention import StepCache, attending
+from medusa_export.step.masks import MaskKind, StepMasks
 
 
 @torch.library.custom_op("medusa_export::layer_boundary", mutates_args=())
@@ -105,6 +106,9 @@ class _Call:
     """The arguments of one call of a layer, as a flat list of tensors.
 
     Among them are the keys and values that the layer finds in a dictionary that layers share, if there is one.
+
+    Attributes:
+        key: A description of the call. Layers of one kind have equal descriptions.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,16 +123,15 @@ class _Call:
         unique = {id(leaf): leaf for leaf in (*self.leaves, *handed_over) if isinstance(leaf, Tensor)}
         self.tensors = list(unique.values())
         self._places = {key: place for place, key in enumerate(unique)}
+        self.key = self._key()  # before the layer adds to what layers share
 
-    @property
-    def key(self) -> object:
-        """A description of the call. Layers of one kind have equal descriptions."""
+    def _key(self) -> object:
         shared = {key: [self._places[id(tensor)] for tensor in tensors] for key, tensors in self.shared.items()}
+        names = {id(self.cache): "cache", id(self.shared): "shared"}
         leaves = [
-            self._places[id(leaf)] if isinstance(leaf, Tensor) else "cache" if leaf is self.cache else
-            "shared" if leaf is self.shared else repr(leaf)
+            self._places[id(leaf)] if isinstance(leaf, Tensor) else names.get(id(leaf)) or repr(leaf)
             for leaf in self.leaves
-        ]  # fmt: skip
+        ]
         return repr((self.spec, leaves, sorted(shared.items())))
 
     def rebuild(
@@ -187,13 +190,13 @@ class _Traced:
 
     Attributes:
         key: The description of its call.
-        window: The sliding window of its attention; None without one.
+        mask: The kind of its mask.
         returns_tuple: Whether its output is a tuple.
         hands_over: Whether it gives keys and values to later layers. Such a layer has no copies.
     """
 
     key: object
-    window: int | None
+    mask: MaskKind
     returns_tuple: bool
     hands_over: bool
 
@@ -220,7 +223,7 @@ class _Tracer:
         traced, cache = self._calls[like], call.cache
         if traced.key != call.key or traced.hands_over or _roles(cache, like) != _roles(cache, index):
             raise AnotherKindError(index)
-        mask = cache.masks.for_window(traced.window)
+        mask = cache.masks.of(traced.mask)
         hidden = decoder_layer([*call.tensors, mask, cache.write_indices], index, like)
         for role in _roles(cache, index):  # a trace needs their shape only
             cache.blocks[f"{role}_{index}"] = cache.blocks[f"{role}_{like}"]
@@ -235,17 +238,17 @@ class _Tracer:
             marked: Tensor = layer_boundary(tensor, index, port)
             return marked
 
-        windows: list[int | None] = []
+        kinds: list[MaskKind] = []
 
         class Masks(StepMasks):
-            """Marks the mask that a layer asks for, and notes its window."""
+            """Marks the mask that a layer asks for, and notes its kind."""
 
             def __init__(self) -> None:
-                pass
+                self.positions = cache.masks.positions
 
-            def for_window(self, window: int | None) -> Tensor:
-                windows.append(window)
-                return mark(cache.masks.for_window(window), f"in{len(call.tensors)}")
+            def of(self, kind: MaskKind) -> Tensor:
+                kinds.append(kind)
+                return mark(cache.masks.of(kind), f"in{len(call.tensors)}")
 
         names = {role: f"{role}_{index}" for role in _roles(cache, index)}
         inner = StepCache(
@@ -260,23 +263,30 @@ class _Tracer:
         new_args, new_kwargs = call.rebuild(inputs, inner, shared)
         with attending(Masks()):
             output = forward(*new_args, **new_kwargs)
-        if len(windows) != 1 or len(inner.present) != len(names):
-            raise ModelNotSupportedError(f"decoder layers with {len(windows)} attention calls (one is expected)")
+        if len(kinds) != 1 or len(inner.present) != len(names):
+            raise ModelNotSupportedError(f"decoder layers with {len(kinds)} attention calls (one is expected)")
         for role, name in names.items():
             cache.blocks[name] = mark(inner.blocks[name], f"block_{role}")
             cache.present[name] = mark(inner.present[name], f"present_{role}")
         handed_over = {key: tensors for key, tensors in shared.items() if key not in call.shared}
         call.shared.update(handed_over)
         returns_tuple = isinstance(output, tuple)
-        self._calls[index] = _Traced(call.key, windows[0], returns_tuple, bool(handed_over))
+        self._calls[index] = _Traced(call.key, kinds[0], returns_tuple, bool(handed_over))
         hidden = mark(output[0] if returns_tuple else output, "hidden")
         return (hidden,) if returns_tuple else hidden
 
 
-def kinds_of(layers: nn.ModuleList) -> list[int]:
-    """The index of the first layer of the same kind, per layer."""
+def kinds_of(layers: nn.ModuleList, layer_types: Sequence[str] | None = None) -> list[int]:
+    """The index of the first layer of the same kind, per layer.
+
+    Args:
+        layers: The decoder layers.
+        layer_types: The kind of attention of each layer; None if the model's configuration does not say.
+    """
     first: dict[object, int] = {}
-    return [first.setdefault(_describe(layer), index) for index, layer in enumerate(layers)]
+    kinds = (layer_types or [""] * len(layers))[: len(layers)]
+    described = [(_describe(layer), kind) for layer, kind in zip(layers, kinds, strict=True)]
+    return [first.setdefault(description, index) for index, description in enumerate(described)]
 
 
 @contextmanager

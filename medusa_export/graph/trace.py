@@ -214,7 +214,7 @@ def trace(step: MedusaStep) -> ir.Model:
 
     traced = _TracedStep(step, note)
     layers = decoder_layers(step.model)
-    like = kinds_of(layers)
+    like = kinds_of(layers, getattr(step.model.config.get_text_config(), "layer_types", None))
     with torch.no_grad(), quiet_tracing():
         while True:
             try:

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError
 from medusa_export.compat.transformers import calls_attention_interface, calls_experts_interface, has_state
 
-_SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+# Families whose attention doesn't call transformers' interface, but has an adapter (``step.adapters``).
+_ADAPTED = frozenset({"bloom", "mpt"})
+# The length that models with ALiBi are exported for where their configuration gives none.
+_ALIBI_POSITIONS = 2048
+# Names that configurations have for the longest sequence.
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 
 # Kinds of layers in `config.layer_types`, in words. A message names the first that a model has.
 _LAYER_TYPES_IN_WORDS = {
@@ -22,7 +29,6 @@ _LAYER_TYPES_IN_WORDS = {
     "hybrid": "layers that mix attention with a recurrent state",
     "hybrid_sliding": "layers that mix attention with a recurrent state",
     "conv": "short-convolution layers",
-    "chunked_attention": "chunked attention",
     "indexed_attention": "sparse attention over indexed entries",
 }
 
@@ -53,13 +59,29 @@ def check_supported(model: PreTrainedModel) -> None:
 def max_positions(model: PreTrainedModel) -> int:
     """The length of the longest sequence that a model takes, in tokens.
 
+    For rotary embeddings that depend on the length (``dynamic``, ``longrope``) it is the original length, up to which
+    they are the same for all sequences. Beyond it transformers computes a sequence with other frequencies than before.
+
     Raises:
         ExportError: The model's configuration does not say.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int):
+    config = model.config.get_text_config()
+    found = next((size for name in _POSITIONS if isinstance(size := getattr(config, name, None), int)), None)
+    if found is None and config.model_type in _ADAPTED:
+        found = _ALIBI_POSITIONS
+    if found is None:
         raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
-    return positions
+    original = getattr(config, "original_max_position_embeddings", None)
+    for parameters in _ropes(config):
+        if is_length_dependent(parameters["rope_type"]):
+            found = min(found, parameters.get("original_max_position_embeddings") or original or found)
+    return found
+
+
+def is_length_dependent(rope_type: object) -> bool:
+    """Whether a kind of rotary embedding, or one of several by kind of layer, depends on the length of a sequence."""
+    kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 
 
 def _composition(model: PreTrainedModel) -> str | None:
@@ -84,49 +106,29 @@ def _layer_kinds(model: PreTrainedModel) -> str | None:
         return known or (f"layers of the kind {min(refused)!r}" if refused else None)
     if has_state(model) or any(_STATEFUL_LAYER.search(type(module).__name__.lower()) for module in model.modules()):
         return _LAYER_TYPES_IN_WORDS["linear_attention"]
-    return _LAYER_TYPES_IN_WORDS["chunked_attention"] if getattr(model.config, "attention_chunk_size", None) else None
-
-
-def _sinks(model: PreTrainedModel) -> str | None:
-    found = any("sink" in _last(name) for name, _ in model.named_parameters())
-    return "attention sinks" if found else None
+    if getattr(model.config, "attention_chunk_size", None):
+        return "chunked attention in layers that config.layer_types does not name"
+    return None
 
 
 def _positions(model: PreTrainedModel) -> str | None:
     config = model.config
     builders = ("build_alibi_tensor", "build_mpt_alibi_tensor")
-    if getattr(config, "alibi", False) or any(hasattr(model.base_model, name) for name in builders):
-        return "ALiBi position biases"
+    has_alibi = getattr(config, "alibi", False) or any(hasattr(model.base_model, name) for name in builders)
+    if has_alibi and config.model_type not in _ADAPTED:
+        return f"ALiBi position biases without an adapter for {config.model_type!r} (there is one for BLOOM and MPT)"
     relative = str(getattr(config, "position_embedding_type", "")).startswith("relative")
     if relative or any(_last(name) == "relative_attention_bias" for name, _ in model.named_modules()):
         return "relative position biases"
-    for kind in _rope_types(config):
-        if "dynamic" in kind or kind == "longrope":
-            return f"rotary embeddings that change with the length of the sequence ({kind!r})"
     return None
 
 
-def _rope_types(config: PreTrainedConfig) -> Iterator[str]:
-    """The kinds of rotary embedding: one for the model, or one per kind of layer."""
+def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+    """The parameters of rotary embeddings: of one for the model, or of one per kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for part in (parameters, *parameters.values()):
         if isinstance(part, dict) and isinstance(part.get("rope_type"), str):
-            yield part["rope_type"]
-
-
-def _caches(model: PreTrainedModel) -> str | None:
-    if getattr(model.config, "num_kv_shared_layers", None):
-        return "layers that share another layer's keys and values"
-    if any(getattr(module, "is_kv_shared_layer", False) for module in model.modules()):
-        return "layers that share another layer's keys and values"
-    if getattr(model.config, "kv_lora_rank", None):
-        return "multi-head latent attention"
-    sizes = {
-        module.out_features
-        for name, module in model.named_modules()
-        if _last(name) in ("k_proj", "v_proj") and isinstance(module, nn.Linear)
-    }
-    return "keys and values of more than one size" if len(sizes) > 1 else None
+            yield part
 
 
 def _experts(model: PreTrainedModel) -> str | None:
@@ -141,8 +143,11 @@ def _attention(model: PreTrainedModel) -> str | None:
         return "attention that is not causal"
     if any(getattr(module, "is_causal", True) is False for module in model.modules()):
         return "attention that is not causal"
-    if not calls_attention_interface(model):
-        return "attention layers that don't go through transformers' attention interface"
+    if not calls_attention_interface(model) and model.config.model_type not in _ADAPTED:
+        return (
+            "attention layers that don't go through transformers' attention interface (they would need an adapter in "
+            "medusa_export/step/adapters.py)"
+        )
     return _NAMED_FEATURES.get(model.config.model_type)
 
 
@@ -154,9 +159,7 @@ def _last(name: str) -> str:
 _CHECKS: tuple[Callable[[PreTrainedModel], str | None], ...] = (
     _composition,
     _layer_kinds,
-    _sinks,
     _positions,
-    _caches,
     _experts,
     _attention,
 )

@@ -1,6 +1,6 @@
-"""The two tensor operations that decoder layers leave to us, as torch custom ops.
+"""The tensor operations that decoder layers leave to us, as torch custom ops.
 
-Both are opaque to the tracer. Each becomes one standard ONNX node: ``TensorScatter`` and ``Attention`` of opset 24, see
+Two are opaque to the tracer. Each becomes one standard ONNX node: ``TensorScatter`` and ``Attention`` of opset 24, see
 ``graph.trace``. Their eager bodies are the PyTorch reference.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.step.masks import MaskKind, StepMasks
 from medusa_export.step.slots import block_slots
 
 ATTENTION_NAME = "medusa_export"
@@ -54,7 +56,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
         query: [B, num_attention_heads, S, head_dim].
         key: [B, num_key_value_heads, C, head_dim].
         value: [B, num_key_value_heads, C, head_dim].
-        mask: [B, 1, S, C], True where a query attends to an entry.
+        mask: [B, 1, S, C], True where a query attends to an entry; or numbers [B, num_attention_heads, S, C] to add to
+            the scores.
         scale: The factor of the scores.
         softcap: Scores s become softcap · tanh(s / softcap); 0 leaves them as they are.
     """
@@ -63,7 +66,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    scores = _masked(scores, mask)
     return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), value)
 
 
@@ -72,30 +75,37 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sof
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
-class StepMasks:
-    """The attention masks of a step, for layers with and without a sliding window.
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(min=lowest)
+
+
+def attention_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor, scale: float
+) -> Tensor:
+    """Computes attention in which each head has a sink: a score of its own that takes weight and has no value.
+
+    No standard ONNX operator has sinks, so this is traced as it is.
 
     Args:
-        full: [B, 1, S, C] boolean, True where a new token attends to an entry in layers without a window.
-        distances: Gives [B, S, C], the distance in positions from an entry up to a new token. It is called only if a
-            layer has a window.
+        query: [B, num_attention_heads, S, head_dim].
+        key: [B, num_key_value_heads, C, head_dim].
+        value: [B, num_key_value_heads, C, head_dim].
+        mask: [B, 1, S, C], True where a query attends to an entry.
+        sinks: [num_attention_heads], the score of each head's sink.
+        scale: The factor of the scores.
     """
-
-    def __init__(self, full: Tensor, distances: Callable[[], Tensor]) -> None:
-        self.full = full
-        self._distances = distances
-        self._windows: dict[int, Tensor] = {}
-
-    def for_window(self, window: int | None) -> Tensor:
-        """The mask of a layer with a window of ``window`` tokens, the new one included; None for no window."""
-        if window is None:
-            return self.full
-        if window not in self._windows:
-            self._windows[window] = self.full & (self._distances() < window).unsqueeze(1)
-        return self._windows[window]
-
-    def note(self, module: nn.Module, key: Tensor) -> None:
-        """Called with each layer that attends, and the keys that it attends to."""
+    heads, kv_heads, capacity = query.shape[1], key.shape[1], key.shape[2]
+    by_group = query.reshape(query.shape[0], kv_heads, -1, query.shape[3])
+    scores = torch.matmul(by_group, key.transpose(2, 3)).float() * scale
+    scores = scores.reshape(query.shape[0], heads, query.shape[2], capacity)
+    scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+    sink = sinks.float().view(1, heads, 1, 1)
+    highest = torch.maximum(scores.amax(-1, keepdim=True), sink)
+    weights = torch.exp(scores - highest)
+    weights = weights / (weights.sum(-1, keepdim=True) + torch.exp(sink - highest))
+    by_group = weights.to(value.dtype).reshape(query.shape[0], kv_heads, -1, capacity)
+    return torch.matmul(by_group, value).reshape(query.shape[0], heads, query.shape[2], value.shape[3])
 
 
 @torch.library.custom_op("medusa_export::concat_blocks", mutates_args=())
@@ -138,6 +148,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         self.pending = dict(zip(names, pending, strict=True)) if pending else {}
         self.write_indices = write_indices
         self.masks = masks
+        self.shows_length = False  # to models that only compute shapes with it
         self.blocks: dict[str, Tensor] = {}
         self.present: dict[str, Tensor] = {}
 
@@ -155,7 +166,12 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         return self.present[name]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        raise ModelNotSupportedError("positions taken from the length of the cache instead of position_ids")
+        if not self.shows_length:
+            raise ModelNotSupportedError("positions taken from the length of the cache instead of position_ids")
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
 
 
 _active: list[StepMasks] = []
@@ -171,7 +187,7 @@ def attending(masks: StepMasks) -> Iterator[None]:
         _active.pop()
 
 
-def _attention_forward(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -180,12 +196,27 @@ def _attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    slopes: tuple[float, ...] = (),
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that Hugging Face layers call through ``AttentionInterface``.
 
     The mask comes from the step, not from the model. ``attention_mask`` is None here, because transformers has no mask
     function for this attention implementation.
+
+    Args:
+        module: The attention layer.
+        query: [B, num_attention_heads, S, head_dim].
+        key: The cached keys, [B, num_key_value_heads, C, head_dim].
+        value: The cached values, the same shape.
+        attention_mask: Not used.
+        scaling: The factor of the scores; 1 / √head_dim if None.
+        sliding_window: Tokens that a token attends to, itself included; None for all.
+        softcap: The cap of the scores; None without one.
+        s_aux: The score of each head's sink, [num_attention_heads]; None without sinks.
+        slopes: ALiBi's slope of each head; empty without ALiBi.
+        kwargs: Further arguments. Those that change the result are refused.
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     if unknown:
@@ -195,9 +226,27 @@ def _attention_forward(
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     masks = _active[-1]
     masks.note(module, key)
-    mask = masks.for_window(sliding_window)
-    output = attention(query, key, value, mask, scale, float(softcap or 0.0))
+    scale_of: Callable[[Tensor], Tensor] | None = getattr(module, "query_scale", None)  # see ``step.adapters``
+    if scale_of is not None:
+        factors = scale_of(masks.positions()[0])
+        query = (query * factors.unsqueeze(1).unsqueeze(3)).to(query.dtype)
+    mask = masks.of(MaskKind(sliding_window, _chunk_of(module), slopes, query.dtype if slopes else None))
+    if s_aux is None:
+        output = attention(query, key, value, mask, scale, float(softcap or 0.0))
+    elif softcap or slopes:
+        raise ModelNotSupportedError("attention sinks together with a soft cap or ALiBi")
+    else:
+        output = attention_with_sinks(query, key, value, mask, s_aux, scale)
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+def _chunk_of(module: nn.Module) -> int | None:
+    """The size of the chunks that a layer's attention keeps to, in tokens; None if it does not."""
+    config: Any = getattr(module, "config", None)
+    layer, kinds = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
+    if kinds is None or layer is None or kinds[layer] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)
+
+
+AttentionInterface.register(ATTENTION_NAME, attention_forward)

@@ -57,14 +57,13 @@ class StepSlots:
         prefill = self._is_prefill.unsqueeze(1).unsqueeze(1)
         return ((prefill & in_chunk) | (~prefill & in_tree)) & (entry >= 0)
 
-    def distances(self, capacity: Size) -> Tensor:
-        """The distance in positions from each slot's entry up to each new token, [B, S, C]."""
+    def entry_positions(self, capacity: Size) -> Tensor:
+        """The position of each slot's entry, [B, C]; < 0 in the slots in front."""
         entry = self._entry_of_slot(capacity)
         new = self._new_of_entry(entry)
         depth = self._tables.depths[new.clamp(0, self._tables.size - 1)]
         is_node = (new >= 0) & ~self._is_prefill.unsqueeze(1)
-        position = entry + torch.where(is_node, depth - new, 0)
-        return self.positions.unsqueeze(2) - position.unsqueeze(1)
+        return entry + torch.where(is_node, depth - new, 0)
 
     def carried(self, path: Tensor, added: Tensor) -> Tensor:
         """The last M committed entries at the end of the step, [B, M], as indices into the block of M + S entries.

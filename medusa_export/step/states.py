@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.torch import FakeTensorMode
 from medusa_export.compat.transformers import experts_function
-from medusa_export.step.attention import StepCache, StepMasks, attending
+from medusa_export.step.adapters import adapted, only_shapes_from_length
+from medusa_export.step.attention import StepCache, attending
 from medusa_export.step.experts import EXPERTS_NAME
+from medusa_export.step.masks import StepMasks
 from medusa_runtime.bundles.states import State, pending_name
 
 _ROLES = ("key", "value")
@@ -56,7 +58,7 @@ class _ProbeMasks(StepMasks):
     """Notes which layers attend to which keys."""
 
     def __init__(self) -> None:
-        super().__init__(torch.ones(1, 1, 1, 1, dtype=torch.bool), lambda: torch.zeros(1, 1, 1))
+        super().__init__(torch.ones(1, 1, 1, 1, dtype=torch.bool), lambda: (torch.zeros(1, 1), torch.zeros(1, 1)))
         self.read: list[tuple[int | None, Tensor]] = []
 
     def note(self, module: nn.Module, key: Tensor) -> None:
@@ -85,8 +87,9 @@ def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
         token = torch.zeros(1, 1, dtype=torch.int64)
         masks = _ProbeMasks()
         probe = _Probe(token[0], masks)
+        probe.shows_length = only_shapes_from_length(model)
         try:
-            with attending(masks), experts_function(model, EXPERTS_NAME):
+            with adapted(model), attending(masks), experts_function(model, EXPERTS_NAME):
                 model(input_ids=token, position_ids=token, past_key_values=probe, use_cache=True)
         except ModelNotSupportedError:
             raise

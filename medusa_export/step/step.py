@@ -26,9 +26,11 @@ from medusa_export.heads.sizes import sym_min
 from medusa_export.step.acceptance.path import deepest_confirmed
 from medusa_export.step.acceptance.registry import rules_named
 from medusa_export.step.acceptance.rule import AcceptanceRule, VerifiedNodes, judge
-from medusa_export.step.attention import StepCache, StepMasks, attending, concat_blocks
+from medusa_export.step.adapters import adapted, only_shapes_from_length, reset_frequencies
+from medusa_export.step.attention import StepCache, attending, concat_blocks
 from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.indexing import take_entries, take_rows
+from medusa_export.step.masks import StepMasks
 from medusa_export.step.sampling import Sampled, SamplingInputs, sample
 from medusa_export.step.slots import StepSlots
 from medusa_export.step.states import observed_states
@@ -144,6 +146,7 @@ class MedusaStep(nn.Module):
         self._rules = rules_named(rules)
         if not self.rules:
             raise ExportError("A step without sampling has no acceptance rule left: give 'exact' too.")
+        reset_frequencies(model)
         self.states = observed_states(model, tree.max_depth)
         self.tables = TreeTables(tree, self.num_heads)
         self._last_position = _end_of_table(model)
@@ -173,7 +176,9 @@ class MedusaStep(nn.Module):
         """Runs one step."""
         slots = StepSlots(self.tables, given.input_ids.shape[1], given.is_prefill, given.cache_lengths)
         capacity = given.past[0].shape[2]
-        masks = StepMasks(slots.visible(capacity).unsqueeze(1), lambda: slots.distances(capacity))
+        masks = StepMasks(
+            slots.visible(capacity).unsqueeze(1), lambda: (slots.positions, slots.entry_positions(capacity))
+        )
         names = [state.name for state in self.states]
         cache = StepCache(names, given.past, given.pending, given.cache_lengths, masks)
 
@@ -240,8 +245,9 @@ class MedusaStep(nn.Module):
         if self._last_position is not None:  # later positions belong to nodes and padding that are never kept
             positions = positions.clamp(max=self._last_position)
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_rows)
+        cache.shows_length = only_shapes_from_length(self.model)
         try:
-            with attending(cache.masks), experts_function(self.model, EXPERTS_NAME):
+            with adapted(self.model), attending(cache.masks), experts_function(self.model, EXPERTS_NAME):
                 output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         finally:
             hook.remove()

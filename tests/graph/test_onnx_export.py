@@ -109,7 +109,7 @@ def test_layers_of_one_kind_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_trace_of_every_layer_gives_the_same(stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported = stock.export("qwen2")
     step, reused = exported.step, exported.bundle
-    monkeypatch.setattr(onnx_trace, "kinds_of", lambda layers: list(range(len(layers))))
+    monkeypatch.setattr(onnx_trace, "kinds_of", lambda layers, _: list(range(len(layers))))
     traced = export(step, tmp_path / "traced")
     outcomes = []
     for bundle in (reused, traced):

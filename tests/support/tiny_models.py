@@ -117,6 +117,123 @@ _SUPPORTED: dict[str, dict[str, object]] = {
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": SLIDING_WINDOW},
 }
 
+# Attention in forms that the families above don't have: model type and special features of each.
+_LATENT: dict[str, object] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
+_FORMS: dict[str, tuple[str, dict[str, object]]] = {
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            "num_hidden_layers": 5,
+            "num_kv_shared_layers": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"],
+            "intermediate_size": [96] * 5,
+            "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0],
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "laurel_rank": 4,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+    ),
+    "gemma4_keys_as_values": (
+        "gemma4_text",
+        {
+            "num_kv_shared_layers": 0,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+    "deepseek_v2": ("deepseek_v2", _LATENT),
+    "deepseek_v3": ("deepseek_v3", {**_LATENT, "n_group": 4, "topk_group": 2}),
+    "minicpm3": ("minicpm3", {name: size for name, size in _LATENT.items() if "lora" in name or "head" in name}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "llama4_dense": (
+        "llama4_text",
+        {
+            "num_hidden_layers": 4,
+            "attention_chunk_size": SLIDING_WINDOW,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+            "moe_layers": [],
+            "layer_types": ["chunked_attention", "chunked_attention", "full_attention", "chunked_attention"],
+            "no_rope_layers": [1, 1, 0, 1],
+            "floor_scale": 4,
+            "attn_scale": 0.5,
+        },
+    ),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "opt_projected": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48}),
+    "mpt": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 512}),
+    "llama_dynamic_rope": (
+        "llama",
+        {
+            "max_position_embeddings": 128,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        },
+    ),
+    "gemma3_dynamic_rope": (
+        "gemma3_text",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 128,
+                "short_factor": [1.0, 1.5] * 4,
+                "long_factor": [2.0, 3.0] * 4,
+            },
+        },
+    ),
+}
+FORMS = tuple(_FORMS)
+
 # Families that must be refused: model type and special features of each.
 _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
     "t5": ("t5", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
@@ -160,48 +277,7 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
             "shared_expert_intermediate_size": 32,
         },
     ),
-    "gpt_oss": ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": SLIDING_WINDOW}),
-    "llama_dynamic_rope": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-    ),
-    "gemma3_dynamic_rope": (
-        "gemma3_text",
-        {
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-            },
-        },
-    ),
     "gemma3_bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
-    "phi3_longrope": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 64,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "original_max_position_embeddings": 64,
-                "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8,
-            },
-        },
-    ),
-    "gemma3n": (
-        "gemma3n_text",
-        {
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "intermediate_size": [96] * 4,
-            "activation_sparsity_pattern": [0.0] * 4,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": VOCAB_SIZE,
-            "laurel_rank": 4,
-        },
-    ),
     "llama4": (
         "llama4_text",
         {
@@ -211,27 +287,8 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
             "layer_types": ["chunked_attention", "full_attention"],
         },
     ),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "n_group": 2,
-            "topk_group": 1,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 2,
-        },
-    ),
     "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
-    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "falcon_alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
-    "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
 }
 
 SUPPORTED_FAMILIES = tuple(_SUPPORTED)
@@ -248,7 +305,7 @@ REFUSED_FAMILIES = tuple(_REFUSED)
 
 def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
     """A small configuration of a family, with its special features. ``overrides`` take precedence."""
-    model_type, special = _REFUSED[family] if family in _REFUSED else (family, _SUPPORTED[family])
+    model_type, special = (_REFUSED | _FORMS).get(family) or (family, _SUPPORTED[family])
     settings = {**_COMMON, **special}
     if model_type in ("mpt", "mamba", "bloom"):  # they have other names for these; some are read-only aliases
         for name in ("num_key_value_heads", "head_dim", "num_attention_heads", "intermediate_size"):
@@ -264,8 +321,11 @@ def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             settings.pop(name)
         settings.update(pad_token_id=0, eos_token_id=1, bos_token_id=0)
-    if model_type in ("deepseek_v3", "falcon", "jetmoe"):
+    if model_type in ("deepseek_v2", "deepseek_v3", "minicpm3", "falcon", "jetmoe", "opt"):
         settings.pop("head_dim")
+    if model_type == "opt":
+        for name in ("num_key_value_heads", "intermediate_size"):
+            settings.pop(name)
     return AutoConfig.for_model(model_type, **{**settings, **overrides})
 
 

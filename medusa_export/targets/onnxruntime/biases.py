@@ -44,7 +44,9 @@ def filled_slots(graph: ir.Graph) -> ir.Value:
 
 
 def bias_of(graph: ir.Graph, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Makes a bias of a mask: 0 where the mask lets a query look, and -inf elsewhere."""
+    """Makes a bias of a mask: 0 where the mask lets a query look, and -inf elsewhere. A mask of numbers is a bias."""
+    if mask.dtype != ir.DataType.BOOL:
+        return mask
     pair = [
         initializer(graph, name, np.array(number, dtype=dtype.numpy()))
         for name, number in ((_SEEN, 0.0), (_UNSEEN, -np.inf))

@@ -18,7 +18,7 @@ def first_new_slots(graph: ir.Graph, margin: int) -> ir.Value:
 
 
 def write_new_entries_only(cache: ir.Value, margin: int, slots: ir.Value) -> None:
-    """Makes the ``TensorScatter`` of a cache write new entries only.
+    """Makes the ``TensorScatter`` of a cache write new entries only. Layers may share a cache: it is done once.
 
     Args:
         cache: The cache that it gives.
@@ -27,7 +27,7 @@ def write_new_entries_only(cache: ir.Value, margin: int, slots: ir.Value) -> Non
     """
     scatter = producer(cache, "TensorScatter")
     assert scatter is not None
-    if margin:
+    if margin and scatter.inputs[2] is not slots:
         concat = producer(scatter.inputs[1], "Concat")
         assert concat is not None
         scatter.replace_input_with(1, concat.inputs[1])

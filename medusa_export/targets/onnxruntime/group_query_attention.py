@@ -10,6 +10,7 @@ from medusa_export.common.tuning import TABLE_SLACK
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, graph_input, producer, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
+from medusa_export.targets.onnxruntime.attentions import attentions, caches_of, require_caches
 from medusa_export.targets.onnxruntime.biases import bias_of, filled_slots, narrow_masks
 from medusa_export.targets.onnxruntime.constants import CONTRIB, integers
 from medusa_export.targets.onnxruntime.heads_layout import flat, replace_merged_heads
@@ -29,7 +30,7 @@ class FuseGroupQueryAttention(Rewrite):
 
     A graph without ``Attention`` stays as it is: ``MakeAttentionRowExact`` has replaced it.
 
-    Precondition: head_dim is a multiple of 8; caches are fp32 or fp16.
+    Precondition: Each layer has K/V caches of its own, with one head_dim, a multiple of 8; caches are fp32 or fp16.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0.
     """
@@ -37,27 +38,25 @@ class FuseGroupQueryAttention(Rewrite):
     name = "fuse_group_query_attention"
 
     def requires(self, model: ir.Model) -> None:
-        if not _attentions(model):
+        found = attentions(model)
+        if not found:
             return
+        for head_dim in (shape_of(caches_of(node)[0])[3] for node in found):
+            if not isinstance(head_dim, int) or head_dim % 8:
+                raise NotApplicableError(f"head_dim is {head_dim}, and {_OPERATOR} needs a multiple of 8")
+        require_caches(found, _OPERATOR, own=True)
         cache = graph_input(model.graph, "past_key_0")
-        head_dim = shape_of(cache)[3]
-        if not isinstance(head_dim, int) or head_dim % 8:
-            raise NotApplicableError(f"head_dim is {head_dim}, and {_OPERATOR} needs a multiple of 8")
         if cache.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             raise NotApplicableError(f"the K/V cache is {cache.dtype}, and {_OPERATOR} needs fp32 or fp16")
 
     def apply(self, model: ir.Model) -> int:
-        attentions = _attentions(model)
-        if not attentions:
+        found = attentions(model)
+        if not found:
             return 0
         fusion = _Fusion(model.graph, self.step.margin, self.step.max_positions + TABLE_SLACK)
-        for node in attentions:
+        for node in found:
             fusion.fuse(node)
-        return len(attentions)
-
-
-def _attentions(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == "Attention"]
+        return len(found)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, shape_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
+from medusa_export.targets.onnxruntime.attentions import attentions, require_caches
 from medusa_export.targets.onnxruntime.cache_writes import first_new_slots, write_new_entries_only
 from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
 from medusa_export.targets.onnxruntime.heads_layout import flat, replace_merged_heads
@@ -29,7 +30,8 @@ class FuseMultiHeadAttention(Rewrite):
 
     A graph without ``Attention`` stays as it is: ``MakeAttentionRowExact`` has replaced it.
 
-    Precondition: Queries are fp32; no attention has a soft cap.
+    Precondition: Keys and values are caches of one head_dim, which layers may share. Queries are fp32; no attention has
+    a soft cap.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0.
     """
@@ -37,25 +39,25 @@ class FuseMultiHeadAttention(Rewrite):
     name = "fuse_multi_head_attention"
 
     def requires(self, model: ir.Model) -> None:
-        for node in _attentions(model):
+        require_caches(attentions(model), "MultiHeadAttention", own=False)
+        for node in attentions(model):
             dtype = given(node.inputs[0]).dtype
             if dtype != ir.DataType.FLOAT:
                 raise NotApplicableError(f"queries are {dtype}, and MultiHeadAttention with a bias needs fp32")
+            grouped = shape_of(given(node.inputs[0]))[1] != shape_of(given(node.inputs[1]))[1]
+            if grouped and given(node.inputs[3]).dtype != ir.DataType.BOOL:
+                raise NotApplicableError("ALiBi with heads in groups has no layout for MultiHeadAttention")
             if node.attributes["softcap"].as_float():
                 raise NotApplicableError("attention has a soft cap, and MultiHeadAttention has none")
 
     def apply(self, model: ir.Model) -> int:
-        attentions = _attentions(model)
-        if not attentions:
+        found = attentions(model)
+        if not found:
             return 0
         fusion = _Fusion(model.graph, self.step.margin)
-        for node in attentions:
+        for node in found:
             fusion.fuse(node)
-        return len(attentions)
-
-
-def _attentions(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == "Attention"]
+        return len(found)
 
 
 class _Fusion:
@@ -109,7 +111,9 @@ class _Fusion:
         )
 
     def _bias(self, mask: ir.Value, groups: int) -> ir.Value:
-        """[B, 1, g · S, C]: 0 where the mask lets a query look, and -inf elsewhere."""
+        """[B, 1, g · S, C]: 0 where the mask lets a query look, and -inf elsewhere. A mask of numbers is a bias."""
+        if mask.dtype != ir.DataType.BOOL:
+            return mask
         key = (mask, groups)
         if key not in self._biases:
             maker = mask.producer()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from medusa_export.graph.rewrites.matching import value_named
-from medusa_export.graph.rewrites.rewrite import Rewrite
+from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
 from medusa_export.targets.onnxruntime.constants import PATH
 
 
@@ -28,7 +29,10 @@ class ReplacePendingEntries(Rewrite):
         graph = model.graph
         for value in [value for value in graph.outputs if (value.name or "").startswith("next_pending_")]:
             graph.outputs.remove(value)
+        passes.RemoveUnusedNodesPass()(model)
         for value in [value for value in graph.inputs if (value.name or "").startswith("pending_")]:
+            if value.uses():
+                raise NotApplicableError("an attention is of plain operators, as with sinks, and reads pending entries")
             graph.inputs.remove(value)
         graph.outputs.append(value_named(graph, PATH))
         return 1

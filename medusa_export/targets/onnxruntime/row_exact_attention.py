@@ -9,6 +9,7 @@ from medusa_export.common.tuning import TABLE_SLACK
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, graph_input, replace, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite
+from medusa_export.targets.onnxruntime.attentions import attentions, caches_of, reads_caches
 from medusa_export.targets.onnxruntime.biases import bias_of, filled_slots, narrow_masks
 from medusa_export.targets.onnxruntime.cache_writes import first_new_slots, write_new_entries_only
 from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
@@ -41,7 +42,7 @@ class MakeAttentionRowExact(Rewrite):
     5. Masks become biases, made as wide as the caches are filled and padded to the capacity.
 
     Other graphs stay as they are: those with all weights in the dtype that the bundle computes in, with caches that are
-    not fp32, or with a head_dim above 256.
+    not fp32, latent caches, keys and values of different sizes, or a head_dim above 256.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0. The
     capacity must be a multiple of ``PANEL``.
@@ -50,17 +51,21 @@ class MakeAttentionRowExact(Rewrite):
     name = "make_attention_row_exact"
 
     def apply(self, model: ir.Model) -> int:
-        cache = graph_input(model.graph, "past_key_0")
-        head_dim = shape_of(cache)[3]
-        is_fit = cache.dtype == ir.DataType.FLOAT and isinstance(head_dim, int) and head_dim <= _LONGEST_SUM
-        if not self.step.weights.has_integers or not is_fit:
+        found = attentions(model)
+        if not self.step.weights.has_integers or not all(_is_fit(node) for node in found):
             return 0
-        attentions = [node for node in model.graph if node.op_type == "Attention"]
         replacement = _Replacement(model.graph, self.step.margin, self.step.max_positions + TABLE_SLACK)
         replacement.use_tables()
-        for node in attentions:
+        for node in found:
             replacement.replace(node)
-        return len(attentions)
+        return len(found)
+
+
+def _is_fit(node: ir.Node) -> bool:
+    key, _ = caches_of(node)
+    head_dim = shape_of(key)[3]
+    short = isinstance(head_dim, int) and head_dim <= _LONGEST_SUM
+    return reads_caches(node) and key.dtype == ir.DataType.FLOAT and short
 
 
 class _Replacement:

@@ -1,4 +1,4 @@
-"""Write out attention with a soft cap."""
+"""Write out attention that TensorRT's attention can't compute."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.graph.rewrites.building import Builder, initializer
-from medusa_export.graph.rewrites.matching import replace
+from medusa_export.graph.rewrites.matching import given, replace, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite
 
 
 class SpellOutSoftCaps(Rewrite):
-    """Writes out attention with a soft cap, which TensorRT's attention lacks.
+    """Writes out attention that TensorRT's attention can't compute: it has no soft cap, and takes one size of head.
 
     1. ``Attention`` with a soft cap becomes products, ``Tanh`` and ``Softmax``, computed in fp32.
+    2. ``Attention`` whose keys and values differ in size becomes the same without ``Tanh``.
 
     Precondition: ``FoldQueryGroups`` has run: there are as many query heads as key heads.
     """
@@ -21,10 +22,19 @@ class SpellOutSoftCaps(Rewrite):
     name = "spell_out_soft_caps"
 
     def apply(self, model: ir.Model) -> int:
-        capped = [node for node in model.graph if node.op_type == "Attention" and _float(node, "softcap")]
-        for node in capped:
+        found = [
+            node
+            for node in model.graph
+            if node.op_type == "Attention" and (_float(node, "softcap") or _sizes_differ(node))
+        ]
+        for node in found:
             _spell_out(model.graph, node)
-        return len(capped)
+        return len(found)
+
+
+def _sizes_differ(node: ir.Node) -> bool:
+    key, value = (given(tensor) for tensor in node.inputs[1:3])
+    return shape_of(key)[3] != shape_of(value)[3]
 
 
 def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
@@ -32,16 +42,22 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
     assert query is not None and key is not None and value is not None and mask is not None
     kind, cap = key.dtype, _float(node, "softcap")
     assert kind is not None
-    scale = initializer(
-        graph, f"scale_{_float(node, 'scale'):g}", np.full([1] * 4, _float(node, "scale") / cap, np.float32)
-    )
-    cap_value = initializer(graph, f"cap_{cap:g}", np.full([1] * 4, cap, np.float32))
+    factor = _float(node, "scale") / (cap or 1.0)
+    scale = initializer(graph, f"scale_{factor:.9g}", np.full([1] * 4, factor, np.float32))
     lowest = initializer(graph, "lowest", np.full([1] * 4, np.finfo(np.float32).min, np.float32))
     add = Builder(graph, node.name or "attention")
     turned = add("Transpose", [key], perm=[0, 1, 3, 2])
     scores = add("Cast", [add("MatMul", [query, turned])], to=int(ir.DataType.FLOAT))
-    scores = add("Mul", [add("Tanh", [add("Mul", [scores, scale])]), cap_value])
-    weights = add("Softmax", [add("Where", [mask, scores, lowest])], axis=-1)
+    scores = add("Mul", [scores, scale])
+    if cap:
+        scores = add(
+            "Mul", [add("Tanh", [scores]), initializer(graph, f"cap_{cap:g}", np.full([1] * 4, cap, np.float32))]
+        )
+    if mask.dtype == ir.DataType.BOOL:
+        scores = add("Where", [mask, scores, lowest])
+    else:
+        scores = add("Add", [scores, add("Cast", [mask], to=int(ir.DataType.FLOAT))])
+    weights = add("Softmax", [scores], axis=-1)
     add("MatMul", [add("Cast", [weights], to=int(kind)), value])
     replace(node.outputs[0], add.nodes)
 

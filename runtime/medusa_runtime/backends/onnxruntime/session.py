@@ -48,10 +48,10 @@ def derived_graph(bundle: Bundle, rows: int) -> Path:
     """The graph that was derived for ONNX Runtime on a CPU, or the bundle's own where there is none.
 
     There is one for a single row and one for several: ``GroupQueryAttention`` takes several tokens of one sequence, or
-    one token of several.
+    one token of several. The second also runs a single row, where a bundle lacks the first.
     """
-    derived = ONNXRUNTIME_GRAPH if rows == 1 else ONNXRUNTIME_BATCH_GRAPH
-    return bundle.folder / derived if derived in bundle.files else bundle.graph
+    derived = (ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH) if rows == 1 else (ONNXRUNTIME_BATCH_GRAPH,)
+    return next((bundle.folder / name for name in derived if name in bundle.files), bundle.graph)
 
 
 def open_session(bundle: Bundle, graph: Path | bytes, *, threads: int, provider: str) -> Any:

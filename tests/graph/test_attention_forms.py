@@ -1,0 +1,155 @@
+"""Attention in all its forms: caches of several shapes, shared and latent ones, sinks, chunks, ALiBi, odd positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+from medusa_export.compat.transformers import attention_of
+from medusa_export.models.supported import check_supported, max_positions
+from medusa_export.step.alibi import bloom_slopes, mpt_slopes
+from medusa_export.step.attention import ATTENTION_NAME
+from medusa_export.step.eager import EagerBackend
+from medusa_export.step.step import MedusaStep
+from medusa_runtime import MedusaEngine, MedusaService, RequestError, SamplingParams
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.states import State
+from support.decoding import TREE, decode, greedy, make_step, random_heads
+from support.stock import Exported, Stock
+from support.tiny_models import FORMS, tiny_model
+
+COUNT = 48
+PROMPTS = [[(7 * i * i + 3) % 101 for i in range(37)], [(5 * i * i + 11 * i + 1) % 101 for i in range(20)]]
+SIZES = (1, 3, 8, 9)
+SEEDS = {"minicpm3": 1, "bloom": 4, "mpt": 2}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_steps_decode_as_transformers(form: str) -> None:
+    model = tiny_model(form, SEEDS.get(form, 0))
+    expected = [greedy(model, prompt, COUNT) for prompt in PROMPTS]
+    assert len(set(expected[0])) > 5
+    backend = EagerBackend(make_step(model, random_heads(model)), rows=2)
+    for size, chunk in zip(SIZES, (64, 7, 16, 7), strict=True):
+        result = decode(backend, TREE, PROMPTS, expected, size=size, chunk=chunk, count=COUNT)
+        assert result.tokens == expected, (size, chunk)
+
+
+@pytest.mark.parametrize("form", ["llama_dynamic_rope", "phi3_longrope"])
+def test_a_long_text_leaves_no_frequencies_behind(form: str) -> None:
+    model = tiny_model(form)
+    expected = [greedy(model, PROMPTS[0], COUNT)]
+    with torch.no_grad():
+        model(torch.arange(200).unsqueeze(0) % 101)
+    step = make_step(model, random_heads(model))
+    result = decode(EagerBackend(step), TREE, PROMPTS[:1], expected, size=9, chunk=16, count=COUNT)
+    assert result.tokens == expected
+    model.set_attn_implementation("sdpa")
+    assert greedy(model, PROMPTS[0], COUNT) == expected[0]
+
+
+@pytest.mark.parametrize("form", ["bloom", "mpt", "opt"])
+def test_a_model_from_files_is_the_same(tmp_path: Path, form: str) -> None:
+    """It is loaded with our attention, whether or not its layers choose by that."""
+    tiny_model(form).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=ATTENTION_NAME)
+    check_supported(loaded)
+    states = MedusaStep(loaded, None, TREE.prefix(1)).states
+    assert states == make_step(tiny_model(form), None, TREE.prefix(1)).states
+    assert attention_of(loaded) == ATTENTION_NAME
+
+
+def shapes(states: Sequence[State]) -> list[tuple[str, tuple[int, int], tuple[int, ...]]]:
+    return [(state.name, state.shape, state.readers) for state in states if state.name.startswith("key")]
+
+
+def test_states_are_observed() -> None:
+    """Gemma 4 has heads of two sizes, and its last two layers read the caches of the two before."""
+    step = make_step(tiny_model("gemma4"), None, TREE.prefix(1))
+    assert shapes(step.states) == [
+        ("key_0", (2, 16), (0,)),
+        ("key_1", (2, 32), (1,)),
+        ("key_2", (2, 16), (2, 4)),
+        ("key_3", (2, 32), (3, 5)),
+    ]
+    latent = make_step(tiny_model("deepseek_v3"), None, TREE.prefix(1)).states
+    assert [(state.kind, state.shape) for state in latent] == [("latent", (1, 16)), ("latent", (1, 8))] * 2
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "gemma4",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3n", "deepseek_v2", "gpt_oss", "bloom", "mpt")),
+    ],
+)
+def test_bundles_decode_as_transformers(stock: Stock, form: str) -> None:
+    seed = SEEDS.get(form, 0)
+    expected = [greedy(tiny_model(form, seed), prompt, COUNT) for prompt in PROMPTS]
+    exported = stock.export(form, seed, sampling=form == "gemma4")
+    bundle = exported.bundle
+    assert bundle.states == exported.step.states
+    for graph, rows in ((GRAPH, 2), (ONNXRUNTIME_GRAPH, 1), (ONNXRUNTIME_BATCH_GRAPH, 2)):
+        if graph not in bundle.files:
+            assert bundle.graphs[graph].left_out
+            continue
+        backend = OnnxRuntimeBackend(bundle, rows=rows, threads=1, graph=bundle.folder / graph)
+        for size, chunk in zip(SIZES, (64, 7, 16, 7), strict=True):
+            result = decode(backend, TREE, PROMPTS[:rows], expected[:rows], size=size, chunk=chunk, count=COUNT)
+            assert result.tokens == expected[:rows], (graph, size, chunk)
+
+
+@pytest.fixture
+def gemma4(stock: Stock) -> Exported:
+    return stock.export("gemma4")
+
+
+def test_a_service_moves_and_copies_states_of_all_shapes(gemma4: Exported) -> None:
+    bundle = gemma4.bundle
+    expected = greedy(tiny_model("gemma4"), PROMPTS[0], COUNT)
+    assert len(bundle.state_groups) == 2
+    for graph in (None, bundle.graph):
+        backend = OnnxRuntimeBackend(bundle, rows=3, threads=1, graph=graph)
+        with MedusaService(bundle, backend, None, prefill_chunk=7) as service:
+            for prompt in (PROMPTS[0], PROMPTS[0][:25], PROMPTS[1]):
+                service.submit(prompt, max_new_tokens=20)
+            again = service.submit([*PROMPTS[0], *expected[:10]], max_new_tokens=20)
+            assert list(again.result(60).token_ids) == expected[10:30]
+
+
+def test_sampled_text_is_the_same_for_all_trees(gemma4: Exported) -> None:
+    with MedusaEngine.load(gemma4.bundle.folder, threads=1) as engine:
+        sampling = SamplingParams(temperature=0.8, top_k=20, seed=3)
+        texts = {
+            engine.generate(PROMPTS[0], max_new_tokens=24, tree_size=size, sampling=sampling).token_ids
+            for size in SIZES
+        }
+    assert len(texts) == 1
+
+
+@pytest.mark.slow
+def test_a_longer_text_than_the_short_frequencies_hold_for_is_refused(stock: Stock) -> None:
+    """transformers computes it with other frequencies from the first token beyond that length on."""
+    model = tiny_model("phi3_longrope")
+    assert max_positions(model) == 128 < model.config.max_position_embeddings
+    bundle = stock.export("phi3_longrope", sampling=False).bundle
+    expected = greedy(model, PROMPTS[0], 91)
+    with MedusaEngine.load(bundle.folder, threads=1) as engine:
+        assert list(engine.generate(PROMPTS[0], max_new_tokens=91).token_ids) == expected
+        with pytest.raises(RequestError, match="128"):
+            engine.generate([1] * 129, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 8, 12])
+def test_slopes_of_alibi(heads: int) -> None:
+    bloom = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(torch.tensor(bloom_slopes(heads)), bloom)
+    mpt = -build_mpt_alibi_tensor(heads, 2)[:, 0, 0]
+    torch.testing.assert_close(torch.tensor(mpt_slopes(heads)), mpt)
