@@ -1,6 +1,7 @@
 """Refuse models that a decoding step can't honour.
 
-It honours models whose layers are causal attention over one kind of K/V cache.
+It honours models whose layers are causal attention over caches with one entry per token. What such caches hold is
+observed (``step.states``), not checked here.
 """
 
 from __future__ import annotations
