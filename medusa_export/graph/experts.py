@@ -35,18 +35,23 @@ class _LastStack:
         return self._last[1]
 
 
-def expand_experts(model: ir.Model) -> None:
+def expand_experts(model: ir.Model) -> int:
     """Replaces all marks of experts.
 
     Args:
         model: The graph, with the weights of ``StepWeights``. It is changed in place.
 
+    Returns:
+        The number of marks.
+
     Raises:
         ExportError: The weights of experts are computed, and so can't be taken apart.
     """
     last = _LastStack()
-    for mark in [node for node in model.graph if node.domain == MARK_DOMAIN and node.op_type == EXPERTS_MARK]:
+    marks = [node for node in model.graph if node.domain == MARK_DOMAIN and node.op_type == EXPERTS_MARK]
+    for mark in marks:
         _expand(model.graph, mark, last)
+    return len(marks)
 
 
 def _expand(graph: ir.Graph, mark: ir.Node, last: _LastStack) -> None:

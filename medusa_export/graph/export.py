@@ -76,7 +76,7 @@ def build_graph(
     simplify(model)
     expand_sampling(model, step.model.dtype)
     _bring_into_contract(model, step, weights or StepWeights(step))
-    expand_experts(model)
+    experts = expand_experts(model)
     model.opset_imports.pop(MARK_DOMAIN, None)
     passes.CommonSubexpressionEliminationPass()(model)
     # Half of the file would be stack traces of the tracer, with the paths of this machine.
@@ -86,6 +86,7 @@ def build_graph(
         max_positions=max_positions(step.model),
         weights=types or WeightTypes(),
         activations=activations,
+        has_experts=experts > 0,
     )
     return StepGraph(model, facts, STANDARD.run(model, facts))
 

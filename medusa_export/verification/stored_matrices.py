@@ -138,7 +138,8 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
 
     Args:
         step: The step.
-        name: The name of a weight, or of a matrix Wᵀ in a stack of them, such as ``heads.layers.0.weight[2]``.
+        name: The name of a weight, of a matrix Wᵀ in a stack of them, such as ``heads.layers.0.weight[2]``, or of a
+            matrix W in a stack of them, such as ``experts.down_proj.2``.
         is_table: Rows are looked up in it.
     """
     stack, _, index = name.removesuffix("]").partition("[")
@@ -146,6 +147,10 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
         weight = step.get_parameter(stack).detach()
         turned = weight[int(index)].T
         return turned, lambda values: weight[int(index)].copy_(values.T)
+    stack, _, index = name.rpartition(".")
+    if index.isdigit() and stack in dict(step.named_parameters()):
+        matrix = step.get_parameter(stack).detach()[int(index)]
+        return matrix, matrix.copy_
     module, attribute = _owner(step, name, is_table)
     return getattr(module, attribute).detach(), lambda values: setattr(
         module, attribute, nn.Parameter(values.clone(), requires_grad=False)

@@ -26,6 +26,7 @@ class StepFacts:
         capacity: C, slots per row, where it is fixed; None where each call chooses it.
         weights: How weights are stored.
         activations: Ranges of the inputs of products, for products of 8-bit integers; None for none.
+        has_experts: Whether layers are mixtures of experts. The tokens decide how many rows their products have.
     """
 
     margin: int
@@ -33,6 +34,7 @@ class StepFacts:
     capacity: int | None = None
     weights: WeightTypes = field(default_factory=WeightTypes)
     activations: ActivationRanges | None = None
+    has_experts: bool = False
 
 
 @dataclass

@@ -42,7 +42,9 @@ class MakeAttentionRowExact(Rewrite):
     5. Masks become biases, made as wide as the caches are filled and padded to the capacity.
 
     Other graphs stay as they are: those with all weights in the dtype that the bundle computes in, with caches that are
-    not fp32, latent caches, keys and values of different sizes, or a head_dim above 256.
+    not fp32, latent caches, keys and values of different sizes, or a head_dim above 256. So do those of mixtures of
+    experts: the tokens decide how many rows an expert's products have, and with the number of rows their bits may
+    change.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0. The
     capacity must be a multiple of ``PANEL``.
@@ -52,7 +54,8 @@ class MakeAttentionRowExact(Rewrite):
 
     def apply(self, model: ir.Model) -> int:
         found = attentions(model)
-        if not self.step.weights.has_integers or not all(_is_fit(node) for node in found):
+        is_fit = all(_is_fit(node) for node in found)
+        if not self.step.weights.has_integers or self.step.has_experts or not is_fit:
             return 0
         replacement = _Replacement(model.graph, self.step.margin, self.step.max_positions + TABLE_SLACK)
         replacement.use_tables()

@@ -117,7 +117,8 @@ def _measure(bundle: Bundle, backend: Backend, *, rows: int) -> Table:
     Sizes take turns in rounds, so that a busy moment affects all of them. Each step is compared with the plain step of
     its round; a size's time is the median of these ratios, times the median of plain steps. So a machine that slows
     down for a minute changes little. After the warm-up, trees much larger than the best one are left out. (A GPU
-    captures the second step of a size, which takes longer.)
+    captures the second step of a size, which takes longer.) Rows have different prompts: in a mixture of experts, the
+    tokens decide which weights a step reads.
 
     Returns:
         Seconds of a step by tree size.
@@ -125,8 +126,8 @@ def _measure(bundle: Bundle, backend: Backend, *, rows: int) -> Table:
     sizes = [size for size in candidate_sizes(bundle.tree.size) if size == 1 or rows == 1 or size * rows <= MOST_TOKENS]
     sizes, fill = _make_room(bundle, backend, sizes)
     first_step = max(fill, sizes[-1])
-    prompt = [token % bundle.model.vocab_size for token in range(fill)]
     together = range(rows)
+    prompts = {row: [(row * fill + token) % bundle.model.vocab_size for token in range(fill)] for row in together}
 
     def seconds(size: int) -> float:
         started = time.perf_counter()
@@ -138,7 +139,7 @@ def _measure(bundle: Bundle, backend: Backend, *, rows: int) -> Table:
     while len(rounds) < FEWEST_ROUNDS or (len(rounds) < MOST_ROUNDS and time.perf_counter() - begun < PATIENCE):
         for row in together:
             backend.reset(row)
-        backend.step(first_step, dict.fromkeys(together, prompt), together)
+        backend.step(first_step, prompts, together)
         backend.step(1, {}, together)  # the step after a large one takes longer
         taken: dict[int, float] = {}
         best = [0.0, 0.0]  # without and with a lookup hit

@@ -232,7 +232,8 @@ class OnnxRuntimeBackend(SessionBackend):
 def _warn_of_inexact(version: str, bundle: Bundle) -> None:
     """Says that the tokens of a bundle may depend on the tree size."""
     reason = (
-        f"it computes in {bundle.dtype}, or has a head_dim of {max(state.shape[1] for state in bundle.states)}"
+        f"it computes in {bundle.dtype}, has a head_dim of {max(state.shape[1] for state in bundle.states)}, or is a "
+        "mixture of experts"
         if bundle.panel is None
         else f"the products of ONNX Runtime {version} depend on the number of rows on this processor"
     )

@@ -53,8 +53,8 @@ class _Format(NamedTuple):
 def row_rule(ort: Any, bundle: Bundle) -> RowRule:
     """The rule for the derived graphs of a bundle, by its products whose results reach its tokens. Heads only draft.
 
-    It is ``NONE`` for a bundle with weights in integers whose attention depends on the rows: one that computes in fp16,
-    or with a head_dim above 256.
+    It is ``NONE`` for a bundle with weights in integers whose rows depend on each other in any case: one that computes
+    in fp16, one with a head_dim above 256, and a mixture of experts.
 
     Args:
         ort: The module ``onnxruntime``.

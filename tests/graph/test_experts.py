@@ -1,0 +1,103 @@
+"""Mixtures of experts: the products, what a graph reads of them, and how their weights are stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+import medusa_export
+from medusa_export.compat.transformers import experts_function, experts_of
+from medusa_export.graph.export import build_graph
+from medusa_export.graph.weights import StepWeights
+from medusa_export.models.checkpoints import open_model
+from medusa_export.step.attention import ATTENTION_NAME
+from medusa_export.step.experts import EXPERTS_NAME
+from medusa_export.step.step import MedusaStep
+from medusa_export.targets.bundle_writer import write_bundle
+from medusa_export.trees.prior import prior_acceptance
+from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.tree import Tree
+from support.tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral of one layer. Its files hold a matrix per expert."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    tiny_model("mixtral", num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe", "gpt_oss"])
+def test_experts_compute_what_those_of_transformers_do(family: str) -> None:
+    model = tiny_model(family)
+    experts = experts_of(model)[0]
+    count = experts.down_proj.shape[0]
+    hidden = torch.randn(11, 64, generator=torch.Generator().manual_seed(1))
+    chosen = torch.stack([torch.arange(11) % count, (torch.arange(11) + 1) % count], dim=1)
+    shares = torch.linspace(0.1, 1.0, 22).view(11, 2)
+    with experts_function(model, EXPERTS_NAME):
+        own = experts(hidden, chosen, shares)
+    with experts_function(model, "eager"):
+        expected = experts(hidden, chosen, shares)
+    torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
+    assert experts.config._experts_implementation != EXPERTS_NAME
+
+
+def test_stacks_of_experts_are_read_once(folder: Path, tmp_path: Path) -> None:
+    """Each expert has a product and a matrix of its own, in the order of the stack."""
+    opened = open_model(str(folder), dtype=torch.float32, attn_implementation=ATTENTION_NAME)
+    reads: Counter[str] = Counter()
+
+    def counted(name: str) -> Tensor:
+        reads[name] += 1
+        return opened.readers[name]()
+
+    readers = {name: partial(counted, name) for name in opened.readers}
+    step = MedusaStep(opened.model, None, Tree(), sampling=False).eval()
+    graph = build_graph(step, weights=StepWeights(step, readers))
+    assert not reads  # tracing needs no values
+    bundle = write_bundle(
+        graph,
+        step,
+        None,
+        tmp_path / "bundle",
+        name="tiny",
+        tree_name="single node",
+        acceptance=prior_acceptance(Tree(), trained=False),
+        trained=False,
+    )
+    assert reads == Counter(opened.readers.keys())
+    model = onnx.load(bundle.graph)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    experts = experts_of(tiny_model("mixtral", num_hidden_layers=1))[0]
+    prefix = "step.model.model.layers.0.mlp.experts"
+    assert not {f"{prefix}.gate_up_proj", f"{prefix}.down_proj"} & set(stored)
+    for name in ("gate_up_proj", "down_proj"):
+        for index, matrix in enumerate(getattr(experts, name)):
+            assert (stored[f"{prefix}.{name}.{index}.T"] == matrix.T.numpy()).all()
+    readers_of = Counter(value for node in model.graph.node if node.op_type == "MatMul" for value in node.input)
+    assert all(readers_of[name] == 1 for name in stored if name.startswith(prefix))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts_are_stored_as_integers(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Derived graphs round activations too. In a random model, that makes routers choose other experts."""
+    bundle = medusa_export.export(folder, tmp_path / "b", init_heads=2, top_k=2, weights=kind)
+    graph = onnx.load(bundle.folder / ONNXRUNTIME_GRAPH, load_external_data=False).graph
+    fused = [node for node in graph.node if node.op_type == "MatMulNBits" and any("experts" in i for i in node.input)]
+    assert len(fused) == 8
+    assert bundle.panel is None  # the tokens decide how many rows a product has
+    outcome = medusa_export.verify(tmp_path / "b", folder, max_new_tokens=8, tree_sizes=[1, "full"])
+    checks = {check.name: check for check in outcome.checks}
+    assert checks["stored weights"].passed
+    assert checks["model.onnx: logits"].passed
+    assert checks["model.onnx: logits"].figures["max_abs"] < 1e-4
+    assert checks["tokens, plain decoding and the reference"].passed
