@@ -33,7 +33,9 @@ def load(source: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def size(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    kept = set(model.state_dict())
+    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in kept)
+    return buffers + sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("family", families("llama", "qwen3", "gpt2", others=SUPPORTED_FAMILIES))
