@@ -110,3 +110,9 @@ def test_a_multimodal_wrapper_is_refused() -> None:
     model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
     with pytest.raises(ModelNotSupportedError, match="several models in one"):
         check_supported(model)
+
+
+def test_a_window_that_only_the_mask_has_is_refused() -> None:
+    check_supported(tiny_model("phimoe", sliding_window=512))  # as long as the context
+    with pytest.raises(ModelNotSupportedError, match="sliding window"):
+        check_supported(tiny_model("phimoe", sliding_window=8))

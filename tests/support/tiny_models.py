@@ -114,7 +114,7 @@ _SUPPORTED: dict[str, dict[str, object]] = {
         "routed_scaling_factor": 1.5,
         "use_qk_norm": True,
     },
-    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": SLIDING_WINDOW},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 # Attention in forms that the families above don't have: model type and special features of each.
