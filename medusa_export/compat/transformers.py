@@ -11,6 +11,8 @@ Tried with transformers 5.23.0.
   would have to write its weights to a folder first.
 * ``experts_of``, ``experts_layout``, ``register_experts``, ``experts_function``: the interface by which layers
   call their experts. Without it, the code of experts would have to be replaced for each family of models.
+* ``noting_masks``: transformers makes no masks for an attention function of ours. Without it, a model would be exported
+  wrongly whose masks have a window that its layers don't hand to their attention.
 * ``may_be_missing``, ``may_be_left_out``: tensors that a class of models leaves out on purpose. Without them ``verify``
   would report such tensors as missing.
 * ``attention_of``, ``default_attention``: the attention that a model uses, and the one that transformers would choose.
@@ -45,7 +47,29 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging
+
+
+@contextmanager
+def noting_masks(attention: str, make: Callable[[int | None], Tensor]) -> Iterator[None]:
+    """Lets a function make the masks of models with an attention implementation, while the block lasts.
+
+    Args:
+        attention: The name of the attention implementation. It has no masks outside the block.
+        make: Called with the number of tokens that a token attends to, itself included: the window, or the size of a
+            chunk; None for all. It returns what layers get as their mask.
+    """
+
+    def mask(*_: object, local_size: int | None = None, **__: object) -> Tensor:
+        return make(local_size)
+
+    known = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    known[attention] = mask
+    try:
+        yield
+    finally:
+        del known[attention]
 
 
 @contextmanager

@@ -149,9 +149,6 @@ def _attention(model: PreTrainedModel) -> str | None:
             "attention layers that don't go through transformers' attention interface (they would need an adapter in "
             "medusa_export/step/adapters.py)"
         )
-    window = getattr(model.config, "sliding_window", None)
-    if model.config.model_type == "phimoe" and window is not None and window < max_positions(model):
-        return "a sliding window that its layers don't hand to their attention"
     return _NAMED_FEATURES.get(model.config.model_type)
 
 

@@ -202,8 +202,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function that Hugging Face layers call through ``AttentionInterface``.
 
-    The mask comes from the step, not from the model. ``attention_mask`` is None here, because transformers has no mask
-    function for this attention implementation.
+    The mask comes from the step, not from the model. ``attention_mask`` is None in a step, because transformers has no
+    mask function for this attention implementation.
 
     Args:
         module: The attention layer.
@@ -225,12 +225,13 @@ def attention_forward(
         raise ModelNotSupportedError("attention that is not causal")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     masks = _active[-1]
-    masks.note(module, key)
+    kind = MaskKind(sliding_window, _chunk_of(module), slopes, query.dtype if slopes else None)
+    masks.note(module, key, attention_mask, kind)
     scale_of: Callable[[Tensor], Tensor] | None = getattr(module, "query_scale", None)  # see ``step.adapters``
     if scale_of is not None:
         factors = scale_of(masks.positions()[0])
         query = (query * factors.unsqueeze(1).unsqueeze(3)).to(query.dtype)
-    mask = masks.of(MaskKind(sliding_window, _chunk_of(module), slopes, query.dtype if slopes else None))
+    mask = masks.of(kind)
     if s_aux is None:
         output = attention(query, key, value, mask, scale, float(softcap or 0.0))
     elif softcap or slopes:

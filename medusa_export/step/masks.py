@@ -65,5 +65,5 @@ class StepMasks:
         new, entries = self.positions()
         return new.unsqueeze(2) - entries.unsqueeze(1)
 
-    def note(self, module: nn.Module, key: Tensor) -> None:
-        """Called with each layer that attends, and the keys that it attends to."""
+    def note(self, module: nn.Module, key: Tensor, given: Tensor | None, kind: MaskKind) -> None:
+        """Called with each layer that attends, its keys, the model's mask for it, and the kind of the step's mask."""

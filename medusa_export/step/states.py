@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.torch import FakeTensorMode
-from medusa_export.compat.transformers import experts_function
+from medusa_export.compat.transformers import experts_function, noting_masks
+from medusa_export.models.supported import max_positions
 from medusa_export.step.adapters import adapted, only_shapes_from_length
-from medusa_export.step.attention import StepCache, attending
+from medusa_export.step.attention import ATTENTION_NAME, StepCache, attending
 from medusa_export.step.experts import EXPERTS_NAME
-from medusa_export.step.masks import StepMasks
+from medusa_export.step.masks import MaskKind, StepMasks
 from medusa_runtime.bundles.states import State, pending_name
 
 _ROLES = ("key", "value")
@@ -43,6 +44,12 @@ class _Probe(StepCache):
         super().__init__((), (), (), token, masks)
         self.written: dict[int, _Written] = {}
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # masks are made of it; positions are not
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
@@ -55,14 +62,36 @@ class _Probe(StepCache):
 
 
 class _ProbeMasks(StepMasks):
-    """Notes which layers attend to which keys."""
+    """Notes which layers attend to which keys, and compares the masks of the step with those of the model.
 
-    def __init__(self) -> None:
+    Args:
+        longest: Positions of the model. Windows of that size hide nothing.
+    """
+
+    def __init__(self, longest: int) -> None:
         super().__init__(torch.ones(1, 1, 1, 1, dtype=torch.bool), lambda: (torch.zeros(1, 1), torch.zeros(1, 1)))
         self.read: list[tuple[int | None, Tensor]] = []
+        self._longest = longest
+        self._given: list[tuple[Tensor, int | None]] = []
 
-    def note(self, module: nn.Module, key: Tensor) -> None:
-        self.read.append((getattr(module, "layer_idx", None), key))
+    def make(self, window: int | None) -> Tensor:
+        """A mask of the model, in which a token attends to ``window`` tokens, or to all."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        self._given.append((mask, window))
+        return mask
+
+    def note(self, module: nn.Module, key: Tensor, given: Tensor | None, kind: MaskKind) -> None:
+        layer = getattr(module, "layer_idx", None)
+        self.read.append((layer, key))
+        for mask, window in self._given:
+            if mask is given and self._seen(window) != self._seen(kind.window or kind.chunk):
+                raise ModelNotSupportedError(
+                    f"a mask with a window of {window or 'all'} tokens in layer {layer}, which hands one of "
+                    f"{kind.window or kind.chunk or 'all'} to its attention"
+                )
+
+    def _seen(self, window: int | None) -> int:
+        return self._longest if window is None else min(window, self._longest)
 
 
 def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
@@ -85,11 +114,16 @@ def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
     """
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         token = torch.zeros(1, 1, dtype=torch.int64)
-        masks = _ProbeMasks()
+        masks = _ProbeMasks(max_positions(model))
         probe = _Probe(token[0], masks)
         probe.shows_length = only_shapes_from_length(model)
         try:
-            with adapted(model), attending(masks), experts_function(model, EXPERTS_NAME):
+            with (
+                adapted(model),
+                attending(masks),
+                noting_masks(ATTENTION_NAME, masks.make),
+                experts_function(model, EXPERTS_NAME),
+            ):
                 model(input_ids=token, position_ids=token, past_key_values=probe, use_cache=True)
         except ModelNotSupportedError:
             raise

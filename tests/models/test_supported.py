@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError
+from medusa_export.compat.transformers import using_attention
 from medusa_export.models.supported import check_supported
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.states import observed_states
@@ -112,7 +113,18 @@ def test_a_multimodal_wrapper_is_refused() -> None:
         check_supported(model)
 
 
+@pytest.mark.parametrize("family", [*SUPPORTED_FAMILIES, *FORMS])
+def test_layers_attend_under_the_masks_that_the_model_makes(family: str) -> None:
+    model = tiny_model(family)
+    with using_attention(model, ATTENTION_NAME):
+        assert observed_states(model, 0)
+
+
 def test_a_window_that_only_the_mask_has_is_refused() -> None:
-    check_supported(tiny_model("phimoe", sliding_window=512))  # as long as the context
-    with pytest.raises(ModelNotSupportedError, match="sliding window"):
-        check_supported(tiny_model("phimoe", sliding_window=8))
+    """Phi-MoE's layers attend under the mask that they are given, and don't say that it has a window."""
+    whole, narrow = tiny_model("phimoe", sliding_window=512), tiny_model("phimoe", sliding_window=8)
+    for model in (whole, narrow):
+        model.set_attn_implementation(ATTENTION_NAME)
+    assert observed_states(whole, 0)  # the window is as long as the context
+    with pytest.raises(ModelNotSupportedError, match="a window of 8 tokens in layer 0"):
+        observed_states(narrow, 0)
