@@ -16,6 +16,7 @@ from medusa_export.commands.options import (
     output_option,
     overwrite_option,
     quiet_option,
+    text_only_option,
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
@@ -91,6 +92,7 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 )
 @click.option("--asymmetric", is_flag=True, help="Give each block of int4 a zero point: more exact, and slower.")
 @click.option("--no-tokenizer", is_flag=True, help="Leave out the tokenizer. The bundle takes and gives token ids.")
+@text_only_option
 @output_option("The folder to write.")
 @overwrite_option("a bundle")
 @quiet_option
@@ -114,6 +116,7 @@ def command(
     activations: Path | None,
     asymmetric: bool,
     no_tokenizer: bool,
+    text_only: bool,
     output: Path,
     overwrite: bool,
     quiet: bool,
@@ -139,6 +142,7 @@ def command(
             heads=heads,
             init_heads=init_heads,
             with_tokenizer=not no_tokenizer,
+            text_only=text_only,
             tree=tree,
             calibration=calibration,
             tree_size=tree_size,

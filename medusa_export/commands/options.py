@@ -27,6 +27,9 @@ class Decorator(Protocol):
 
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+text_only_option = click.option(
+    "--text-only", is_flag=True, help="Take the text model out of a larger one, such as one for images and text."
+)
 device_option = click.option(
     "--device", help="The device to run on, such as cuda:1. [default: the GPU, if there is one]"
 )

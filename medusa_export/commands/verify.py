@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from medusa_export.commands.command import Command, Failure, NotRun
-from medusa_export.commands.options import PATH, option_with_default, quiet_option, sizes, sizes_or_full
+from medusa_export.commands.options import (
+    PATH,
+    option_with_default,
+    quiet_option,
+    sizes,
+    sizes_or_full,
+    text_only_option,
+)
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=PATH)
 @click.option("--model", required=True, help="The folder, hub id or .gguf file that the bundle was exported from.")
 @click.option("--heads", metavar="PATH", help="The trained heads that the bundle was exported with.")
+@text_only_option
 @click.option("--prompts", type=PATH, help="A file of prompts, one per line. [default: built-in ones]")
 @option_with_default(
     "-n",
@@ -54,6 +62,7 @@ def command(
     bundle: Path,
     model: str,
     heads: str | None,
+    text_only: bool,
     prompts: Path | None,
     max_new_tokens: int,
     tree_sizes: tuple[int | Literal["full"], ...] | None,
@@ -81,6 +90,7 @@ def command(
             bundle,
             model,
             heads=heads,
+            text_only=text_only,
             prompts=None if prompts is None else read_prompts(prompts),
             max_new_tokens=max_new_tokens,
             tree_sizes=tree_sizes,

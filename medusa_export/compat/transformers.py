@@ -7,8 +7,8 @@ Tried with transformers 5.23.0.
   terminal.
 * ``has_causal_lm``, ``calls_attention_interface``, ``has_state``: the public interface doesn't tell. Without them, a
   model that can't be exported fails later and with a worse message, or is exported wrongly.
-* ``causal_lm_class``: ``AutoModelForCausalLM`` takes no weights in memory without a path. Without it, a weight format
-  would have to write its weights to a folder first.
+* ``is_larger``, ``model_class``: ``AutoModelForCausalLM`` takes no weights in memory without a path, and lacks a class for
+  most models of images and text. Without them, a weight format would have to write its weights to a folder first.
 * ``experts_of``, ``experts_layout``, ``register_experts``, ``experts_function``: the interface by which layers
   call their experts. Without it, the code of experts would have to be replaced for each family of models.
 * ``noting_masks``: transformers makes no masks for an attention function of ours. Without it, a model would be exported
@@ -40,6 +40,8 @@ import huggingface_hub.utils.logging as hub_logging
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -96,15 +98,29 @@ def quiet_libraries() -> Iterator[None]:
             logging.set_verbosity(verbosity)
 
 
+def is_larger(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of several models, one of which is a text model."""
+    return config.get_text_config(decoder=True) is not config
+
+
 def has_causal_lm(config: PreTrainedConfig) -> bool:
-    """Whether transformers has a causal language model for a configuration."""
-    return type(config) in AutoModelForCausalLM._model_mapping
+    """Whether transformers has a model for a configuration that gives logits of the next token."""
+    return any(type(config) in mapping for mapping in _mappings(config))
 
 
-def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """transformers' causal language model for a configuration that has one."""
-    found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' causal language model for a configuration that has one.
+
+    For a larger model it is the class of the whole, which ends in a causal language model.
+    """
+    found: type[PreTrainedModel] = next(m[type(config)] for m in _mappings(config) if type(config) in m)
     return found
+
+
+def _mappings(config: PreTrainedConfig) -> list[Any]:
+    if is_larger(config):
+        return [AutoModelForImageTextToText._model_mapping, AutoModelForMultimodalLM._model_mapping]
+    return [AutoModelForCausalLM._model_mapping]
 
 
 def calls_attention_interface(model: PreTrainedModel) -> bool:

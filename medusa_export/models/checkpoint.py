@@ -10,11 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.registry import Registry
 from medusa_export.compat.lazy_loading import LeftInFiles, weights_left_in_files, with_placeholders
-from medusa_export.compat.transformers import causal_lm_class
+from medusa_export.compat.transformers import model_class
 from medusa_export.models.files import Place
 from medusa_export.models.packed import StoredBlocks, exact_blocks, packed_kinds
 
@@ -160,14 +160,13 @@ def from_pretrained(
         path: A folder or hub id with weights; None for weights in ``state_dict``.
         arguments: Further arguments of transformers' ``from_pretrained``, such as ``state_dict``.
     """
-    model_class: Any = causal_lm_class(config) if path is None else AutoModelForCausalLM
-    model, info = model_class.from_pretrained(
+    found: Any = model_class(config)
+    model, info = found.from_pretrained(
         path,
         **arguments,
         config=config,
         dtype=precision.dtype,
         attn_implementation=precision.attention,
-        trust_remote_code=False,
         ignore_mismatched_sizes=True,  # they are reported by name instead
         output_loading_info=True,
     )

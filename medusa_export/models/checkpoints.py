@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.errors import CheckpointError, MissingExtraError, ModelNotSupportedError, OutputError
 from medusa_export.common.files import WRITE_ERRORS, atomic_folder
-from medusa_export.compat.transformers import has_causal_lm, quiet_libraries
+from medusa_export.compat.transformers import has_causal_lm, is_larger, model_class, quiet_libraries
 from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight
 from medusa_export.models.completeness import check_complete
 from medusa_export.models.formats import open_checkpoint
-from medusa_export.models.supported import check_supported
+from medusa_export.models.supported import check_supported, several_models
+from medusa_export.models.text_model import read_weights, text_model, text_part
 
 
-def load_model(source: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_model(
+    source: str, *, dtype: torch.dtype, attn_implementation: str | None = None, text_only: bool = False
+) -> PreTrainedModel:
     """Loads a base model onto the CPU, in eval mode and without gradients.
 
     Of a merged Medusa-2 checkpoint it loads the base model; ``medusa_export.heads.files.load_heads`` loads the heads.
@@ -27,22 +31,27 @@ def load_model(source: str, *, dtype: torch.dtype, attn_implementation: str | No
         source: A folder in Hugging Face's layout, a hub id, or a file of a registered format, such as GGUF.
         dtype: The type of the loaded weights.
         attn_implementation: A name registered with transformers' ``AttentionInterface``; its own choice if None.
+        text_only: Load the text model alone, if the source holds a larger model, such as one for images and text.
 
     Raises:
         CheckpointError: The model is missing, unreachable, unreadable, incomplete or of an unknown architecture.
         MissingExtraError: A library that dequantizes its weights is not installed.
-        ModelNotSupportedError: It is an encoder-decoder; with ``attn_implementation``, also if a step can't honour it.
+        ModelNotSupportedError: It is an encoder-decoder, or a larger model without ``text_only``; with
+            ``attn_implementation``, also if a step can't honour it.
     """
-    return _load(source, Precision(dtype, attn_implementation)).model
+    return _load(source, Precision(dtype, attn_implementation), text_only=text_only).model
 
 
-def open_model(source: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> LoadedModel:
+def open_model(
+    source: str, *, dtype: torch.dtype, attn_implementation: str | None = None, text_only: bool = False
+) -> LoadedModel:
     """Loads a base model as ``load_model`` does, but leaves its weights in the files until they are asked for.
 
     Args:
         source: As for ``load_model``.
         dtype: The type of the weights once they are read.
         attn_implementation: As for ``load_model``.
+        text_only: As for ``load_model``.
 
     Returns:
         The model with placeholders, and the functions that read the weights. They raise any error of any library if a
@@ -53,7 +62,7 @@ def open_model(source: str, *, dtype: torch.dtype, attn_implementation: str | No
         MissingExtraError: As for ``load_model``.
         ModelNotSupportedError: As for ``load_model``.
     """
-    return _load(source, Precision(dtype, attn_implementation), leave_weights=True)
+    return _load(source, Precision(dtype, attn_implementation), leave_weights=True, text_only=text_only)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -153,17 +162,32 @@ def _loading(source: str, part: str) -> Iterator[Checkpoint]:
             raise CheckpointError(_reason(checkpoint, part, e)) from e
 
 
-def _load(source: str, precision: Precision, *, leave_weights: bool = False) -> LoadedModel:
+def _load(source: str, precision: Precision, *, leave_weights: bool = False, text_only: bool = False) -> LoadedModel:
     with _loading(source, "model") as checkpoint:
         config = checkpoint.config()
         _check_decoder(source, config)
+        takes_part = text_only and is_larger(config)
+        if is_larger(config) and not takes_part:
+            raise ModelNotSupportedError(several_models(model_class(config).__name__))
         if precision.attention is not None:
-            with torch.device("meta"):  # refuses a model before its weights are read
-                check_supported(AutoModelForCausalLM.from_config(config))
-        loaded = (checkpoint.open if leave_weights else checkpoint.load)(config, precision)
+            _check_skeleton(config)
+        # Of a larger model only the weights of the text model are read.
+        loaded = (checkpoint.open if leave_weights or takes_part else checkpoint.load)(config, precision)
+        if takes_part:
+            loaded = text_part(loaded)
         check_complete(source, loaded)
+        if takes_part and not leave_weights:
+            loaded = read_weights(loaded)
     loaded.model.eval().requires_grad_(False)
     return loaded
+
+
+def _check_skeleton(config: PreTrainedConfig) -> None:
+    """Refuses a model that a step can't honour, before its weights are read."""
+    build: Any = model_class(config)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = build(config)
+    check_supported(text_model(skeleton) if is_larger(config) else skeleton)
 
 
 def _check_decoder(source: str, config: PreTrainedConfig) -> None:

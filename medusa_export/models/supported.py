@@ -57,6 +57,15 @@ def check_supported(model: PreTrainedModel) -> None:
             raise ModelNotSupportedError(feature)
 
 
+def several_models(name: str) -> str:
+    """The words for a larger model, such as one for images and text.
+
+    Args:
+        name: The name of its class.
+    """
+    return f"several models in one ({name}; export its text model by --text-only, text_only=True in Python)"
+
+
 def max_positions(model: PreTrainedModel) -> int:
     """The length of the longest sequence that a model takes, in tokens.
 
@@ -92,7 +101,7 @@ def _composition(model: PreTrainedModel) -> str | None:
     if any(_last(name) in ("encoder_attn", "crossattention", "cross_attn") for name, _ in model.named_modules()):
         return "cross-attention"
     if set(config.sub_configs) - _PLAIN_SUB_CONFIGS:
-        return f"several models in one ({type(model).__name__}), of which the text model has to be exported by itself"
+        return several_models(type(model).__name__)
     if model.get_output_embeddings() is None:
         return "no output embeddings"
     quantizer = getattr(model, "hf_quantizer", None)

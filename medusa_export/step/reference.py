@@ -18,12 +18,13 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.text.tokenizer import Tokenizer
 
 
-def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
+def load_reference(bundle: Bundle, model: str, heads: str | None, *, text_only: bool = False) -> MedusaStep:
     """Loads the step that a bundle was exported from. Weights are rounded to the bundle's dtype; it computes in fp32.
 
     Args:
         bundle: The bundle.
         model: The base model: a folder, a hub id or a GGUF file.
+        text_only: Whether the bundle holds the text model of a larger model.
         heads: The file of heads; None if the bundle has none, or untrained ones.
 
     Raises:
@@ -31,7 +32,8 @@ def load_reference(bundle: Bundle, model: str, heads: str | None) -> MedusaStep:
         ExtensionError: An acceptance rule of the bundle isn't registered.
         VerificationError: The bundle has trained heads and none are given, or heads are given and it has none.
     """
-    base = load_model(model, dtype=getattr(torch, bundle.dtype), attn_implementation=ATTENTION_NAME)
+    dtype = getattr(torch, bundle.dtype)
+    base = load_model(model, dtype=dtype, attn_implementation=ATTENTION_NAME, text_only=text_only)
     attached: DraftHeads | None = None
     if bundle.heads is None or bundle.tree.max_depth == 0:
         if heads is not None:

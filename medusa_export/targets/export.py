@@ -19,7 +19,7 @@ from medusa_export.common.dtypes import Dtype, WeightType, torch_name
 from medusa_export.common.errors import MedusaWarning, OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
-from medusa_export.compat.transformers import attention_of
+from medusa_export.compat.transformers import attention_of, is_larger
 from medusa_export.graph.export import build_graph
 from medusa_export.graph.weights import Readers, StepWeights
 from medusa_export.heads.base import DraftHeads
@@ -31,6 +31,7 @@ from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
 from medusa_export.models.packed import StoredBlocks, dequantized_note
 from medusa_export.models.supported import check_supported
+from medusa_export.models.text_model import text_model
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.step import MedusaStep
@@ -51,6 +52,7 @@ def export(
     init_heads: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     with_tokenizer: bool = True,
+    text_only: bool = False,
     tree: str | PathLike[str] | Tree = defaults.TREE,
     calibration: str | PathLike[str] | Calibration | None = None,
     tree_size: int = defaults.TREE_SIZE,
@@ -79,6 +81,7 @@ def export(
             its own.
         with_tokenizer: Put the tokenizer of a model that is read into the bundle. Without it the bundle takes and
             gives token ids.
+        text_only: Export the text model alone, if the model is a larger one, such as one for images and text.
         tree: The draft tree: ``default``, the name of a reference tree, a JSON file of rank paths, or a tree.
         calibration: Measured hit rates of these heads, by ``calibrate``. The default tree is then the best one for
             these heads, and the runtime gets measured acceptance estimates.
@@ -119,7 +122,7 @@ def export(
             raise OptionError("Activations are rounded for products with int8 matrices only: give int8 weights.")
         types = replace(types, activations="int8")
     on_progress(Progress("loading the model"))
-    with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer) as source:
+    with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer, text_only=text_only) as source:
         if ranges is not None and source.model.dtype != torch.float32:
             raise OptionError("Only inputs in fp32 are rounded to 8 bits: export in fp32, or leave activations out.")
         ends = _end_tokens(source)
@@ -187,11 +190,14 @@ def _opened(
     dtype: Dtype | None,
     *,
     with_tokenizer: bool,
+    text_only: bool,
 ) -> Iterator[_Source]:
     """Reads a model, or prepares a loaded one, which is as before when the block ends."""
     if isinstance(model, PreTrainedModel):
         if dtype is not None and torch_name(dtype) != str(model.dtype).removeprefix("torch."):
             raise OptionError(f"The loaded model is {model.dtype}, not {dtype}: convert it, or leave dtype out.")
+        if text_only and is_larger(model.config):
+            model = text_model(model)
         check_supported(model)
         with _prepared(model):
             yield _Source(
@@ -203,7 +209,10 @@ def _opened(
     path = fspath(model)
     with reading(path):
         opened = open_model(
-            path, dtype=getattr(torch, torch_name(dtype or defaults.EXPORT_DTYPE)), attn_implementation=ATTENTION_NAME
+            path,
+            dtype=getattr(torch, torch_name(dtype or defaults.EXPORT_DTYPE)),
+            attn_implementation=ATTENTION_NAME,
+            text_only=text_only,
         )
         check_supported(opened.model)
         read = _fast(load_tokenizer(path)) if with_tokenizer else None

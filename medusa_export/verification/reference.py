@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from medusa_export.common.progress import OnProgress, Progress
 from medusa_export.compat.transformers import attention_of, default_attention
+from medusa_export.models.text_model import whole_of
 from medusa_export.step.step import MedusaStep
 
 
@@ -38,8 +39,8 @@ def greedy_config(model: Any, end_tokens: Sequence[int] | None = None) -> Genera
 @contextmanager
 def with_own_attention(step: MedusaStep) -> Iterator[None]:
     """Gives the step's model transformers' own attention while the block lasts."""
-    model: Any = step.model
-    ours = attention_of(model)
+    model: Any = whole_of(step.model)
+    ours = attention_of(step.model)
     model.set_attn_implementation(default_attention(model))
     try:
         yield
@@ -61,7 +62,7 @@ def reference_tokens(
     Returns:
         The generated token ids.
     """
-    model: Any = step.model
+    model: Any = whole_of(step.model)  # a text model answers as the larger model that it is a part of
     own, ids = model.generation_config, torch.tensor([list(prompt)])
     # generate() takes all settings that it is not given from the model's own.
     model.generation_config = greedy_config(model, end_tokens)

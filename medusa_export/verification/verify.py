@@ -39,6 +39,7 @@ def verify(
     model: str | PathLike[str],
     *,
     heads: str | PathLike[str] | None = None,
+    text_only: bool = False,
     prompts: Sequence[str] | None = None,
     max_new_tokens: int = defaults.VERIFIED_TOKENS,
     tree_sizes: Sequence[int | Literal["full"]] | None = None,
@@ -56,6 +57,7 @@ def verify(
         bundle: The bundle, or its folder. With ``backend``, it may be the folder of a compiled engine.
         model: The folder, hub id or ``.gguf`` file that the bundle was exported from.
         heads: The trained heads that the bundle was exported with; None if it has none, or fresh ones.
+        text_only: The bundle holds the text model of a larger model, whose own answers are the reference.
         prompts: Prompts to decode, as texts; a few built-in ones if None.
         max_new_tokens: Tokens to generate per prompt, 2 or more.
         tree_sizes: Tree sizes to decode with, in nodes; ``full`` is the whole tree. If None, 1, a middle one and all.
@@ -80,7 +82,7 @@ def verify(
     options = VerifyOptions(max_new_tokens, _sizes(bundle, tree_sizes), prefill_chunks, _tolerances(bundle, margin))
     ids = prompt_ids(bundle, PROMPTS if prompts is None else prompts, chosen=prompts is not None)
     on_progress(Progress(f"loading {fspath(model)}"))
-    step = load_reference(bundle, fspath(model), None if heads is None else fspath(heads))
+    step = load_reference(bundle, fspath(model), None if heads is None else fspath(heads), text_only=text_only)
     weights = _weights_checks(bundle, fspath(model), step, on_progress)
     run = partial(verify_bundle, bundle) if backend is None else partial(verify_backend, bundle, backend)
     outcome = run(step, ids, options, on_progress=on_progress)

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from medusa_export.compat.transformers import may_be_left_out, may_be_missing
 from medusa_export.models.checkpoints import stored_weights
 from medusa_export.models.completeness import HEADS
+from medusa_export.models.text_model import whole_of
 from medusa_export.verification.checks import Check
 
 CHECK = "weights in memory and in the files"
@@ -80,15 +81,19 @@ class _Weights:
     """A model's weights, under the names and in the layout of its files."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        # The files of a text model are those of the larger model that it is a part of.
+        self._model = whole_of(model)
+        own = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        state = self._model.state_dict(keep_vars=True)
         # As transformers would save them. This reverts its renaming, splitting and joining of tensors.
-        self._named: dict[str, Tensor] = revert_weight_conversion(model, dict(model.state_dict()))
+        self._named = _as_saved(self._model, {name: tensor for name, tensor in state.items() if id(tensor) in own})
+        others = {name: tensor for name, tensor in state.items() if id(tensor) not in own}
+        self._others = frozenset(_as_saved(self._model, others)) if others else frozenset()
         self._taken: set[int] = set()
 
     def find(self, name: str) -> str | None:
         """Returns the model's name of a tensor in the files, with or without the base model's prefix; or None."""
-        prefix = f"{self._model.base_model_prefix}."
-        return next((known for known in (name, prefix + name, name.removeprefix(prefix)) if known in self._named), None)
+        return next((known for known in self._variants(name) if known in self._named), None)
 
     def take(self, name: str) -> Tensor:
         """Returns a weight, and counts it and all weights that share its memory as found."""
@@ -102,6 +107,17 @@ class _Weights:
                 yield name, values
 
     def may_be_ignored(self, name: str) -> bool:
-        """Returns True for a tensor of heads, and for one that the model's class ignores."""
+        """Returns True for tensors of heads, of other parts of a larger model, and those that its class ignores."""
+        if any(known in self._others for known in self._variants(name)):
+            return True
         computed = any(re.search(pattern, name) for pattern in _TABLES)
         return computed or bool(HEADS.search(name)) or may_be_left_out(self._model, name)
+
+    def _variants(self, name: str) -> tuple[str, str, str]:
+        prefix = f"{self._model.base_model_prefix}."
+        return name, prefix + name, name.removeprefix(prefix)
+
+
+def _as_saved(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = revert_weight_conversion(model, {name: w.detach() for name, w in weights.items()})
+    return named

@@ -20,7 +20,7 @@ from transformers import (
 
 from medusa_export.compat.gguf import gguf_cache, open_gguf
 from medusa_export.compat.lazy_loading import weights_left_in_files
-from medusa_export.compat.transformers import causal_lm_class
+from medusa_export.compat.transformers import model_class
 from medusa_export.models.checkpoint import (
     Checkpoint,
     LoadedModel,
@@ -77,7 +77,7 @@ class GgufCheckpoint(Checkpoint):
         # transformers dequantizes the whole file at once. Here each tensor is dequantized when it is read.
         reader = open_gguf(self.file)
         with torch.device("meta"):
-            names = causal_lm_class(config)(config)
+            names = model_class(config)(config)
         state = {tensor.weight: tensor for tensor in stored_tensors(reader, names) if tensor.weight is not None}
         with weights_left_in_files() as left:
             loaded = from_pretrained(config, precision, state_dict=state)

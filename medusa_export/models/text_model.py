@@ -1,0 +1,147 @@
+"""The text model out of a larger one, such as a model for images and text.
+
+transformers loads the larger model, so its own code names and converts the weights. Then the decoder and the output
+projection are taken out. The weights of the other parts stay in their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.models.checkpoint import LoadedModel
+
+_DECODER, _PROJECTION = "model", "lm_head"
+
+
+class TextModel(GenerationMixin):  # type: ignore[misc]  # it has no annotations
+    """A causal language model made of the decoder and the output projection of a larger model.
+
+    Classes made by ``text_model`` derive from it, and from the base class of the decoder.
+
+    Attributes:
+        whole: The larger model. It shares its modules with this one.
+    """
+
+    whole: PreTrainedModel
+    model: PreTrainedModel
+    lm_head: nn.Module
+    softcap: float | None = None
+
+    def forward(
+        self, input_ids: Tensor | None = None, logits_to_keep: int | Tensor = 0, **given: Any
+    ) -> CausalLMOutputWithPast:
+        """Computes the logits as the larger model does for text alone."""
+        output = self.model(input_ids=input_ids, **given)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept, :])
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+
+
+def text_model(whole: PreTrainedModel) -> PreTrainedModel:
+    """Takes the text model out of a larger one. Both share their modules.
+
+    Raises:
+        ModelNotSupportedError: The larger model computes its logits in a way that the text model can't repeat.
+    """
+    decoder: Any = whole.get_decoder()
+    projection = whole.get_output_embeddings()
+    if decoder is whole or not isinstance(decoder, PreTrainedModel) or projection is None:
+        raise ModelNotSupportedError(f"several models in one ({type(whole).__name__}) without a text model of its own")
+    family = next(base for base in type(decoder).__mro__[1:] if issubclass(base, PreTrainedModel))
+    # transformers looks up some facts about a class in the file of its module.
+    members = {"__module__": type(decoder).__module__, "base_model_prefix": _DECODER}
+    made: Any = type(f"{type(whole).__name__}Text", (TextModel, family), members)
+    text = made(decoder.config)
+    text.model, text.lm_head = decoder, projection
+    vars(text)["whole"] = whole  # no submodule: its other parts are no parts of the text model
+    text.generation_config = whole.generation_config
+    text.name_or_path = whole.name_or_path
+    if projection.weight.device.type != "meta":  # a model without weights is looked at, and not run
+        text.softcap = _softcap(whole, decoder, projection)
+    text.train(whole.training)
+    return text  # type: ignore[no-any-return]
+
+
+def text_part(loaded: LoadedModel) -> LoadedModel:
+    """Takes the text model out of a larger model that was loaded. All readers and names are those of the text model.
+
+    Tensors of the files that have no place in the larger model stay unread. Weights of its other parts are dropped.
+    """
+    text: Any = text_model(loaded.model)
+    names = _names(loaded.model, text)
+    return replace(
+        loaded,
+        model=text,
+        missing=frozenset(names[name] for name in loaded.missing if name in names),
+        mismatched=frozenset((names[name], found, own) for name, found, own in loaded.mismatched if name in names),
+        readers={names[name]: read for name, read in loaded.readers.items() if name in names},
+        blocks={names[name]: block for name, block in loaded.blocks.items() if name in names},
+        packed={names[name]: kind for name, kind in loaded.packed.items() if name in names},
+    )
+
+
+def whole_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the larger model that a text model was taken from; any other model as it is."""
+    whole: PreTrainedModel = vars(model).get("whole", model)
+    return whole
+
+
+def read_weights(loaded: LoadedModel) -> LoadedModel:
+    """Reads the weights that are still in the files into the model."""
+    weights = dict(loaded.model.named_parameters(remove_duplicate=False))
+    for name, read in loaded.readers.items():
+        weights[name].data = read()
+    return replace(loaded, readers={}, blocks={}, packed={})
+
+
+def _names(whole: PreTrainedModel, text: Any) -> dict[str, str]:
+    """The names of the text model's parameters and buffers, by their names in the larger model."""
+    prefixes = {id(text.model): _DECODER, id(text.lm_head): _PROJECTION}
+    names: dict[str, str] = {}
+    for prefix, module in whole.named_modules():
+        if id(module) in prefixes:
+            own = prefixes[id(module)]
+            names |= {f"{prefix}.{name}": f"{own}.{name}" for name in module.state_dict()}
+    return names
+
+
+def _softcap(whole: PreTrainedModel, decoder: PreTrainedModel, projection: nn.Module) -> float | None:
+    """Finds what a larger model does to logits behind its output projection: nothing, or a soft cap.
+
+    It runs on one token, with a decoder and a projection that give chosen values.
+
+    Raises:
+        ModelNotSupportedError: It does something else.
+    """
+    size, vocab = decoder.config.hidden_size, int(projection.weight.shape[0])  # type: ignore[index]
+    logits = torch.linspace(-50.0, 50.0, vocab).view(1, 1, vocab)
+    hidden = BaseModelOutputWithPast(last_hidden_state=torch.zeros(1, 1, size))
+    with _giving(decoder, lambda *_, **__: hidden), _giving(projection, lambda *_, **__: logits.clone()):
+        found = whole(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+    cap = getattr(decoder.config, "final_logit_softcapping", None)
+    if torch.equal(found, logits):
+        return None
+    if cap and torch.allclose(found, torch.tanh(logits / cap) * cap):
+        return float(cap)
+    raise ModelNotSupportedError(f"logits that {type(whole).__name__} changes behind its output projection")
+
+
+@contextmanager
+def _giving(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replaces the forward of a module while the block lasts."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
