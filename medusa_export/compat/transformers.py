@@ -7,8 +7,9 @@ Tried with transformers 5.23.0.
   terminal.
 * ``has_causal_lm``, ``calls_attention_interface``, ``has_state``: the public interface doesn't tell. Without them, a
   model that can't be exported fails later and with a worse message, or is exported wrongly.
-* ``is_larger``, ``model_class``: ``AutoModelForCausalLM`` takes no weights in memory without a path, and lacks a class for
-  most models of images and text. Without them, a weight format would have to write its weights to a folder first.
+* ``is_larger``, ``model_class``: ``AutoModelForCausalLM`` takes no weights in memory without a path, and lacks
+  a class for most models of images and text. Without them, a weight format would have to write its weights to a folder
+  first.
 * ``experts_of``, ``experts_layout``, ``register_experts``, ``experts_function``: the interface by which layers
   call their experts. Without it, the code of experts would have to be replaced for each family of models.
 * ``noting_masks``: transformers makes no masks for an attention function of ours. Without it, a model would be exported

@@ -149,7 +149,9 @@ def _experts(model: PreTrainedModel) -> str | None:
 
 
 def _attention(model: PreTrainedModel) -> str | None:
-    if getattr(model.config, "use_bidirectional_attention", None) or getattr(model.config, "is_causal", True) is False:
+    # "vision": over images only, so text stays causal
+    bidirectional = getattr(model.config, "use_bidirectional_attention", None)
+    if bidirectional not in (None, False, "vision") or getattr(model.config, "is_causal", True) is False:
         return "attention that is not causal"
     if any(getattr(module, "is_causal", True) is False for module in model.modules()):
         return "attention that is not causal"

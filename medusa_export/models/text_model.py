@@ -70,7 +70,7 @@ def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     if projection.weight.device.type != "meta":  # a model without weights is looked at, and not run
         text.softcap = _softcap(whole, decoder, projection)
     text.train(whole.training)
-    return text  # type: ignore[no-any-return]
+    return text
 
 
 def text_part(loaded: LoadedModel) -> LoadedModel:
