@@ -157,6 +157,9 @@ def _loading(source: str, part: str) -> Iterator[Checkpoint]:
             yield checkpoint
         except (CheckpointError, MissingExtraError, ModelNotSupportedError, MemoryError):
             raise
+        except ImportError as e:
+            words = " ".join(str(e).split())
+            raise CheckpointError(f"The {part} of {source} needs a library that is not installed: {words}") from e
         # transformers and the libraries below it raise all kinds of errors for a damaged file.
         except Exception as e:
             raise CheckpointError(_reason(checkpoint, part, e)) from e

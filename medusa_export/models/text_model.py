@@ -54,7 +54,7 @@ def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelNotSupportedError: The larger model computes its logits in a way that the text model can't repeat.
     """
-    decoder: Any = whole.get_decoder()
+    decoder = _decoder(whole)
     projection = whole.get_output_embeddings()
     if decoder is whole or not isinstance(decoder, PreTrainedModel) or projection is None:
         raise ModelNotSupportedError(f"several models in one ({type(whole).__name__}) without a text model of its own")
@@ -105,6 +105,18 @@ def read_weights(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, readers={}, blocks={}, packed={})
 
 
+def _decoder(whole: PreTrainedModel) -> Any:
+    """The decoder of a larger model, without the output projection that some families keep in one model with it."""
+    decoder: Any = whole.get_decoder()
+    while isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+        inner = decoder.get_decoder()
+        inner = getattr(decoder, "model", None) if inner is decoder else inner
+        if inner is None or inner is decoder:
+            break
+        decoder = inner
+    return decoder
+
+
 def _names(whole: PreTrainedModel, text: Any) -> dict[str, str]:
     """The names of the text model's parameters and buffers, by their names in the larger model."""
     prefixes = {id(text.model): _DECODER, id(text.lm_head): _PROJECTION}
@@ -114,6 +126,14 @@ def _names(whole: PreTrainedModel, text: Any) -> dict[str, str]:
             own = prefixes[id(module)]
             names |= {f"{prefix}.{name}": f"{own}.{name}" for name in module.state_dict()}
     return names
+
+
+class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]  # it has no annotations
+    """The output of a decoder that has no values besides its hidden states, such as the logits of a router."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _softcap(whole: PreTrainedModel, decoder: PreTrainedModel, projection: nn.Module) -> float | None:
@@ -126,7 +146,7 @@ def _softcap(whole: PreTrainedModel, decoder: PreTrainedModel, projection: nn.Mo
     """
     size, vocab = decoder.config.hidden_size, int(projection.weight.shape[0])  # type: ignore[index]
     logits = torch.linspace(-50.0, 50.0, vocab).view(1, 1, vocab)
-    hidden = BaseModelOutputWithPast(last_hidden_state=torch.zeros(1, 1, size))
+    hidden = _DecoderOutput(last_hidden_state=torch.zeros(1, 1, size))
     with _giving(decoder, lambda *_, **__: hidden), _giving(projection, lambda *_, **__: logits.clone()):
         found = whole(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
     cap = getattr(decoder.config, "final_logit_softcapping", None)

@@ -15,6 +15,7 @@ from medusa_export.models.checkpoints import load_model, open_model
 from medusa_export.models.text_model import text_model
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.eager import EagerBackend
+from medusa_runtime import MedusaEngine
 from support.decoding import TREE, decode, greedy, make_step, random_heads
 from support.larger_models import LARGER, larger_model
 from support.tiny_tokenizer import make_tokenizer
@@ -51,6 +52,18 @@ def test_its_bundle_passes_verification(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "bundle" / "tokenizer.json").exists()
     outcome = verify(tmp_path / "bundle", source, text_only=True, max_new_tokens=8, prefill_chunks=(7,))
     assert outcome.passed, [(check.name, check.notes) for check in outcome.checks if not check.passed]
+
+
+@pytest.mark.slow
+def test_a_loaded_larger_model_is_left_as_it_was(tmp_path: Path) -> None:
+    whole = larger_model("smolvlm")
+    before = greedy(whole, PROMPTS[0], COUNT)
+    names = list(whole.state_dict())
+    export(whole, tmp_path, init_heads=2, text_only=True)
+    with MedusaEngine.load(tmp_path) as engine:
+        assert list(engine.generate(PROMPTS[0], max_new_tokens=COUNT).token_ids) == before
+    assert greedy(whole, PROMPTS[0], COUNT) == before
+    assert list(whole.state_dict()) == names
 
 
 def test_weights_of_other_parts_stay_in_their_files(tmp_path: Path) -> None:

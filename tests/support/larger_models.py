@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from medusa_export.compat.transformers import model_class
-from support.tiny_models import VOCAB_SIZE, randomize
+from support.tiny_models import VOCAB_SIZE, form_settings, randomize
 
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -85,6 +85,37 @@ _LARGER: dict[str, dict[str, Any]] = {
         "pad_token_id": None,
         **_IMAGE,
     },
+    "gemma4": {
+        "text_config": {
+            **_TEXT,
+            **form_settings("gemma4"),
+            "pad_token_id": 0,
+            "final_logit_softcapping": 3.0,
+            "use_bidirectional_attention": "vision",
+        },
+        "vision_config": {**_SIGLIP, "num_key_value_heads": 2, "head_dim": 8},
+        "tie_word_embeddings": False,
+        # The larger model takes other embeddings for these tokens. So the text model must not emit them.
+        "image_token_id": 150,
+        "video_token_id": 151,
+        "audio_token_id": 152,
+    },
+    "llama4": {
+        "text_config": {**_TEXT, **form_settings("llama4_dense")},
+        "vision_config": {
+            **_SIGLIP,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+        "tie_word_embeddings": False,
+    },
+    "llava": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_SIGLIP, "model_type": "siglip_vision_model"},
+        "image_token_index": 98,
+        "tie_word_embeddings": False,
+    },
     "idefics3": {
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": _SIGLIP,
@@ -106,4 +137,5 @@ def larger_model(name: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model: PreTrainedModel = build(config)
     randomize(model, seed)
+    model.generation_config.eos_token_id = None
     return model.eval()

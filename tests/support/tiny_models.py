@@ -329,6 +329,12 @@ def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **{**settings, **overrides})
 
 
+def form_settings(form: str) -> dict[str, object]:
+    """The model type and the special features of one of ``FORMS``."""
+    kind, features = _FORMS[form]
+    return {"model_type": kind, **features}
+
+
 def randomize(model: torch.nn.Module, seed: int, std: float = 0.25) -> None:
     """Draws all parameters: matrices from N(0, std²). To vectors (norms, biases) it adds noise from N(0, 0.1²)."""
     generator = torch.Generator().manual_seed(seed)
