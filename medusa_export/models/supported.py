@@ -63,7 +63,7 @@ def several_models(name: str) -> str:
     Args:
         name: The name of its class.
     """
-    return f"several models in one ({name}; export its text model by --text-only, text_only=True in Python)"
+    return f"several models in one ({name}; export its text model with `text_only=True`)"
 
 
 def max_positions(model: PreTrainedModel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from medusa_export.training.activations import measured
 from medusa_export.training.conversations import Sample
 from medusa_runtime import Bundle, MedusaEngine, MedusaService, SamplingParams, Tree
 from medusa_runtime.backends.base import StepResult
+from medusa_runtime.backends.onnxruntime import backend as backend_module
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.backends.onnxruntime.binding import Binding
 from medusa_runtime.backends.onnxruntime.row_rules import RowRule, row_rule
@@ -305,8 +307,14 @@ def test_steps_keep_to_the_numbers_of_rows_that_are_exact(rule: RowRule, rows: i
         assert answers[0] == answers[1]
 
 
-def test_a_bundle_whose_steps_are_not_exact_says_so(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bundle_whose_steps_are_not_exact_says_so(
+    stock: Stock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.Logger("test")  # whatever other libraries have set for all loggers
+    log.addHandler(caplog.handler)
+    monkeypatch.setattr(backend_module, "_log", log)
     bundle = exported(stock, "int4")
+    caplog.clear()
     OnnxRuntimeBackend(bundle, threads=1).close()
     assert not caplog.records
     fused = replace(bundle, graphs={name: replace(facts, panel=None) for name, facts in bundle.graphs.items()})

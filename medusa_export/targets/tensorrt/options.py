@@ -126,7 +126,7 @@ def check_weights(bundle: Bundle, targets: Sequence[str]) -> None:
     if stored.activations is not None:
         raise EngineBuildError(
             "This bundle rounds activations to 8 bits, and no engine can be built from such a bundle yet: export the "
-            "model again without --activations."
+            "model again without `activations`."
         )
     kinds = {stored.layers, stored.lm_head, stored.heads}
     for kind, first in _FIRST_ARCHITECTURES.items():

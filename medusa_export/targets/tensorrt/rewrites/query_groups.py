@@ -38,6 +38,7 @@ def _fold(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.V
     groups = queries // heads
     if (mask, groups) not in masks:
         tiled = ir.node("Concat", [mask] * groups, {"axis": 2}, name=f"{mask.name}/for_{groups}_groups")
+        tiled.outputs[0].type = mask.type
         graph.insert_before(node, tiled)
         masks[mask, groups] = tiled.outputs[0]
     into = initializer(graph, f"to_{heads}_heads_of_{head_dim}", np.array([0, heads, -1, head_dim], np.int64))

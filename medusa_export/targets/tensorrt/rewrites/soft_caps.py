@@ -41,7 +41,7 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
     query, key, value, mask = node.inputs[:4]
     assert query is not None and key is not None and value is not None and mask is not None
     kind, cap = key.dtype, _float(node, "softcap")
-    assert kind is not None
+    assert kind is not None and mask.dtype is not None
     factor = _float(node, "scale") / (cap or 1.0)
     scale = initializer(graph, f"scale_{factor:.9g}", np.full([1] * 4, factor, np.float32))
     lowest = initializer(graph, "lowest", np.full([1] * 4, np.finfo(np.float32).min, np.float32))
