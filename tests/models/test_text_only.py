@@ -86,7 +86,7 @@ def test_a_tensor_without_a_place_in_the_whole_is_refused(tmp_path: Path) -> Non
 
 def test_the_whole_is_refused_with_the_name_of_the_option(tmp_path: Path) -> None:
     source = saved(larger_model("qwen2_5_vl"), tmp_path)
-    with pytest.raises(ModelNotSupportedError, match="--text-only"):
+    with pytest.raises(ModelNotSupportedError, match="`text_only=True`"):
         load_model(source, dtype=torch.float32)
 
 
