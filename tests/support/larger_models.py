@@ -71,6 +71,19 @@ _LARGER: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         **_IMAGE,
     },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **_TEXT,
+            "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [],
+        },
+        "vision_config": {**_QWEN_VISION, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+        "tie_word_embeddings": False,
+        **_IMAGE,
+    },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": 8},
         "vision_config": {**_SIGLIP, "model_type": "pixtral", "head_dim": 8},
