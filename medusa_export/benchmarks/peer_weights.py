@@ -25,7 +25,7 @@ _GGUF_FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """How a contestant stores most of its weights.
+    """The storage of most of a contestant's weights.
 
     Attributes:
         kind: The storage, such as ``fp32``, ``int4, blocks of 32`` or ``Q4_1``.

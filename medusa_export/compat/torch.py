@@ -41,9 +41,8 @@ _OTHER_NAMES: dict[Any, Any] = {  # operations, and the names under which torch.
     aten.to.device: aten._to_copy.default,
 }
 _CHECKS = {aten._assert_tensor_metadata.default}  # torch.onnx removes them
-_DECOMPOSED = {
-    aten.repeat_interleave.self_int
-}  # its translation computes shapes in the graph, its decomposition doesn't
+# Operations whose translation computes shapes in the graph, where their decomposition doesn't.
+_DECOMPOSED = {aten.repeat_interleave.self_int}
 
 _LOGGERS = ("torch.onnx", "onnx_ir", "onnxscript")
 

@@ -48,7 +48,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Closeness:
-    """How close a quantized model is to the unquantized one, on average over tokens.
+    """Averages over tokens that compare a quantized model with the unquantized one.
 
     Attributes:
         tokens: Number of tokens.

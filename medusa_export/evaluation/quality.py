@@ -37,7 +37,7 @@ _MEASURED_WITH = {
 
 @dataclass(frozen=True)
 class HeadQuality:
-    """How often heads are right on held-out text.
+    """Hit rates of heads on held-out text.
 
     Attributes:
         accuracies: [K][R], the share of positions at which head k's candidate of rank r is right; not cumulative.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from medusa_export.common import defaults
-from medusa_export.common.errors import DatasetError, MedusaWarning
+from medusa_export.common.errors import DatasetError
 from medusa_export.common.progress import OnProgress
 from medusa_export.models.checkpoints import load_tokenizer
 from medusa_export.training.conversations import Sample
@@ -56,8 +55,7 @@ def samples_of(
 
 def _conversations(model: str, data: Sequence[Path], max_length: int) -> list[Sample]:
     read = load_heldout(data).tokenized(load_chat_tokenizer(model), max_length)
-    if read.note:
-        warnings.warn(read.note, MedusaWarning, stacklevel=4)
+    read.warn_of_skipped(stacklevel=4)
     return [sample.cut(max_length) for samples in read.samples["heldout"] for sample in samples]
 
 

@@ -50,7 +50,7 @@ class WeightTypes(WeightFacts):
     def all(
         cls, weights: WeightType | None, *, block_size: int = defaults.BLOCK_SIZE, symmetric: bool = True
     ) -> WeightTypes:
-        """One type for all matrices. Embeddings, of which a step reads a few rows, are int8 beside integers."""
+        """Returns one type for all matrices. With integers, embeddings are int8: a step reads a few rows of them."""
         embeddings: WeightType | None = None if weights in (None, "fp8") else "int8"
         return cls(weights, weights, weights, embeddings, block_size, symmetric)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import WEIGHT_TYPES, Dtype, WeightType
-from medusa_export.common.errors import MedusaWarning, OptionError
+from medusa_export.common.errors import OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.models.blocks import Bits, BlockWeight
@@ -82,8 +81,7 @@ def quantize(
     source, place = fspath(model), device_of(device)
     tokenizer = load_chat_tokenizer(source)
     read = load_split([Path(path) for path in data], "train").tokenized(tokenizer, max_length)
-    if read.note:
-        warnings.warn(read.note, MedusaWarning, stacklevel=2)
+    read.warn_of_skipped(stacklevel=2)
     samples = [sample.cut(max_length) for part in read.samples["train"] for sample in part][:limit]
     on_progress(Progress(f"loading {source}"))
     base = load_model(source, dtype=getattr(torch, dtype_of(dtype, place))).to(place)

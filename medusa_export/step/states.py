@@ -24,7 +24,7 @@ _ROLES = ("key", "value")
 
 @dataclass
 class _Written:
-    """What one layer gives to a cache.
+    """Keys and values that one layer gives to a cache.
 
     Attributes:
         tensors: Keys and values, as the layer gets them back. Their identity shows who reads them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.common import defaults
-from medusa_export.common.errors import MedusaWarning
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.models.activations import ActivationRanges, InputRange
 from medusa_export.models.checkpoints import load_model, model_name
@@ -60,8 +58,7 @@ def activations(
     tokenized = load_split([Path(path) for path in data], "train").tokenized(
         load_chat_tokenizer(source), max_length, strict=strict
     )
-    if tokenized.note:
-        warnings.warn(tokenized.note, MedusaWarning, stacklevel=2)
+    tokenized.warn_of_skipped(stacklevel=2)
     texts = [sample.cut(max_length) for part in tokenized.samples["train"] for sample in part][:samples]
     on_progress(Progress(f"loading {source}"))
     base = load_model(source, dtype=getattr(torch, dtype_of(None, place))).to(place)

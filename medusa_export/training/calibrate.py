@@ -7,7 +7,6 @@ counted among the candidates with lookup hits before them: they determine how ma
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import Dtype
-from medusa_export.common.errors import MedusaWarning, TrainingError, VerificationError
+from medusa_export.common.errors import TrainingError, VerificationError
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.compat.transformers import default_attention
 from medusa_export.heads.base import DraftHeads
@@ -101,8 +100,7 @@ def calibrate(
     tokenized = load_heldout([Path(path) for path in data]).tokenized(
         load_chat_tokenizer(source), max_length, strict=strict
     )
-    if tokenized.note:
-        warnings.warn(tokenized.note, MedusaWarning, stacklevel=2)
+    tokenized.warn_of_skipped(stacklevel=2)
     on_progress(Progress(f"loading {source}"))
     if bundle is None:
         base = load_model(source, dtype=getattr(torch, kind))

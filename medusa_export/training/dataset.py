@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medusa_export.common.errors import DatasetError
+from medusa_export.common.errors import DatasetError, MedusaWarning
 from medusa_export.training.conversations import Conversation, Sample
 from medusa_export.training.distillation import DESCRIPTION, SPLITS
 from medusa_export.training.labels import Labeller
@@ -137,10 +138,14 @@ class TokenizedData:
     rows: int
     skipped: list[Skipped]
 
-    @property
-    def note(self) -> str | None:
-        """A sentence about skipped rows; None if there are none."""
-        return summary(self.skipped, self.rows) if self.skipped else None
+    def warn_of_skipped(self, *, stacklevel: int) -> None:
+        """Warns of skipped rows, if there are any.
+
+        Args:
+            stacklevel: The frame that the warning is for, as ``warnings.warn`` would count from the caller.
+        """
+        if self.skipped:
+            warnings.warn(summary(self.skipped, self.rows), MedusaWarning, stacklevel=stacklevel + 1)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import Dtype, torch_name
-from medusa_export.common.errors import MedusaWarning, OptionError
+from medusa_export.common.errors import OptionError
 from medusa_export.common.files import write_text
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.heads.base import DraftHeads
@@ -147,8 +146,8 @@ def _read(
     with processes.main_first():
         tokenizer = load_chat_tokenizer(model)
     tokenized = sources.tokenized(tokenizer, options.max_length, strict=strict)
-    if tokenized.note and processes.is_main:
-        warnings.warn(tokenized.note, MedusaWarning, stacklevel=3)
+    if processes.is_main:
+        tokenized.warn_of_skipped(stacklevel=3)
     return tokenizer, tokenized
 
 

@@ -57,7 +57,7 @@ def test_a_long_text_leaves_no_frequencies_behind(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["bloom", "mpt", "opt"])
 def test_a_model_from_files_is_the_same(tmp_path: Path, form: str) -> None:
-    """It is loaded with our attention, whether or not its layers choose by that."""
+    """Loads a model with our attention, whether or not its layers choose by that."""
     tiny_model(form).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=ATTENTION_NAME)
     check_supported(loaded)

@@ -19,10 +19,9 @@ from medusa_export.models.checkpoints import open_model
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.step import MedusaStep
-from medusa_export.targets.bundle_writer import write_bundle
-from medusa_export.trees.prior import prior_acceptance
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.tree import Tree
+from support.decoding import export
 from support.tiny_models import tiny_model
 
 
@@ -63,16 +62,7 @@ def test_stacks_of_experts_are_read_once(folder: Path, tmp_path: Path) -> None:
     step = MedusaStep(opened.model, None, Tree(), sampling=False).eval()
     graph = build_graph(step, weights=StepWeights(step, readers))
     assert not reads  # tracing needs no values
-    bundle = write_bundle(
-        graph,
-        step,
-        None,
-        tmp_path / "bundle",
-        name="tiny",
-        tree_name="single node",
-        acceptance=prior_acceptance(Tree(), trained=False),
-        trained=False,
-    )
+    bundle = export(step, tmp_path / "bundle", graph=graph)
     assert reads == Counter(opened.readers.keys())
     model = onnx.load(bundle.graph)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

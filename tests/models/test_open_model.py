@@ -20,9 +20,8 @@ from medusa_export.models.checkpoint import FORMATS
 from medusa_export.models.checkpoints import load_model, open_model
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.step import MedusaStep
-from medusa_export.targets.bundle_writer import write_bundle
-from medusa_export.trees.prior import prior_acceptance
 from medusa_runtime.bundles.tree import Tree
+from support.decoding import export
 from support.extensions.npz import NpzCheckpoint
 from support.gguf_files import write_gguf
 from support.tiny_models import tiny_model
@@ -115,15 +114,6 @@ def test_an_export_holds_one_product_in_memory_at_a_time(tmp_path: Path) -> None
     step = MedusaStep(opened.model, None, Tree()).eval()
     graph = build_graph(step, weights=StepWeights(step, readers))
     assert not reads  # tracing needs no values
-    write_bundle(
-        graph,
-        step,
-        None,
-        tmp_path / "bundle",
-        name="tiny",
-        tree_name="single node",
-        acceptance=prior_acceptance(Tree(), trained=False),
-        trained=False,
-    )
+    export(step, tmp_path / "bundle", graph=graph)
     assert sorted(reads) == sorted(opened.readers)
     assert max(map(len, most)) == 3

@@ -9,21 +9,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from medusa_export.compat.transformers import model_class
-from support.tiny_models import VOCAB_SIZE, form_settings, randomize
+from support.tiny_models import COMMON, form_settings, randomize
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+_TEXT: dict[str, Any] = {**COMMON, "num_hidden_layers": 3}
+del _TEXT["tie_word_embeddings"]  # the larger configuration says it
 _SIGLIP: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,

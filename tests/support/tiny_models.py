@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 VOCAB_SIZE = 101
 SLIDING_WINDOW = 8
 
-_COMMON: dict[str, object] = {
+# Sizes of all tiny models.
+COMMON: dict[str, object] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -306,7 +307,7 @@ REFUSED_FAMILIES = tuple(_REFUSED)
 def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
     """A small configuration of a family, with its special features. ``overrides`` take precedence."""
     model_type, special = (_REFUSED | _FORMS).get(family) or (family, _SUPPORTED[family])
-    settings = {**_COMMON, **special}
+    settings = {**COMMON, **special}
     if model_type in ("mpt", "mamba", "bloom"):  # they have other names for these; some are read-only aliases
         for name in ("num_key_value_heads", "head_dim", "num_attention_heads", "intermediate_size"):
             settings.pop(name)

@@ -122,7 +122,7 @@ class GraphFacts:
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """How a bundle stores its weights. None is its dtype; ``int8`` and ``int4`` are blocks of integers.
+    """Storage types of a bundle's weights. None is its dtype; ``int8`` and ``int4`` are blocks of integers.
 
     ``fp8`` are 8-bit floating-point numbers (e4m3) with a scale per row.
 

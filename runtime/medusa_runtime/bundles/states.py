@@ -26,7 +26,7 @@ PendingName = Annotated[str, Meta(pattern=r"^pending_[a-z0-9]{1,5}\Z")]
 
 @dataclass(frozen=True)
 class State:
-    """One state of a model.
+    """Describes a tensor that a model carries from step to step.
 
     Attributes:
         name: Its name, such as ``key_3``. The graph reads ``past_key_3`` and gives ``present_key_3``.
