@@ -26,6 +26,10 @@ class RequestError(MedusaError, ValueError):
     """A request that can't be served: empty, too long, or of the wrong type."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt and answer of more tokens than the model or the backend's caches hold."""
+
+
 class OutOfDeviceMemoryError(BackendError):
     """A GPU with too little free memory for a backend's weights or caches."""
 

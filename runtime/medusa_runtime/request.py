@@ -30,6 +30,9 @@ class GenerationOptions(TypedDict, total=False):
         logprobs: If True, the answer has log probabilities. Default: False.
         lookup: If True, steps also verify the tokens that followed when the text had the same last tokens before.
             This never changes the answer. It is off under typical acceptance, where it would. Default: True.
+        ignore_eos: If True, the model's own end-of-text tokens don't end the text. Default: False.
+        shown_token_ids: Special tokens that are part of the text, such as marks of tool calls. The text leaves out all
+            other special tokens. Default: none.
     """
 
     max_new_tokens: int
@@ -38,6 +41,8 @@ class GenerationOptions(TypedDict, total=False):
     sampling: SamplingParams | None
     logprobs: bool
     lookup: bool
+    ignore_eos: bool
+    shown_token_ids: Sequence[int]
 
 
 class EngineOptions(GenerationOptions, total=False):

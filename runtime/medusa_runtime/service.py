@@ -294,6 +294,13 @@ class MedusaService(Closeable):
         return ChatSession(self, messages)
 
     @property
+    def max_tokens(self) -> int:
+        """The most tokens of a prompt and its answer, which the model or the backend's caches limit."""
+        held = self._thread.loop.most_tokens(self._thread.loop.sizes.tree_size)
+        most = self.bundle.model.max_positions
+        return most if held is None else min(most, held)
+
+    @property
     def load_figures(self) -> tuple[int, int]:
         """The number of requests that wait, and of those that run."""
         self.check_process()

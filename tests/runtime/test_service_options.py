@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from medusa_runtime import (
     Bundle,
+    ContextLengthError,
     MedusaService,
     RequestError,
 )
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.decoding.sequence import TokenSequence
+from medusa_runtime.text.tokenizer import Tokenizer
 from support.prompts import PROMPT
 
 
@@ -31,6 +36,8 @@ from support.prompts import PROMPT
         ("Hi", {"max_new_tokens": None}, "max_new_tokens is None"),
         ("Hi", {"stop_token_ids": 2.5}, "stop_token_ids is 2.5"),
         ("Hi", {"stop_token_ids": ["</s>"]}, "stop_token_ids is '</s>'"),
+        ("Hi", {"shown_token_ids": [101]}, "shown_token_ids is 101: token ids go up to 100"),
+        ("Hi", {"ignore_eos": 1}, "ignore_eos is 1: expected True or False"),
     ],
 )
 def test_unusable_requests(shared: MedusaService, prompt: object, options: dict[str, object], words: str) -> None:
@@ -62,3 +69,32 @@ def test_unusable_options(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) 
 def test_unknown_options_are_refused(shared: MedusaService) -> None:
     with pytest.raises(TypeError, match="no option 'max_tokens': a request has max_new_tokens, "):
         shared.submit(PROMPT, max_tokens=3)
+
+
+def test_a_request_may_have_as_many_tokens_as_the_service_says(shared: MedusaService) -> None:
+    prompt = [5] * 500
+    with pytest.raises(ContextLengthError, match="exceed the 512 tokens"):
+        shared.submit(prompt, max_new_tokens=shared.max_tokens - len(prompt) + 1)
+    result = shared.generate(prompt, max_new_tokens=shared.max_tokens - len(prompt), ignore_eos=True)
+    assert len(result.token_ids) == 12
+
+
+def test_end_tokens_can_be_ignored_and_special_tokens_shown(tiny_bundle: Bundle) -> None:
+    tokenizer = Tokenizer.load(tiny_bundle.folder)
+    assert tokenizer is not None
+    eos = tokenizer.eos_token_id
+    assert eos is not None
+    bundle = replace(tiny_bundle, model=replace(tiny_bundle.model, eos_token_ids=(eos,)))
+
+    def answer(**options: object) -> tuple[str, str | None]:
+        sequence = TokenSequence.of(bundle, tokenizer, "Hi", max_new_tokens=9, **options)
+        first = sequence.accept(tokenizer.encode("a"))
+        return first.text + sequence.accept([eos, *tokenizer.encode("bcd")]).text, sequence.finish_reason
+
+    assert answer() == ("a", "stop")
+    assert answer(ignore_eos=True) == ("abcd", None)
+    assert answer(shown_token_ids=[eos]) == ("a<eos>", "stop")
+    assert answer(shown_token_ids=eos, ignore_eos=True) == ("a<eos>bcd", None)
+    # A shown token is text, in which stop strings are found.
+    assert answer(shown_token_ids=[eos], ignore_eos=True, stop="s>b") == ("a<eo", "stop")
+    assert answer(ignore_eos=True, stop="<eos>b") == ("a", "stop")

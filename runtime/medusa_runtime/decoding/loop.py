@@ -114,6 +114,14 @@ class DecodeLoop:
         """
         self._room.check(sequence.most_tokens, self.sizes.most(tree_size))
 
+    def most_tokens(self, tree_size: TreeSize) -> int | None:
+        """The most tokens of prompt and answer that fit into the backend's caches; None if the caches grow.
+
+        Args:
+            tree_size: The tree size of the request's steps.
+        """
+        return self._room.most_tokens(self.sizes.most(tree_size))
+
     def submit(self, job: Job) -> None:
         """Queues a request, and gives it a row if one is free."""
         with self.changed:

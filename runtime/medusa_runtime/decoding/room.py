@@ -47,6 +47,15 @@ class Room(ABC):
         if has_fixed_capacity(self._backend):
             self._backend.check_capacity(self._slots.sequence_capacity(tokens, size))
 
+    def most_tokens(self, size: int) -> int | None:
+        """The most tokens of prompt and answer that fit into the backend's caches; None if the caches grow.
+
+        Args:
+            size: The most nodes that a request's steps verify.
+        """
+        fixed = has_fixed_capacity(self._backend)
+        return self._slots.longest_sequence(self._backend.capacity, size) if fixed else None
+
     @abstractmethod
     def admit(self, tokens: int) -> None:
         """Makes room for a whole request, if rows don't grow later.

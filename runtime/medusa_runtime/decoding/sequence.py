@@ -9,7 +9,7 @@ import numpy as np
 
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.lookup import TokenLookup
-from medusa_runtime.errors import RequestError
+from medusa_runtime.errors import ContextLengthError, RequestError
 from medusa_runtime.request import Chunk, GenerationOptions, GenerationResult, Prompt, Stats
 from medusa_runtime.sampling import GREEDY, Draws, SamplingParams
 from medusa_runtime.text.limits import bounded, shown
@@ -77,7 +77,8 @@ class TokenSequence:
             RequestError: The bundle can't serve the request; the message says why.
         """
         stops = check_stop(options.get("stop", ()))
-        stop_ids = _stop_ids(bundle, options.get("stop_token_ids", ()))
+        ignore_eos = check_flag("ignore_eos", options.get("ignore_eos", False))
+        stop_ids = _stop_ids(bundle, options.get("stop_token_ids", ()), ignore_eos=ignore_eos)
         prompt_ids = encode_prompt(bundle, tokenizer, prompt)
         max_new_tokens = check_integer("max_new_tokens", options.get("max_new_tokens", 128), at_least=1)
         if stops and tokenizer is None:
@@ -85,7 +86,8 @@ class TokenSequence:
         _check_length(bundle, len(prompt_ids), max_new_tokens)
         logprobs = check_flag("logprobs", options.get("logprobs", False))
         sampling = _check_sampling(bundle, options.get("sampling"), logprobs)
-        text = TextStream(tokenizer, stops, prompt_ids=prompt_ids) if tokenizer else None
+        shown_tokens = _token_ids(bundle, "shown_token_ids", options.get("shown_token_ids", ()))
+        text = TextStream(tokenizer, stops, prompt_ids=prompt_ids, shown_ids=shown_tokens) if tokenizer else None
         drawn = not sampling.greedy or logprobs
         draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
         lookup = check_flag("lookup", options.get("lookup", True))
@@ -163,23 +165,29 @@ class TokenSequence:
         return GenerationResult(text, tuple(self.token_ids), self.finish_reason, self.stats, logprobs)
 
 
-def _stop_ids(bundle: Bundle, asked_for: object) -> frozenset[int]:
-    """The token ids that end a request: the model's own, and those of the request."""
+def _stop_ids(bundle: Bundle, asked_for: object, *, ignore_eos: bool) -> frozenset[int]:
+    """The token ids that end a request: the model's own unless they are ignored, and those of the request."""
+    own = () if ignore_eos else bundle.model.eos_token_ids
+    return _token_ids(bundle, "stop_token_ids", asked_for).union(own)
+
+
+def _token_ids(bundle: Bundle, name: str, asked_for: object) -> frozenset[int]:
+    """The token ids of an option, which may be one id or several; raises ``RequestError`` if one is out of range."""
     vocab_size = bundle.model.vocab_size
     one = not isinstance(asked_for, Iterable) or isinstance(asked_for, str)
     given = cast("Iterable[object]", (asked_for,) if one else asked_for)
-    tokens: list[Any] = bounded("stop_token_ids", given, vocab_size)
+    tokens: list[Any] = bounded(name, given, vocab_size)
     for token in tokens:
-        check_integer("One of stop_token_ids", token, at_least=0)
+        check_integer(f"One of {name}", token, at_least=0)
         if token >= vocab_size:
-            raise RequestError(f"One of stop_token_ids is {shown(token)}: token ids go up to {vocab_size - 1}.")
-    return frozenset((*bundle.model.eos_token_ids, *map(int, tokens)))
+            raise RequestError(f"One of {name} is {shown(token)}: token ids go up to {vocab_size - 1}.")
+    return frozenset(map(int, tokens))
 
 
 def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> None:
     limit = bundle.model.max_positions
     if prompt_tokens + max_new_tokens > limit:
-        raise RequestError(
+        raise ContextLengthError(
             f"The prompt's {prompt_tokens} tokens and {shown(max_new_tokens)} new ones exceed the {limit} tokens that "
             "this model holds. Shorten the prompt or lower max_new_tokens."
         )

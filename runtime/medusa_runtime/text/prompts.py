@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.errors import RequestError
+from medusa_runtime.errors import ContextLengthError, RequestError
 from medusa_runtime.text.limits import shown
 from medusa_runtime.text.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def _token_ids(prompt: object, vocab_size: int, most: int) -> list[int]:
         hint = "make it a list, or " if hasattr(type(prompt), "__iter__") else ""
         raise RequestError(f"The prompt has the type {type(prompt).__name__}: {hint}{_EXPECTED}")
     if len(prompt) > most:
-        raise RequestError(
+        raise ContextLengthError(
             f"The prompt has {len(prompt):,} tokens, but this model's context has {most:,}: shorten the prompt."
         )
     return [token.item() if isinstance(token, np.integer) else token for token in prompt]

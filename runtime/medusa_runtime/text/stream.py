@@ -43,6 +43,7 @@ class TextStream:
         stop: A stop string, or several.
         skip_special_tokens: Whether special tokens are left out of the text.
         prompt_ids: The tokens before the stream.
+        shown_ids: Special tokens that are part of the text, although the others are left out.
 
     Attributes:
         consumed: Number of tokens that were decoded, the one that completed the stop string included.
@@ -54,13 +55,15 @@ class TextStream:
         stop: str | Sequence[str] = (),
         skip_special_tokens: bool = True,
         prompt_ids: Sequence[int] = (),
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset[int]()
         kind = _ByteDecoder if tokenizer.decoder_steps == ("ByteLevel",) else _WindowDecoder
         self._decoder: _Decoder = kind(tokenizer, skipped, prompt_ids)
         self._clean_up = _CleanUp() if tokenizer.cleans_up else None
         stops = check_stop(stop)
-        self._stops = StopFinder(stops, tokenizer.special_tokens if stops and skip_special_tokens else {})
+        unseen = {name: token for name, token in tokenizer.special_tokens.items() if token in skipped} if stops else {}
+        self._stops = StopFinder(stops, unseen)
         self._held_tokens = _HeldTokens()
         self._skipped = skipped
         self._emitted: list[str] = []

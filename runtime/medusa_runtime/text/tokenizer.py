@@ -18,7 +18,7 @@ import tokenizers
 
 from medusa_runtime.bundles.json_file import brief
 from medusa_runtime.bundles.listed_folder import ListedFolder
-from medusa_runtime.errors import BundleError, RequestError
+from medusa_runtime.errors import BundleError, ContextLengthError, RequestError
 from medusa_runtime.text.bounds import TextBound, characters_of_bytes, text_bound
 from medusa_runtime.text.chat_content import ContentForms, find_forms, in_form
 from medusa_runtime.text.chat_template import check_template, checked_messages, checked_variables, render
@@ -191,14 +191,14 @@ class Tokenizer:
         if self._text_bound is None:
             most = max(SHORT_TEXT_BYTES, MAX_BYTES_PER_TOKEN * max_tokens)
             if size > most:
-                raise RequestError(
+                raise ContextLengthError(
                     f"The prompt has {size:,} bytes. This model's context has {max_tokens:,} tokens, for which at most "
                     f"{most:,} bytes are read: shorten the prompt."
                 )
             return
         least = self._text_bound.least_tokens(text)
         if least > max_tokens:
-            raise RequestError(
+            raise ContextLengthError(
                 f"The prompt has at least {least:,} tokens, which exceed the {max_tokens:,} tokens of this model's "
                 "context: shorten the prompt."
             )
