@@ -63,10 +63,10 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
     model, heads, tree = bundle.model, bundle.heads, bundle.tree
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{model.name} ({model.model_type}), {bundle.dtype}")
-    for text in _integers(bundle):
-        facts.add_row("", text)
     facts.add_row("", f"{model.num_layers} layers, {_states(bundle)}")
     facts.add_row("", f"vocabulary {model.vocab_size:,}, up to {model.max_positions:,} positions")
+    for name, text in _stored(bundle):
+        facts.add_row(name, Text(text))
     for name, text in _answering(bundle):
         facts.add_row(name, Text(text))
     if heads is None:
@@ -97,19 +97,24 @@ def _states(bundle: Bundle) -> str:
     return f"{len(bundle.states)} K/V caches: {', '.join(listed)}"
 
 
-def _integers(bundle: Bundle) -> list[str]:
-    """Returns rows about the matrices that are stored in another type than the bundle's dtype, if there are any."""
+def _stored(bundle: Bundle) -> list[tuple[str, str]]:
+    """Returns rows about the storage types of the matrices, if any is stored in another type than the bundle's."""
     weights = bundle.weights
     if not weights.is_quantized:
         return []
-    kinds = ("layers", "lm_head", "heads", "embeddings")
-    stored = ", ".join(f"{kind} {getattr(weights, kind) or bundle.dtype}" for kind in kinds)
-    if not weights.has_integers:
-        return [f"{stored}; a scale per row"]
-    zero_points = "" if weights.symmetric else " and a zero point"
+    if bundle.matrices:
+        by_part: dict[str, list[str]] = {}
+        for facts in bundle.matrices:
+            by_part.setdefault(facts.part, []).append(str(facts))
+        rows = [f"{part}: {'; '.join(texts)}" for part, texts in by_part.items()]
+    else:
+        kinds = ("layers", "lm_head", "heads", "embeddings")
+        asked = ", ".join(f"{kind} {getattr(weights, kind) or bundle.dtype}" for kind in kinds)
+        rows = [f"{asked}, where no file's own blocks were kept"]
     products = sum(facts.rewrites.get("quantize_products", 0) for facts in bundle.graphs.values())
     rounded = [f"{products} products round their inputs to {weights.activations}"] if weights.activations else []
-    return [f"{stored}; a scale{zero_points} per {weights.block_size} columns", *rounded, *_exactness(bundle)]
+    exactness = _exactness(bundle) if weights.has_integers else []
+    return [("matrices" if not index else "", row) for index, row in enumerate([*rows, *rounded, *exactness])]
 
 
 def _exactness(bundle: Bundle) -> list[str]:

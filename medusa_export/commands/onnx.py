@@ -90,7 +90,13 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
     type=PATH,
     help="A file of 'activations'. Products with int8 matrices then round their inputs to 8 bits, too.",
 )
-@click.option("--asymmetric", is_flag=True, help="Give each block of int4 a zero point: more exact, and slower.")
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Store no block with a zero point or offset, or give each rounded block of int4 a zero point. Zero points are "
+    "more exact, and slower. With --symmetric, blocks of a file that have zero points or minima are rounded again. "
+    "[default: keep the blocks of the file, and round others to symmetric ones]",
+)
 @click.option("--no-tokenizer", is_flag=True, help="Leave out the tokenizer. The bundle takes and gives token ids.")
 @text_only_option
 @output_option("The folder to write.")
@@ -114,7 +120,7 @@ def command(
     embedding_weights: str | None,
     block_size: str,
     activations: Path | None,
-    asymmetric: bool,
+    symmetric: bool | None,
     no_tokenizer: bool,
     text_only: bool,
     output: Path,
@@ -132,7 +138,9 @@ def command(
         )
     from medusa_export import WeightTypes, export
 
-    types = WeightTypes.all(weights, block_size=int(block_size), symmetric=not asymmetric)
+    types = WeightTypes.all(
+        weights, block_size=int(block_size), symmetric=symmetric is not False, keep_zero_points=symmetric is not True
+    )
     own = {"lm_head": lm_head_weights, "heads": head_weights, "embeddings": embedding_weights}
     chosen: dict[str, Any] = {role: None if kind == _UNCHANGED else kind for role, kind in own.items() if kind}
     with shown_progress(quiet=quiet) as on_progress:

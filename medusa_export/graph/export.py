@@ -16,6 +16,7 @@ from medusa_export.graph.layers import expand_layers
 from medusa_export.graph.rewrites.rewrite import StepFacts
 from medusa_export.graph.rewrites.standard import STANDARD
 from medusa_export.graph.sampling import expand_sampling
+from medusa_export.graph.stored_types import stored_types
 from medusa_export.graph.trace import MARK_DOMAIN, simplify, trace
 from medusa_export.graph.weights import PREFIX, StepWeights
 from medusa_export.models.activations import ActivationRanges
@@ -24,6 +25,7 @@ from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
 from medusa_runtime.bundles.contract import TensorSpec
+from medusa_runtime.bundles.matrices import MatrixFacts
 from medusa_runtime.bundles.states import groups_of
 
 
@@ -35,11 +37,13 @@ class StepGraph:
         model: The graph in the form of the contract. Weights are read when it is written.
         step: Facts about the step, for the rewrites of other graphs.
         rewrites: Number of places that each rewrite changed, by its name.
+        matrices: The storage types of its matrices, by part of the model.
     """
 
     model: ir.Model
     step: StepFacts
     rewrites: Mapping[str, int]
+    matrices: tuple[MatrixFacts, ...]
 
 
 def build_graph(
@@ -88,7 +92,8 @@ def build_graph(
         activations=activations,
         has_experts=experts > 0,
     )
-    return StepGraph(model, facts, STANDARD.run(model, facts))
+    rewrites = STANDARD.run(model, facts)
+    return StepGraph(model, facts, rewrites, stored_types(model))
 
 
 def _bring_into_contract(model: ir.Model, step: MedusaStep, weights: StepWeights) -> None:

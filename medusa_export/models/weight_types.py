@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from medusa_export.common import defaults
@@ -29,10 +29,13 @@ class WeightTypes(WeightFacts):
         embeddings: The input embeddings.
         block_size: Columns that share a scale, a power of two. A matrix whose columns it doesn't divide gets the
             largest smaller power of two that does.
-        symmetric: Have no zero points.
+        symmetric: Blocks that the export rounds have no zero points.
+        keep_zero_points: Blocks of a file that have zero points or offsets are stored as they are. Otherwise they are
+            rounded again to blocks without, which makes steps faster and is less exact.
     """
 
     block_size: int = defaults.BLOCK_SIZE
+    keep_zero_points: bool = True
 
     def __post_init__(self) -> None:
         if self.block_size < _LEAST_BLOCK or self.block_size & (self.block_size - 1):
@@ -48,11 +51,21 @@ class WeightTypes(WeightFacts):
 
     @classmethod
     def all(
-        cls, weights: WeightType | None, *, block_size: int = defaults.BLOCK_SIZE, symmetric: bool = True
+        cls,
+        weights: WeightType | None,
+        *,
+        block_size: int = defaults.BLOCK_SIZE,
+        symmetric: bool = True,
+        keep_zero_points: bool = True,
     ) -> WeightTypes:
         """Returns one type for all matrices. With integers, embeddings are int8: a step reads a few rows of them."""
         embeddings: WeightType | None = None if weights in (None, "fp8") else "int8"
-        return cls(weights, weights, weights, embeddings, block_size, symmetric)
+        return cls(weights, weights, weights, embeddings, block_size, symmetric, keep_zero_points=keep_zero_points)
+
+    @property
+    def facts(self) -> WeightFacts:
+        """The part of these types that a bundle's description has."""
+        return WeightFacts(**{field.name: getattr(self, field.name) for field in fields(WeightFacts)})
 
     def bits(self, role: Role) -> Bits | None:
         """The bits per integer of the weights of a role; None for weights that are no integers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from medusa_runtime.bundles.bundle import (
     Bundle,
     GraphFacts,
     HeadFacts,
-    WeightFacts,
 )
 from medusa_runtime.bundles.listed_folder import FileFacts
 from medusa_runtime.bundles.model_facts import ModelFacts
@@ -110,7 +109,8 @@ def write_bundle(
         tree_name=tree_name,
         end_tokens=ends.found,
         generation=kept_settings(step.model.generation_config),
-        weights=WeightFacts(**asdict(graph.step.weights)),
+        weights=graph.step.weights.facts,
+        matrices=graph.matrices,
         producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
     )
     try:

@@ -164,6 +164,34 @@ def test_a_graph_stores_the_integers_of_the_file(kind: str, tmp_path: Path) -> N
     assert not dequantized
 
 
+def kinds_of(model: LoadedModel, types: WeightTypes) -> dict[str, set[str]]:
+    """How a graph stores the matrices of each part."""
+    step = MedusaStep(model.model, None, Tree()).eval()
+    weights = StepWeights(step, model.readers, blocks=model.blocks, packed=model.packed)
+    found: dict[str, set[str]] = {}
+    for facts in build_graph(step, weights=weights, types=types).matrices:
+        found.setdefault(facts.part, set()).add(str(facts).partition(" ")[2])
+    return found
+
+
+def test_symmetric_blocks_are_asked_for(tmp_path: Path) -> None:
+    model = opened(quantized_gguf(Kind.Q4_1)(tmp_path / "model"), torch.float32)
+    kept = kinds_of(model, WeightTypes.all("int4"))
+    assert kept["layers"] == kept["lm_head"] == {"int4, blocks of 32 with scales and offsets"}
+    rounded = kinds_of(model, WeightTypes.all("int4", keep_zero_points=False))
+    assert rounded["layers"] == rounded["lm_head"] == {"int4, blocks of 32 with scales"}
+
+
+def test_the_facts_say_that_eight_bits_are_kept(tmp_path: Path) -> None:
+    model = opened(quantized_gguf(Kind.Q8_0)(tmp_path / "model"), torch.float32)
+    kinds = kinds_of(model, WeightTypes(layers="int4", lm_head="int4", block_size=16))
+    assert kinds == {
+        "layers": {"int8, blocks of 16 with scales"},
+        "lm_head": {"int8, blocks of 16 with scales"},
+        "embeddings": {"float32"},
+    }
+
+
 def test_other_bits_than_those_of_the_file_are_rounded(tmp_path: Path) -> None:
     model = opened(write_gptq(tmp_path / "model")[0], torch.float32)
     _, dequantized = stored_matrices(model, "int8")

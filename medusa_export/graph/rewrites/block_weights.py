@@ -16,6 +16,7 @@ from torch import Tensor
 from medusa_export.graph.rewrites.building import Builder, initializer
 from medusa_export.graph.rewrites.matching import given, rank_of, replace, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
+from medusa_export.graph.stored_types import note_type
 from medusa_export.graph.weights import LazyWeight, register
 from medusa_export.models.blocks import Bits, BlockWeight, pack, round_to_nearest
 from medusa_export.models.packed import StoredBlocks
@@ -54,9 +55,9 @@ class QuantizeWeights(Rewrite):
     4. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
 
     Matrices that their file holds in such blocks are stored as they are, and so are matrices that it holds in 8 bits
-    where 4 are asked for. Others are rounded. Matrices whose columns no
-    block size divides keep their dtype. 8-bit matrices have no zero points of their own, and tables are of 8 bits. The
-    count is the number of products and lookups.
+    where 4 are asked for. Others are rounded, and so are blocks with zero points or offsets if ``WeightTypes`` does not
+    keep these. Matrices whose columns no block size divides keep their dtype. 8-bit matrices have no zero points of
+    their own, and tables are of 8 bits. The count is the number of products and lookups.
 
     Precondition: Weights are those of ``StepWeights``.
 
@@ -122,7 +123,9 @@ class QuantizeWeights(Rewrite):
         """The bits per value of a matrix that products read; None if it keeps its dtype."""
         bits, columns = self.step.weights.bits(weight.role), weight.shape.numpy()[1]
         size = self.step.weights.block_for(columns)
-        holds_more = bits == 4 and size is not None and _exact_blocks(weight, 8, size) is not None
+        holds_more = (
+            bits == 4 and size is not None and _exact_blocks(weight, 8, size, keep_zero_points=True) is not None
+        )
         return 8 if holds_more else bits
 
     def _store_matrix(self, graph: ir.Graph, weight: LazyWeight, bits: Bits, transposes: list[ir.Node]) -> int:
@@ -190,7 +193,7 @@ class QuantizeWeights(Rewrite):
         size = self.step.weights.block_for(columns)
         if size is None:
             return None
-        exact = _exact_blocks(weight, bits, size)
+        exact = self._exact_blocks(weight, bits, size)
         symmetric = self.step.weights.symmetric or bits == 8 if exact is None else not exact.has_zero_points
         shape = (rows, columns // size)
         has_offsets = exact is not None and exact.has_offsets
@@ -212,6 +215,14 @@ class QuantizeWeights(Rewrite):
             _middles(graph, shape, bits) if symmetric else part("zero_points", _TYPES[bits], shape, _zero_points),
             part(OFFSETS, scale_type, shape[::-1], _offsets) if has_offsets else None,
         )
+        note_type(
+            parts.values,
+            weight.role,
+            "int4" if bits == 4 else "int8",
+            block_size=size,
+            has_zero_points=not symmetric,
+            has_offsets=has_offsets,
+        )
         return parts
 
     def _in_blocks(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
@@ -219,7 +230,7 @@ class QuantizeWeights(Rewrite):
         key = (weight.name, bits)
         if self._last is None or self._last[0] != key:
             self._last = None  # frees its memory first
-            exact = _exact_blocks(weight, bits, block_size)
+            exact = self._exact_blocks(weight, bits, block_size)
             if exact is None:
                 made = round_to_nearest(weight.read(), bits, block_size, symmetric=symmetric, dtype=weight.torch_dtype)
             else:
@@ -227,11 +238,16 @@ class QuantizeWeights(Rewrite):
             self._last = (key, made)
         return self._last[1]
 
+    def _exact_blocks(self, weight: LazyWeight, bits: Bits, block_size: int) -> StoredBlocks | None:
+        return _exact_blocks(weight, bits, block_size, keep_zero_points=self.step.weights.keep_zero_points)
 
-def _exact_blocks(weight: LazyWeight, bits: Bits, block_size: int) -> StoredBlocks | None:
-    """A weight as its file holds it, if that is in blocks of these bits that can be of this size; else None."""
+
+def _exact_blocks(weight: LazyWeight, bits: Bits, block_size: int, *, keep_zero_points: bool) -> StoredBlocks | None:
+    """A weight as its file holds it, if blocks of these bits and this size hold it; else None."""
     stored = weight.blocks
     if stored is None or not stored.fit(bits, block_size) or (bits == 8 and stored.has_zero_points):
+        return None
+    if not keep_zero_points and (stored.has_zero_points or stored.has_offsets):
         return None
     return None if stored.has_offsets and weight.is_table else stored
 

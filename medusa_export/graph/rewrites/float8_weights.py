@@ -8,6 +8,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from medusa_export.graph.rewrites.linears import transposed_weight
 from medusa_export.graph.rewrites.matching import producer
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
+from medusa_export.graph.stored_types import note_type
 from medusa_export.graph.weights import LazyWeight, register
 from medusa_export.models.float8 import Float8Weight, round_to_float8
 
@@ -57,9 +58,9 @@ class StoreFloat8Weights(Rewrite):
             shape=ir.Shape([shape[0]]),
             name=f"{name}/scales",
         )
-        read = ir.node(
-            "DequantizeLinear", [register(graph, values), register(graph, scales)], {"axis": 0}, name=f"{name}/read"
-        )
+        stored = register(graph, values)
+        note_type(stored, weight.role, "fp8")
+        read = ir.node("DequantizeLinear", [stored, register(graph, scales)], {"axis": 0}, name=f"{name}/read")
         read.outputs[0].type, read.outputs[0].shape = ir.TensorType(kind), shape
         graph.insert_before(transpose, read)
         transpose.replace_input_with(0, read.outputs[0])

@@ -13,6 +13,7 @@ from medusa_export.graph.rewrites.block_weights import transposes_for_products
 from medusa_export.graph.rewrites.building import Builder, initializer
 from medusa_export.graph.rewrites.matching import given
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
+from medusa_export.graph.stored_types import note_type
 from medusa_export.graph.weights import PREFIX, LazyWeight, register
 from medusa_export.models.activations import InputRange
 from medusa_export.models.blocks import BlockWeight, round_to_nearest
@@ -82,6 +83,7 @@ class QuantizeProducts(Rewrite):
             return register(graph, ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=full_name))
 
         values = part("columns", ir.DataType.INT8, (columns, rows), lambda made: (made.values.int() - _MIDDLE).char().T)
+        note_type(values, weight.role, "int8")
         scales = part("column_scales", kind, (rows,), lambda made: made.scales[:, 0])
         read = ir.node("DequantizeLinear", [values, scales], {"axis": 1}, name=f"{weight.name}/dequantize")
         read.outputs[0].type, read.outputs[0].shape = scales.type, ir.Shape((columns, rows))

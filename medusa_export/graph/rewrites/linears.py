@@ -67,7 +67,9 @@ class LayOutLinears(Rewrite):
                 continue
             source = weight_of(weight)
             rows, columns = source.shape.numpy()
-            turned = LazyWeight(f"{weight.name}.T", partial(_transposed, source), (columns, rows), source.torch_dtype)
+            turned = LazyWeight(
+                f"{weight.name}.T", partial(_transposed, source), (columns, rows), source.torch_dtype, source.role
+            )
             stored = register(graph, turned)
             for product in products:
                 product.replace_input_with(1, stored)

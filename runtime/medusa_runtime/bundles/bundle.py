@@ -16,6 +16,7 @@ from medusa_runtime.bundles.contract import CONTRACT_VERSION, TensorSpec, step_i
 from medusa_runtime.bundles.description import description_text, read_description
 from medusa_runtime.bundles.json_file import Name, Share, brief
 from medusa_runtime.bundles.listed_folder import FileFacts, FileTable, ListedFolder
+from medusa_runtime.bundles.matrices import MatrixFacts
 from medusa_runtime.bundles.model_facts import REEXPORT, AnyModelFacts, ModelFacts, States, TokenId, states_of
 from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.bundles.states import State, StateGroup, groups_of
@@ -183,7 +184,9 @@ class Bundle:
         acceptance_rules: The names of the graph's acceptance rules. Rules other than ``exact`` and ``typical`` may
             accept drafts of any request that the base model has not chosen.
         graphs: Facts about each graph, by file name; empty in older bundles.
-        weights: How weights are stored.
+        weights: The storage types that the export was asked for.
+        matrices: The storage types of the matrices that the bundle has, by part; empty in older bundles. They differ
+            from ``weights`` where a file's own blocks are kept, or where no block size divides the columns.
         digests_checked: Whether the files were compared with their digests.
     """
 
@@ -203,6 +206,7 @@ class Bundle:
     acceptance_rules: tuple[str, ...] = ("exact", "typical")
     graphs: Mapping[str, GraphFacts] = field(default_factory=dict)
     weights: WeightFacts = field(default_factory=WeightFacts)
+    matrices: tuple[MatrixFacts, ...] = ()
     digests_checked: bool = field(default=True, compare=False)
 
     @property
@@ -269,6 +273,7 @@ class Bundle:
             "generation": dict(self.generation),
             "dtype": self.dtype,
             "weights": asdict(self.weights),
+            "matrices": [asdict(facts) for facts in self.matrices],
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
             "acceptance_rules": list(self.acceptance_rules),
@@ -326,6 +331,7 @@ class _Description(msgspec.Struct):
     acceptance_rules: tuple[Name, ...] = ("exact", "typical")
     graphs: dict[Name, GraphFacts] = msgspec.field(default_factory=dict)
     weights: WeightFacts = msgspec.field(default_factory=WeightFacts)
+    matrices: tuple[MatrixFacts, ...] = ()
 
 
 def _no_bundle(folder: Path) -> str:
@@ -361,6 +367,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         acceptance_rules=description.acceptance_rules,
         graphs=description.graphs,
         weights=description.weights,
+        matrices=description.matrices,
         digests_checked=check_digests,
     )
     if (description.inputs, description.outputs) != (bundle.inputs, bundle.outputs):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.onnxruntime.one_node import one_node_model
-from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.bundle import Bundle, WeightFacts
+from medusa_runtime.bundles.matrices import MatrixFacts
 
 # Matrices of the test: long enough sums, and as many rows of W as a kernel takes at once.
 _COLUMNS, _OUTPUTS, _ROWS = 1024, 96, 8
@@ -63,10 +65,24 @@ def row_rule(ort: Any, bundle: Bundle) -> RowRule:
     weights = bundle.weights
     if weights.has_integers and bundle.panel is None:
         return RowRule.NONE
-    kinds = {_BITS[kind] for kind in (weights.layers, weights.lm_head) if kind is not None}
-    sizes = [size for size in (16, 32, 64, 128, 256) if _LEAST_BLOCK <= size <= weights.block_size]
-    formats = [_Format(bits, size, bits == 4 and not weights.symmetric) for bits in kinds for size in sizes]
+    formats = _formats(bundle.matrices) if bundle.matrices else _asked_formats(weights)
     return max((_rule(ort, format_) for format_ in formats), default=RowRule.ANY)
+
+
+def _formats(matrices: Sequence[MatrixFacts]) -> set[_Format]:
+    """The formats of the products with blocks of integers whose results reach the tokens."""
+    return {
+        _Format(_BITS[facts.dtype], facts.block_size, facts.has_zero_points)
+        for facts in matrices
+        if facts.part in ("layers", "lm_head") and facts.dtype in _BITS and facts.block_size is not None
+    }
+
+
+def _asked_formats(weights: WeightFacts) -> set[_Format]:
+    """The formats that the products of an older bundle may have: smaller blocks than it was asked for, too."""
+    kinds = {_BITS[kind] for kind in (weights.layers, weights.lm_head) if kind in _BITS}
+    sizes = [size for size in (16, 32, 64, 128, 256) if _LEAST_BLOCK <= size <= weights.block_size]
+    return {_Format(bits, size, bits == 4 and not weights.symmetric) for bits in kinds for size in sizes}
 
 
 @functools.cache
