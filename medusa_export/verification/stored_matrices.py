@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_export.graph.rewrites.block_weights import OFFSETS
+from medusa_export.graph.rewrites.turned_linears import TURNED
 from medusa_export.graph.weights import PREFIX
 from medusa_export.models.blocks import BlockWeight
 from medusa_export.models.float8 import FLOAT8, Float8Weight
@@ -138,10 +139,14 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
 
     Args:
         step: The step.
-        name: The name of a weight, of a matrix Wᵀ in a stack of them, such as ``heads.layers.0.weight[2]``, or of a
-            matrix W in a stack of them, such as ``experts.down_proj.2``.
+        name: The name of a weight, of a weight with ``.T`` if the matrix is its transpose, of a matrix Wᵀ in a stack of
+            them, such as ``heads.layers.0.weight[2]``, or of a matrix W in a stack of them, such as
+            ``experts.down_proj.2``.
         is_table: Rows are looked up in it.
     """
+    if name.endswith(TURNED):
+        untransposed = step.get_parameter(name.removesuffix(TURNED)).detach()
+        return untransposed.T, lambda values: untransposed.copy_(values.T)
     stack, _, index = name.removesuffix("]").partition("[")
     if index:
         weight = step.get_parameter(stack).detach()

@@ -117,6 +117,19 @@ def test_every_matrix_of_heads_is_stored(tmp_path: Path) -> None:
     assert failed(verify(bundle, step)) == set()
 
 
+def test_untransposed_weights_are_stored_in_integers(tmp_path: Path) -> None:
+    """Those of GPT-2's layers, which are [K, N]."""
+    model = tiny_model("gpt2")
+    bundle = medusa_export.export(model, tmp_path / "bundle", weights=WeightTypes(layers="int4"), sampling=False)
+    stored = {name for matrix in stored_matrices(bundle) for name in matrix.weights}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert stored == {f"model.transformer.h.{layer}.{part}.weight.T" for layer in range(2) for part in parts}
+    assert [str(facts) for facts in bundle.matrices if facts.part == "layers"] == ["8 int4, blocks of 32 with scales"]
+    step = make_step(model, None, bundle.tree)
+    assert use_stored_matrices(step, bundle).passed
+    assert failed(verify(bundle, step)) == set()
+
+
 def test_an_engine_decodes(bundle: Bundle) -> None:
     with MedusaEngine.load(bundle.folder) as engine:
         plain = engine.generate(PROMPT, max_new_tokens=16, tree_size=1)

@@ -10,6 +10,7 @@ from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rms_norm import FuseRmsNorm
 from medusa_export.graph.rewrites.rotary_embedding import FuseRotaryEmbedding
 from medusa_export.graph.rewrites.row_index import GatherRows
+from medusa_export.graph.rewrites.turned_linears import TurnLinears
 from medusa_runtime.bundles.bundle import GRAPH
 
 STANDARD = Pipeline(
@@ -17,6 +18,7 @@ STANDARD = Pipeline(
     FuseRmsNorm,
     FuseRotaryEmbedding,
     GatherRows,
+    TurnLinears,
     MergeLinears,
     QuantizeProducts,
     QuantizeWeights,
