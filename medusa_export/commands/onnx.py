@@ -67,8 +67,8 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 @click.option(
     "--weights",
     type=click.Choice(WEIGHT_TYPES),
-    help="Store matrices as integers with a scale per block and embeddings as int8, or matrices as fp8 (e4m3) with a "
-    "scale per row, for engines. [default: the type of --dtype]",
+    help="Store matrices as integers with a scale per block and embeddings as int8; in fp16 or bf16, cast to fp32 when "
+    "the bundle is loaded; or as fp8 (e4m3) with a scale per row, for engines. [default: the type of --dtype]",
 )
 @click.option("--lm-head-weights", type=_OWN_TYPE, help="The same for the output projection. [default: as --weights]")
 @click.option(
@@ -76,8 +76,8 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 )
 @click.option(
     "--embedding-weights",
-    type=click.Choice((_UNCHANGED, "int8")),
-    help="The same for the input embeddings. [default: int8 with --weights int8 or int4]",
+    type=click.Choice((_UNCHANGED, "int8", *DTYPES)),
+    help="The same for the input embeddings. [default: int8 with --weights int8 or int4; --dtype with fp8]",
 )
 @option_with_default(
     "--block-size",

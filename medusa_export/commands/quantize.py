@@ -20,7 +20,7 @@ from medusa_export.commands.options import (
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import WEIGHT_TYPES, Dtype, WeightType
+from medusa_export.common.dtypes import INTEGER_TYPES, Dtype, IntegerType
 from medusa_export.common.extras import extra
 
 
@@ -29,7 +29,7 @@ from medusa_export.common.extras import extra
 @data_option("A folder of 'distill', whose part for training is used, or a file of conversations")
 @output_option("The folder to write.")
 @option_with_default(
-    "--weights", kind=click.Choice(WEIGHT_TYPES), default=defaults.QUANTIZED_WEIGHTS, text="Type of the integers."
+    "--weights", kind=click.Choice(INTEGER_TYPES), default=defaults.QUANTIZED_WEIGHTS, text="Type of the integers."
 )
 @click.option(
     "--wide",
@@ -57,7 +57,7 @@ def command(
     model: str,
     data: tuple[Path, ...],
     output: Path,
-    weights: WeightType,
+    weights: IntegerType,
     wide: tuple[str, ...],
     block_size: int,
     max_length: int,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import WEIGHT_TYPES, WeightType
@@ -13,7 +13,12 @@ from medusa_runtime.bundles.bundle import WeightFacts
 
 Role = Literal["layers", "lm_head", "heads", "embeddings", "other"]
 
+HalfType = Literal["fp16", "bf16"]
+
 _BITS: dict[WeightType, Bits] = {"int8": 8, "int4": 4}
+_ROLES = ("layers", "lm_head", "heads", "embeddings")
+_NAMES = {"layers": "layers", "lm_head": "output projection", "heads": "heads", "embeddings": "embeddings"}
+_FLOATS = ("fp32", "fp16", "bf16")
 # Smaller blocks cost more for their scales than they gain.
 _LEAST_BLOCK = 16
 
@@ -21,6 +26,9 @@ _LEAST_BLOCK = 16
 @dataclass(frozen=True)
 class WeightTypes(WeightFacts):
     """Storage types of a bundle's weights: None is the dtype that it computes in.
+
+    ``int8`` and ``int4`` are blocks of integers, ``fp8`` has a scale per row. ``fp16`` and ``bf16`` are stored so, and
+    cast to fp32 when the bundle is loaded.
 
     Attributes:
         layers: The linear layers of the decoder layers.
@@ -40,7 +48,7 @@ class WeightTypes(WeightFacts):
     def __post_init__(self) -> None:
         if self.block_size < _LEAST_BLOCK or self.block_size & (self.block_size - 1):
             raise OptionError(f"The block size is {self.block_size}: give a power of two from {_LEAST_BLOCK} on.")
-        for role in ("layers", "lm_head", "heads", "embeddings"):
+        for role in _ROLES:
             chosen = getattr(self, role)
             if chosen is not None and chosen not in WEIGHT_TYPES:
                 raise OptionError(f"There is no type {chosen!r} of weights: give one of {', '.join(WEIGHT_TYPES)}.")
@@ -59,7 +67,7 @@ class WeightTypes(WeightFacts):
         keep_zero_points: bool = True,
     ) -> WeightTypes:
         """Returns one type for all matrices. With integers, embeddings are int8: a step reads a few rows of them."""
-        embeddings: WeightType | None = None if weights in (None, "fp8") else "int8"
+        embeddings: WeightType | None = "int8" if weights in ("int8", "int4") else None if weights == "fp8" else weights
         return cls(weights, weights, weights, embeddings, block_size, symmetric, keep_zero_points=keep_zero_points)
 
     @property
@@ -71,6 +79,30 @@ class WeightTypes(WeightFacts):
         """The bits per integer of the weights of a role; None for weights that are no integers."""
         chosen: WeightType | None = getattr(self, role, None)
         return None if chosen is None else _BITS.get(chosen)
+
+    def half(self, role: Role) -> HalfType | None:
+        """The 16-bit type of the weights of a role that are stored in fewer bits than the bundle computes in."""
+        chosen: WeightType | None = getattr(self, role, None)
+        return chosen if chosen in ("fp16", "bf16") else None
+
+    def resolved(self, dtype: str) -> WeightTypes:
+        """Returns the same types for a bundle that computes in some dtype. Its own dtype becomes None.
+
+        Args:
+            dtype: ``fp32``, ``fp16`` or ``bf16``.
+
+        Raises:
+            OptionError: Floating-point numbers of another type would gain nothing, or lose range.
+        """
+        for role in _ROLES:
+            kind = getattr(self, role)
+            if kind in _FLOATS and dtype not in (kind, "fp32"):
+                raise OptionError(
+                    f"The {_NAMES[role]} can't be stored in {kind} where the bundle computes in {dtype}: give "
+                    f"`dtype='fp32'`, or store them in {dtype}."
+                )
+        unchanged: dict[str, Any] = dict.fromkeys(role for role in _ROLES if getattr(self, role) == dtype)
+        return replace(self, **unchanged)
 
     def is_float8(self, role: Role) -> bool:
         """Whether the weights of a role are 8-bit floating-point numbers, with a scale per row."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import WEIGHT_TYPES, Dtype, WeightType
+from medusa_export.common.dtypes import INTEGER_TYPES, Dtype, IntegerType
 from medusa_export.common.errors import OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
@@ -32,7 +32,7 @@ def quantize(
     output: str | PathLike[str],
     data: Sequence[str | PathLike[str]],
     *,
-    weights: WeightType = defaults.QUANTIZED_WEIGHTS,
+    weights: IntegerType = defaults.QUANTIZED_WEIGHTS,
     wide: Sequence[str] = (),
     block_size: int = defaults.BLOCK_SIZE,
     max_length: int = defaults.QUALITY_LENGTH,
@@ -74,8 +74,8 @@ def quantize(
         ExportError: ``output`` holds other files, or a model and ``overwrite`` is not set.
         OutputError: The checkpoint can't be written.
     """
-    if weights not in WEIGHT_TYPES:
-        raise OptionError(f"There is no type {weights!r} of weights: give one of {', '.join(WEIGHT_TYPES)}.")
+    if weights not in INTEGER_TYPES:
+        raise OptionError(f"There is no type {weights!r} of integers: give one of {', '.join(INTEGER_TYPES)}.")
     types, target = WeightTypes.all(weights, block_size=block_size), Path(output)
     check_target(target, replace_existing=overwrite, marker=_CONFIG, noun="model")
     source, place = fspath(model), device_of(device)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import Dtype, WeightType, torch_name
+from medusa_export.common.dtypes import Dtype, WeightType, short_name, torch_name
 from medusa_export.common.errors import MedusaWarning, OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
@@ -91,8 +91,9 @@ def export(
         acceptance_rules: The names of the acceptance rules of the graph. Rules of your own may change the output.
         dtype: Type that the bundle computes in, and of its caches. If None, that of a loaded model, and fp32 for a
             model that is read.
-        weights: How matrices are stored: ``int8`` or ``int4``, in blocks of 32 columns, embeddings as ``int8``; or each
-            kind of matrix by itself. In ``dtype`` if None.
+        weights: How matrices are stored: ``int8`` or ``int4``, in blocks of 32 columns, embeddings as ``int8``;
+            ``fp16`` or ``bf16`` for a bundle that computes in fp32; ``fp8`` for engines; or each kind of matrix by
+            itself. In ``dtype`` if None.
         activations: Ranges of the inputs of linear layers, by ``activations``. Products with ``int8`` matrices then
             round their inputs to 8 bits in these ranges, which makes large trees cheap on CPUs.
         name: The model's name in the bundle. If None, the name of its folder, file or hub id.
@@ -125,6 +126,7 @@ def export(
     with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer, text_only=text_only) as source:
         if ranges is not None and source.model.dtype != torch.float32:
             raise OptionError("Only inputs in fp32 are rounded to 8 bits: export in fp32, or leave activations out.")
+        types = types.resolved(short_name(source.model.dtype))
         ends = _end_tokens(source)
         attached = _attached(source, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)

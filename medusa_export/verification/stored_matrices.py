@@ -1,4 +1,4 @@
-"""The matrices that a bundle stores as integers or in 8 bits, for the reference to compute with."""
+"""The matrices that a bundle stores in other types than its own, for the reference to compute with."""
 
 from __future__ import annotations
 
@@ -23,14 +23,31 @@ from medusa_runtime.bundles.bundle import Bundle
 
 CHECK = "stored weights"
 # Largest distance between a matrix and the stored one, as a share of the matrix's norm: of integers by their bits, and
-# of 8-bit floating-point numbers. Rounding takes 0.1, 0.006 and 0.03; rows in another order take 1.4.
-_LARGEST_ERROR, _LARGEST_FLOAT8_ERROR = {4: 0.3, 8: 0.03}, 0.1
+# of floating-point numbers of 8 and 16 bits. Rounding takes 0.1, 0.006, 0.03 and 0.002; rows in another order take 1.4.
+_LARGEST_ERROR, _LARGEST_FLOAT8_ERROR, _LARGEST_HALF_ERROR = {4: 0.3, 8: 0.03}, 0.1, 0.005
 _MAX_NOTES = 5
+# Ends of the names of matrices in 16 bits.
+_HALVES = ("/fp16", "/bf16")
+
+
+@dataclass(frozen=True)
+class HalfWeight:
+    """A matrix, or a stack of matrices, in fp16 or bf16.
+
+    Attributes:
+        values: The matrix in the layout of the model.
+    """
+
+    values: Tensor
+
+    def dequantized(self) -> Tensor:
+        """The matrix in fp32."""
+        return self.values.float()
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix in a bundle: in blocks of integers, or of 8-bit floating-point numbers.
+    """A matrix in a bundle: in blocks of integers, of 8-bit floating-point numbers, or in 16 bits.
 
     Attributes:
         weights: The names in the step of the weights that it holds, one above the other.
@@ -40,18 +57,24 @@ class StoredMatrix:
 
     weights: tuple[str, ...]
     is_table: bool
-    blocks: BlockWeight | Float8Weight
+    blocks: BlockWeight | Float8Weight | HalfWeight
 
     @property
     def largest_error(self) -> float:
         """The largest distance from the matrix that was stored, as a share of its norm."""
-        return _LARGEST_ERROR[self.blocks.bits] if isinstance(self.blocks, BlockWeight) else _LARGEST_FLOAT8_ERROR
+        if isinstance(self.blocks, BlockWeight):
+            return _LARGEST_ERROR[self.blocks.bits]
+        return _LARGEST_FLOAT8_ERROR if isinstance(self.blocks, Float8Weight) else _LARGEST_HALF_ERROR
 
 
 def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
-    """Reads the matrices in blocks of integers or in fp8 in a bundle's standard graph, one at a time."""
+    """Reads the matrices of a bundle's standard graph that are not in the bundle's dtype, one at a time."""
     graph = ir.load(bundle.graph).graph
     for node in graph:
+        half = _half_matrix(node)
+        if half is not None:
+            yield half
+            continue
         if node.op_type == "DequantizeLinear" and (_is_float8(node) or "block_size" in node.attributes):
             parts = [value.const_value for value in node.inputs if value is not None]
             values, scales, zero_points = (*parts, None)[:3]
@@ -84,13 +107,28 @@ def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
         )
 
 
+def _half_matrix(node: ir.Node) -> StoredMatrix | None:
+    """The matrix that a node reads in 16 bits, and that a ``Cast`` makes fp32; None for any other node."""
+    value = node.inputs[0] if node.op_type in ("Cast", "Gather") else None
+    if value is None or value.const_value is None or not (value.name or "").endswith(_HALVES):
+        return None
+    stem, values = (value.name or "").rpartition("/")[0], _tensor(value.const_value)
+    # A weight that products read is stored transposed.
+    names = [stem.removesuffix(TURNED)] if values.ndim > 2 else stem.removesuffix(TURNED).split("+")
+    in_layout = values.T if stem.endswith(TURNED) else values
+    return StoredMatrix(
+        tuple(name.removeprefix(PREFIX) for name in names), node.op_type == "Gather", HalfWeight(in_layout)
+    )
+
+
 def stored_bits(bundle: Bundle) -> float | None:
-    """The bits per value of the matrices of integers that a bundle's products read, on average; None if it has none."""
+    """The bits per value of the matrices that a bundle's products read, on average; None if all have its dtype."""
     sizes = {
         values.name: (values.dtype.bitwidth, math.prod(values.shape.numpy()))
         for node in ir.load(bundle.graph).graph
-        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None
+        if node.op_type in ("DequantizeLinear", "Cast") and node.inputs[0] is not None
         for values in [node.inputs[0]]
+        if (node.op_type == "DequantizeLinear" or (values.name or "").endswith(_HALVES))
         if values.dtype is not None and values.shape is not None
     }
     total = sum(size for _, size in sizes.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medusa_export.graph.rewrites.block_weights import QuantizeWeights
 from medusa_export.graph.rewrites.float8_weights import StoreFloat8Weights
+from medusa_export.graph.rewrites.half_weights import StoreHalfWeights
 from medusa_export.graph.rewrites.integer_products import QuantizeProducts
 from medusa_export.graph.rewrites.linears import LayOutLinears, MergeLinears
 from medusa_export.graph.rewrites.pipeline import Pipeline
@@ -24,4 +25,5 @@ STANDARD = Pipeline(
     QuantizeWeights,
     StoreFloat8Weights,
     LayOutLinears,
+    StoreHalfWeights,
 )

@@ -33,7 +33,7 @@ GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
 # A folder with this file beside medusa.json holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
 Dtype = Literal["float32", "float16", "bfloat16"]
-StorageType = Literal["int8", "int4", "fp8"]
+StorageType = Literal["int8", "int4", "fp8", "fp32", "fp16", "bf16"]
 
 Reason = Annotated[str, Meta(min_length=1, max_length=4096)]
 Panel = Annotated[int, Meta(ge=1, le=2**16)]
@@ -125,7 +125,8 @@ class GraphFacts:
 class WeightFacts:
     """Storage types of a bundle's weights. None is its dtype; ``int8`` and ``int4`` are blocks of integers.
 
-    ``fp8`` are 8-bit floating-point numbers (e4m3) with a scale per row.
+    ``fp8`` are 8-bit floating-point numbers (e4m3) with a scale per row. ``fp16`` and ``bf16`` are cast to the bundle's
+    dtype before they are used.
 
     Attributes:
         layers: The matrices of the decoder layers.
