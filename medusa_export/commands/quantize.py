@@ -42,6 +42,12 @@ from medusa_export.common.extras import extra
     default=defaults.BLOCK_SIZE,
     text="Columns of a matrix that share a scale, a power of two.",
 )
+@click.option(
+    "--no-smoothing",
+    is_flag=True,
+    help="Leave the sizes of columns as they are. By default they are balanced between the inputs and the weights of "
+    "linear layers, so that products lose less when they round their inputs to 8 bits.",
+)
 @option_with_default(
     "--max-length",
     kind=click.IntRange(3),
@@ -60,6 +66,7 @@ def command(
     weights: IntegerType,
     wide: tuple[str, ...],
     block_size: int,
+    no_smoothing: bool,
     max_length: int,
     limit: int | None,
     dtype: Dtype | None,
@@ -83,6 +90,7 @@ def command(
             weights=weights,
             wide=wide,
             block_size=block_size,
+            smoothing=not no_smoothing,
             max_length=max_length,
             limit=limit,
             dtype=dtype,

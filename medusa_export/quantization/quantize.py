@@ -35,6 +35,7 @@ def quantize(
     weights: IntegerType = defaults.QUANTIZED_WEIGHTS,
     wide: Sequence[str] = (),
     block_size: int = defaults.BLOCK_SIZE,
+    smoothing: bool = True,
     max_length: int = defaults.QUALITY_LENGTH,
     limit: int | None = None,
     dtype: Dtype | None = None,
@@ -55,6 +56,8 @@ def quantize(
         weights: ``int4``, in blocks with zero points, or ``int8``, in blocks without.
         wide: The last parts of the names of modules that are int8 in any case, such as ``down_proj``.
         block_size: Columns that share a scale, a power of two.
+        smoothing: Balance the sizes of columns between the inputs and the weights of linear layers first. The model
+            computes the same, and products with integers lose less when they round their inputs.
         max_length: Largest number of tokens of a conversation; the rest is cut off.
         limit: Largest number of conversations; None for all.
         dtype: Type of the model's weights, and of the scales; bf16 on a GPU and fp32 elsewhere if None.
@@ -98,7 +101,7 @@ def quantize(
         weight.copy_(made.dequantized())
         found[linear.name] = made
 
-    for_each_linear(base, samples, rounded, on_progress)
+    for_each_linear(base, samples, rounded, on_progress, smoothing=smoothing)
     on_progress(Progress(f"writing {target}"))
     save_quantized(base, tokenizer, found, target)
     return found
