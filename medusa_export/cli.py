@@ -16,6 +16,7 @@ COMMANDS = {
     "onnx": "Compile a model with MEDUSA heads to an ONNX bundle.",
     "trt": "Compile a bundle to a TensorRT engine.",
     "generate": "Answer a prompt with a bundle.",
+    "serve": "Serve a bundle over HTTP with OpenAI's API.",
     "inspect": "Show what is in a bundle.",
     "verify": "Check a bundle against PyTorch.",
     "distill": "Have a model write training data for its heads.",

@@ -1,0 +1,1 @@
+"""An HTTP server with OpenAI's API over a ``MedusaService``: ``python -m medusa_runtime.server BUNDLE``."""

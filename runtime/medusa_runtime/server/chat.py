@@ -1,0 +1,196 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Self
+
+from medusa_runtime.server.api import Api, Asked
+from medusa_runtime.server.chat_prompt import chat_prompt
+from medusa_runtime.server.generation import Delta, Generation
+from medusa_runtime.server.logprobs import chat_logprobs
+from medusa_runtime.server.output.parts import Call
+from medusa_runtime.server.schema.answers import (
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ToolCall,
+)
+from medusa_runtime.server.schema.base import JsonObject
+from medusa_runtime.server.schema.chat import ChatRequest
+from medusa_runtime.server.streaming import Event
+from medusa_runtime.server.translate import (
+    check_model,
+    check_served,
+    check_top_logprobs,
+    new_tokens,
+    request_options,
+)
+
+
+@dataclass
+class ChatJob:
+    """A chat that is answered.
+
+    Attributes:
+        api: What all endpoints share.
+        request: The request.
+        generation: The answers.
+        id: Identifier of the answer.
+        created: Unix time of the request.
+    """
+
+    api: Api
+    request: ChatRequest
+    generation: Generation
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def begin(cls, api: Api, data: bytes, client: str) -> Self:
+        """Checks, renders, encodes and submits a request.
+
+        Args:
+            api: What all endpoints share.
+            data: The body.
+            client: The client that asks.
+
+        Raises:
+            ApiError: The request is refused; so do pydantic's ``ValidationError`` and ``MedusaError``.
+        """
+        request = ChatRequest.model_validate_json(data)
+        settings, service = api.settings, api.service
+        check_model(settings.names, request.model)
+        check_served(request)
+        check_top_logprobs(service, request, "top_logprobs", request.top_logprobs or 0)
+        prompt = chat_prompt(
+            service.tokenizer,
+            api.form,
+            request.messages,
+            max_tokens=service.max_tokens,
+            tools=request.tools,
+            tool_choice=str(request.tool_choice),
+            variables=template_variables(request.chat_template_kwargs, request.reasoning_effort),
+        )
+        asked_for = request.max_completion_tokens or request.max_tokens
+        most = new_tokens(service, len(prompt.token_ids), asked_for, most_prompt=settings.max_prompt_tokens)
+        answers = []
+        for index in range(request.n or 1):
+            options = request_options(
+                service,
+                request,
+                index=index,
+                logprobs=bool(request.logprobs),
+                timeout=settings.request_seconds,
+            )
+            options["max_new_tokens"] = most
+            options["stop"] = request.stop or ()
+            options["shown_token_ids"] = api.form.shown_token_ids
+            parser = api.form.parser(prompt.text, prompt.tool_names, one_call=request.parallel_tool_calls is False)
+            answers.append(Asked(0, prompt.token_ids, options, parser))
+        return cls(api, request, api.submit(client, answers))
+
+    @property
+    def stream(self) -> bool:
+        """True if the answer comes as events."""
+        return bool(self.request.stream)
+
+    async def answer(self) -> ChatCompletion:
+        """The complete answer."""
+        deltas = await self.generation.whole()
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.api.model,
+            "choices": [
+                {
+                    "index": delta.choice.index,
+                    "message": self._message(delta),
+                    "logprobs": self._logprobs(delta),
+                    "finish_reason": delta.finish_reason or "stop",
+                }
+                for delta in deltas
+            ],
+            "usage": self.generation.usage,
+        }
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The chunks of the answer."""
+        include_usage = bool(self.request.stream_options and self.request.stream_options.include_usage)
+        for choice in self.generation.choices:
+            yield self._chunk(choice.index, {"role": "assistant", "content": ""}, include_usage=include_usage)
+        async for delta in self.generation.deltas(self.api.settings.keep_alive_seconds):
+            if delta is None:
+                yield None
+                continue
+            added = self._added(delta)
+            if added or delta.result is not None or delta.logprobs:
+                yield self._chunk(delta.choice.index, added, delta, include_usage=include_usage)
+        if include_usage:
+            chunk = self._chunk(0, {}, include_usage=True)
+            yield {**chunk, "choices": [], "usage": self.generation.usage}
+
+    def _chunk(self, index: int, added: ChatDelta, delta: Delta | None = None, *, include_usage: bool) -> ChatChunk:
+        chunk: ChatChunk = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.api.model,
+            "choices": [
+                {
+                    "index": index,
+                    "delta": added,
+                    "logprobs": None if delta is None else self._logprobs(delta),
+                    "finish_reason": delta.finish_reason if delta else None,
+                }
+            ],
+        }
+        if include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        return chat_logprobs(self.api.service.tokenizer, delta, self.request.top_logprobs)
+
+    def _message(self, delta: Delta) -> ChatMessage:
+        calls = [self._tool_call(call) for call in delta.calls]
+        message: ChatMessage = {
+            "role": "assistant",
+            "content": delta.content or (None if calls else ""),
+            "refusal": None,
+        }
+        if delta.reasoning:
+            message["reasoning_content"] = delta.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def _added(self, delta: Delta) -> ChatDelta:
+        added: ChatDelta = {}
+        if delta.content:
+            added["content"] = delta.content
+        if delta.reasoning:
+            added["reasoning_content"] = delta.reasoning
+        if delta.calls:
+            first = delta.choice.calls - len(delta.calls)
+            added["tool_calls"] = [
+                {"index": number, **self._tool_call(call)} for number, call in enumerate(delta.calls, start=first)
+            ]
+        return added
+
+    def _tool_call(self, call: Call) -> ToolCall:
+        form = self.api.form.tools
+        length = form.id_length if form else 0
+        name = secrets.token_hex(length // 2 + 1)[:length] if length else f"call_{secrets.token_hex(12)}"
+        return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def template_variables(given: JsonObject | None, effort: str | None) -> JsonObject:
+    """The variables of a chat template that a request sets."""
+    return (given or {}) | ({} if effort is None else {"reasoning_effort": effort})

@@ -1,0 +1,203 @@
+"""The answers to one HTTP request while they are generated: their parts as they come, and their figures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from medusa_runtime.errors import MedusaError
+from medusa_runtime.handle import RequestHandle
+from medusa_runtime.request import Chunk, GenerationResult, Stats
+from medusa_runtime.server.output.parts import Call, Content, OutputParser, Part, Reasoning
+from medusa_runtime.server.schema.answers import FinishReason, Usage
+
+
+@dataclass
+class Choice:
+    """One of the answers.
+
+    Attributes:
+        index: Its index.
+        prompt: Index of its prompt.
+        handle: The service's handle.
+        parser: The parser of its text.
+        reasoning_tokens: Tokens of steps that gave reasoning alone.
+        calls: Number of its tool calls so far.
+    """
+
+    index: int
+    prompt: int
+    handle: RequestHandle
+    parser: OutputParser
+    reasoning_tokens: int = 0
+    calls: int = 0
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Yields what each step adds. The last one has the result."""
+        async for chunk in self.handle:
+            parts = self._fed(chunk)
+            yield Delta(self, parts, chunk.token_ids, chunk.logprobs)
+        result = await self.handle.aresult()
+        yield Delta(self, self._counted(self.parser.finish()), result=result)
+
+    async def whole(self) -> Delta:
+        """The complete answer."""
+        parts: list[Part] = []
+        async for chunk in self.handle:
+            parts += self._fed(chunk)
+        result = await self.handle.aresult()
+        parts += self._counted(self.parser.finish())
+        return Delta(self, parts, result.token_ids, result.logprobs, result)
+
+    def _fed(self, chunk: Chunk) -> list[Part]:
+        parts = self._counted(self.parser.feed(chunk.text))
+        if parts and all(isinstance(part, Reasoning) for part in parts):
+            self.reasoning_tokens += len(chunk.token_ids)
+        return parts
+
+    def _counted(self, parts: Iterator[Part]) -> list[Part]:
+        found = list(parts)
+        self.calls += sum(isinstance(part, Call) for part in found)
+        return found
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step adds to an answer, or a complete answer.
+
+    Attributes:
+        choice: The answer.
+        parts: The parts of its text.
+        token_ids: The tokens.
+        logprobs: Their log probabilities, if they were asked for.
+        result: The result, at the end.
+    """
+
+    choice: Choice
+    parts: Sequence[Part]
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] | None = None
+    result: GenerationResult | None = None
+
+    @property
+    def content(self) -> str:
+        """The text of its content."""
+        return "".join(part.text for part in self.parts if isinstance(part, Content))
+
+    @property
+    def reasoning(self) -> str:
+        """The text of its reasoning."""
+        return "".join(part.text for part in self.parts if isinstance(part, Reasoning))
+
+    @property
+    def calls(self) -> list[Call]:
+        """Its tool calls."""
+        return [part for part in self.parts if isinstance(part, Call)]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the answer has ended; None before."""
+        if self.result is None:
+            return None
+        if self.choice.calls and self.result.finish_reason == "stop":
+            return "tool_calls"
+        return "length" if self.result.finish_reason == "length" else "stop"
+
+
+@dataclass
+class Generation:
+    """The answers to one request. At its end it cancels those that still run.
+
+    Attributes:
+        choices: The answers.
+        at_end: What to do at the end.
+    """
+
+    choices: Sequence[Choice]
+    at_end: ExitStack = field(repr=False)
+
+    async def whole(self) -> list[Delta]:
+        """The complete answers."""
+        return [await choice.whole() for choice in self.choices]
+
+    async def deltas(self, quiet_seconds: float) -> AsyncIterator[Delta | None]:
+        """Yields what steps add to the answers, as it comes.
+
+        Args:
+            quiet_seconds: Seconds without a step after which None is yielded.
+
+        Raises:
+            MedusaError: An answer ended with an error.
+        """
+        queue: asyncio.Queue[Delta | MedusaError] = asyncio.Queue(maxsize=len(self.choices))
+
+        async def follow(choice: Choice) -> None:
+            try:
+                async for delta in choice.deltas():
+                    await queue.put(delta)
+            except MedusaError as error:
+                await queue.put(error)
+
+        tasks = [asyncio.create_task(follow(choice)) for choice in self.choices]
+        left = len(tasks)
+        try:
+            while left:
+                try:
+                    async with asyncio.timeout(quiet_seconds):
+                        found = await queue.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                if isinstance(found, MedusaError):
+                    raise found
+                left -= found.result is not None
+                yield found
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    @property
+    def usage(self) -> Usage:
+        """Numbers of tokens so far. A prompt counts once, however many answers it has."""
+        firsts = {choice.prompt: choice.handle.stats for choice in reversed(self.choices)}.values()
+        stats = [choice.handle.stats for choice in self.choices]
+        prompt = sum(of.prompt_tokens for of in firsts)
+        completion = sum(of.completion_tokens for of in stats)
+        accepted = sum(map(accepted_drafts, stats))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(of.cached_tokens for of in firsts)},
+            "completion_tokens_details": {
+                "reasoning_tokens": sum(choice.reasoning_tokens for choice in self.choices),
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": max(0, sum(map(drafted, stats)) - accepted),
+            },
+        }
+
+    def close(self) -> None:
+        """Cancels the answers that still run."""
+        self.at_end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def accepted_drafts(stats: Stats) -> int:
+    """Drafted tokens that steps of a request accepted."""
+    return sum((length - 1) * times for length, times in list(stats.accepted_lengths.items()))
+
+
+def drafted(stats: Stats) -> int:
+    """Drafted tokens that steps of a request verified."""
+    return sum((size - 1) * times for size, times in list(stats.tree_sizes.items()))

@@ -1,0 +1,186 @@
+"""``POST /v1/responses``, for text and functions. Responses are not stored."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from medusa_runtime.errors import RequestError
+from medusa_runtime.server.api import Api, Asked
+from medusa_runtime.server.chat import template_variables
+from medusa_runtime.server.chat_prompt import chat_prompt
+from medusa_runtime.server.generation import Generation
+from medusa_runtime.server.output.parts import Part as OutputPart
+from medusa_runtime.server.response_events import Item, ResponseEvents, items_of
+from medusa_runtime.server.schema.chat import CalledFunction, Function, Message, MessageToolCall, Tool
+from medusa_runtime.server.schema.responses import InputItem, ResponsesRequest
+from medusa_runtime.server.streaming import Event
+from medusa_runtime.server.translate import (
+    check_model,
+    check_served,
+    check_top_logprobs,
+    new_tokens,
+    request_options,
+)
+
+# A response's JSON object, which has the type of OpenAI's ``Response``.
+Response = dict[str, Any]
+
+
+@dataclass
+class ResponseJob:
+    """A response that is generated.
+
+    Attributes:
+        api: What all endpoints share.
+        request: The request.
+        generation: The answer.
+        id: Identifier of the response.
+        created: Unix time of the request.
+    """
+
+    api: Api
+    request: ResponsesRequest
+    generation: Generation
+    id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(24)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def begin(cls, api: Api, data: bytes, client: str) -> Self:
+        """Checks, renders, encodes and submits a request. Arguments and errors are those of ``ChatJob.begin``."""
+        request = ResponsesRequest.model_validate_json(data)
+        settings, service = api.settings, api.service
+        check_model(settings.names, request.model)
+        check_served(request)
+        check_top_logprobs(service, request, "top_logprobs", request.top_logprobs or 0)
+        effort = (request.reasoning or {}).get("effort")
+        prompt = chat_prompt(
+            service.tokenizer,
+            api.form,
+            messages_of(request),
+            max_tokens=service.max_tokens,
+            tools=[
+                Tool(type="function", function=Function(**tool.model_dump(exclude={"type"})))
+                for tool in request.tools or ()
+            ],
+            tool_choice=str(request.tool_choice),
+            variables=template_variables(request.chat_template_kwargs, effort if isinstance(effort, str) else None),
+        )
+        most = new_tokens(
+            service, len(prompt.token_ids), request.max_output_tokens, most_prompt=settings.max_prompt_tokens
+        )
+        options = request_options(service, request, index=0, logprobs=False, timeout=settings.request_seconds)
+        options["max_new_tokens"] = most
+        options["shown_token_ids"] = api.form.shown_token_ids
+        parser = api.form.parser(prompt.text, prompt.tool_names, one_call=request.parallel_tool_calls is False)
+        return cls(api, request, api.submit(client, [Asked(0, prompt.token_ids, options, parser)]))
+
+    @property
+    def stream(self) -> bool:
+        """True if the response comes as events."""
+        return bool(self.request.stream)
+
+    async def answer(self) -> Response:
+        """The complete response."""
+        (delta,) = await self.generation.whole()
+        return self._response(items_of(delta.parts), delta.finish_reason)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The events of the response."""
+        events = ResponseEvents()
+        yield events.numbered("response.created", response=self._response([], None))
+        yield events.numbered("response.in_progress", response=self._response([], None))
+        reason = None
+        async for delta in self.generation.deltas(self.api.settings.keep_alive_seconds):
+            if delta is None:
+                yield None
+                continue
+            parts: Sequence[OutputPart] = delta.parts
+            for part in parts:
+                for found in events.add(part):
+                    yield found
+            reason = delta.finish_reason
+        for found in events.finish():
+            yield found
+        kind = "response.incomplete" if reason == "length" else "response.completed"
+        yield events.numbered(kind, response=self._response(events.items, reason))
+
+    def _response(self, items: Sequence[Item], reason: str | None) -> Response:
+        request = self.request
+        status = {None: "in_progress", "length": "incomplete"}.get(reason, "completed")
+        usage = self.generation.usage
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": request.metadata or {},
+            "model": self.api.model,
+            "output": [item.answer(status) for item in items],
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": 1.0 if request.temperature is None else request.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": request.tool_choice or "auto",
+            "tools": [
+                {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
+                for tool in request.tools or ()
+            ],
+            "top_p": 1.0 if request.top_p is None else request.top_p,
+            "truncation": "disabled",
+            "usage": None
+            if reason is None
+            else {
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": {"cache_write_tokens": 0, **usage["prompt_tokens_details"]},
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": usage["completion_tokens_details"],
+                "total_tokens": usage["total_tokens"],
+            },
+            "user": request.user,
+        }
+
+
+def messages_of(request: ResponsesRequest) -> list[Message]:
+    """The messages of a chat that say what a request's instructions and input say.
+
+    Raises:
+        RequestError: An item has a type that this server does not read, or lacks a field.
+    """
+    messages = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
+    if isinstance(request.input, str):
+        return [*messages, Message(role="user", content=request.input)]
+    for number, item in enumerate(request.input):
+        if item.type == "reasoning":  # chat templates leave out earlier reasoning
+            continue
+        message = _message(item, number)
+        last = messages[-1] if messages else None
+        if message.tool_calls and last is not None and last.role == "assistant":
+            last.tool_calls = [*(last.tool_calls or ()), *message.tool_calls]
+        else:
+            messages.append(message)
+    return messages
+
+
+def _message(item: InputItem, number: int) -> Message:
+    match item.type:
+        case "message" if item.role is not None:
+            return Message(role=item.role, content=item.content)
+        case "function_call" if item.name is not None:
+            function = CalledFunction(name=item.name, arguments=item.arguments or "{}")
+            return Message(role="assistant", tool_calls=[MessageToolCall(id=item.call_id, function=function)])
+        case "function_call_output" if item.output is not None:
+            return Message(role="tool", content=item.output, tool_call_id=item.call_id)
+        case "message" | "function_call" | "function_call_output":
+            raise RequestError(f"Item {number} of the input, a {item.type}, lacks a field: see the API's reference.")
+        case _:
+            raise RequestError(f"Item {number} of the input has the type {item.type!r:.80}, which is not read here.")

@@ -1,0 +1,1 @@
+"""The JSON objects that the server reads and writes."""

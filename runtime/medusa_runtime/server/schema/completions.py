@@ -1,0 +1,29 @@
+"""The body of ``POST /v1/completions``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from medusa_runtime.server.schema.base import CompletionFields
+
+TokenIds = Annotated[list[int], Field(min_length=1)]
+
+
+class CompletionRequest(CompletionFields):
+    """A request to continue one text or several.
+
+    Attributes:
+        prompt: A text, token ids, or a list of either.
+        echo: If true, the answer begins with the prompt.
+        logprobs: Number of most likely tokens to give for each place. Above 0 only for greedy answers, and then 1.
+        best_of: Equal to ``n``.
+        suffix: Is refused.
+    """
+
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    suffix: str | None = None

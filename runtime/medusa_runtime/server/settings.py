@@ -1,0 +1,75 @@
+"""The settings of a server, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_runtime.errors import MedusaError
+from medusa_runtime.server.output.formats import ReasoningFormat
+
+
+class SettingError(MedusaError):
+    """A setting of the server that makes no sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a server.
+
+    Attributes:
+        bundle: The bundle's folder.
+        backend: As for ``MedusaService.load``; ``rows``, ``threads`` and ``max_queue``, too.
+        rows: Requests that run at a time.
+        threads: CPU threads of one step; None for all that this process may use.
+        max_queue: Requests that may wait for a row.
+        model_names: Names of the model; the folder's name if there are none.
+        api_keys: Keys of which a request must have one; none is asked for if there are none.
+        cors_origins: Origins whose pages may use the server; ``*`` for all.
+        max_body: The most bytes of a request's body.
+        max_prompt_tokens: The most tokens of a prompt; None for what the model holds.
+        max_client_requests: Answers that one client may wait for at a time; None for no limit. A client is an API key,
+            or an address if no keys are asked for.
+        request_seconds: Seconds after which a request ends with an error; None for no limit.
+        drain_seconds: Seconds that requests may take to end after SIGTERM.
+        keep_alive_seconds: Seconds without a chunk after which a stream gets a comment.
+        tool_format: Name of the format of tool calls, ``auto`` or ``none``.
+        reasoning_format: ``auto``, ``think`` or ``none``.
+    """
+
+    bundle: Path
+    backend: str = "auto"
+    rows: int = 4
+    threads: int | None = None
+    max_queue: int = 256
+    model_names: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body: int = 4 * 2**20
+    max_prompt_tokens: int | None = None
+    max_client_requests: int | None = None
+    request_seconds: float | None = None
+    drain_seconds: float = 30.0
+    keep_alive_seconds: float = 10.0
+    tool_format: str = "auto"
+    reasoning_format: ReasoningFormat = "auto"
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise SettingError(
+                    "An API key is empty or holds a space or a character that is not ASCII: use letters and digits."
+                )
+        for name in ("max_body", "max_prompt_tokens", "max_client_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"`{name}` is {value}: expected a number of at least 1.")
+        for name in ("request_seconds", "keep_alive_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingError(f"`{name}` is {value}: expected more than 0 seconds.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the model. Answers hold the first."""
+        return self.model_names or (self.bundle.resolve().name,)
