@@ -15,7 +15,7 @@ from onnxscript import values
 from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
-from medusa_export.compat.onnxscript import fold_constants
+from medusa_export.compat.onnxscript import fold_constants, unread_sources
 from medusa_export.compat.torch import export_program, quiet_tracing, tracing_once
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
@@ -240,7 +240,7 @@ def translate(program: torch.export.ExportedProgram) -> ir.Model:
         ExportError: An operator can't be translated.
     """
     try:
-        with tracing_once():
+        with tracing_once(), unread_sources():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.onnx._internal.exporter import _fx_passes
+from torch.onnx._internal.fx.passes import type_promotion
 
+from medusa_export.compat.onnxscript import unread_sources
 from medusa_export.compat.torch import export_program, tracing_once
 
+RUN_NODE = type_promotion._TypePromotionInterpreter.run_node
 _NUMBERS = torch.tensor([[3.7, -1.2, 0.0], [2.0, 5.5, -4.0]])
 
 
@@ -51,8 +54,36 @@ class _Nested(nn.Module):
             return x & x if x.dtype == torch.bool else x * x
 
 
+class _Promoted(nn.Module):
+    """Operations on several types, whose results have a type that not all arguments have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.arange(x.shape[1])
+        half = x.to(torch.float16) * 0.5 + whole
+        return torch.where(whole > 1, x / whole.add(1), half) ** 2
+
+
+def translated(module: nn.Module) -> torch.onnx.ONNXProgram:
+    program = export_program(module, (_NUMBERS,), {}, ({0: torch.export.Dim.DYNAMIC},))
+    exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=24)
+    assert exported is not None
+    return exported
+
+
+@pytest.mark.parametrize("module", [_Promoted(), _Renamed()], ids=str)
+def test_types_are_promoted_as_by_a_second_trace(monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> None:
+    with tracing_once(), unread_sources():
+        once = translated(module)
+    with tracing_once():
+        monkeypatch.setattr(type_promotion._TypePromotionInterpreter, "run_node", RUN_NODE)
+        twice = translated(module)
+    assert once.model_proto.graph == twice.model_proto.graph
+
+
 @pytest.mark.parametrize(
-    ("module", "times"), [(_Renamed(), 0), (_Empty(), 0), (_InPlace(), 1), (_Repeated(), 1), (_Nested(), 1)], ids=str
+    ("module", "times"),
+    [(_Renamed(), 0), (_Empty(), 0), (_InPlace(), 1), (_Repeated(), 1), (_Nested(), 1)],
+    ids=str,
 )
 def test_a_program_is_traced_again_only_if_it_must(
     monkeypatch: pytest.MonkeyPatch, module: nn.Module, times: int
@@ -65,10 +96,8 @@ def test_a_program_is_traced_again_only_if_it_must(
         return decompose(*args)
 
     monkeypatch.setattr(_fx_passes, "decompose_with_registry", counted)
-    program = export_program(module, (_NUMBERS,), {}, ({0: torch.export.Dim.DYNAMIC},))
     with tracing_once():
-        exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=24)
-    assert exported is not None
+        exported = translated(module)
     session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString())
     (result,) = session.run(None, {session.get_inputs()[0].name: _NUMBERS.numpy()})
     np.testing.assert_array_equal(result, module(_NUMBERS).numpy())
