@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from medusa_runtime.backends.onnxruntime.huge_pages import private_memory, use_huge_pages
 from medusa_runtime.backends.onnxruntime.row_rules import overflows
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle
 from medusa_runtime.bundles.listed_folder import leads_outside, open_regular
 from medusa_runtime.common.processes import keep_in_children
 from medusa_runtime.errors import BackendError
-from medusa_runtime.tuning import DYNAMIC_BLOCKS
+from medusa_runtime.tuning import DYNAMIC_BLOCKS, HUGE_PAGES_PATIENCE
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}  # fp32 is fp32, as everywhere else
@@ -78,6 +79,8 @@ def open_session(bundle: Bundle, graph: Path | bytes, *, threads: int, provider:
     weights = _linked_weights(bundle)
     if weights is not None:
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+    on_huge_pages = bundle.weights.has_integers and provider == CPU
+    before = private_memory() if on_huge_pages else []
     try:
         session = ort.InferenceSession(
             graph if isinstance(graph, bytes) else str(graph),
@@ -97,6 +100,8 @@ def open_session(bundle: Bundle, graph: Path | bytes, *, threads: int, provider:
             "have the versions that it needs."
         )
     keep_in_children(session)
+    if on_huge_pages:
+        use_huge_pages(before, HUGE_PAGES_PATIENCE)
     return session
 
 
