@@ -45,7 +45,8 @@ def bundle_weights(bundle: Bundle) -> StoredWeights:
     stored = bundle.weights
     if stored.layers is None:
         return StoredWeights(_FLOATS[bundle.dtype], same=True)
-    kind = stored.layers if stored.layers == "fp8" else _blocks(stored.layers, stored.block_size)
+    has_blocks = stored.layers in ("int4", "int8")
+    kind = _blocks(stored.layers, stored.block_size) if has_blocks else stored.layers
     return StoredWeights(kind, same=True)
 
 

@@ -34,10 +34,13 @@ class LeftInFiles:
         readers: The functions that read the weights, by the weights' names in the model.
         sources: The tensor of a file that a weight is, by the weight's name in the model. Weights that transformers
             makes of several tensors, or converts, are not here.
+        stacks: The tensors of files that a stack of matrices is made of, by the stack's name in the model: for each
+            matrix, the tensors whose rows it has.
     """
 
     readers: dict[str, Reader] = field(default_factory=dict)
     sources: dict[str, object] = field(default_factory=dict)
+    stacks: dict[str, list[list[object]]] = field(default_factory=dict)
 
 
 _loading: Any = core_model_loading
@@ -99,6 +102,8 @@ def _recording(convert: Callable[..., dict[str, Any]], left: LeftInFiles) -> Cal
         empty = _renamed(transform, sources)
         if empty is None:
             made = {name: _single(value) for name, value in run(**given).items()}
+            if len(made) == 1 and (stack := _stack(transform, sources)) is not None:
+                left.stacks[next(iter(made))] = stack
         else:
             made = empty
             left.sources[transform.target_patterns[0]] = sources[transform.source_patterns[0]][0].args[0]
@@ -120,6 +125,19 @@ def _renamed(transform: Any, sources: dict[str, list[Any]]) -> dict[str, Tensor]
     ((tensor, _, dtype),) = (job.args for job in sources[transform.source_patterns[0]])
     shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
     return {transform.target_patterns[0]: torch.empty(tuple(shape), dtype=dtype, device="meta")}
+
+
+def _stack(transform: Any, sources: dict[str, list[Any]]) -> list[list[object]] | None:
+    """The tensors that each matrix of a stack is made of; None for a transform that does anything else.
+
+    Such a transform stacks the matrices of all experts [E, N, K], and may join two such stacks along N.
+    """
+    steps = [(type(step), getattr(step, "dim", None)) for step in getattr(transform, "operations", ())]
+    stacked = [(_loading.MergeModulelist, 0)]
+    if transform.quantization_operation is not None or steps not in (stacked, [*stacked, (_loading.Concatenate, 1)]):
+        return None
+    patterns = [[job.args[0] for job in sources[pattern]] for pattern in transform.source_patterns]
+    return [list(tensors) for tensors in zip(*patterns, strict=True)]
 
 
 def _is_buffer(model: PreTrainedModel, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -35,7 +35,8 @@ class StepWeights:
         readers: Functions that read weights of the base model that are placeholders in the step, by their names there.
         check: Called with the name in the step and the values of each weight that is read. It raises an error to
             refuse them.
-        blocks: Weights of the base model that their file holds in blocks of integers, by their names there.
+        blocks: Weights of the base model that their file holds in blocks of integers, by their names there. A matrix in
+            a stack has the stack's name, a point, and its place.
         packed: How files store weights of the base model that are dequantized when they are read, by their names there.
 
     Attributes:
@@ -60,7 +61,9 @@ class StepWeights:
         # A weight that is tied to another has the reader of the other.
         known = {id(step.model.get_parameter(name)): read for name, read in readers.items()}
         self._readers = {name: known.get(id(weight)) for name, weight in self._parameters.items()}
-        self._blocks = {id(step.model.get_parameter(name)): stored for name, stored in blocks.items()}
+        own = dict(step.model.named_parameters(remove_duplicate=False))
+        self._blocks = {id(own[name]): stored for name, stored in blocks.items() if name in own}
+        self._parts = {(id(own[stack]), place): stored for stack, place, stored in _in_stacks(blocks, own)}
         self._packed = {id(step.model.get_parameter(name)): kind for name, kind in packed.items()}
         self.dequantized: dict[str, str] = {}
 
@@ -81,11 +84,18 @@ class StepWeights:
             weight.dtype,
             self._role(name, weight),
             is_table=is_table,
-            blocks=self._blocks_of(name),
+            blocks=self._checked(name, self._blocks.get(id(weight))),
+            parts=self._parts_of(name),
         )
 
-    def _blocks_of(self, name: str) -> StoredBlocks | None:
-        stored = self._blocks.get(id(self._parameters[name]))
+    def _parts_of(self, name: str) -> tuple[StoredBlocks | None, ...]:
+        weight = self._parameters[name]
+        if weight.ndim != 3:
+            return ()
+        return tuple(self._checked(name, self._parts.get((id(weight), place))) for place in range(len(weight)))
+
+    def _checked(self, name: str, stored: StoredBlocks | None) -> StoredBlocks | None:
+        """The same blocks, whose values are checked when they are read."""
         if stored is None:
             return None
 
@@ -124,6 +134,7 @@ class LazyWeight(ir.LazyTensor):
         role: The part of the model that uses the weight.
         is_table: The model looks rows up in it by token.
         blocks: The weight in blocks of integers that hold it exactly; None if there are none.
+        parts: The same for each matrix of a stack; empty for other weights.
 
     Attributes:
         read: Makes the values.
@@ -131,6 +142,7 @@ class LazyWeight(ir.LazyTensor):
         role: The part of the model that uses the weight.
         is_table: The model looks rows up in it by token.
         blocks: The weight in blocks of integers that hold it exactly; None if there are none.
+        parts: The same for each matrix of a stack; empty for other weights.
     """
 
     def __init__(
@@ -143,6 +155,7 @@ class LazyWeight(ir.LazyTensor):
         *,
         is_table: bool = False,
         blocks: StoredBlocks | None = None,
+        parts: Sequence[StoredBlocks | None] = (),
     ) -> None:
         super().__init__(
             lambda: TorchTensor(self.read().contiguous(), name),
@@ -155,6 +168,17 @@ class LazyWeight(ir.LazyTensor):
         self.role = role
         self.is_table = is_table
         self.blocks = blocks
+        self.parts = parts
+
+
+def _in_stacks(
+    blocks: Mapping[str, StoredBlocks], weights: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, int, StoredBlocks]]:
+    """Yields the stack, the place and the blocks of each matrix in a stack."""
+    for name, stored in blocks.items():
+        stack, _, place = name.rpartition(".")
+        if name not in weights and stack in weights and place.isdigit():
+            yield stack, int(place), stored
 
 
 def weight_of(value: ir.Value) -> LazyWeight:

@@ -57,7 +57,8 @@ class LoadedModel:
         mismatched: Weights of other shapes in the files: name, shape in the files, shape in the model.
         readers: Functions that read the weights that are still in the files, by the weights' names in the model. In
             the model these weights are placeholders, which have a shape and a dtype, but no values.
-        blocks: Those of these weights that blocks of integers hold exactly, by the same names.
+        blocks: Those of these weights that blocks of integers hold exactly, by the same names. A matrix in a stack has
+            the stack's name, a point, and its place.
         packed: How those of these weights are stored that are dequantized when they are read, by the same names.
     """
 
@@ -181,8 +182,8 @@ def from_pretrained(
 def left_in_files(loaded: LoadedModel, left: LeftInFiles, precision: Precision) -> LoadedModel:
     """A model that was loaded inside ``weights_left_in_files``, with placeholders and with readers of its weights."""
     with_placeholders(loaded.model)
-    blocks, packed = exact_blocks(left.sources, precision.dtype), packed_kinds(left.sources)
-    return replace(loaded, readers=left.readers, blocks=blocks, packed=packed)
+    blocks = exact_blocks(left.sources, left.stacks, precision.dtype)
+    return replace(loaded, readers=left.readers, blocks=blocks, packed=packed_kinds(left.sources, left.stacks))
 
 
 FORMATS: Registry[type[Checkpoint]] = Registry("weight format", "medusa_export.weight_formats")

@@ -101,20 +101,37 @@ class PackedTensor:
         return self.read()[index]
 
 
-def exact_blocks(sources: Mapping[str, object], dtype: torch.dtype) -> dict[str, StoredBlocks]:
-    """The tensors of a file that blocks hold exactly.
+def exact_blocks(
+    sources: Mapping[str, object], stacks: Mapping[str, Sequence[Sequence[object]]], dtype: torch.dtype
+) -> dict[str, StoredBlocks]:
+    """The tensors of a file that blocks hold exactly, by the names of the model's weights.
+
+    The name of a matrix in a stack is the stack's name, a point, and the matrix's place.
 
     Args:
         sources: Tensors of files, by the names of the model's weights that they are.
+        stacks: Tensors of files that stacks of matrices are made of, by the stack's name: for each matrix, the tensors
+            whose rows it has.
         dtype: The dtype that the model computes in.
     """
     blocks = {name: source.blocks for name, source in sources.items() if isinstance(source, Packed)}
+    for name, matrices in stacks.items():
+        for index, parts in enumerate(matrices):
+            blocks[f"{name}.{index}"] = joined_blocks(
+                [part.blocks if isinstance(part, Packed) else None for part in parts]
+            )
     return {name: stored for name, stored in blocks.items() if stored is not None and stored.exact_in(dtype)}
 
 
-def packed_kinds(sources: Mapping[str, object]) -> dict[str, str]:
-    """The storage of each weight that is dequantized when it is read, by the weight's name."""
-    kinds = {name: source.kind for name, source in sources.items() if isinstance(source, Packed)}
+def packed_kinds(sources: Mapping[str, object], stacks: Mapping[str, Sequence[Sequence[object]]]) -> dict[str, str]:
+    """The storage of each weight that is dequantized when it is read, by the weight's name.
+
+    Args:
+        sources: As for ``exact_blocks``.
+        stacks: As for ``exact_blocks``.
+    """
+    firsts = {**sources, **{name: matrices[0][0] for name, matrices in stacks.items()}}
+    kinds = {name: source.kind for name, source in firsts.items() if isinstance(source, Packed)}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 

@@ -6,7 +6,7 @@ projection are taken out. The weights of the other parts stay in their files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from medusa_export.common.errors import ModelNotSupportedError
 from medusa_export.models.checkpoint import LoadedModel
+from medusa_export.models.packed import StoredBlocks
 
 _DECODER, _PROJECTION = "model", "lm_head"
 
@@ -86,9 +87,19 @@ def text_part(loaded: LoadedModel) -> LoadedModel:
         missing=frozenset(names[name] for name in loaded.missing if name in names),
         mismatched=frozenset((names[name], found, own) for name, found, own in loaded.mismatched if name in names),
         readers={names[name]: read for name, read in loaded.readers.items() if name in names},
-        blocks={names[name]: block for name, block in loaded.blocks.items() if name in names},
+        blocks=dict(_renamed_blocks(loaded.blocks, names)),
         packed={names[name]: kind for name, kind in loaded.packed.items() if name in names},
     )
+
+
+def _renamed_blocks(blocks: Mapping[str, StoredBlocks], names: Mapping[str, str]) -> Iterator[tuple[str, StoredBlocks]]:
+    """Yields blocks with the text model's names. A matrix in a stack has the stack's name, a point, and its place."""
+    for name, stored in blocks.items():
+        stack, _, place = name.rpartition(".")
+        if name in names:
+            yield names[name], stored
+        elif stack in names:
+            yield f"{names[stack]}.{place}", stored
 
 
 def whole_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,12 +16,14 @@ from medusa_export.compat.transformers import experts_function, experts_of
 from medusa_export.graph.export import build_graph
 from medusa_export.graph.weights import StepWeights
 from medusa_export.models.checkpoints import open_model
+from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.tree import Tree
 from support.decoding import export
+from support.packed_models import write_packed_experts
 from support.tiny_models import tiny_model
 
 
@@ -74,6 +76,25 @@ def test_stacks_of_experts_are_read_once(folder: Path, tmp_path: Path) -> None:
             assert (stored[f"{prefix}.{name}.{index}.T"] == matrix.T.numpy()).all()
     readers_of = Counter(value for node in model.graph.node if node.op_type == "MatMul" for value in node.input)
     assert all(readers_of[name] == 1 for name in stored if name.startswith(prefix))
+
+
+def test_blocks_of_a_file_are_kept(tmp_path: Path) -> None:
+    """A file holds two matrices per expert, which are one in the model, and a third."""
+    opened = open_model(
+        str(write_packed_experts(tmp_path / "model")), dtype=torch.float32, attn_implementation=ATTENTION_NAME
+    )
+    prefix = "model.layers.0.mlp.experts"
+    assert set(opened.blocks) == {f"{prefix}.{name}.{i}" for name in ("gate_up_proj", "down_proj") for i in range(4)}
+    step = MedusaStep(opened.model, None, Tree(), sampling=False).eval()
+    weights = StepWeights(step, opened.readers, blocks=opened.blocks, packed=opened.packed)
+    graph = build_graph(step, weights=weights, types=WeightTypes(layers="int4")).model.graph
+    for name, stored in opened.blocks.items():
+        stack, _, place = name.rpartition(".")
+        blocks = stored.read()
+        assert torch.equal(blocks.dequantized(), opened.readers[stack]()[int(place)])
+        values = graph.initializers[f"step.model.{name}/int4/values"].const_value
+        assert (values.numpy().astype("uint8") == blocks.values.numpy()).all()
+    assert not weights.dequantized
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from medusa_export.models.blocks import round_to_nearest
+from medusa_export.models.quantized.integers import pack_words
 from support.tiny_models import tiny_model
 
 GROUP = 32
@@ -196,3 +198,21 @@ def _write(folder: Path, model: PreTrainedModel, state: dict[str, Tensor], setti
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     return folder
+
+
+def write_packed_experts(folder: Path) -> Path:
+    """Writes a Mixtral whose experts' matrices are packed by the layout of compressed-tensors, int4 in groups of 32."""
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    for name in [name for name in state if ".experts." in name]:
+        matrix = round_to_nearest(state.pop(name), 4, GROUP, symmetric=False, dtype=torch.float32)
+        assert matrix.zero_points is not None
+        state |= {
+            f"{name}_packed": pack_words(matrix.values, 4),
+            f"{name}_scale": matrix.scales,
+            f"{name}_shape": torch.tensor(matrix.values.shape),
+            f"{name}_zero_point": pack_words(matrix.zero_points.T, 4).T.contiguous(),
+        }
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return _write(folder, model, state, settings)
