@@ -55,6 +55,13 @@ if TYPE_CHECKING:
     "--backend",
     help="Check this backend instead: tensorrt or tensorrt-rtx if BUNDLE is a compiled engine, or onnxruntime-cuda.",
 )
+@click.option(
+    "--offload",
+    type=PATH,
+    metavar="FOLDER",
+    help="Keep the reference's weights in this folder, in four bytes each, while the check runs: for models that don't "
+    "fit in memory.",
+)
 @click.option("--json", "json_path", type=PATH, help="Write a JSON report to this file.")
 @click.option("--junit", "junit_path", type=PATH, help="Write a JUnit report to this file.")
 @quiet_option
@@ -69,6 +76,7 @@ def command(
     prefill_chunks: tuple[int, ...],
     margin: float | None,
     backend: str | None,
+    offload: Path | None,
     json_path: Path | None,
     junit_path: Path | None,
     quiet: bool,
@@ -97,6 +105,7 @@ def command(
             prefill_chunks=prefill_chunks,
             margin=margin,
             backend=backend,
+            offload=offload,
             on_progress=on_progress,
         )
     if json_path is not None:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from medusa_export.common.errors import VerificationError
+from medusa_export.common.progress import OnProgress, ignore_progress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.heads.files import load_heads
 from medusa_export.heads.modules import MedusaHeads
-from medusa_export.models.checkpoints import load_model
+from medusa_export.models.checkpoints import load_model, open_model
+from medusa_export.models.offload import offload
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.text.tokenizer import Tokenizer
 
 
-def load_reference(bundle: Bundle, model: str, heads: str | None, *, text_only: bool = False) -> MedusaStep:
+def load_reference(
+    bundle: Bundle,
+    model: str,
+    heads: str | None,
+    *,
+    text_only: bool = False,
+    offload_folder: Path | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> MedusaStep:
     """Loads the step that a bundle was exported from. Weights are rounded to the bundle's dtype; it computes in fp32.
 
     Args:
@@ -26,14 +37,21 @@ def load_reference(bundle: Bundle, model: str, heads: str | None, *, text_only: 
         model: The base model: a folder, a hub id or a GGUF file.
         text_only: Whether the bundle holds the text model of a larger model.
         heads: The file of heads; None if the bundle has none, or untrained ones.
+        offload_folder: The folder to keep the model's weights in; None to keep them in memory.
+        on_progress: Receives reports.
 
     Raises:
         CheckpointError: The model or the heads can't be read.
+        OutputError: The weights can't be written to the folder.
         ExtensionError: An acceptance rule of the bundle isn't registered.
         VerificationError: The bundle has trained heads and none are given, or heads are given and it has none.
     """
     dtype = getattr(torch, bundle.dtype)
-    base = load_model(model, dtype=dtype, attn_implementation=ATTENTION_NAME, text_only=text_only)
+    if offload_folder is None:
+        base = load_model(model, dtype=dtype, attn_implementation=ATTENTION_NAME, text_only=text_only)
+    else:
+        opened = open_model(model, dtype=dtype, attn_implementation=ATTENTION_NAME, text_only=text_only)
+        base = offload(opened, offload_folder, on_progress)
     attached: DraftHeads | None = None
     if bundle.heads is None or bundle.tree.max_depth == 0:
         if heads is not None:

@@ -195,9 +195,14 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
         matrix = step.get_parameter(stack).detach()[int(index)]
         return matrix, matrix.copy_
     module, attribute = _owner(step, name, is_table)
-    return getattr(module, attribute).detach(), lambda values: setattr(
-        module, attribute, nn.Parameter(values.clone(), requires_grad=False)
-    )
+    weight = getattr(module, attribute)
+    if (
+        weight is not step.model.get_output_embeddings().weight
+        or weight is not step.model.get_input_embeddings().weight
+    ):
+        return weight.detach(), weight.detach().copy_
+    # Of a tied weight, lookups and products may read different numbers.
+    return weight.detach(), lambda values: setattr(module, attribute, nn.Parameter(values.clone(), requires_grad=False))
 
 
 def _owner(step: MedusaStep, name: str, is_table: bool) -> tuple[nn.Module, str]:

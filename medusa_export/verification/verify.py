@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from medusa_export.common import defaults
@@ -46,6 +48,7 @@ def verify(
     prefill_chunks: Sequence[int] = defaults.PREFILL_CHUNKS,
     margin: float | None = None,
     backend: str | None = None,
+    offload: str | PathLike[str] | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Verification:
     """Checks a bundle against PyTorch: logits, every integer of a step, whole generations, and the weights.
@@ -66,6 +69,8 @@ def verify(
             the bundle's dtype.
         backend: The backend to check, such as ``tensorrt``, ``tensorrt-rtx`` or ``onnxruntime-cuda``. If None, every
             graph of the bundle is checked in ONNX Runtime on the CPU.
+        offload: A folder for the reference's weights, which take four bytes each, if they don't fit in memory. They are
+            there while the check runs. None keeps them in memory.
         on_progress: Receives reports.
 
     Returns:
@@ -75,18 +80,39 @@ def verify(
         OptionError: A tree size is larger than the bundle's tree.
         BundleError: The bundle can't be read.
         CheckpointError: The model or the heads can't be read.
+        OutputError: The weights can't be written to ``offload``.
         VerificationError: The bundle was exported from another model, or with other heads.
         BackendError: The backend failed in a step.
     """
     bundle = _opened(bundle, needs_graph=backend is None)
     options = VerifyOptions(max_new_tokens, _sizes(bundle, tree_sizes), prefill_chunks, _tolerances(bundle, margin))
     ids = prompt_ids(bundle, PROMPTS if prompts is None else prompts, chosen=prompts is not None)
-    on_progress(Progress(f"loading {fspath(model)}"))
-    step = load_reference(bundle, fspath(model), None if heads is None else fspath(heads), text_only=text_only)
-    weights = _weights_checks(bundle, fspath(model), step, on_progress)
-    run = partial(verify_bundle, bundle) if backend is None else partial(verify_backend, bundle, backend)
-    outcome = run(step, ids, options, on_progress=on_progress)
+    with _offload_folder(offload) as folder:
+        on_progress(Progress(f"loading {fspath(model)}"))
+        step = load_reference(
+            bundle,
+            fspath(model),
+            None if heads is None else fspath(heads),
+            text_only=text_only,
+            offload_folder=folder,
+            on_progress=on_progress,
+        )
+        weights = _weights_checks(bundle, fspath(model), step, on_progress)
+        run = partial(verify_bundle, bundle) if backend is None else partial(verify_backend, bundle, backend)
+        outcome = run(step, ids, options, on_progress=on_progress)
     return replace(outcome, checks=[*weights, *outcome.checks])
+
+
+@contextmanager
+def _offload_folder(parent: str | PathLike[str] | None) -> Iterator[Path | None]:
+    """Makes a folder of its own in the folder for the reference's weights, and deletes it when the block ends."""
+    if parent is None:
+        yield None
+        return
+    if not Path(parent).is_dir():
+        raise OptionError(f"{fspath(parent)} is no folder: give one that is there as `offload`.")
+    with TemporaryDirectory(dir=parent, prefix="reference-") as folder:
+        yield Path(folder)
 
 
 def _weights_checks(bundle: Bundle, model: str, step: MedusaStep, on_progress: OnProgress) -> list[Check]:

@@ -66,8 +66,11 @@ def test_graphs_share_the_bytes_and_derived_graphs_compute_in_fp32(bundle: Bundl
 
 
 @pytest.mark.slow
-def test_verify_computes_with_the_stored_numbers(bundle: Bundle, model_folder: Path) -> None:
-    outcome = medusa_export.verify(bundle.folder, model_folder, max_new_tokens=8, tree_sizes=[1, "full"])
+def test_verify_computes_with_the_stored_numbers(bundle: Bundle, model_folder: Path, tmp_path: Path) -> None:
+    outcome = medusa_export.verify(
+        bundle.folder, model_folder, max_new_tokens=8, tree_sizes=[1, "full"], offload=tmp_path
+    )
+    assert not list(tmp_path.iterdir())
     assert [check.name for check in outcome.checks if not check.passed] == []
     assert "stored weights" in {check.name for check in outcome.checks}
 
