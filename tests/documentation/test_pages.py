@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = [ROOT / "medusa_export", ROOT / "runtime" / "medusa_runtime"]
-NAMED_PATH = re.compile(r"`((?:medusa_export|runtime|tests|scripts|examples|docs)/[\w./*-]*)(?:::(\w+))?`")
+NAMED_PATH = re.compile(r"`((?:medusa_export|runtime|tests|scripts|docs)/[\w./*-]*)(?:::(\w+))?`")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -106,7 +106,7 @@ def own_cpu() -> int:
 @pytest.mark.skipif("MEDUSA_SMOLLM2_GGUF" not in os.environ, reason="MEDUSA_SMOLLM2_GGUF is not set")
 @pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
 def test_code_blocks_run(name: str, smollm2_bundle: Path, tmp_path: Path) -> None:
-    for entry in ("scripts", "examples", ".cache"):
+    for entry in ("scripts", ".cache"):
         (tmp_path / entry).symlink_to(ROOT / entry)
     search_path = os.pathsep.join(str(package.parent) for package in PACKAGES)
     result = subprocess.run(

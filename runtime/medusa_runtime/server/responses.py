@@ -15,7 +15,7 @@ from medusa_runtime.server.chat_prompt import chat_prompt
 from medusa_runtime.server.generation import Generation
 from medusa_runtime.server.output.parts import Part as OutputPart
 from medusa_runtime.server.response_events import Item, ResponseEvents, items_of
-from medusa_runtime.server.schema.chat import CalledFunction, Function, Message, MessageToolCall, Tool
+from medusa_runtime.server.schema.chat import Function, FunctionCall, Message, MessageToolCall, Tool
 from medusa_runtime.server.schema.responses import InputItem, ResponsesRequest
 from medusa_runtime.server.streaming import Event
 from medusa_runtime.server.translate import (
@@ -176,7 +176,7 @@ def _message(item: InputItem, number: int) -> Message:
         case "message" if item.role is not None:
             return Message(role=item.role, content=item.content)
         case "function_call" if item.name is not None:
-            function = CalledFunction(name=item.name, arguments=item.arguments or "{}")
+            function = FunctionCall(name=item.name, arguments=item.arguments or "{}")
             return Message(role="assistant", tool_calls=[MessageToolCall(id=item.call_id, function=function)])
         case "function_call_output" if item.output is not None:
             return Message(role="tool", content=item.output, tool_call_id=item.call_id)

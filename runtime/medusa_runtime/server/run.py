@@ -28,6 +28,11 @@ _log = logging.getLogger(__name__)
 
 # Seconds that streams have to send their last events once the service is closed.
 _FLUSH_SECONDS = 5
+# Seconds that the server goes on listening once the service is closed: requests on the way are refused with a reason.
+_LINGER_SECONDS = 1.0
+# Seconds after which Python's lock goes to another thread. The event loop waits that long for each thread that prepares
+# a request or runs steps; Python's own 5 ms would add up.
+_SWITCH_SECONDS = 0.001
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -62,6 +67,8 @@ class DrainingServer(uvicorn.Server):
         has_ended = self._service.drain(seconds)
         self._service.close()
         _log.info("Drained", extra={"facts": {"all_ended": has_ended}})
+        if seconds:
+            time.sleep(_LINGER_SECONDS)
         self.should_exit = True
 
 
@@ -76,6 +83,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     Raises:
         MedusaError: The bundle can't be served, or the port is in use.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.closing(_listening(host, port)) as listener:
         metrics = ServerMetrics(settings.names[0])
         service = MedusaService.load(

@@ -17,7 +17,7 @@ class Part(Body):
     text: str | None = None
 
 
-class CalledFunction(Body):
+class FunctionCall(Body):
     """The function that a tool call of the model names, and its arguments in JSON."""
 
     model_config = ConfigDict(extra="ignore")
@@ -31,7 +31,7 @@ class MessageToolCall(Body):
     model_config = ConfigDict(extra="ignore")
     id: str | None = None
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: FunctionCall
 
 
 class Message(Body):
