@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -46,7 +46,7 @@ from medusa_runtime.server.schema.completions import CompletionRequest
 from medusa_runtime.server.schema.responses import ResponsesRequest
 from medusa_runtime.server.schema.tokenize import TokenizeRequest
 from medusa_runtime.server.settings import Settings
-from medusa_runtime.server.streaming import Event, event_stream
+from medusa_runtime.server.streaming import Event, EventStream
 from medusa_runtime.server.tokens import tokenized
 from medusa_runtime.service import MedusaService
 
@@ -72,7 +72,7 @@ class Job(Protocol):
         """The complete answer as a JSON object."""
         ...
 
-    def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncGenerator[Event]:
         """The answer as events."""
         ...
 
@@ -222,7 +222,7 @@ async def _generated(
         job.generation.close()
 
     if job.stream:
-        return event_stream(job.events(), at_end, named=named)
+        return EventStream(job.events(), at_end, named=named)
     try:
         return _json(await _answered(_unless_disconnected(request, job.answer())))
     finally:

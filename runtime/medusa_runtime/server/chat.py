@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -120,18 +121,19 @@ class ChatJob:
             "usage": self.generation.usage,
         }
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         """The chunks of the answer."""
         include_usage = bool(self.request.stream_options and self.request.stream_options.include_usage)
         for choice in self.generation.choices:
             yield self._chunk(choice.index, {"role": "assistant", "content": ""}, include_usage=include_usage)
-        async for delta in self.generation.deltas(self.api.settings.keep_alive_seconds):
-            if delta is None:
-                yield None
-                continue
-            added = self._added(delta)
-            if added or delta.result is not None or delta.logprobs:
-                yield self._chunk(delta.choice.index, added, delta, include_usage=include_usage)
+        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as deltas:
+            async for delta in deltas:
+                if delta is None:
+                    yield None
+                    continue
+                added = self._added(delta)
+                if added or delta.result is not None or delta.logprobs:
+                    yield self._chunk(delta.choice.index, added, delta, include_usage=include_usage)
         if include_usage:
             chunk = self._chunk(0, {}, include_usage=True)
             yield {**chunk, "choices": [], "usage": self.generation.usage}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Self, cast
 
@@ -91,23 +92,24 @@ class CompletionJob:
         choices = [self._choice(delta, self._echoed(delta.choice.prompt), 0) for delta in deltas]
         return self._completion(choices) | {"usage": self.generation.usage}
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         """The chunks of the answer."""
         include_usage = bool(self.request.stream_options and self.request.stream_options.include_usage)
         usage: Completion = cast("Completion", {"usage": None} if include_usage else {})
         places = [0 for _ in self.generation.choices]
         begun: set[int] = set()
-        async for delta in self.generation.deltas(self.api.settings.keep_alive_seconds):
-            if delta is None:
-                yield None
-                continue
-            index = delta.choice.index
-            echoed = "" if index in begun else self._echoed(delta.choice.prompt)
-            begun.add(index)
-            choice = self._choice(delta, echoed, places[index])
-            places[index] += len(choice["text"])
-            if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
-                yield {**self._completion([choice]), **usage}
+        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as deltas:
+            async for delta in deltas:
+                if delta is None:
+                    yield None
+                    continue
+                index = delta.choice.index
+                echoed = "" if index in begun else self._echoed(delta.choice.prompt)
+                begun.add(index)
+                choice = self._choice(delta, echoed, places[index])
+                places[index] += len(choice["text"])
+                if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
+                    yield {**self._completion([choice]), **usage}
         if include_usage:
             yield {**self._completion([]), "usage": self.generation.usage}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -124,7 +124,7 @@ class Generation:
         """The complete answers."""
         return [await choice.whole() for choice in self.choices]
 
-    async def deltas(self, quiet_seconds: float) -> AsyncIterator[Delta | None]:
+    async def deltas(self, quiet_seconds: float) -> AsyncGenerator[Delta | None]:
         """Yields what steps add to the answers, as it comes.
 
         Args:

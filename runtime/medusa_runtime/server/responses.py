@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -88,21 +89,22 @@ class ResponseJob:
         (delta,) = await self.generation.whole()
         return self._response(items_of(delta.parts), delta.finish_reason)
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         """The events of the response."""
         events = ResponseEvents()
         yield events.numbered("response.created", response=self._response([], None))
         yield events.numbered("response.in_progress", response=self._response([], None))
         reason = None
-        async for delta in self.generation.deltas(self.api.settings.keep_alive_seconds):
-            if delta is None:
-                yield None
-                continue
-            parts: Sequence[OutputPart] = delta.parts
-            for part in parts:
-                for found in events.add(part):
-                    yield found
-            reason = delta.finish_reason
+        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as deltas:
+            async for delta in deltas:
+                if delta is None:
+                    yield None
+                    continue
+                parts: Sequence[OutputPart] = delta.parts
+                for part in parts:
+                    for found in events.add(part):
+                        yield found
+                reason = delta.finish_reason
         for found in events.finish():
             yield found
         kind = "response.incomplete" if reason == "length" else "response.completed"

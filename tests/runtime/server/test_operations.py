@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import openai
 import pytest
 
 from medusa_runtime import Bundle, MedusaService
+from medusa_runtime.server.app import make_app
 from medusa_runtime.server.logs import JsonFormatter
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.run import threads_of_each
@@ -157,6 +159,34 @@ def test_clients_that_leave_cancel_their_requests(served: Served, web: httpx.Cli
         web.post(CHAT, json=LONG | {"n": 60}, timeout=0.3)
     wait_until_idle(served.service)
     assert figure(web, "medusa:request_errors_total") > cancelled + 3
+
+
+def test_a_client_that_leaves_before_its_stream_begins(served: Served) -> None:
+    """Its request is cancelled, and counts no more."""
+    app = make_app(served.service, ServerMetrics("tiny"), Settings(bundle=Path("tiny"), max_client_requests=1))
+
+    async def ask(body: dict[str, Any], *, leaves: bool) -> int:
+        messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        statuses = []
+
+        async def receive() -> Any:
+            if messages or leaves:
+                return messages.pop() if messages else {"type": "http.disconnect"}
+            return await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status"))
+            await asyncio.sleep(0)  # the disconnection comes before the first event is asked for
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b""}
+        await app({**scope, "headers": [], "client": ("1.2.3.4", 5)}, receive, send)
+        return int(statuses[0])
+
+    async def ask_twice() -> list[int]:
+        return [await ask(LONG | {"stream": True}, leaves=True), await ask(SHORT, leaves=False)]
+
+    assert asyncio.run(ask_twice()) == [200, 200]
+    wait_until_idle(served.service)
 
 
 def test_a_stream_that_waits_gets_comments(served: Served, web: httpx.Client) -> None:
