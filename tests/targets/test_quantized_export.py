@@ -10,7 +10,9 @@ from gguf import GGMLQuantizationType as Kind
 
 import medusa_export
 from medusa_export.common.errors import MedusaWarning
+from medusa_export.targets.onnxruntime.block_sums import SumBlocks
 from medusa_export.verification.stored_matrices import CHECK, stored_matrices
+from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from support.gguf_files import write_gguf
 from support.packed_models import write_gptq
 from support.tiny_models import tiny_model
@@ -44,6 +46,9 @@ def test_blocks_with_minima_are_stored_exactly(tmp_path: Path) -> None:
     ]
     matrices = list(stored_matrices(bundle))
     assert sum(matrix.blocks.offsets is not None for matrix in matrices if not matrix.is_table) == 9
+    inputs = 4 * bundle.model.num_layers + 2  # four per layer, and those of lm_head for the model and for the heads
+    for name in (ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH):
+        assert bundle.graphs[name].rewrites[SumBlocks.name] == inputs
     verified = medusa_export.verify(bundle, source, max_new_tokens=24)
     assert verified.passed, [check for check in verified.checks if check.mismatches]
     assert next(check for check in verified.checks if check.name == CHECK).figures["largest_error"] < 0.02

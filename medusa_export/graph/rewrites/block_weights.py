@@ -24,6 +24,8 @@ from medusa_export.models.packed import StoredBlocks
 _TYPES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 # The end of the name of a matrix's offsets.
 OFFSETS = "offsets"
+# The start of the names of matrices that sum the columns of each block.
+BLOCK_SUMS = "block_sums"
 _Make = Callable[[BlockWeight], ir.TensorProtocol]
 
 
@@ -264,7 +266,7 @@ def _block_sums(graph: ir.Graph, offsets: ir.Value, block_size: int) -> ir.Value
     blocks, kind = shape_of(offsets).numpy()[0], offsets.dtype
     assert kind is not None
     ones = np.repeat(np.eye(blocks, dtype=kind.numpy()), block_size, axis=0)
-    return initializer(graph, f"block_sums/{blocks}x{block_size}", ones)
+    return initializer(graph, f"{BLOCK_SUMS}/{blocks}x{block_size}", ones)
 
 
 def _offsets(made: BlockWeight) -> ir.TensorProtocol:

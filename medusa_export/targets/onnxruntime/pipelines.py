@@ -9,6 +9,7 @@ from __future__ import annotations
 from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.targets.onnxruntime.best_token import SplitArgMax
+from medusa_export.targets.onnxruntime.block_sums import SumBlocks
 from medusa_export.targets.onnxruntime.block_weights import FuseBlockWeights
 from medusa_export.targets.onnxruntime.constants import CONTRIB
 from medusa_export.targets.onnxruntime.float8_weights import SpellOutFloat8Weights
@@ -29,6 +30,7 @@ _FUSIONS: tuple[type[Rewrite], ...] = (
     FuseIntegerProducts,
     FuseSkipNorms,
     FuseBlockWeights,
+    SumBlocks,
     SpellOutFloat8Weights,
     FuseTransposedWeights,
 )
