@@ -10,7 +10,7 @@ service's own. RSS also contains pages of the weights' file: when a token occurs
 embeddings is read into memory.
 
 Prompts are pieces of the benchmark's prompts. Without a BUNDLE it exports a tiny random model, and prompts are random
-tokens.
+tokens. With ``--backend stand-in`` the service runs on the TensorRT backend, over the stand-in for a GPU of the tests.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -211,6 +212,9 @@ class Consumer:
 @click.argument("folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
 @click.option("--requests", default=1000, show_default=True, help="Number of requests.")
 @click.option("--rows", default=8, show_default=True, help="Rows of the service.")
+@click.option(
+    "--backend", default="auto", show_default=True, help="The service's backend; stand-in for TensorRT on no GPU."
+)
 @click.option("--threads", default=1, show_default=True, help="Threads of the service and the engine.")
 @click.option("--rate", default=60.0, show_default=True, help="Mean arrivals per second.")
 @click.option("--longest", default=300, show_default=True, help="The most tokens of a prompt.")
@@ -222,6 +226,7 @@ def main(
     folder: Path | None,
     requests: int,
     rows: int,
+    backend: str,
     threads: int,
     rate: float,
     longest: int,
@@ -233,9 +238,11 @@ def main(
     """Runs all requests and prints a report as JSON."""
     with bundle_folder(folder) as bundle:
         source = RequestSource(corpus(bundle, seed), longest, most, patience, Bundle.load(bundle).sampling, seed)
-        service = MedusaService.load(
-            bundle, rows=rows, threads=threads, max_queue=QUEUE, prefill_chunk=16, metrics=(ends := Ends())
-        )
+        options = {"max_queue": QUEUE, "prefill_chunk": 16, "metrics": (ends := Ends())}
+        if backend == "stand-in":
+            service = stand_in_service(bundle, rows, longest + most, options)
+        else:
+            service = MedusaService.load(bundle, backend, rows=rows, threads=threads, **options)
         outcomes, report = asyncio.run(run_requests(service, source, requests, rate))
         service.close()
         engine = MedusaEngine.load(bundle, threads=threads)
@@ -246,12 +253,33 @@ def main(
                 verdicts[verdict(number, source.request(number), outcomes.get(number), engine)] += 1
                 task.finish_piece()
         report |= {"wrong": verdicts["wrong"], "ties": verdicts["tie"]}
-    report |= {"rows": rows, "ended": sum(ends.count.values())}
+    report |= {"rows": rows, "backend": backend, "ended": sum(ends.count.values())}
     click.echo(json.dumps(report, indent=1))
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if report["wrong"] or report["lost"] or report["ended"] != requests or not report["drained"]:
         sys.exit(1)
+
+
+def stand_in_service(folder: Path, rows: int, longest: int, options: dict[str, Any]) -> MedusaService:
+    """A service on the TensorRT backend, over the stand-in for a GPU.
+
+    Args:
+        folder: The bundle.
+        rows: Rows of the engine.
+        longest: The most tokens of a prompt and its answer.
+        options: Options of the service.
+    """
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from medusa_runtime.bundles.compiled import EngineLimits  # noqa: PLC0415
+    from support.machine import Machine, stand_in_engine  # noqa: PLC0415
+
+    bundle = Bundle.load(folder)
+    capacity = bundle.slots.sequence_capacity(longest, bundle.tree.size)
+    with tempfile.TemporaryDirectory() as scratch:
+        limits = EngineLimits(rows, capacity, max(64, bundle.tree.size))
+        machine = Machine(bundle, stand_in_engine(bundle, Path(scratch), limits), eagerness=0.05)
+        return MedusaService(bundle, machine.backend(rows), Tokenizer.load(folder), **options)
 
 
 def corpus(folder: Path, seed: int) -> list[int]:

@@ -34,6 +34,10 @@ class OutOfDeviceMemoryError(BackendError):
     """A GPU with too little free memory for a backend's weights or caches."""
 
 
+class DeviceLostError(BackendError):
+    """A GPU that takes no more calls from this process, after a fault of a kernel or of its memory."""
+
+
 class NotFiniteError(BackendError):
     """A request with NaN or infinite logits: a weight or an activation exceeds the range of its type."""
 

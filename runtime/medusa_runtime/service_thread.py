@@ -1,6 +1,7 @@
 """The thread of a service: it owns the backend, and runs steps of the decode loop until the service is closed.
 
-A failure that no request has caused ends the requests that run. If none runs or waits, the service has failed.
+A failure that no request has caused ends the requests that run. If none runs or waits, the service has failed. So it
+has if the device is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from medusa_runtime.decoding.latency import measured_tables
 from medusa_runtime.decoding.loop import DecodeLoop
 from medusa_runtime.decoding.scheduler import Job
 from medusa_runtime.decoding.tree_choice import TreeChoice
-from medusa_runtime.errors import BackendError, DeadlineError, MedusaError, RequestError, ServiceClosedError
+from medusa_runtime.errors import (
+    BackendError,
+    DeadlineError,
+    DeviceLostError,
+    MedusaError,
+    RequestError,
+    ServiceClosedError,
+)
 from medusa_runtime.metrics import tell
 
 _log = logging.getLogger(__name__)
@@ -141,6 +149,8 @@ class ServiceThread:
                 try:
                     if self._wait_for_work():
                         self.loop.step()
+                except DeviceLostError:
+                    raise
                 except Exception as error:  # noqa: BLE001  # other requests go on, whatever the error
                     _log.error("A step of the service failed", exc_info=error)
                     self.loop.recover(error)

@@ -69,5 +69,9 @@ PATIENCE = 4.0
 # Once a tree has less than this part of the best speed, larger trees are not measured.
 LEAST_SPEED = 0.6
 
-# Tokens of all rows in one measured step, at most: no CPU that we know verifies more tokens any faster.
+# Tokens of all rows in one measured step on a CPU, at most: no CPU that we know verifies more tokens any faster.
 MOST_TOKENS = 64
+
+# Execution contexts of a compiled engine, each with a captured CUDA graph, that are kept: enough for every tree size
+# that is measured, with and without sampling. A context that is made again costs as much as hundreds of steps.
+MOST_CONTEXTS = 32

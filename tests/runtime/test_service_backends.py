@@ -80,6 +80,77 @@ def test_one_table_of_step_times_for_all_rows(tiny_bundle: Bundle, opened: Opene
         assert len(service.generate(PROMPT, max_new_tokens=12).token_ids) == 12
 
 
+def watched(backend: Backend) -> list[tuple[int, list[int], list[int]]]:
+    """The size, the rows with prompts and the other rows of each step, from now on."""
+    steps: list[tuple[int, list[int], list[int]]] = []
+    step = backend.step
+
+    def noted(size: int, prompts: Any = None, rows: Any = None) -> Any:
+        steps.append((size, sorted(prompts or ()), sorted({*rows} - {*(prompts or ())})))
+        return step(size, prompts, rows)
+
+    backend.step = noted  # type: ignore[method-assign]
+    return steps
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime-cuda", "tensorrt-rtx"])
+def test_prompts_and_trees_share_steps(tiny_bundle: Bundle, engine: MedusaEngine, opened: Opener, kind: str) -> None:
+    """All prompts go on in one step, and no step of the others is lost to it."""
+    backend = opened(kind)
+    steps = watched(backend)
+    prompts = [[3] * 9, [(5 * i) % 100 + 1 for i in range(40)], [(9 * i) % 100 + 1 for i in range(33)]]
+    with MedusaService(tiny_bundle, backend, None, tree_size=4, prefill_chunk=7) as service:
+        running = service.submit(prompts[0], max_new_tokens=100)
+        next(running)
+        with service._thread.changed:
+            handles = [running, *(service.submit(prompt, max_new_tokens=20) for prompt in prompts[1:])]
+        for prompt, handle, count in zip(prompts, handles, (100, 20, 20), strict=True):
+            assert handle.result(60).token_ids == engine.generate(prompt, max_new_tokens=count).token_ids
+    together = [(size, taking, others) for size, taking, others in steps if len(taking) == 2]
+    assert len(together) == 5 and all(others and size == 7 for size, _, others in together)
+    assert not [step for step in steps if step[1] and not step[2]][1:]
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime-cuda", "tensorrt-rtx"])
+def test_typical_acceptance_keeps_its_tree_size_beside_prompts(
+    tiny_bundle: Bundle, engine: MedusaEngine, opened: Opener, kind: str
+) -> None:
+    backend = opened(kind)
+    steps = watched(backend)
+    typical = SamplingParams(temperature=1.1, acceptance="typical", seed=4)
+    with MedusaService(tiny_bundle, backend, None, tree_size=4, prefill_chunk=7) as service:
+        drawn = service.submit(PROMPT, max_new_tokens=60, sampling=typical)
+        next(drawn)
+        other = service.submit([8] * 50, max_new_tokens=5)
+        assert other.result(60).token_ids == engine.generate([8] * 50, max_new_tokens=5).token_ids
+        alone = engine.generate(PROMPT, max_new_tokens=60, sampling=typical, tree_size=4).token_ids
+        assert drawn.result(60).token_ids == alone
+    assert not [step for step in steps if step[1] and step[2]]
+
+
+def test_a_shared_step_that_fails_without_effect_is_done_in_parts(
+    tiny_bundle: Bundle, engine: MedusaEngine, opened: Opener
+) -> None:
+    backend = opened("onnxruntime-cuda")
+    step = backend.step
+
+    def fail(size: int, prompts: Any = None, rows: Any = None) -> Any:
+        if any(13 in chunk for chunk in (prompts or {}).values()):
+            raise BackendError("no thirteens")
+        return step(size, prompts, rows)
+
+    backend.step = fail  # type: ignore[method-assign]
+    with MedusaService(tiny_bundle, backend, None, tree_size=4, prefill_chunk=7) as service:
+        running = service.submit([5] * 30, max_new_tokens=60)
+        next(running)
+        with service._thread.changed:
+            bad, good = (service.submit([last] * 20, max_new_tokens=5) for last in (13, 14))
+        with pytest.raises(BackendError, match="thirteens"):
+            bad.result(60)
+        assert good.result(60).token_ids == engine.generate([14] * 20, max_new_tokens=5).token_ids
+        assert running.result(60).token_ids == engine.generate([5] * 30, max_new_tokens=60).token_ids
+
+
 def test_a_conversation_computes_only_what_is_new(tiny_bundle: Bundle, engine: MedusaEngine, machine: Machine) -> None:
     with MedusaService(tiny_bundle, machine.backend(3), None, tree_size=4) as service:
         tokens = list(PROMPT)

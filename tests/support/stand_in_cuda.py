@@ -3,9 +3,12 @@
 It does not simulate a GPU, and tests that pass with it have not run on a GPU. But it is as strict as CUDA about the
 order of calls, so the backend's buffers and state can be tested without a GPU:
 
-* Work in a stream runs when the host waits for it, never before. A host that reads too early reads old values.
-* Device memory is host memory. A copy that exceeds its block is an error.
+* Work in a stream runs when the host waits for it, never before. A host that reads too early reads old values. With
+  ``eagerness`` some of it runs earlier, at random, as on a device that is fast at times.
+* Device memory is host memory. A copy that exceeds its block is an error. Graphs take memory, too.
 * While a stream is captured, work is recorded and not run. Waiting, allocating or preparing a context is refused.
+* Any call may fail (``fail``, ``fault``). After ``lose`` every call fails with the same error, as after a kernel that
+  wrote out of bounds.
 
 ``stand_in_tensorrt`` has the functions of TensorRT.
 """
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,6 +34,8 @@ class cudaError_t(enum.IntEnum):
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
+    cudaErrorInvalidDevice = 101
+    cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
 
@@ -54,10 +61,19 @@ class Refused(Exception):
 class StandInCuda:
     """The functions of ``cuda.bindings.runtime`` that the backend calls.
 
+    Args:
+        architecture: Compute capability, as major and minor number.
+        memory_limit: Bytes of device memory.
+        graph_size: Bytes of device memory that a captured graph takes.
+        graph_limit: The most graphs that can exist at a time.
+        eagerness: The probability that a call lets the device run a piece of work that no one has waited for.
+        devices: The number of GPUs.
+
     Attributes:
         calls: Number of calls by function.
         fail: The error that the next call of a function returns, by function.
-        memory_limit: The most bytes that can be allocated.
+        misuse: Errors of use, which no caller may hide.
+        fault: Returns the error that a call returns, or None; takes the function's name. Is called for each call.
     """
 
     cudaStreamNonBlocking = 1
@@ -65,11 +81,29 @@ class StandInCuda:
     cudaMemcpyKind = cudaMemcpyKind
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
-    def __init__(self, *, architecture: tuple[int, int] = (8, 9), memory_limit: int = 2**31) -> None:
+    def __init__(
+        self,
+        *,
+        architecture: tuple[int, int] = (8, 9),
+        memory_limit: int = 2**31,
+        graph_size: int = 2**16,
+        graph_limit: int = 2**16,
+        eagerness: float = 0.0,
+        devices: int = 1,
+    ) -> None:
         self.calls: Counter[str] = Counter()
         self.fail: dict[str, cudaError_t] = {}
+        self.fault: Callable[[str], cudaError_t | None] = lambda _: None
         self.memory_limit = memory_limit
         self.architecture = architecture
+        self.graph_size, self.graph_limit, self.eagerness = graph_size, graph_limit, eagerness
+        self.devices = devices
+        self.current: dict[int, int] = {}  # the GPU that each thread has chosen
+        self.executables: set[int] = set()  # instantiated graphs
+        self.misuse: list[str] = []
+        self.context_bytes = 0  # taken by TensorRT's contexts
+        self._random = random.Random(0)
+        self._lost: cudaError_t | None = None
         self.blocks: dict[int, Any] = {}  # device memory by address
         self.pinned: dict[int, Any] = {}
         self.streams: dict[int, list[Work]] = {}
@@ -87,16 +121,51 @@ class StandInCuda:
 
         def called(*arguments: Any) -> tuple[Any, ...]:
             self.calls[name] += 1
-            if name in self.fail:
+            if self._lost is not None:
+                return (self._lost, None)
+            self._run_early()
+            failure = self.fail.pop(name, None) or self.fault(name)
+            if failure is not None:
                 if name == "cudaStreamEndCapture":  # the capture ends in spite of the error
-                    self.captures.pop(arguments[0])
-                return (self.fail.pop(name), None)
+                    self.captures.pop(arguments[0], None)
+                return (failure, None)
             try:
                 return value(*arguments)
             except Refused as refusal:
                 return (refusal.code, None)
 
         return called
+
+    def lose(self, code: cudaError_t = cudaError_t.cudaErrorIllegalAddress) -> None:
+        """Makes every later call fail: CUDA's context is lost until the process ends."""
+        self._lost = code
+
+    @property
+    def is_lost(self) -> bool:
+        """True after ``lose``."""
+        return self._lost is not None
+
+    def _run_early(self) -> None:
+        for work in self.streams.values():
+            while work and self._random.random() < self.eagerness:
+                work.pop(0)()
+
+    def require(self, condition: bool, words: str) -> None:
+        """Notes an error of use and raises ``AssertionError``, unless a condition holds."""
+        if not condition:
+            self.misuse.append(words)
+            raise AssertionError(words)
+
+    @property
+    def used(self) -> int:
+        """Bytes of device memory that are in use."""
+        blocks = sum(map(ctypes.sizeof, self.blocks.values()))
+        return blocks + len(self.executables) * self.graph_size + self.context_bytes
+
+    def take(self, size: int) -> None:
+        """Refuses to take more device memory than there is."""
+        if self.used + size > self.memory_limit:
+            raise Refused(cudaError_t.cudaErrorMemoryAllocation)
 
     def _number(self) -> int:
         self._next += 1
@@ -132,10 +201,13 @@ class StandInCuda:
         return flat.view(dtype).reshape(shape)
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
-        return (*OK, 1)
+        return (*OK, self.devices)
 
-    def cudaGetDevice(self) -> tuple[Any, ...]:
-        return (*OK, 0)
+    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
+        if not 0 <= device < self.devices:
+            raise Refused(cudaError_t.cudaErrorInvalidDevice)
+        self.current[threading.get_ident()] = device
+        return OK
 
     def cudaGetDeviceProperties(self, _: int) -> tuple[Any, ...]:
         major, minor = self.architecture
@@ -143,9 +215,11 @@ class StandInCuda:
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         self._not_while_capturing()
-        if sum(map(ctypes.sizeof, self.blocks.values())) + size > self.memory_limit:
-            raise Refused(cudaError_t.cudaErrorMemoryAllocation)
+        self.take(size)
         return (*OK, self._memory(self.blocks, size))
+
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        return (*OK, self.memory_limit - self.used, self.memory_limit)
 
     def cudaMallocHost(self, size: int) -> tuple[Any, ...]:
         self._not_while_capturing()
@@ -263,14 +337,20 @@ class StandInCuda:
         return (*OK, number)
 
     def cudaGraphInstantiate(self, graph: int, _: int) -> tuple[Any, ...]:
+        self.take(self.graph_size)
+        if len(self.executables) == self.graph_limit:
+            raise Refused(cudaError_t.cudaErrorMemoryAllocation)
         self.graphs[number := self._number()] = list(self.graphs[graph])
+        self.executables.add(number)
         return (*OK, number)
 
     def cudaGraphDestroy(self, graph: int) -> tuple[Any, ...]:
         del self.graphs[graph]
         return OK
 
-    cudaGraphExecDestroy = cudaGraphDestroy
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:
+        self.executables.remove(graph)
+        return self.cudaGraphDestroy(graph)
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:
         self.streams[stream] += self.graphs[graph]

@@ -1,22 +1,28 @@
 """A stand-in for TensorRT: the functions that the TensorRT backend calls, on the stand-in for CUDA.
 
 ONNX Runtime computes the steps on the bundle's graph, so tokens are real. An input that shares memory with an output is
-an error, except a cache. Scratch memory and outputs are filled with invalid values before each step.
+an error, except a cache. Scratch memory and outputs are filled with invalid values before each step. Any call may fail
+(``fault``), and all fail once CUDA's context is lost. A context that is destroyed before its steps have run is an
+error. Errors of use raise ``AssertionError``, and ``StandInCuda.misuse`` keeps them.
 """
 
 from __future__ import annotations
 
 import enum
+import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from medusa_runtime import Bundle
 from medusa_runtime.bundles.contract import TensorSpec
-from support.stand_in_cuda import StandInCuda
+from support.stand_in_cuda import Refused, StandInCuda
 
 KINDS = {"int64": np.int64, "bool": np.bool_, "float16": np.float16, "float32": np.float32}
 
@@ -78,6 +84,9 @@ class StandInTensorRT:
         capturable: Whether steps can be captured, as contexts report. None if they can't, and contexts don't report it.
         raises: Whether an error is an exception, as it may be in Python's bindings.
         fails: Error message of the next step; None if it succeeds.
+        fault: Returns the error message of a call, or None if it succeeds; takes the function's name. Is called for
+            each call of an engine or a context that can fail.
+        context_size: Bytes of device memory that a context takes besides its scratch memory.
         unloadable: Error message of loading an engine; None if it succeeds.
         invalid: The reasons for which engines are reported as invalid.
         configs: The runtime configurations of all contexts.
@@ -94,17 +103,24 @@ class StandInTensorRT:
         self.bundle, self.cuda, self.capacity, self.max_tokens = bundle, cuda, capacity, max_tokens
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
+        options.log_severity_level = 3  # it warns of each cache that it copies
         self.session = onnxruntime.InferenceSession(
             str(graph or bundle.graph), options, providers=["CPUExecutionProvider"]
         )
         self.capturable: bool | None = True
         self.raises = False
         self.fails: str | None = None
+        self.fault: Callable[[str], str | None] = lambda _: None
+        self.context_size = 2**14
         self.unloadable: str | None = None
         self.invalid = EngineInvalidityDiagnostics(0)
         self.configs: list[RuntimeConfig] = []
         self.executed: list[tuple[int, int]] = []  # B and S of each step that ran
         self.int64, self.bool, self.float16, self.float32 = "int64", "bool", "float16", "float32"
+
+    def failure(self, function: str) -> str | None:
+        """The error message of a call that fails now; None if it succeeds."""
+        return "an illegal memory access was encountered" if self.cuda.is_lost else self.fault(function)
 
     def compile_at_run_time(self) -> None:
         """Behaves like TensorRT-RTX, which compiles kernels at run time."""
@@ -113,9 +129,10 @@ class StandInTensorRT:
 
     def Runtime(self, log: Any) -> Any:
         def load(data: bytes) -> StandInEngine | None:
-            if self.unloadable is None:
+            words = self.unloadable or self.failure("deserialize_cuda_engine")
+            if words is None:
                 return StandInEngine(self, log)
-            log.log(ILogger.ERROR, self.unloadable)
+            log.log(ILogger.ERROR, words)
             return None
 
         runtime = SimpleNamespace(deserialize_cuda_engine=load)
@@ -162,11 +179,21 @@ class StandInEngine:
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
 
-    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> StandInContext:
+    def create_execution_context(
+        self, how: ExecutionContextAllocationStrategy | RuntimeConfig
+    ) -> StandInContext | None:
         if isinstance(how, RuntimeConfig):
             self.trt.configs.append(how)
             how = how.strategy
-        assert how is ExecutionContextAllocationStrategy.USER_MANAGED
+        self.trt.cuda.require(how is ExecutionContextAllocationStrategy.USER_MANAGED, "a context with its own scratch")
+        words = self.trt.failure("create_execution_context")
+        try:
+            self.trt.cuda.take(self.trt.context_size)
+        except Refused:
+            words = "Out of memory: a context can't be allocated"
+        if words is not None:
+            self.log.log(ILogger.ERROR, words)
+            return None
         return StandInContext(self)
 
 
@@ -180,7 +207,9 @@ class StandInContext:
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
         if self.trt.capturable is not None:
-            self.is_stream_capturable = lambda stream: self.trt.capturable
+            self.is_stream_capturable = partial(_capturable, engine.trt)  # no reference to the context itself
+        self.cuda.context_bytes += self.trt.context_size
+        weakref.finalize(self, _give_back, self.cuda, self.trt.context_size)
 
     def _refuse(self, words: str) -> bool:
         if self.trt.raises:
@@ -189,43 +218,60 @@ class StandInContext:
         return False
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        assert not self.cuda.captures
+        self.cuda.require(not self.cuda.captures, "a profile was chosen during a capture")
+        if (words := self.trt.failure("set_optimization_profile_async")) is not None:
+            return self._refuse(words)
         self.profile = profile
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert not self.cuda.captures
+        self.cuda.require(not self.cuda.captures, "a shape was set during a capture")
         fixed = self.engine.get_tensor_shape(name)
-        assert self.profile is not None and len(shape) == len(fixed)
+        self.cuda.require(self.profile is not None and len(shape) == len(fixed), f"{name} got a shape of another rank")
+        if (words := self.trt.failure("set_input_shape")) is not None:
+            return self._refuse(words)
         if any(size not in (-1, given) for size, given in zip(fixed, shape, strict=True)):
             return False
-        if name == "input_ids" and shape[1] > self.trt.max_tokens[self.profile]:
+        if name == "input_ids" and shape[1] > self.trt.max_tokens[self.profile or 0]:
             self.engine.log.log(ILogger.ERROR, "shape out of the profile")
             return False
         self.shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        assert address % 256 == 0
+        self.cuda.require(address % 256 == 0, f"{name} is not aligned")
+        if (words := self.trt.failure("set_tensor_address")) is not None:
+            return self._refuse(words)
         self.addresses[name] = address
         return name in self.engine.specs
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert size >= self.engine.get_device_memory_size_for_profile_v2(self.profile or 0)
+        needed = self.engine.get_device_memory_size_for_profile_v2(self.profile or 0)
+        self.cuda.require(size >= needed, "there is too little scratch memory")
         self.scratch = (address, size)
 
     def execute_async_v3(self, stream: int) -> bool:
         if self.trt.fails is not None:
             fails, self.trt.fails = self.trt.fails, None
             return self._refuse(fails)
+        if (words := self.trt.failure("execute_async_v3")) is not None:
+            return self._refuse(words)
         if self.cuda.last_error:
             return self._refuse(f"an earlier call left {self.cuda.last_error.name}")
         if stream in self.cuda.captures and not self.trt.capturable:
             self.cuda.invalidate(stream)
             return self._refuse("a step that waits can't be captured")
-        assert set(self.addresses) == set(self.engine.specs)
+        self.cuda.require(set(self.addresses) == set(self.engine.specs), "a tensor has no address")
+        self.cuda.require(self.scratch is not None, "there is no scratch memory")
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        self.cuda.put(stream, lambda: self._run(shapes, addresses))
+        context, cuda = weakref.ref(self), self.cuda
+
+        def run() -> None:
+            alive = context()
+            cuda.require(alive is not None, "a context was destroyed before its step, or graph, has run")
+            alive._run(shapes, addresses)
+
+        cuda.put(stream, run)
         return True
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
@@ -236,19 +282,37 @@ class StandInContext:
         for name, spec in self.engine.specs.items():
             shape = tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape)
             arrays[name] = self.cuda.array(addresses[name], shape, KINDS[spec.dtype])
-            assert shapes.get(name, shape) == shape
+            self.cuda.require(shapes.get(name, shape) == shape, f"{name} has another shape than the step")
+        inputs = [name for name, mode in self.engine.modes.items() if mode is TensorIOMode.INPUT]
         outputs = [name for name, mode in self.engine.modes.items() if mode is TensorIOMode.OUTPUT]
+        self._check_sharing(arrays, outputs)
+        assert self.scratch is not None
+        self.cuda.array(self.scratch[0], (self.scratch[1],), np.uint8)[:] = 0xEE
+        binding = self.trt.session.io_binding()
+        # Caches are updated in place. All else is copied, as outputs may overwrite it.
+        kept = {name: arrays[name] if name.startswith("past") else arrays[name].copy() for name in inputs}
+        for name, array in kept.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        for name in outputs:
+            if not name.startswith("present"):
+                arrays[name].view(np.uint8)[...] = 0xEE
+            binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name]))
+        self.trt.session.run_with_iobinding(binding)
+        self.trt.executed.append((batch, sequence))
+
+    def _check_sharing(self, arrays: dict[str, NDArray[Any]], outputs: list[str]) -> None:
+        """Refuses outputs that share memory with anything but the cache that they update."""
         for output in outputs:
             for name, array in arrays.items():
                 shared = name != output and np.shares_memory(array, arrays[output])
-                assert shared == ({name.split("_")[0], output.split("_")[0]} == {"past", "present"} and (
-                    name.split("_")[1:] == output.split("_")[1:]
-                )), f"{output} shares memory with {name}"  # fmt: skip
-        inputs = {name: arrays[name].copy() for name, mode in self.engine.modes.items() if mode is TensorIOMode.INPUT}
-        assert self.scratch is not None
-        self.cuda.array(self.scratch[0], (self.scratch[1],), np.uint8)[:] = 0xEE
-        for output in outputs:
-            arrays[output].view(np.uint8)[...] = 0xEE
-        for output, value in zip(outputs, self.trt.session.run(outputs, inputs), strict=True):
-            arrays[output][...] = value
-        self.trt.executed.append((batch, sequence))
+                updates = {name.split("_")[0], output.split("_")[0]} == {"past", "present"}
+                own = updates and name.split("_")[1:] == output.split("_")[1:]
+                self.cuda.require(shared == own, f"{output} shares memory with {name}")
+
+
+def _capturable(trt: StandInTensorRT, stream: int) -> bool:
+    return bool(trt.capturable)
+
+
+def _give_back(cuda: StandInCuda, size: int) -> None:
+    cuda.context_bytes -= size

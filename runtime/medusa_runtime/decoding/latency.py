@@ -123,7 +123,9 @@ def _measure(bundle: Bundle, backend: Backend, *, rows: int) -> Table:
     Returns:
         Seconds of a step by tree size.
     """
-    sizes = [size for size in candidate_sizes(bundle.tree.size) if size == 1 or rows == 1 or size * rows <= MOST_TOKENS]
+    sizes = candidate_sizes(bundle.tree.size)
+    if rows > 1 and can_move_rows(backend):  # it runs on a CPU
+        sizes = [size for size in sizes if size == 1 or size * rows <= MOST_TOKENS]
     sizes, fill = _make_room(bundle, backend, sizes)
     first_step = max(fill, sizes[-1])
     together = range(rows)

@@ -8,9 +8,10 @@ A failure ends the requests that caused it, and no others:
 
 1. A call for one request (its admission, a chunk of its prompt) ends that request.
 2. A step of several requests is repeated for each alone, which shows the one that fails. If rows may have changed
-   since, the step can't be repeated: all its requests end.
+   since, the step can't be repeated: all its requests end. If the step has run over all rows, all running requests end.
 3. Moves of rows are skipped. The steps themselves fail if there is no room.
-4. Any other failure is for the caller to ``recover`` from: all running requests end, and all rows are emptied. If none
+4. If the device is lost, no request can be answered any more: ``DeviceLostError`` is raised.
+5. Any other failure is for the caller to ``recover`` from: all running requests end, and all rows are emptied. If none
    runs, the first one that waits ends, so that the same failure can't come again and again.
 """
 
@@ -18,25 +19,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from medusa_runtime.backends.base import Backend, StepResult
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.decoding.ownership import Ownership
+from medusa_runtime.decoding.chunks import PromptChunks
+from medusa_runtime.decoding.endings import Endings
 from medusa_runtime.decoding.runner import StepRunner
 from medusa_runtime.decoding.scheduler import Admission, Job, Scheduler
 from medusa_runtime.decoding.sequence import TokenSequence
 from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSizes
-from medusa_runtime.errors import BackendError, DoubtfulRowsError, MedusaError, RequestError
+from medusa_runtime.errors import BackendError, DeviceLostError, DoubtfulRowsError, RequestError
 from medusa_runtime.metrics import Metrics, tell
-from medusa_runtime.request import GenerationResult, TreeSize
+from medusa_runtime.request import TreeSize
 from medusa_runtime.tuning import LONE_CHUNK, MOVED_BESIDES
 
 _log = logging.getLogger(__name__)
 
 
-class DecodeLoop:
+class DecodeLoop(Endings):
     """Runs requests over the rows of a backend, one synchronous step at a time.
 
     One thread at a time may call its methods. Other threads may look at ``scheduler``, and add to it, while they hold
@@ -79,24 +80,24 @@ class DecodeLoop:
     ) -> None:
         self.sizes = TreeSizes(tree_size, choice or TreeChoice(bundle.acceptance, bundle.tree, {}))
         self.runner = StepRunner(bundle, backend, self.sizes)
-        self.scheduler = Scheduler(backend.rows, max_queue, copies=self.runner.copies)
-        self.changed = threading.Condition()
+        super().__init__(self.runner, Scheduler(backend.rows, max_queue, copies=self.runner.copies), backend, metrics)
         self.prefill_chunk = prefill_chunk
         self.lone_chunk = LONE_CHUNK
-        self.reset_error: BackendError | None = None
-        self.backend = self.runner.backend
-        self._in_flight = self.runner.in_flight
-        self._room = self.runner.room
-        self._ownership = Ownership(backend)
-        self.metrics = metrics
+        self._chunks = PromptChunks(self.runner, self.evict)
         self.clock = clock
 
     def step(self) -> None:
-        """Admits requests, takes in one chunk of one prompt, decodes, and delivers what was emitted."""
+        """Admits requests, takes in chunks of prompts, decodes, and delivers what was emitted.
+
+        Where each step runs over all rows, it is one step for all of that. Otherwise one chunk of one prompt is taken
+        in by a step of its own.
+        """
         if not self._in_flight:
             self.admit()
         tell(self.metrics.load, len(self.scheduler.waiting), len(self.scheduler.running))
         groups, moved = self._arranged()
+        if self._room.is_shared and not self._in_flight and self._step_of_all([job for jobs in groups for job in jobs]):
+            return
         if moved <= MOVED_BESIDES and not self._in_flight:
             self._prefill([job.row for jobs in groups for job in jobs if job.row is not None])
         for jobs in groups:
@@ -189,40 +190,88 @@ class DecodeLoop:
         if job is None or job.row is None:
             return
         with self._blamed_on(job):
-            chunk, moved = self._chunk_with_room(job, job.row, decoding)
+            chunk, moved = self._chunks.of(job, job.row, self._wanted_chunk(decoding), decoding)
             if moved > MOVED_BESIDES and decoding:
                 return  # moving rows takes its time: the others first
             with self._timed("prefill", 1, len(chunk)) as tokens:
                 result = self.runner.prefill(job.row, chunk, self.runner.chunk_size(job.row, len(chunk), decoding))
                 if not result.count[job.row]:
                     result = self.runner.retry(job.row, chunk)
-                job.sequence.prefilled += len(chunk)
                 tokens.append(len(chunk))
-            if not job.sequence.is_prefilling:
-                job.first_token = self.clock()
-                job.sequence.stats.prefill_seconds = job.first_token - job.admitted
-                self._deliver(job, *result.emitted(job.row))
+            self._take_in(job, chunk, result)
 
-    def _chunk_with_room(self, job: Job, row: int, decoding: Sequence[int]) -> tuple[Sequence[int], int]:
-        """The next chunk of a prompt, with room for it; and the number of moved entries."""
-        wanted = self.prefill_chunk if decoding else self.lone_chunk
-        limit = self.runner.chunk_limit(wanted, job.sequence.prefilled)
-        make = self._room.make_in_part if decoding else lambda row, size: self._room.make([row], size)
-        chunk = job.sequence.next_chunk(limit)
+    def _wanted_chunk(self, decoding: Sequence[int]) -> int:
+        """The most tokens of a chunk beside rows that decode."""
+        return self.prefill_chunk if decoding else self.lone_chunk
+
+    def _take_in(self, job: Job, chunk: Sequence[int], result: StepResult) -> None:
+        """Notes that a chunk is in the cache; the last one gives the first token."""
+        job.sequence.prefilled += len(chunk)
+        if not job.sequence.is_prefilling and job.row is not None:
+            job.first_token = self.clock()
+            job.sequence.stats.prefill_seconds = job.first_token - job.admitted
+            self._deliver(job, *result.emitted(job.row))
+
+    def _step_of_all(self, decoding: Sequence[Job]) -> bool:
+        """Runs one step in which all prompts go on by a chunk and all other rows decode.
+
+        Returns:
+            False if it is to be done in steps of their own: no prompt goes on, the step failed without an effect, or a
+            request has an answer that depends on the tree size, which a chunk makes larger.
+        """
+        with self.changed:
+            prefilling = self.scheduler.all_prefilling()
+        lone = len(prefilling) == 1 and not decoding
+        if not prefilling or lone or any(job.sequence.is_typical for job in decoding):
+            return False
         try:
-            return chunk, make(row, self.runner.chunk_size(row, len(chunk), decoding))
+            self._prefill_and_decode(prefilling, decoding)
+        except DoubtfulRowsError as error:
+            self._end_doubtful([*prefilling, *decoding], error)
+        except DeviceLostError:
+            raise
         except BackendError:
+            _log.warning("A step of %d requests failed: trying parts of it", len(self.scheduler.running), exc_info=True)
             self.evict()
-            chunk = chunk[: self._room.fitting(len(chunk))]
-            return chunk, make(row, self.runner.chunk_size(row, len(chunk), decoding))
+            return False
+        return True
+
+    def _prefill_and_decode(self, prefilling: Sequence[Job], decoding: Sequence[Job]) -> None:
+        rows = _rows(decoding)
+        hits = self._hits(decoding)
+        tree_size = self.runner.tree_size(rows, hits) if rows else 1
+        chunks, size = self._chunks.together(prefilling, self._wanted_chunk(rows), rows, tree_size)
+        with self._timed("prefill", len(rows) + len(chunks), size) as tokens:
+            result = self.runner.decode(rows, size, hits, chunks)
+            tokens.append(sum(map(len, chunks.values())))
+        parts = [(job, job.row, chunks[job.row]) for job in prefilling if job.row is not None]
+        silent = [job for job in decoding if not result.count[_rows([job])[0]]]
+        silent_parts = [part for part in parts if not result.count[part[1]]]
+        for job, _, chunk in parts:
+            if not any(job is silent_part[0] for silent_part in silent_parts):
+                self._take_in(job, chunk, result)
+        for job in decoding:
+            if job not in silent:
+                self._deliver_step(job, result, min(size, self.runner.most_nodes))
+        for job, row, chunk in silent_parts:  # their steps overwrite the result
+            with self._blamed_on(job):
+                self._take_in(job, chunk, self.runner.retry(row, chunk))
+        for job in silent:
+            self._retry(job)
+
+    def _hits(self, jobs: Sequence[Job]) -> dict[int, list[int]]:
+        """Lookup hits by row."""
+        deepest = self.runner.deepest_hit
+        return {job.row: hit for job in jobs if job.row is not None and (hit := job.sequence.look_up(deepest))}
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         """Runs a decoding step of some requests. If it fails, runs one for each alone, to see which one fails."""
         try:
             self._decode_together(jobs)
         except DoubtfulRowsError as error:
-            for job in jobs:
-                self.end(job, error)
+            self._end_doubtful(jobs, error)
+        except DeviceLostError:
+            raise
         except BackendError:
             _log.warning("A step of %d requests failed: trying each by itself", len(jobs), exc_info=True)
             self.evict()
@@ -236,9 +285,7 @@ class DecodeLoop:
         if self._in_flight is not None and self._can_step_ahead(jobs):
             self._decode_ahead(jobs[0])
             return
-        rows = _rows(jobs)
-        deepest = self.runner.deepest_hit
-        hits = {row: hit for job, row in zip(jobs, rows, strict=True) if (hit := job.sequence.look_up(deepest))}
+        rows, hits = _rows(jobs), self._hits(jobs)
         size = self.runner.tree_size(rows, hits)
         with self._timed("decode", len(rows), size) as tokens:
             result = self.runner.decode(rows, size, hits)
@@ -296,91 +343,12 @@ class DecodeLoop:
             self.end(job, job.sequence.result())
 
     @contextlib.contextmanager
-    def _blamed_on(self, job: Job) -> Iterator[None]:
-        """Ends a request with the backend's error."""
-        try:
-            yield
-        except BackendError as error:
-            if not job.receiver.done:
-                self.end(job, error)
-
-    @contextlib.contextmanager
     def _timed(self, kind: str, rows: int, size: int) -> Iterator[list[int]]:
         """Reports a step that did not fail to the metrics; the block appends its numbers of tokens."""
         tokens: list[int] = []
         started = self.clock()
         yield tokens
         tell(self.metrics.step, kind, rows, size, sum(tokens), self.clock() - started)
-
-    def end(self, job: Job, outcome: GenerationResult | MedusaError) -> None:
-        """Ends a request and frees its row. The row keeps its entries for later requests, unless the backend failed."""
-        with self.changed:
-            row = job.row
-            kept = 0 if row is None or isinstance(outcome, BackendError) else self._kept(job, row)
-            self.scheduler.remove(job, kept)
-            if row is not None and not kept:
-                self._reset(row)
-            result = outcome if isinstance(outcome, GenerationResult) else None
-            tell(self.metrics.ended, result.finish_reason if result else type(outcome).__name__, job.sequence.stats)
-            job.receiver.end(outcome)
-            self.changed.notify_all()
-
-    def end_all(self, error: MedusaError) -> None:
-        """Ends all requests with an error."""
-        with self.changed:
-            for job in [*self.scheduler.running.values(), *self.scheduler.waiting]:
-                self.end(job, error)
-
-    def recover(self, error: Exception) -> None:
-        """Ends all running requests after a failure that none of them caused, and empties all rows.
-
-        Raises:
-            Exception: The failure, if no request runs or waits.
-        """
-        with self.changed:
-            jobs = [*self.scheduler.running.values()] or self.scheduler.waiting[:1]
-            if not jobs:
-                raise error
-            for job in jobs:
-                failure = BackendError(f"Decoding failed and has ended what was running: {error!r}.")
-                failure.__cause__ = error
-                self.end(job, failure)
-            self.scheduler.evict()
-            for row in range(self.scheduler.rows):
-                self._reset(row)
-            self._room.forget()
-
-    def evict(self) -> None:
-        """Gives up the entries of free rows, which may take the room that is needed."""
-        with self.changed:
-            for row in self.scheduler.evict():
-                self._reset(row)
-
-    def _kept(self, job: Job, row: int) -> int:
-        """Entries that a row keeps when its request ends; 0 if the backend can't say."""
-        if self._in_flight:
-            self._in_flight.discard()
-            # The length is not known before the step in flight has ended, but these tokens are in the cache.
-            return len(job.sequence.prompt_ids) + len(job.sequence.token_ids) - 1
-        try:
-            length = int(self.backend.lengths[row])
-        except BackendError:
-            _log.exception("The length of row %d is not available", row)
-            return 0
-        self._ownership.leave(row, length)
-        return length
-
-    def _reset(self, row: int) -> None:
-        """Empties a row. If that fails, it is tried again before the next request gets the row."""
-        if self._in_flight:
-            self._in_flight.discard()
-        self._ownership.leave(row, 0)
-        try:
-            self.backend.reset(row)
-            self.reset_error = None
-        except BackendError as error:
-            self.reset_error = error
-            _log.exception("Row %d could not be reset", row)
 
 
 def _rows(jobs: Sequence[Job]) -> list[int]:

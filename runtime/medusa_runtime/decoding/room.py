@@ -26,7 +26,10 @@ class Room(ABC):
 
     Attributes:
         groups: The rows that decode, as they step together at present.
+        is_shared: True if each step runs over all rows, so that a row costs the same whether it takes part or not.
     """
+
+    is_shared = False
 
     def __init__(self, bundle: Bundle, backend: Backend, sizes: TreeSizes) -> None:
         self.groups: list[list[int]] = []
@@ -133,6 +136,8 @@ class Room(ABC):
 
 class SharedRoom(Room):
     """Room on a backend whose rows don't move: all have the same capacity, and each step runs over all of them."""
+
+    is_shared = True
 
     def admit(self, tokens: int) -> None:
         # This is enough for the last chunk, too: it is padded to the largest tree at most.

@@ -14,7 +14,7 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.retry import retried
 from medusa_runtime.decoding.room import MovedRoom, Room, SharedRoom
 from medusa_runtime.decoding.tree_choice import TreeSizes
-from medusa_runtime.errors import BackendError, DoubtfulRowsError
+from medusa_runtime.errors import BackendError, DeviceLostError, DoubtfulRowsError
 from medusa_runtime.tuning import MOST_SCORES, SHARED_CHUNK
 
 
@@ -93,6 +93,11 @@ class StepRunner:
     def copies(self) -> bool:
         """True if entries can be copied from one row to another."""
         return self._copier is not None
+
+    @property
+    def most_nodes(self) -> int:
+        """Nodes of the whole tree (T)."""
+        return self._bundle.tree.size
 
     @property
     def deepest_hit(self) -> int:
@@ -177,24 +182,32 @@ class StepRunner:
         """
         return self._step(size, {row: chunk}, [row])
 
-    def decode(self, rows: Sequence[int], size: int, hits: Mapping[int, Sequence[int]]) -> StepResult:
-        """Verifies the trees of some rows.
+    def decode(
+        self,
+        rows: Sequence[int],
+        size: int,
+        hits: Mapping[int, Sequence[int]],
+        chunks: Mapping[int, Sequence[int]] | None = None,
+    ) -> StepResult:
+        """Verifies the trees of some rows, while others may take in chunks of their prompts.
 
         Args:
-            rows: The rows.
-            size: Nodes per row.
+            rows: The rows that verify their trees.
+            size: Tokens per row. Trees are verified up to their last node.
             hits: Lookup hits by row: the next tokens.
+            chunks: Chunks of prompts by row.
 
         Raises:
             DoubtfulRowsError: As for ``prefill``.
             BackendError: As for ``prefill``.
         """
-        if size > 1:
+        nodes = min(size, self._bundle.tree.size)
+        if nodes > 1:
             for row, tokens in hits.items():
-                self._bundle.tree.insert(tokens, self.backend.drafts[row], size)
-        result = self._step(size, {}, rows)
+                self._bundle.tree.insert(tokens, self.backend.drafts[row], nodes)
+        result = self._step(size, chunks or {}, [*rows, *(chunks or ())])
         emitted = {row: int(result.count[row]) for row in rows if result.count[row]}
-        self._sizes.observe(size, emitted, hits)
+        self._sizes.observe(nodes, emitted, hits)
         return result
 
     def decode_ahead(self, row: int, *, is_sure: bool) -> tuple[int, StepResult]:
@@ -217,6 +230,8 @@ class StepRunner:
             self.room.make([row], self._sizes.largest)
         try:
             size, result = self.in_flight.run(row, 1 + is_sure, lambda: self._sizes.of([row]))
+        except (DeviceLostError, DoubtfulRowsError):
+            raise
         except BackendError as error:
             raise _doubtful([row], error) from error
         if result.count[row]:
@@ -242,6 +257,8 @@ class StepRunner:
         before = self._state(rows) if self.in_flight is None else None
         try:
             return self.backend.step(size, prompts, rows)
+        except (DeviceLostError, DoubtfulRowsError):
+            raise
         except BackendError as error:
             if before is None or not self._is_still(before, rows):
                 raise _doubtful(rows, error) from error

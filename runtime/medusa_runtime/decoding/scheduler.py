@@ -184,6 +184,10 @@ class Scheduler:
         job.turn = next(self._turns)
         return job
 
+    def all_prefilling(self) -> list[Job]:
+        """The requests whose prompt is not complete, by row."""
+        return [self.running[row] for row in sorted(self.running) if self.running[row].sequence.is_prefilling]
+
     def decoding(self) -> list[Job]:
         """The requests whose prompt is complete, by row."""
         return [self.running[row] for row in sorted(self.running) if not self.running[row].sequence.is_prefilling]

@@ -101,6 +101,11 @@ class TokenSequence:
         return self.prefilled < len(self.prompt_ids)
 
     @property
+    def is_typical(self) -> bool:
+        """True if the acceptance rule is typical acceptance, so that the tree size may change the answer."""
+        return self.draws is not None and self.draws.params.typical
+
+    @property
     def most_tokens(self) -> int:
         """The most tokens of prompt and answer."""
         return len(self.prompt_ids) + self.max_new_tokens

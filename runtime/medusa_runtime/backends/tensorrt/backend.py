@@ -7,40 +7,31 @@ back ``tokens`` and ``count`` alone, and may submit the next step before it does
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.backends.tensorrt.buffers import ID, Buffers, ResultSlot
+from medusa_runtime.backends.tensorrt.buffers import ID, Buffers, Submitted
 from medusa_runtime.backends.tensorrt.cuda import Cuda, Stream
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, import_tensorrt
 from medusa_runtime.backends.tensorrt.loading import LoadedEngine, load_engine
 from medusa_runtime.backends.tensorrt.steps import EngineSteps
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
-from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError, RequestError
+from medusa_runtime.errors import (
+    BackendError,
+    DeviceLostError,
+    DoubtfulRowsError,
+    OutOfDeviceMemoryError,
+    RequestError,
+)
 from medusa_runtime.sampling import Draws, SamplingRows
 
 _LARGER_CHUNKS = ", or build the engine with a larger 'medusa-export trt --max-prefill'"
 IN_FLIGHT = 2  # steps that may be in flight
-
-
-@dataclass(frozen=True)
-class _Submitted:
-    """A step in flight.
-
-    Attributes:
-        slot: The memory for its results.
-        size: S.
-        added: Tokens that each prefilling row takes in, by row; 0 for rows that don't take part.
-    """
-
-    slot: ResultSlot
-    size: int
-    added: Mapping[int, int]
 
 
 class TensorRTBackend:
@@ -86,7 +77,7 @@ class TensorRTBackend:
         self._stream = Stream(cuda)
         self._buffers = Buffers(cuda, self._stream, bundle, limits, rows, loaded.scratch_size)
         self._steps = EngineSteps(loaded, self._buffers, self._stream, bundle, rows, limits.capacity, capture=capture)
-        self._submitted: list[_Submitted] = []
+        self._submitted: list[Submitted] = []
         self._next_slot = 0
         self._lengths = np.zeros(rows, np.int64)  # exact once all steps are collected
         self._drafts_shown = False  # True while the host's drafts count, not the device's
@@ -97,14 +88,16 @@ class TensorRTBackend:
             self._slots = self._buffers.allocate(IN_FLIGHT)
             self._pin_sampling()
         except OutOfDeviceMemoryError as error:
-            self.close()
+            with contextlib.suppress(BackendError):
+                self.close()
             raise OutOfDeviceMemoryError(
                 f"{self._name} has no memory for {rows} sequences of {limits.capacity} tokens "
                 f"({self._buffers.total / 2**20:,.0f} MiB with caches): take fewer rows, or build it again "
                 f"with a smaller 'medusa-export trt --max-seq-len'. {error}"
             ) from error
         except BackendError:
-            self.close()
+            with contextlib.suppress(BackendError):
+                self.close()
             raise
 
     def _pin_sampling(self) -> None:
@@ -234,6 +227,17 @@ class TensorRTBackend:
         prompts = prompts or {}
         idle = () if rows is None else tuple(row for row in range(self._rows) if row not in rows)
         self._check_step(size, prompts)
+        try:
+            self._launch(size, prompts, idle)
+        except DeviceLostError:
+            raise
+        except BackendError as error:
+            raise DoubtfulRowsError(
+                f"A step failed halfway, and its {self._rows} rows may have changed: {error}"
+            ) from error
+
+    def _launch(self, size: int, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...]) -> None:
+        """Puts a step into the stream. A failure may leave all rows changed."""
         if self._drafts_shown:
             self._stream.upload(
                 self._buffers.address["next_input_ids"], self._buffers.drafts, "storing the drafted trees"
@@ -254,7 +258,7 @@ class TensorRTBackend:
         self._stream.download(slot.memory, self._buffers.address["tokens"], doing)
         slot.done.record(doing)
         added = {row: len(prompt) for row, prompt in prompts.items()} | dict.fromkeys(idle, 0)
-        self._submitted.append(_Submitted(slot, size, added))
+        self._submitted.append(Submitted(slot, size, added))
 
     def collect(self) -> StepResult:
         if not self._submitted:
@@ -263,7 +267,7 @@ class TensorRTBackend:
         self._lengths += self._committed(step)
         return step.slot.result
 
-    def _committed(self, step: _Submitted) -> NDArray[np.int64]:
+    def _committed(self, step: Submitted) -> NDArray[np.int64]:
         """Waits for a step; gives the entries that it commits in each row, none where it emits nothing."""
         step.slot.done.wait(f"waiting for a step of {step.size} tokens over {self._rows} rows")
         count = step.slot.result.count
@@ -323,6 +327,7 @@ class TensorRTBackend:
 
     def _decode(self, size: int, width: int, idle: tuple[int, ...], doing: str) -> None:
         if self._idle_shown != idle:
+            self._idle_shown = None
             sits_out = [row in idle for row in range(self._rows)]
             self._buffers.upload_flags([0 if out else size for out in sits_out], sits_out, doing)
             self._idle_shown = idle
@@ -334,10 +339,10 @@ class TensorRTBackend:
         """Rows in ``prompts`` take their chunk, idle rows no tokens, all others their drafted tree."""
         chunks = {**prompts, **dict.fromkeys(idle, ())}
         rows = range(self._rows)
+        self._idle_shown = None
         self._buffers.upload_flags(
             [len(chunks.get(row, range(size))) for row in rows], [row in chunks for row in rows], doing
         )
-        self._idle_shown = None
         ids = self._buffers.ids.reshape(-1)[: self._rows * size].reshape(self._rows, size)
         ids[:] = 0
         for row, prompt in prompts.items():
@@ -366,10 +371,19 @@ class TensorRTBackend:
     def close(self) -> None:
         if self._loaded is None:
             return
-        self._stream.synchronize("closing the backend")
-        self._steps.close()
-        self._loaded.kernels.save()
-        self._loaded = None
+        loaded, self._loaded = self._loaded, None
         self._submitted = []
-        self._buffers.close()
-        self._stream.close()
+        failures = []
+        for give_back in (
+            lambda: self._stream.synchronize("closing the backend"),
+            *self._steps.closing,
+            loaded.kernels.save,
+            *self._buffers.closing,
+            self._stream.close,
+        ):
+            try:
+                give_back()
+            except BackendError as error:  # what can be given back is
+                failures.append(error)
+        if failures:
+            raise failures[0]

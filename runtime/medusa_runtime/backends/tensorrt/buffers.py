@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,21 @@ class ResultSlot:
     memory: NDArray[np.uint8]
     result: StepResult
     done: Event
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A step in flight.
+
+    Attributes:
+        slot: The memory for its results.
+        size: S.
+        added: Tokens that each prefilling row takes in, by row; 0 for rows that don't take part.
+    """
+
+    slot: ResultSlot
+    size: int
+    added: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class Buffers:
         self._slots: list[ResultSlot] = []
 
     def allocate(self, in_flight: int) -> list[ResultSlot]:
-        """Allocates everything; after a failure ``close`` gives back what there was memory for.
+        """Allocates everything. After a failure ``closing`` gives back what there was memory for.
 
         Args:
             in_flight: Steps that may be in flight.
@@ -147,7 +163,7 @@ class Buffers:
         return address
 
     def pin(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A zeroed array in page-locked host memory, which ``close`` gives back."""
+        """A zeroed array in page-locked host memory, which ``closing`` gives back."""
         self._pinned.append(self._cuda.pinned(shape, dtype))
         return self._pinned[-1]
 
@@ -212,12 +228,11 @@ class Buffers:
         self._stream.upload(self.address["num_tokens"], self.num_tokens, doing)
         self._stream.upload(self.address["is_prefill"], self.is_prefill, doing)
 
-    def close(self) -> None:
-        """Gives all memory back; nothing may be in flight."""
-        for slot in self._slots:
-            slot.done.close()
-        for address in self._blocks:
-            self._cuda.free(address)
-        for array in self._pinned:
-            self._cuda.unpin(array)
-        self._blocks, self._pinned, self._slots = [], [], []
+    @property
+    def closing(self) -> list[Callable[[], None]]:
+        """The calls that give all memory back, each to be called once. Nothing may be in flight then."""
+        return [
+            *(slot.done.close for slot in self._slots),
+            *(partial(self._cuda.free, address) for address in self._blocks),
+            *(partial(self._cuda.unpin, array) for array in self._pinned),
+        ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
+from medusa_runtime.errors import BackendError, DeviceLostError, OutOfDeviceMemoryError
 
+# After one of these errors every call of the process fails: CUDA's context is lost.
+_LOST = {
+    "cudaErrorIllegalAddress", "cudaErrorLaunchTimeout", "cudaErrorHardwareStackError", "cudaErrorIllegalInstruction",
+    "cudaErrorMisalignedAddress", "cudaErrorInvalidAddressSpace", "cudaErrorInvalidPc", "cudaErrorLaunchFailure",
+    "cudaErrorECCUncorrectable", "cudaErrorNvlinkUncorrectable", "cudaErrorContained", "cudaErrorAssert",
+    "cudaErrorContextIsDestroyed", "cudaErrorExternalDevice", "cudaErrorTensorMemoryLeak",
+}  # fmt: skip
 _REMEDIES = {
     "cudaErrorInsufficientDriver": "Install an NVIDIA driver, or a newer one, that knows this CUDA version.",
     "cudaErrorNoDevice": "This machine has no NVIDIA GPU that CUDA sees: check nvidia-smi and CUDA_VISIBLE_DEVICES.",
     "cudaErrorDevicesUnavailable": "Another process holds the GPU exclusively: end it, or choose another GPU.",
+    **dict.fromkeys(_LOST, "The GPU takes no more calls from this process: start it again."),
 }
 
 
@@ -54,27 +63,50 @@ class Device:
 
 
 class Cuda:
-    """The CUDA runtime on the current device.
+    """The CUDA runtime on one device.
+
+    CUDA keeps a current device per thread. So each thread that calls this chooses the device with its first call.
 
     Args:
         runtime: The module ``cuda.bindings.runtime``.
+        device: The number of the GPU among those that CUDA sees.
     """
 
-    def __init__(self, runtime: Any) -> None:
+    def __init__(self, runtime: Any, device: int = 0) -> None:
         self._runtime = runtime
+        self._index = device
+        self._chosen = threading.local()
 
     @classmethod
-    def open(cls) -> Cuda:
+    def open(cls, device: int = 0) -> Cuda:
         """Opens the runtime and looks for a GPU.
 
+        Args:
+            device: The number of the GPU among those that CUDA sees.
+
         Raises:
-            BackendError: There is no GPU, or the driver is missing or too old.
+            BackendError: There is no such GPU, or the driver is missing or too old.
         """
-        cuda = cls(import_cudart())
-        count = cuda.call("looking for a GPU", "cudaGetDeviceCount")
+        cuda = cls(import_cudart(), device)
+        cuda.check_device()
+        return cuda
+
+    def check_device(self) -> None:
+        """Refuses a number that no GPU has.
+
+        Raises:
+            BackendError: There is no such GPU, or the driver is missing or too old.
+        """
+        self._chosen.device = True  # there may be none to choose
+        count = self.call("looking for a GPU", "cudaGetDeviceCount")
+        self._chosen.device = False
         if not count:
             raise BackendError(f"There is no GPU here. {_REMEDIES['cudaErrorNoDevice']}")
-        return cuda
+        if not 0 <= self._index < count:
+            raise BackendError(
+                f"There is no GPU {self._index}: CUDA sees {count}, which are numbered from 0. Check "
+                "CUDA_VISIBLE_DEVICES."
+            )
 
     def call(self, doing: str, name: str, *arguments: Any) -> Any:
         """Calls a function of the runtime.
@@ -86,8 +118,16 @@ class Cuda:
 
         Raises:
             OutOfDeviceMemoryError: The device has no memory left.
+            DeviceLostError: The device takes no more calls from this process.
             BackendError: The call failed otherwise.
         """
+        if not getattr(self._chosen, "device", False):
+            self._chosen.device = True
+            try:
+                self.call(f"choosing GPU {self._index}", "cudaSetDevice", self._index)
+            except BackendError:
+                self._chosen.device = False
+                raise
         code, *results = getattr(self._runtime, name)(*arguments)
         if int(code) != 0:
             raise self._error(code, doing, name)
@@ -99,15 +139,21 @@ class Cuda:
 
     def _error(self, code: Any, doing: str, function: str) -> BackendError:
         kind = OutOfDeviceMemoryError if code.name == "cudaErrorMemoryAllocation" else BackendError
+        kind = DeviceLostError if code.name in _LOST else kind
         remedy = _REMEDIES.get(code.name, "")
         return kind(f"CUDA failed while {doing}: {function} gave {code.name} ({int(code)}). {remedy}".strip())
 
     @property
     def device(self) -> Device:
-        """The current device."""
-        index = self.call("asking for the GPU", "cudaGetDevice")
-        facts = self.call("asking for the GPU's properties", "cudaGetDeviceProperties", index)
+        """The device."""
+        facts = self.call("asking for the GPU's properties", "cudaGetDeviceProperties", self._index)
         return Device(facts.name.partition(b"\0")[0].decode(), f"sm{facts.major}{facts.minor}")
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device's memory: free, and in all."""
+        free, total = self.call("asking for the GPU's memory", "cudaMemGetInfo")
+        return int(free), int(total)
 
     def allocate(self, size: int, doing: str) -> int:
         """Allocates ``size`` bytes of device memory and gives their address."""
@@ -213,9 +259,11 @@ class Stream:
             self._forget_error()
             raise
         try:
-            return Graph(self._cuda, self._cuda.call(doing, "cudaGraphInstantiate", graph, 0), self._stream)
+            executable = self._cuda.call(doing, "cudaGraphInstantiate", graph, 0)
         finally:
-            self._cuda.call(doing, "cudaGraphDestroy", graph)
+            with contextlib.suppress(BackendError):  # the step can be run all the same
+                self._cuda.call(doing, "cudaGraphDestroy", graph)
+        return Graph(self._cuda, executable, self._stream)
 
     def _abandon_capture(self) -> None:
         """Ends a capture that failed and discards it, so that the stream works again."""

@@ -92,7 +92,9 @@ class LoadedEngine:
             self.kernels.attach(config)
             context = self.engine.create_execution_context(config)
         if context is None:
-            raise BackendError(f"TensorRT made no execution context: {self.words()}")
+            words = self.words()
+            kind = OutOfDeviceMemoryError if _is_out_of_memory(words) else BackendError
+            raise kind(f"TensorRT made no execution context: {words}")
         return context
 
     def words(self) -> str:
@@ -136,7 +138,7 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
     loaded = LoadedEngine(description, library, device, engine, log, kernels)
     if engine is None:
         words = loaded.words()
-        if re.search(r"out ?of ?memory", words, re.IGNORECASE):
+        if _is_out_of_memory(words):
             raise OutOfDeviceMemoryError(
                 f"{device.name} has no memory for the weights in {description.engine} ({len(data) / 2**20:,.0f} MiB): "
                 f"{words} End what else uses the GPU, or take one with more memory."
@@ -147,6 +149,10 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
         )
     _check_tensors(loaded, bundle)
     return loaded
+
+
+def _is_out_of_memory(words: str) -> bool:
+    return re.search(r"out ?of ?memory", words, re.IGNORECASE) is not None
 
 
 def _check_validity(trt: Any, runtime: Any, data: bytes, description: CompiledEngine) -> None:

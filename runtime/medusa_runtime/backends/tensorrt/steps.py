@@ -1,9 +1,13 @@
-"""Launches of the engine: an execution context for each size of tree, captured as a CUDA graph, and one for prompts."""
+"""Launches of the engine: an execution context for each size of tree, captured as a CUDA graph, and one for prompts.
+
+The contexts that were used last are kept, ``MOST_CONTEXTS`` of them, or fewer where the device has no memory for more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from medusa_runtime.backends.tensorrt.buffers import ID, Buffers
@@ -11,7 +15,8 @@ from medusa_runtime.backends.tensorrt.cuda import Graph, Stream
 from medusa_runtime.backends.tensorrt.loading import LoadedEngine
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import fixed_shape
-from medusa_runtime.errors import BackendError
+from medusa_runtime.errors import BackendError, DeviceLostError, OutOfDeviceMemoryError
+from medusa_runtime.tuning import MOST_CONTEXTS
 
 # The engine's optimisation profiles.
 _DECODE, _PREFILL = 0, 1
@@ -60,7 +65,9 @@ class EngineSteps:
     ) -> None:
         self._loaded, self._buffers, self._stream, self._bundle = loaded, buffers, stream, bundle
         self._rows, self._capacity, self._captures = rows, capacity, capture
-        self._decoders: dict[tuple[int, int], _Decoder] = {}  # by size, and numbers to draw with
+        # By size, and numbers to draw with; the one that was used last is the last one.
+        self._decoders: dict[tuple[int, int], _Decoder] = {}
+        self._capturing = False
         self._prefiller: Any = None
         pending = [group.pending for group in bundle.state_groups if group.pending is not None]
         # Outputs that the next step reads, by the inputs that it reads them from.
@@ -79,9 +86,12 @@ class EngineSteps:
             width: Tokens per row to draw (W).
             doing: The action that this is part of, for the message of a failure.
         """
-        decoder = self._decoders.get((size, width))
+        decoder = self._decoders.pop((size, width), None)
         if decoder is None:
-            decoder = self._decoders[size, width] = _Decoder(self._context(_DECODE, size, width, eager=True))
+            while len(self._decoders) >= MOST_CONTEXTS:
+                self._drop_oldest(doing)
+            decoder = _Decoder(self._context_with_room(_DECODE, size, width, doing, eager=True))
+        self._decoders[size, width] = decoder
         if self._captures and decoder.graph is None and decoder.warm and not decoder.refused:
             self._capture(decoder, size, doing)
         if decoder.graph is not None:
@@ -102,15 +112,44 @@ class EngineSteps:
         if not able(self._stream.handle):
             decoder.refused = f"not capturable: {self._loaded.words()}"
             return
+        self._capturing = True
         try:
-            decoder.graph = self._stream.capture(lambda: self._decode_once(decoder, size, doing), f"capturing, {doing}")
+            while decoder.graph is None:
+                try:
+                    work = partial(self._decode_once, decoder, size, doing)
+                    decoder.graph = self._stream.capture(work, f"capturing, {doing}")
+                except OutOfDeviceMemoryError:
+                    if len(self._decoders) == 1:
+                        raise
+                    self._drop_oldest(doing)
+        except DeviceLostError:
+            raise
         except BackendError as error:
             decoder.refused = str(error)
+        finally:
+            self._capturing = False
+
+    def _drop_oldest(self, doing: str) -> None:
+        """Gives up the context that has not been used for longest, and its graph."""
+        self._stream.synchronize(doing)  # its last step may be in flight
+        decoder = self._decoders.pop(next(iter(self._decoders)))
+        if decoder.graph is not None:
+            decoder.graph.close()
+
+    def _context_with_room(self, profile: int, size: int, width: int, doing: str, *, eager: bool) -> Any:
+        """A new context; gives up others, the oldest first, while there is no memory for it."""
+        while True:
+            try:
+                return self._context(profile, size, width, eager=eager)
+            except OutOfDeviceMemoryError:
+                if not self._decoders:
+                    raise
+                self._drop_oldest(doing)
 
     def prefill(self, size: int, width: int, doing: str) -> None:
         """Runs a step whose token ids, [B, size], are in ``input_ids`` already; arguments as for ``decode``."""
         if self._prefiller is None:
-            self._prefiller = self._context(_PREFILL, size, width, eager=False)
+            self._prefiller = self._context_with_room(_PREFILL, size, width, doing, eager=False)
         self._set_input_shape(self._prefiller, "input_ids", (self._rows, size), doing)
         if "exponentials" in self._buffers.specs:
             shape = fixed_shape(self._buffers.specs["exponentials"], {"batch": self._rows, "draws": width})
@@ -120,7 +159,7 @@ class EngineSteps:
     def _execute(self, context: Any, doing: str) -> None:
         """Runs the engine once, and brings its state to where the next step reads it."""
         if not self._agrees(context.execute_async_v3, self._stream.handle):
-            raise BackendError(f"TensorRT failed while {doing}: {self._loaded.words()}")
+            raise self._failure(f"TensorRT failed while {doing}: {self._loaded.words()}")
         buffers = self._buffers
         for target, source in self._carried.items():
             size = buffers.size(buffers.specs[target])
@@ -131,20 +170,29 @@ class EngineSteps:
         doing = f"preparing steps of {size} tokens over {self._rows} rows"
         context = self._loaded.new_context(eager=eager)
         if not self._agrees(context.set_optimization_profile_async, profile, self._stream.handle):
-            raise BackendError(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
+            raise self._failure(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
         sizes = {"batch": self._rows, "sequence": size, "draws": width, "capacity": self._capacity}
         for spec in self._bundle.inputs:
             self._set_input_shape(context, spec.name, fixed_shape(spec, sizes), doing)
         for name, address in self._buffers.address.items():
             if not self._agrees(context.set_tensor_address, name, address):
-                raise BackendError(f"TensorRT failed while {doing}, at the address of {name}: {self._loaded.words()}")
+                raise self._failure(f"TensorRT failed while {doing}, at the address of {name}: {self._loaded.words()}")
         context.set_device_memory(self._buffers.scratch, self._buffers.scratch_size)
         self._stream.synchronize(doing)
         return context
 
     def _set_input_shape(self, context: Any, name: str, shape: tuple[int, ...], doing: str) -> None:
         if not self._agrees(context.set_input_shape, name, shape):
-            raise BackendError(f"TensorRT refused {list(shape)} for {name} while {doing}: {self._loaded.words()}")
+            raise self._failure(f"TensorRT refused {list(shape)} for {name} while {doing}: {self._loaded.words()}")
+
+    def _failure(self, message: str) -> BackendError:
+        """The error of a call that TensorRT refused; CUDA says whether the device is lost."""
+        if not self._capturing:  # a wait would spoil the capture
+            try:
+                self._stream.synchronize("looking for the cause")
+            except BackendError as error:
+                return type(error)(f"{message} {error}")
+        return BackendError(message)
 
     def _agrees(self, call: Callable[..., bool], *arguments: Any) -> bool:
         """Calls TensorRT. False if it refuses: where the C++ interface says so, its Python bindings may raise."""
@@ -154,10 +202,12 @@ class EngineSteps:
             self._loaded.log.errors.append(str(error))
             return False
 
-    def close(self) -> None:
-        """Gives contexts and graphs back."""
-        for decoder in self._decoders.values():
-            if decoder.graph is not None:
-                decoder.graph.close()
+    @property
+    def closing(self) -> list[Callable[[], None]]:
+        """The calls that give contexts and graphs back, each to be called once. Nothing may be in flight then."""
+        graphs = [decoder.graph.close for decoder in self._decoders.values() if decoder.graph is not None]
+        return [*graphs, self._forget]
+
+    def _forget(self) -> None:
         self._decoders.clear()
         self._prefiller = None
