@@ -48,6 +48,7 @@ from medusa_runtime.server.schema.tokenize import TokenizeRequest
 from medusa_runtime.server.settings import Settings
 from medusa_runtime.server.streaming import Event, EventStream
 from medusa_runtime.server.tokens import tokenized
+from medusa_runtime.server.tracing import NoTracing, Tracing
 from medusa_runtime.service import MedusaService
 
 _log = logging.getLogger(__name__)
@@ -77,14 +78,18 @@ class Job(Protocol):
         ...
 
 
-def make_app(service: MedusaService, metrics: ServerMetrics, settings: Settings) -> ASGIApp:
+def make_app(
+    service: MedusaService, metrics: ServerMetrics, settings: Settings, tracing: Tracing | None = None
+) -> ASGIApp:
     """The server's application.
 
     Args:
         service: The service that answers. It stays open at the application's end.
         metrics: The metrics that the service reports to.
         settings: The settings.
+        tracing: Makes spans. It is closed at the application's end.
     """
+    tracing = tracing or NoTracing()
     api = Api(service, settings)
 
     @asynccontextmanager
@@ -95,6 +100,7 @@ def make_app(service: MedusaService, metrics: ServerMetrics, settings: Settings)
         finally:
             watch.cancel()
             api.close()
+            tracing.close()
 
     app = FastAPI(title="medusa-export", version=__version__, lifespan=lifespan, redoc_url=None)
     app.add_exception_handler(Exception, _answer_error)
@@ -113,7 +119,7 @@ def make_app(service: MedusaService, metrics: ServerMetrics, settings: Settings)
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    return Gate(app, settings)
+    return Gate(app, settings, tracing)
 
 
 def _add_generation(app: FastAPI, api: Api) -> None:

@@ -45,6 +45,7 @@ _SECONDS = click.FloatRange(0)
     show_default=True,
     help="Format of reasoning.",
 )
+@click.option("--otlp-endpoint", metavar="URL", help="The OpenTelemetry collector that gets a span per request.")
 @click.option("--log-level", default="info", show_default=True, help="The lowest level that is logged.")
 def command(
     host: str,

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_runtime.server.errors import ApiError
 from medusa_runtime.server.settings import Settings
+from medusa_runtime.server.tracing import Tracing
 
 _log = logging.getLogger("medusa_runtime.server.requests")
 
@@ -28,15 +29,17 @@ class Gate:
     1. A request without a valid API key is answered with 401, except those for health, metrics and status.
     2. A body that is too large is answered with 413, before it is read if its length is announced.
     3. The answer has the header ``x-request-id``: the request's own, or a new one.
-    4. Each request is logged at its end, with its id.
+    4. Each request is logged at its end, with its id, and has a span if traces are on.
 
     Args:
         app: The application.
         settings: The settings.
+        tracing: Makes spans.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, tracing: Tracing) -> None:
         self._app = app
+        self._tracing = tracing
         self._keys = [key.encode() for key in settings.api_keys]
         self._max_body = settings.max_body
 
@@ -50,6 +53,7 @@ class Gate:
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id
         started, status = time.monotonic(), 0
+        span = self._tracing.begin(scope["method"], scope["path"], headers)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -74,6 +78,7 @@ class Gate:
                 **state.get("figures", {}),
             }
             _log.info("request", extra={"facts": facts})
+            self._tracing.end(span, facts)
 
     def _client(self, scope: Scope, headers: Headers) -> str:
         """The client that asks: its key, or its address if no keys are asked for.

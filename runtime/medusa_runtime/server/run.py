@@ -22,6 +22,7 @@ from medusa_runtime.server.app import make_app
 from medusa_runtime.server.logs import set_up_logs
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import SettingError, Settings
+from medusa_runtime.server.tracing import SpanTracing
 from medusa_runtime.service import MedusaService
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.closing(_listening(host, port)) as listener:
         metrics = ServerMetrics(settings.names[0])
+        tracing = SpanTracing.to_endpoint(settings.otlp_endpoint) if settings.otlp_endpoint else None
         service = MedusaService.load(
             settings.bundle,
             settings.backend,
@@ -96,7 +98,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
         )
         with service:
             config = uvicorn.Config(
-                make_app(service, metrics, settings),
+                make_app(service, metrics, settings, tracing),
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,

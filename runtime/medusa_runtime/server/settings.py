@@ -35,6 +35,7 @@ class Settings:
         keep_alive_seconds: Seconds without a chunk after which a stream gets a comment.
         tool_format: Name of the format of tool calls, ``auto`` or ``none``.
         reasoning_format: ``auto``, ``think`` or ``none``.
+        otlp_endpoint: URL of the OpenTelemetry collector that gets a span per request; None for no spans.
     """
 
     bundle: Path
@@ -53,6 +54,7 @@ class Settings:
     keep_alive_seconds: float = 10.0
     tool_format: str = "auto"
     reasoning_format: ReasoningFormat = "auto"
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for key in self.api_keys:

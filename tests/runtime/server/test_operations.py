@@ -22,6 +22,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from medusa_runtime import Bundle, MedusaService
 from medusa_runtime.server.app import make_app
@@ -30,6 +33,7 @@ from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.run import threads_of_each
 from medusa_runtime.server.settings import SettingError, Settings
 from medusa_runtime.server.streaming import event
+from medusa_runtime.server.tracing import SpanTracing
 from runtime.server.conftest import Served
 from support.servers import running
 
@@ -232,6 +236,29 @@ def test_log_lines_are_json() -> None:
     record.facts = {"request_id": "req_1"}
     found = json.loads(JsonFormatter().format(record))
     assert (found["message"], found["request_id"], found["level"]) == ("told this", "req_1", "info")
+
+
+def test_a_request_has_a_span_in_the_clients_trace(served: Served) -> None:
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    app = make_app(served.service, ServerMetrics("tiny"), Settings(bundle=Path("tiny")), SpanTracing(provider))
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as web:
+            headers = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "mine"}
+            await web.post(CHAT, json=SHORT | {"ignore_eos": True, "stream": True}, headers=headers)
+            await web.get("/health/live")
+
+    asyncio.run(ask())
+    (span,) = spans.get_finished_spans()
+    assert span.name == f"POST {CHAT}" and span.parent is not None
+    assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == (trace, parent)
+    assert span.attributes is not None
+    assert span.attributes["gen_ai.usage.output_tokens"] == 5
+    assert (span.attributes["http.response.status_code"], span.attributes["medusa.request_id"]) == (200, "mine")
 
 
 def test_settings_are_checked() -> None:
