@@ -101,7 +101,8 @@ class StepWeights:
 
         def read() -> BlockWeight:
             made = stored.read()
-            self._check(name.removeprefix(PREFIX), made.dequantized())
+            if not made.is_finite:  # the whole matrix in floating point is the largest tensor of an export
+                self._check(name.removeprefix(PREFIX), made.dequantized())
             return made
 
         return replace(stored, read=read)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 Bits = Literal[4, 8]
-_ROWS = 4096
+# Rows that are rounded at once. Rounding takes several times their size.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class BlockWeight:
     def middle(self) -> int:
         """The middle of the range of values."""
         return 1 << (self.bits - 1)
+
+    @property
+    def is_finite(self) -> bool:
+        """True if all numbers of W are finite for sure: no scale and offset is close to the range of its dtype."""
+        largest = self.scales.abs() * (1 << self.bits)
+        if self.offsets is not None:
+            largest = largest + self.offsets.abs()
+        return bool(largest.isfinite().all())
 
     def dequantized(self) -> Tensor:
         """W, in the dtype of the scales."""
@@ -112,9 +121,7 @@ def round_to_nearest(
         symmetric: Put the zero points in the middle of the range. Otherwise each block has its own.
         dtype: The dtype of the scales. Values are rounded with the scale in this dtype.
     """
-    parts = [
-        _rounded(rows, bits, block_size, symmetric=symmetric, dtype=dtype) for rows in torch.split(weight, _ROWS)
-    ]  # the rounding of a part takes several times its size
+    parts = [_rounded(rows, bits, block_size, symmetric=symmetric, dtype=dtype) for rows in torch.split(weight, _ROWS)]
     values, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     zero_points = None if symmetric else torch.cat([part[2] for part in parts])
     return BlockWeight(bits, block_size, values, scales, zero_points)

@@ -64,3 +64,15 @@ def test_bytes() -> None:
 def test_a_block_of_zeros(symmetric: bool) -> None:
     blocks = round_to_nearest(torch.zeros(2, 32), 4, 16, symmetric=symmetric, dtype=torch.float32)
     assert torch.equal(blocks.dequantized(), torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "finite"), [(0.5, 1.0, True), (1e37, 1.0, False), (0.5, float("inf"), False)]
+)
+def test_scales_tell_that_all_numbers_are_finite(scale: float, offset: float, finite: bool) -> None:
+    values = torch.full((2, 32), 255, dtype=torch.uint8)
+    scales, offsets = torch.tensor([[0.1], [scale]]), torch.tensor([[0.0], [offset]])
+    blocks = BlockWeight(8, 32, values, scales, offsets=offsets)
+    assert blocks.is_finite is finite
+    if finite:
+        assert blocks.dequantized().isfinite().all()

@@ -29,7 +29,7 @@ from medusa_export.models.packed import StoredBlocks
 # Kinds of numbers that are stored as they are, by gguf's names.
 _NUMBERS = ("F16", "BF16", "F32", "F64")
 # Rows that are dequantized at once.
-_ROWS = 4096
+_ROWS = 1024
 
 # llama.cpp ignores the second too.
 _NO_WEIGHTS = (ROPE_FREQS, ".attn_rot_embd")
