@@ -124,9 +124,14 @@ def _mappings(config: PreTrainedConfig) -> list[Any]:
     return [AutoModelForCausalLM._model_mapping]
 
 
+def takes_attention(model: type[PreTrainedModel]) -> bool:
+    """Whether the layers of a class of models call transformers' attention interface."""
+    return bool(model._can_set_attn_implementation())
+
+
 def calls_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the layers of a model call transformers' attention interface."""
-    return bool(model._can_set_attn_implementation())
+    return takes_attention(type(model))
 
 
 def has_state(model: PreTrainedModel) -> bool:

@@ -27,6 +27,9 @@ from medusa_export.compat.torch import tree_flatten, tree_unflatten
 from medusa_export.step.attention import StepCache, attending
 from medusa_export.step.masks import MaskKind, StepMasks
 
+# Attributes in which modules keep the index of their layer. GPT-Neo has the second name.
+_INDEX_NAMES = frozenset({"layer_idx", "layer_id"})
+
 
 @torch.library.custom_op("medusa_export::layer_boundary", mutates_args=())
 def layer_boundary(tensor: Tensor, layer: int, port: str) -> Tensor:
@@ -62,7 +65,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         for module in model.modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == count
-        and all(any(hasattr(part, "layer_idx") for part in layer.modules()) for layer in module)
+        and all(any(_INDEX_NAMES & vars(part).keys() for part in layer.modules()) for layer in module)
     ]
     if len(found) != 1:
         raise ModelNotSupportedError(f"{len(found)} lists of {count} decoder layers (one is expected)")
@@ -87,7 +90,7 @@ def _describe(layer: nn.Module) -> object:
             key: value
             for key, value in vars(part).items()
             if isinstance(value, (int, float, str, tuple, type(None), torch.dtype))
-            and key not in ("layer_idx", "training")
+            and key not in (*_INDEX_NAMES, "training")
         }
         functions = {
             key: getattr(value, "__qualname__", type(value).__qualname__)
@@ -302,21 +305,23 @@ def reusing_layers(layers: nn.ModuleList, like: list[int]) -> Iterator[None]:
     """
     tracer = _Tracer(like)
     originals = list(layers)
-    indices: list[tuple[Any, int]] = []
+    indices: list[tuple[nn.Module, str, int]] = []
     try:
         for index, layer in enumerate(originals):
             if like[index] != index:
                 layers[index] = _Stub(tracer, index, layer)
                 continue
             layer.forward = functools.partial(tracer.run, index, layer.forward)
-            parts: list[Any] = [part for part in layer.modules() if isinstance(vars(part).get("layer_idx"), int)]
-            for part in parts:
-                indices.append((part, part.layer_idx))
-                part.layer_idx = _LayerIndex(part.layer_idx)
+            for part in layer.modules():
+                for name in _INDEX_NAMES & vars(part).keys():
+                    found = vars(part)[name]
+                    if isinstance(found, int):
+                        indices.append((part, name, found))
+                        setattr(part, name, _LayerIndex(found))
         yield
     finally:
-        for part, layer_idx in indices:
-            part.layer_idx = layer_idx
+        for part, name, found in indices:
+            setattr(part, name, found)
         for index, layer in enumerate(originals):
             vars(layer).pop("forward", None)
             layers[index] = layer

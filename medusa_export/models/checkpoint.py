@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from medusa_export.common.registry import Registry
 from medusa_export.compat.lazy_loading import LeftInFiles, weights_left_in_files, with_placeholders
-from medusa_export.compat.transformers import model_class
+from medusa_export.compat.transformers import model_class, takes_attention
 from medusa_export.models.files import Place
 from medusa_export.models.packed import StoredBlocks, exact_blocks, packed_kinds
 
@@ -167,7 +167,7 @@ def from_pretrained(
         **arguments,
         config=config,
         dtype=precision.dtype,
-        attn_implementation=precision.attention,
+        attn_implementation=precision.attention if takes_attention(found) else None,
         ignore_mismatched_sizes=True,  # they are reported by name instead
         output_loading_info=True,
     )

@@ -18,7 +18,9 @@ from medusa_export.compat.transformers import calls_attention_interface, calls_e
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 # Families whose attention doesn't call transformers' interface, but has an adapter (``step.adapters``).
-_ADAPTED = frozenset({"bloom", "mpt"})
+_ADAPTED = frozenset({"bloom", "mpt", "falcon", "gptj", "gpt_neo", "codegen"})
+# Classes of experts that don't call transformers' interface, but have an adapter (``step.adapters.experts``).
+_ADAPTED_EXPERTS = frozenset({"DbrxExperts", "Step3p7Experts", "Llama4TextExperts", "JetMoeParallelExperts"})
 # The length that models with ALiBi are exported for where their configuration gives none.
 _ALIBI_POSITIONS = 2048
 # Names that configurations have for the longest sequence.
@@ -126,7 +128,7 @@ def _positions(model: PreTrainedModel) -> str | None:
     builders = ("build_alibi_tensor", "build_mpt_alibi_tensor")
     has_alibi = getattr(config, "alibi", False) or any(hasattr(model.base_model, name) for name in builders)
     if has_alibi and config.model_type not in _ADAPTED:
-        return f"ALiBi position biases without an adapter for {config.model_type!r} (there is one for BLOOM and MPT)"
+        return f"ALiBi position biases without an adapter for {config.model_type!r}"
     relative = str(getattr(config, "position_embedding_type", "")).startswith("relative")
     if relative or any(_last(name) == "relative_attention_bias" for name, _ in model.named_modules()):
         return "relative position biases"
@@ -143,8 +145,13 @@ def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 def _experts(model: PreTrainedModel) -> str | None:
     for module in model.modules():
-        if _EXPERTS.search(type(module).__name__.lower()) and not calls_experts_interface(module):
-            return f"experts ({type(module).__name__}) that don't go through transformers' experts interface"
+        name = type(module).__name__
+        served = name in _ADAPTED_EXPERTS or calls_experts_interface(module)
+        if _EXPERTS.search(name.lower()) and not served:
+            return (
+                f"experts ({name}) that don't go through transformers' experts interface (they would need an adapter "
+                "in medusa_export/step/adapters/experts.py)"
+            )
     return None
 
 
@@ -158,7 +165,7 @@ def _attention(model: PreTrainedModel) -> str | None:
     if not calls_attention_interface(model) and model.config.model_type not in _ADAPTED:
         return (
             "attention layers that don't go through transformers' attention interface (they would need an adapter in "
-            "medusa_export/step/adapters.py)"
+            "medusa_export/step/adapters/attention.py)"
         )
     return _NAMED_FEATURES.get(model.config.model_type)
 

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.step.alibi import Alibi, RoundedAlibi
 from medusa_export.step.masks import MaskKind, StepMasks
 from medusa_export.step.slots import block_slots
 
@@ -197,7 +198,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    slopes: tuple[float, ...] = (),
+    bias: Alibi | RoundedAlibi | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that Hugging Face layers call through ``AttentionInterface``.
@@ -215,7 +216,7 @@ def attention_forward(
         sliding_window: Tokens that a token attends to, itself included; None for all.
         softcap: The cap of the scores; None without one.
         s_aux: The score of each head's sink, [num_attention_heads]; None without sinks.
-        slopes: ALiBi's slope of each head; empty without ALiBi.
+        bias: Biases of the scores; None without them.
         kwargs: Further arguments. Those that change the result are refused.
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
@@ -225,7 +226,7 @@ def attention_forward(
         raise ModelNotSupportedError("attention that is not causal")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     masks = _active[-1]
-    kind = MaskKind(sliding_window, _chunk_of(module), slopes, query.dtype if slopes else None)
+    kind = MaskKind(sliding_window, _chunk_of(module), bias, query.dtype if bias else None)
     masks.note(module, key, attention_mask, kind)
     scale_of: Callable[[Tensor], Tensor] | None = getattr(module, "query_scale", None)  # see ``step.adapters``
     if scale_of is not None:
@@ -234,7 +235,7 @@ def attention_forward(
     mask = masks.of(kind)
     if s_aux is None:
         output = attention(query, key, value, mask, scale, float(softcap or 0.0))
-    elif softcap or slopes:
+    elif softcap or bias:
         raise ModelNotSupportedError("attention sinks together with a soft cap or ALiBi")
     else:
         output = attention_with_sinks(query, key, value, mask, s_aux, scale)

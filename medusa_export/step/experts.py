@@ -1,16 +1,20 @@
 """Mixtures of experts: the products that their layers leave to us, as a torch custom op.
 
-Routers are the model's own code. transformers' interface for experts then calls our function with the chosen experts.
-It groups the pairs of a token and a chosen expert by expert. So each expert multiplies the tokens that chose it, and no
-others, and no weights are copied. ``graph.experts`` makes standard ONNX nodes of each ``expert_products``.
+Routers are the model's own code. transformers' interface for experts then calls our function with the chosen experts;
+``step.adapters.experts`` does so for families that don't use it. The function groups the pairs of a token and a chosen
+expert by expert. So each expert multiplies the tokens that chose it, and no others, and no weights are copied.
+``graph.experts`` makes standard ONNX nodes of each ``expert_products``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 
-from medusa_export.compat.transformers import ExpertsLayout, experts_layout, register_experts
+from medusa_export.compat.transformers import experts_layout, register_experts
 
 EXPERTS_NAME = "medusa_export"
 
@@ -38,35 +42,108 @@ def _(rows: Tensor, weights: Tensor, counts: Tensor, transposed: bool) -> Tensor
     return rows.new_empty(rows.shape[0], weights.shape[2 if transposed else 1])
 
 
-def _experts_forward(module: nn.Module, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-    """The function that modules of experts call through transformers' interface.
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of a linear layer of each expert.
+
+    Attributes:
+        weights: [E, N, K], or [E, K, N] if ``transposed``.
+        transposed: Whether matrices are stored as [K, N].
+        bias: [E, N]; None without one.
+    """
+
+    weights: Tensor
+    transposed: bool = False
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The parts of a module of experts.
+
+    Attributes:
+        inner: The layers that a hidden state is multiplied with first.
+        outer: The layer after them.
+        activate: Computes the input of ``outer`` from the outputs of ``inner``.
+        finish: Computes the output of an expert from that of ``outer``.
+    """
+
+    inner: tuple[Stack, ...]
+    outer: Stack
+    activate: Callable[..., Tensor]
+    finish: Callable[[Tensor], Tensor] = field(default_factory=nn.Identity)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The pairs of a token and an expert that it chose, P = T · k, in the order of experts.
+
+    Attributes:
+        chosen: [T, k], the experts that each token chose.
+        experts: [P], the expert of each pair.
+        order: [P], the place of each pair in ``chosen``.
+        counts: [E], the number of pairs of each expert.
+    """
+
+    chosen: Tensor
+    experts: Tensor
+    order: Tensor
+    counts: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """The token of each pair, [P]."""
+        return self.order // self.chosen.shape[1]
+
+    def ungrouped(self, rows: Tensor) -> Tensor:
+        """The rows [P, N] of all pairs by token, [T, k, N]."""
+        place = torch.zeros_like(self.order).scatter(0, self.order, torch.arange(self.order.shape[0]))
+        return rows[place].view(*self.chosen.shape, -1)
+
+
+def grouped_by_expert(chosen: Tensor, num_experts: int) -> Grouped:
+    """Groups the experts that tokens chose, [T, k]."""
+    experts = chosen.reshape(-1)
+    in_order, order = experts.sort()
+    counts = (experts.unsqueeze(1) == torch.arange(num_experts)).to(torch.int64).sum(0)
+    return Grouped(chosen, in_order, order, counts)
+
+
+def mixture(experts: Experts, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """Computes the weighted sum of the outputs of the experts that each token chose.
 
     Args:
-        module: The experts.
-        hidden: [T, H], the hidden states of tokens.
+        experts: The parts of the experts.
+        hidden: [T, H], the hidden states of tokens, or any shape that ends in H.
         chosen: [T, k], the experts that each token chose.
         shares: [T, k], the factors of their outputs.
 
     Returns:
-        [T, H].
+        The shape of ``hidden``.
     """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    grouped = grouped_by_expert(chosen, experts.outer.weights.shape[0])
+    given = rows[grouped.tokens]
+    inner = experts.activate(*(_linear(stack, given, grouped) for stack in experts.inner))
+    outputs = grouped.ungrouped(experts.finish(_linear(experts.outer, inner, grouped)))
+    return (outputs * shares.unsqueeze(-1)).sum(1).to(hidden.dtype).view(hidden.shape)
+
+
+def _linear(stack: Stack, rows: Tensor, grouped: Grouped) -> Tensor:
+    products: Tensor = expert_products(rows, stack.weights, grouped.counts, stack.transposed)
+    return products if stack.bias is None else products + stack.bias[grouped.experts]
+
+
+def _experts_forward(module: nn.Module, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """The function that modules of experts call through transformers' interface, as ``mixture``."""
     layout = experts_layout(module)
-    experts = chosen.reshape(-1)
-    in_order, order = experts.sort()
-    counts = (experts.unsqueeze(1) == torch.arange(layout.num_experts)).to(torch.int64).sum(0)
-    inner = _linear(module, layout.first, hidden[order // chosen.shape[1]], in_order, counts, layout)
-    outer = _linear(module, "down_proj", layout.activate(inner), in_order, counts, layout)
-    place = torch.zeros_like(order).scatter(0, order, torch.arange(order.shape[0]))
-    outputs = layout.finish(outer)[place].view(*chosen.shape, -1)
-    return (outputs * shares.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
+    def stack(name: str) -> Stack:
+        bias = getattr(module, f"{name}_bias") if layout.has_bias else None
+        return Stack(getattr(module, name), layout.transposed, bias)
 
-def _linear(
-    module: nn.Module, name: str, rows: Tensor, experts: Tensor, counts: Tensor, layout: ExpertsLayout
-) -> Tensor:
-    """Applies a linear layer of the experts. ``experts`` [P] are those of the rows, in ascending order."""
-    products: Tensor = expert_products(rows, getattr(module, name), counts, layout.transposed)
-    return products + getattr(module, f"{name}_bias")[experts] if layout.has_bias else products
+    experts = Experts((stack(layout.first),), stack("down_proj"), layout.activate, layout.finish)
+    return mixture(experts, hidden, chosen, shares)
 
 
 register_experts(EXPERTS_NAME, _experts_forward)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from medusa_export.step.alibi import Alibi, RoundedAlibi
+
 
 @dataclass(frozen=True)
 class MaskKind:
@@ -16,13 +18,13 @@ class MaskKind:
     Attributes:
         window: Tokens that a token attends to, itself included; None for all.
         chunk: Size of the chunks of a text, in tokens, beyond which no token looks; None for no such chunks.
-        slopes: The factor of each head's ALiBi bias; empty without ALiBi.
-        dtype: Type of that bias.
+        bias: The biases of the scores; None without them.
+        dtype: Type of the biases.
     """
 
     window: int | None = None
     chunk: int | None = None
-    slopes: tuple[float, ...] = ()
+    bias: Alibi | RoundedAlibi | None = None
     dtype: torch.dtype | None = None
 
 
@@ -41,7 +43,7 @@ class StepMasks:
         self._made: dict[MaskKind, Tensor] = {}
 
     def of(self, kind: MaskKind) -> Tensor:
-        """The mask of a kind of layers, [B, 1, S, C] boolean; with ALiBi a bias, [B, num_attention_heads, S, C]."""
+        """The mask of a kind of layers, [B, 1, S, C] boolean; with biases numbers, [B, num_attention_heads, S, C]."""
         if kind not in self._made:
             self._made[kind] = self._make(kind)
         return self._made[kind]
@@ -53,11 +55,9 @@ class StepMasks:
         if kind.chunk is not None:
             new, entries = (torch.div(part, kind.chunk, rounding_mode="trunc") for part in self.positions())
             mask = mask & (new.unsqueeze(2) == entries.unsqueeze(1)).unsqueeze(1)
-        if kind.slopes:
+        if kind.bias is not None:
             assert kind.dtype is not None
-            slopes = torch.tensor(kind.slopes, dtype=kind.dtype).view(1, -1, 1, 1)
-            bias = slopes * -self._distances().unsqueeze(1).to(kind.dtype)
-            mask = torch.where(mask, bias, torch.finfo(kind.dtype).min)
+            mask = torch.where(mask, kind.bias.of(*self.positions(), kind.dtype), torch.finfo(kind.dtype).min)
         return mask
 
     def _distances(self) -> Tensor:

@@ -26,7 +26,8 @@ from medusa_export.heads.sizes import sym_min
 from medusa_export.step.acceptance.path import deepest_confirmed
 from medusa_export.step.acceptance.registry import rules_named
 from medusa_export.step.acceptance.rule import AcceptanceRule, VerifiedNodes, judge
-from medusa_export.step.adapters import adapted, only_shapes_from_length, reset_frequencies
+from medusa_export.step.adapters import adapted, only_shapes_from_length
+from medusa_export.step.adapters.rotary import reset_frequencies
 from medusa_export.step.attention import StepCache, attending, concat_blocks
 from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.indexing import take_entries, take_rows
@@ -326,7 +327,10 @@ def _is_finite(nodes: VerifiedNodes) -> Tensor:
 
 
 def _end_of_table(model: PreTrainedModel) -> int | None:
-    """The last position of a model with a table of position embeddings; None if positions are computed."""
+    """The last position of a model with a table of positions, learned or computed; None without a table."""
     tokens = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
-    return int(model.config.get_text_config().max_position_embeddings) - 1 if tables else None
+    has_table = any(
+        (isinstance(module, nn.Embedding) and module is not tokens) or hasattr(module, "embed_positions")
+        for module in model.modules()
+    )
+    return int(model.config.get_text_config().max_position_embeddings) - 1 if has_table else None

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from medusa_export.compat.transformers import attention_of
+from medusa_export.models.checkpoints import load_model
 from medusa_export.models.supported import check_supported, max_positions
 from medusa_export.step.alibi import bloom_slopes, mpt_slopes
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.eager import EagerBackend
 from medusa_export.step.step import MedusaStep
+from medusa_export.verification.reference import with_own_attention
 from medusa_runtime import MedusaEngine, MedusaService, RequestError, SamplingParams
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
@@ -28,7 +29,11 @@ from support.tiny_models import FORMS, tiny_model
 COUNT = 48
 PROMPTS = [[(7 * i * i + 3) % 101 for i in range(37)], [(5 * i * i + 11 * i + 1) % 101 for i in range(20)]]
 SIZES = (1, 3, 8, 9)
-SEEDS = {"minicpm3": 1, "bloom": 4, "mpt": 2}
+COMPILED = (
+    *("gemma3n", "deepseek_v2", "gpt_oss", "bloom", "mpt", "falcon_alibi", "gpt_neo", "gptj"),
+    *("llama4", "dbrx", "jetmoe"),
+)
+SEEDS = {"minicpm3": 1, "bloom": 4, "mpt": 2, "falcon_alibi": 3, "codegen": 1}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -55,15 +60,19 @@ def test_a_long_text_leaves_no_frequencies_behind(form: str) -> None:
     assert greedy(model, PROMPTS[0], COUNT) == expected[0]
 
 
-@pytest.mark.parametrize("form", ["bloom", "mpt", "opt"])
+@pytest.mark.parametrize("form", ["bloom", "mpt", "opt", "falcon_new", "gptj", "gpt_neo", "codegen"])
 def test_a_model_from_files_is_the_same(tmp_path: Path, form: str) -> None:
-    """Loads a model with our attention, whether or not its layers choose by that."""
-    tiny_model(form).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=ATTENTION_NAME)
+    """Loads a model with our attention, whether or not its layers choose by that. Its own answers stay the same."""
+    model = tiny_model(form)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype=torch.float32, attn_implementation=ATTENTION_NAME)
     check_supported(loaded)
-    states = MedusaStep(loaded, None, TREE.prefix(1)).states
-    assert states == make_step(tiny_model(form), None, TREE.prefix(1)).states
-    assert attention_of(loaded) == ATTENTION_NAME
+    step = MedusaStep(loaded, None, TREE.prefix(1))
+    before = attention_of(loaded)
+    with with_own_attention(step):
+        assert greedy(loaded, PROMPTS[0], 8) == greedy(model, PROMPTS[0], 8)
+    assert attention_of(loaded) == before
+    assert step.states == make_step(model, None, TREE.prefix(1)).states
 
 
 def shapes(states: Sequence[State]) -> list[tuple[str, tuple[int, int], tuple[int, ...]]]:
@@ -83,13 +92,7 @@ def test_states_are_observed() -> None:
     assert [(state.kind, state.shape) for state in latent] == [("latent", (1, 16)), ("latent", (1, 8))] * 2
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "gemma4",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3n", "deepseek_v2", "gpt_oss", "bloom", "mpt")),
-    ],
-)
+@pytest.mark.parametrize("form", ["gemma4", *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED)])
 def test_bundles_decode_as_transformers(stock: Stock, form: str) -> None:
     seed = SEEDS.get(form, 0)
     expected = [greedy(tiny_model(form, seed), prompt, COUNT) for prompt in PROMPTS]

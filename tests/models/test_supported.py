@@ -23,9 +23,6 @@ FEATURES = {
     "lfm2": "convolution",
     "qwen3_next": "linear-attention",
     "gemma3_bidirectional": "not causal",
-    "jetmoe": "experts (JetMoeParallelExperts)",
-    "llama4": "experts (Llama4TextExperts)",
-    "falcon_alibi": "ALiBi",
 }
 
 

@@ -202,6 +202,58 @@ _FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "opt_projected": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48}),
     "mpt": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 512}),
+    "falcon": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "alibi": False}),
+    "falcon_new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "falcon_alibi": (
+        "falcon",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "new_decoder_architecture": False,
+            "multi_query": False,
+            "parallel_attn": False,
+            "alibi": True,
+        },
+    ),
+    "gptj": ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_inner": 96}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "num_hidden_layers": 3,
+            "num_heads": 4,
+            "attention_types": [[["local", "global", "local"], 1]],
+            "window_size": 8,
+        },
+    ),
+    "codegen": ("codegen", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_inner": 96}),
+    "llama4": (
+        "llama4_text",
+        {
+            "num_hidden_layers": 3,
+            "attention_chunk_size": SLIDING_WINDOW,
+            "intermediate_size_mlp": 96,
+            "intermediate_size": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_layers": [0, 2],
+            "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+            "no_rope_layers": [1, 0, 1],
+        },
+    ),
+    "dbrx": (
+        "dbrx",
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+        },
+    ),
+    "jetmoe": (
+        "jetmoe",
+        {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16},
+    ),
     "llama_dynamic_rope": (
         "llama",
         {
@@ -279,17 +331,6 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
     "gemma3_bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
-    "llama4": (
-        "llama4_text",
-        {
-            "attention_chunk_size": SLIDING_WINDOW,
-            "intermediate_size_mlp": 96,
-            "num_local_experts": 2,
-            "layer_types": ["chunked_attention", "full_attention"],
-        },
-    ),
-    "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
-    "falcon_alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
 }
 
 SUPPORTED_FAMILIES = tuple(_SUPPORTED)

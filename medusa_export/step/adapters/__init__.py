@@ -1,0 +1,50 @@
+"""Adapters for models that compute by themselves what only a step knows. They hold while a model runs in a step.
+
+An adapter looks at one module of a model, and says which of its attributes, or of its code's, are replaced. There is a
+file for each subject: ``attention``, ``experts``, ``rotary`` and ``activations``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from medusa_export.compat.transformers import calls_attention_interface, using_attention
+from medusa_export.step.adapters.activations import activation_adapter
+from medusa_export.step.adapters.attention import attention_adapter
+from medusa_export.step.adapters.experts import experts_adapter
+from medusa_export.step.adapters.replacement import Replacement, replaced
+from medusa_export.step.adapters.rotary import rotary_adapter
+from medusa_export.step.attention import ATTENTION_NAME
+
+# Models that compute nothing but shapes, and biases that an adapter replaces, from the length of the cache.
+_ONLY_SHAPES = frozenset({"opt", "bloom", "mpt", "falcon"})
+
+_ADAPTERS: tuple[Callable[[nn.Module], Iterator[Replacement]], ...] = (
+    attention_adapter,
+    experts_adapter,
+    rotary_adapter,
+    activation_adapter,
+)
+
+
+def only_shapes_from_length(model: PreTrainedModel) -> bool:
+    """Whether a model may ask for the length of the cache: the answer changes no result."""
+    return model.config.model_type in _ONLY_SHAPES
+
+
+@contextmanager
+def adapted(model: PreTrainedModel) -> Iterator[None]:
+    """Makes a model fit a step while the block lasts."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            for adapter in _ADAPTERS:
+                for replacement in adapter(module):
+                    stack.enter_context(replaced(replacement))
+        if not calls_attention_interface(model):  # its masks, which nothing reads, are those of its own attention
+            own = model.config.model_type == "mpt"  # it fails without a mask
+            stack.enter_context(using_attention(model, "eager" if own else ATTENTION_NAME))
+        yield
