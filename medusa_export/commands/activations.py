@@ -15,6 +15,7 @@ from medusa_export.commands.options import (
     output_option,
     quiet_option,
     strict_option,
+    text_only_option,
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
@@ -36,6 +37,7 @@ from medusa_export.common.extras import extra
 )
 @strict_option("data")
 @device_option
+@text_only_option
 @quiet_option
 def command(
     model: str,
@@ -45,6 +47,7 @@ def command(
     samples: int,
     strict: bool,
     device: str | None,
+    text_only: bool,
     quiet: bool,
 ) -> None:
     """Measure the ranges of the inputs of MODEL's linear layers over text.
@@ -63,6 +66,7 @@ def command(
             samples=samples,
             strict=strict,
             device=device,
+            text_only=text_only,
             on_progress=on_progress,
         )
         ranges.save(output)

@@ -17,6 +17,7 @@ from medusa_export.commands.options import (
     output_option,
     quiet_option,
     strict_option,
+    text_only_option,
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
@@ -41,6 +42,7 @@ from medusa_export.common.extras import extra
 @click.option("--bundle", type=PATH, help="Use the integers of this bundle in the place of the matrices of MODEL.")
 @dtype_option("the model's")
 @device_option
+@text_only_option
 @quiet_option
 def command(
     model: str,
@@ -54,6 +56,7 @@ def command(
     bundle: Path | None,
     dtype: Dtype | None,
     device: str | None,
+    text_only: bool,
     quiet: bool,
 ) -> None:
     """Measure how often the heads of MODEL are right, by head and rank, on text that they were not trained on.
@@ -77,6 +80,7 @@ def command(
             bundle=bundle,
             dtype=dtype,
             device=device,
+            text_only=text_only,
             on_progress=on_progress,
         )
         calibration.save(output)

@@ -17,6 +17,7 @@ from medusa_export.commands.options import (
     output_option,
     quiet_option,
     strict_option,
+    text_only_option,
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common.dtypes import Dtype
@@ -63,6 +64,7 @@ DEFAULT = DistillOptions()
 @click.option("--seed", default=DEFAULT.seed, show_default=True, help="Seed of all randomness.")
 @dtype_option("the")
 @device_option
+@text_only_option
 @quiet_option
 def command(
     model: str,
@@ -71,6 +73,7 @@ def command(
     strict: bool,
     dtype: Dtype | None,
     device: str | None,
+    text_only: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -90,6 +93,7 @@ def command(
             strict=strict,
             dtype=dtype,
             device=device,
+            text_only=text_only,
             on_progress=on_progress,
         )
     for name, split in made.splits.items():

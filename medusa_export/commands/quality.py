@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from medusa_export.commands.command import Command
-from medusa_export.commands.options import COUNT, PATH, option_with_default, quiet_option
+from medusa_export.commands.options import COUNT, PATH, option_with_default, quiet_option, text_only_option
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.extras import extra
@@ -33,6 +33,7 @@ from medusa_export.common.extras import extra
 @click.option("--threads", type=COUNT, help="CPU threads. [default: all]")
 @click.option("--json", "json_path", type=PATH, help="Write a JSON report to this file.")
 @click.option("--plot", type=PATH, help="Write a plot to this PNG.")
+@text_only_option
 @quiet_option
 def command(
     bundles: tuple[Path, ...],
@@ -45,6 +46,7 @@ def command(
     threads: int | None,
     json_path: Path | None,
     plot: Path | None,
+    text_only: bool,
     quiet: bool,
 ) -> None:
     """Measure what quantization costs: BUNDLES against the model that they were made of, on held-out text.
@@ -68,6 +70,7 @@ def command(
             max_length=max_length,
             limit=limit,
             threads=threads,
+            text_only=text_only,
             on_progress=on_progress,
         )
     if json_path is not None:

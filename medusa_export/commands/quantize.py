@@ -17,6 +17,7 @@ from medusa_export.commands.options import (
     output_option,
     overwrite_option,
     quiet_option,
+    text_only_option,
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
@@ -58,6 +59,7 @@ from medusa_export.common.extras import extra
 @dtype_option("the model's")
 @device_option
 @overwrite_option("a model")
+@text_only_option
 @quiet_option
 def command(
     model: str,
@@ -72,6 +74,7 @@ def command(
     dtype: Dtype | None,
     device: str | None,
     overwrite: bool,
+    text_only: bool,
     quiet: bool,
 ) -> None:
     """Round the weights of MODEL with GPTQ, so that its layers compute nearly the same on conversations like --data.
@@ -96,6 +99,7 @@ def command(
             dtype=dtype,
             device=device,
             overwrite=overwrite,
+            text_only=text_only,
             on_progress=on_progress,
         )
     bits = sum(matrix.bits * matrix.values.numel() for matrix in made.values())

@@ -18,6 +18,7 @@ from medusa_export.commands.options import (
     output_option,
     quiet_option,
     strict_option,
+    text_only_option,
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
@@ -137,6 +138,7 @@ _SHAPE_OPTIONS = tuple(field.name for field in fields(HeadShape))
     type=click.Choice(["cpu", "cuda"]),
     help="The device to train on; CUDA_VISIBLE_DEVICES chooses the GPU. [default: a GPU, if there is one]",
 )
+@text_only_option
 @quiet_option
 @click.pass_context
 def command(
@@ -150,6 +152,7 @@ def command(
     save_dtype: Dtype,
     dtype: Dtype | None,
     device: str | None,
+    text_only: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -177,6 +180,7 @@ def command(
             save_dtype=save_dtype,
             dtype=dtype,
             device=device,
+            text_only=text_only,
             on_progress=on_progress,
         )
         if not trained.is_main:

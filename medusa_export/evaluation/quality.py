@@ -107,6 +107,7 @@ def quality(
     max_length: int = defaults.QUALITY_LENGTH,
     limit: int | None = None,
     threads: int | None = None,
+    text_only: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Quality:
     """Measures what quantization costs: perplexity, KL divergence and choices of bundles against those of a model.
@@ -124,6 +125,7 @@ def quality(
         max_length: Largest number of tokens of a text.
         limit: Largest number of texts; None for all.
         threads: CPU threads of a step; all if None.
+        text_only: Take the text model out of a larger one, such as one for images and text.
         on_progress: Receives reports.
 
     Raises:
@@ -144,10 +146,13 @@ def quality(
         [Path(path) for path in texts],
         max_length=max_length,
         limit=limit,
+        text_only=text_only,
         on_progress=on_progress,
     )
-    closeness = _closeness(opened, source, samples, threads, on_progress)
-    measurement = _HeadMeasurement(source, None if heads is None else fspath(heads), samples, on_progress)
+    closeness = _closeness(opened, source, samples, threads, on_progress, text_only=text_only)
+    measurement = _HeadMeasurement(
+        source, None if heads is None else fspath(heads), samples, on_progress, text_only=text_only
+    )
     found = [
         BundleQuality(
             bundle.folder.resolve().name,
@@ -172,10 +177,12 @@ def _closeness(
     samples: Sequence[Sample],
     threads: int | None,
     on_progress: OnProgress,
+    *,
+    text_only: bool,
 ) -> list[Closeness]:
     """Compares the logits of each bundle with the model's."""
     on_progress(Progress(f"loading {model}"))
-    reference = load_model(model, dtype=torch.float32)
+    reference = load_model(model, dtype=torch.float32, text_only=text_only)
     found = []
     for bundle in bundles:
         _check_model(bundle, reference, model)
@@ -201,10 +208,20 @@ class _HeadMeasurement:
         heads: The heads; None to measure none.
         samples: The texts as tokens.
         on_progress: Receives reports.
+        text_only: The bundles hold the text model of a larger model.
     """
 
-    def __init__(self, model: str, heads: str | None, samples: Sequence[Sample], on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        model: str,
+        heads: str | None,
+        samples: Sequence[Sample],
+        on_progress: OnProgress,
+        *,
+        text_only: bool,
+    ) -> None:
         self._model, self._heads, self._samples, self._on_progress = model, heads, samples, on_progress
+        self._text_only = text_only
         self._before: Calibration | None = None
 
     def of(self, bundle: Bundle) -> tuple[HeadQuality, HeadQuality] | tuple[()]:
@@ -212,9 +229,9 @@ class _HeadMeasurement:
         if self._heads is None or bundle.heads is None:
             return ()
         if self._before is None:
-            base = load_model(self._model, dtype=torch.float32)
+            base = load_model(self._model, dtype=torch.float32, text_only=self._text_only)
             self._before = self._measured(base, load_heads(self._heads, base).float())
-        after = self._measured(*load_with_integers(bundle, self._model, self._heads))
+        after = self._measured(*load_with_integers(bundle, self._model, self._heads, text_only=self._text_only))
         return HeadQuality.of(after, bundle.tree), HeadQuality.of(self._before, bundle.tree)
 
     def _measured(self, model: PreTrainedModel, heads: DraftHeads) -> Calibration:

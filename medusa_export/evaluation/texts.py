@@ -29,6 +29,7 @@ def samples_of(
     *,
     max_length: int,
     limit: int | None,
+    text_only: bool,
     on_progress: OnProgress,
 ) -> list[Sample]:
     """Texts as tokens. Without ``data`` and ``texts`` they are the model's answers to the prompts of ``bench``.
@@ -39,6 +40,7 @@ def samples_of(
         texts: Files of plain text, which are divided into pieces of ``max_length`` tokens. All their tokens count.
         max_length: Largest number of tokens of a text; the rest of a conversation is cut off.
         limit: Largest number of texts; None for all.
+        text_only: Let the text model of a larger model answer.
         on_progress: Receives reports.
 
     Raises:
@@ -47,7 +49,7 @@ def samples_of(
         SettingsError: A folder of data was not written by ``distill``.
     """
     if not data and not texts:
-        return _own_answers(model, max_length, on_progress)[:limit]
+        return _own_answers(model, max_length, on_progress, text_only=text_only)[:limit]
     samples = _conversations(model, data, max_length) if data else []
     samples += [piece for path in texts for piece in _pieces(model, path, max_length)]
     return samples[:limit]
@@ -59,11 +61,11 @@ def _conversations(model: str, data: Sequence[Path], max_length: int) -> list[Sa
     return [sample.cut(max_length) for samples in read.samples["heldout"] for sample in samples]
 
 
-def _own_answers(model: str, max_length: int, on_progress: OnProgress) -> list[Sample]:
+def _own_answers(model: str, max_length: int, on_progress: OnProgress, *, text_only: bool) -> list[Sample]:
     prompts = files("medusa_export") / "data" / "bench_prompts.jsonl"
     with tempfile.TemporaryDirectory() as scratch, as_file(prompts) as path:
         folder = Path(scratch) / "answers"
-        distill(model, folder, prompts=[path], options=_OWN_ANSWERS, on_progress=on_progress)
+        distill(model, folder, prompts=[path], options=_OWN_ANSWERS, text_only=text_only, on_progress=on_progress)
         return _conversations(model, [folder], max_length)
 
 

@@ -22,6 +22,7 @@ def convert_heads(
     *,
     layout: str = defaults.HEADS_LAYOUT,
     dtype: Dtype | None = None,
+    text_only: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> None:
     """Writes the heads of a model in another format.
@@ -33,6 +34,7 @@ def convert_heads(
         layout: ``own``, the smallest format that holds everything; ``v0.1`` or ``v2`` of the reference implementation;
             or ``vllm``.
         dtype: Type of the weights in the file; the type of the given file if None.
+        text_only: Take the text model out of a larger one, such as one for images and text.
         on_progress: Receives reports.
 
     Raises:
@@ -43,7 +45,7 @@ def convert_heads(
     kind = stored_dtype(fspath(heads)) if dtype is None else getattr(torch, torch_name(dtype))
     source = fspath(model)
     on_progress(Progress(f"loading {source}"))
-    base = load_model(source, dtype=torch.float32)
+    base = load_model(source, dtype=torch.float32, text_only=text_only)
     save_heads(
         load_heads(fspath(heads), base),
         Path(output),

@@ -17,6 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from medusa_export.common.errors import ModelNotSupportedError
+from medusa_export.compat.transformers import has_causal_lm, model_class
 from medusa_export.models.checkpoint import LoadedModel
 from medusa_export.models.packed import StoredBlocks
 
@@ -80,6 +81,8 @@ def text_part(loaded: LoadedModel) -> LoadedModel:
     Tensors of the files that have no place in the larger model stay unread. Weights of its other parts are dropped.
     """
     text: Any = text_model(loaded.model)
+    tied = text.lm_head.weight is text.get_input_embeddings().weight
+    text.config.tie_word_embeddings = tied  # the configuration of the larger model says it; this one may be written
     names = _names(loaded.model, text)
     return replace(
         loaded,
@@ -100,6 +103,29 @@ def _renamed_blocks(blocks: Mapping[str, StoredBlocks], names: Mapping[str, str]
             yield names[name], stored
         elif stack in names:
             yield f"{names[stack]}.{place}", stored
+
+
+def check_stands_alone(model: PreTrainedModel) -> None:
+    """Refuses a text model that can't be written: transformers could not load it without the larger model.
+
+    Args:
+        model: Any model. One that is no text model passes.
+
+    Raises:
+        ModelNotSupportedError: transformers has no model of its own for it, or one with other weights.
+    """
+    if whole_of(model) is model:
+        return
+    alone = False
+    if has_causal_lm(model.config):
+        build: Any = model_class(model.config)
+        with torch.device("meta"):
+            alone = build(model.config).state_dict().keys() == model.state_dict().keys()
+    if not alone:
+        raise ModelNotSupportedError(
+            f"a text model ({model.config.model_type}) that transformers can't load without the larger model, so that "
+            "no changed weights of it can be written"
+        )
 
 
 def whole_of(model: PreTrainedModel) -> PreTrainedModel:

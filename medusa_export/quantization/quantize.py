@@ -16,6 +16,7 @@ from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.models.blocks import Bits, BlockWeight
 from medusa_export.models.checkpoints import load_model
+from medusa_export.models.text_model import check_stands_alone
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.quantization.checkpoint import save_quantized
 from medusa_export.quantization.gptq import gptq
@@ -41,6 +42,7 @@ def quantize(
     dtype: Dtype | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    text_only: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> dict[str, BlockWeight]:
     """Quantizes the linear layers of a model's decoder layers with GPTQ, and writes a compressed-tensors checkpoint.
@@ -63,6 +65,7 @@ def quantize(
         dtype: Type of the model's weights, and of the scales; bf16 on a GPU and fp32 elsewhere if None.
         device: The device to run on, such as ``cuda:1``; the GPU, if there is one, if None.
         overwrite: Replace a model that is at ``output``.
+        text_only: Take the text model out of a larger one, such as one for images and text.
         on_progress: Receives reports.
 
     Returns:
@@ -87,7 +90,9 @@ def quantize(
     read.warn_of_skipped(stacklevel=2)
     samples = [sample.cut(max_length) for part in read.samples["train"] for sample in part][:limit]
     on_progress(Progress(f"loading {source}"))
-    base = load_model(source, dtype=getattr(torch, dtype_of(dtype, place))).to(place)
+    kind = getattr(torch, dtype_of(dtype, place))
+    base = load_model(source, dtype=kind, text_only=text_only).to(place)
+    check_stands_alone(base)
     _check_wide(base, wide)
     found: dict[str, BlockWeight] = {}
 

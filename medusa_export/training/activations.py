@@ -30,6 +30,7 @@ def activations(
     samples: int = defaults.ACTIVATION_SAMPLES,
     strict: bool = False,
     device: str | None = None,
+    text_only: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> ActivationRanges:
     """Measures the ranges of the inputs of a model's linear layers, for an export with ``activations``.
@@ -43,6 +44,7 @@ def activations(
         samples: Largest number of conversations.
         strict: Refuse data with rows that can't be used, instead of leaving these rows out.
         device: The device to run on, such as ``cuda:1``; the GPU, if there is one, if None.
+        text_only: Take the text model out of a larger one, such as one for images and text.
         on_progress: Receives reports.
 
     Returns:
@@ -61,7 +63,8 @@ def activations(
     tokenized.warn_of_skipped(stacklevel=2)
     texts = [sample.cut(max_length) for part in tokenized.samples["train"] for sample in part][:samples]
     on_progress(Progress(f"loading {source}"))
-    base = load_model(source, dtype=getattr(torch, dtype_of(None, place))).to(place)
+    kind = getattr(torch, dtype_of(None, place))
+    base = load_model(source, dtype=kind, text_only=text_only).to(place)
     return measured(base, texts, name=model_name(source), on_progress=on_progress)
 
 

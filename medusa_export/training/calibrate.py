@@ -62,6 +62,7 @@ def calibrate(
     bundle: str | PathLike[str] | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,
+    text_only: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Calibration:
     """Measures how often heads are right, by head and rank, on text that they were not trained on.
@@ -81,6 +82,7 @@ def calibrate(
             model's and the heads' own.
         dtype: Type of the model's weights; bf16 on a GPU and fp32 elsewhere if None.
         device: The device to run on, such as ``cuda:1``; the GPU, if there is one, if None.
+        text_only: Take the text model out of a larger one, such as one for images and text.
         on_progress: Receives reports.
 
     Returns:
@@ -103,10 +105,10 @@ def calibrate(
     tokenized.warn_of_skipped(stacklevel=2)
     on_progress(Progress(f"loading {source}"))
     if bundle is None:
-        base = load_model(source, dtype=getattr(torch, kind))
+        base = load_model(source, dtype=getattr(torch, kind), text_only=text_only)
         attached = load_heads(fspath(heads), base)
     else:
-        base, attached = load_with_integers(Bundle.load(Path(bundle)), source, fspath(heads))
+        base, attached = load_with_integers(Bundle.load(Path(bundle)), source, fspath(heads), text_only=text_only)
     names = {"model": Path(source).name, "heads": Path(fspath(heads)).name}
     return measured(
         attached.float().to(place),
@@ -119,19 +121,22 @@ def calibrate(
     )
 
 
-def load_with_integers(bundle: Bundle, model: str, heads: str) -> tuple[PreTrainedModel, DraftHeads]:
+def load_with_integers(
+    bundle: Bundle, model: str, heads: str, *, text_only: bool = False
+) -> tuple[PreTrainedModel, DraftHeads]:
     """Loads a model and its heads, with the matrices of integers that a bundle stores. Both compute in fp32.
 
     Args:
         bundle: The bundle.
         model: The model: a folder, a hub id or a GGUF file.
         heads: The file or folder of the heads.
+        text_only: The bundle holds the text model of a larger model.
 
     Raises:
         CheckpointError: The model or the heads can't be read.
         VerificationError: The bundle was exported from another model, or with other heads.
     """
-    step = load_reference(bundle, model, heads)
+    step = load_reference(bundle, model, heads, text_only=text_only)
     check_same(bundle, step)
     check = use_stored_matrices(step, bundle)
     if not check.passed:

@@ -34,6 +34,7 @@ def distill(
     strict: bool = False,
     dtype: Dtype | None = None,
     device: str | None = None,
+    text_only: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Distilled:
     """Lets a model write training data: it answers prompts from files, or prompts that it writes itself.
@@ -50,6 +51,7 @@ def distill(
         strict: Refuse files with rows that can't be used, instead of leaving these rows out.
         dtype: Type of the weights; bf16 on a GPU and fp32 elsewhere if None.
         device: The device to run on, such as ``cuda:1``; the GPU, if there is one, if None.
+        text_only: Take the text model out of a larger one, such as one for images and text.
         on_progress: Receives reports.
 
     Returns:
@@ -74,7 +76,7 @@ def distill(
         Path(output),
         settings,
         read.conversations,
-        partial(_open_writer, source, kind, place, on_progress),
+        partial(_open_writer, source, kind, place, on_progress, text_only=text_only),
         found=facts(read.skipped, read.rows) if paths else None,
         strict=strict,
         on_progress=on_progress,
@@ -100,11 +102,11 @@ def _settings(options: DistillOptions, model: str, prompts: Sequence[Path], dtyp
     return DistillSettings(**{**asdict(options), "magpie": magpie}, model=Path(model).name, prompts=files, dtype=dtype)
 
 
-def _open_writer(model: str, dtype: str, device: torch.device, on_progress: OnProgress) -> Writer:
+def _open_writer(model: str, dtype: str, device: torch.device, on_progress: OnProgress, *, text_only: bool) -> Writer:
     """Loads the model."""
     on_progress(Progress(f"loading {model}"))
     tokenizer = load_chat_tokenizer(model)
-    return Writer(load_model(model, dtype=getattr(torch, dtype)).to(device), tokenizer)
+    return Writer(load_model(model, dtype=getattr(torch, dtype), text_only=text_only).to(device), tokenizer)
 
 
 def _warnings(made: Distilled, settings: DistillSettings) -> list[str]:

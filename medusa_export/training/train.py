@@ -19,6 +19,7 @@ from medusa_export.common.files import write_text
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.heads.base import DraftHeads
 from medusa_export.models.checkpoints import load_model
+from medusa_export.models.text_model import check_stands_alone
 from medusa_export.training.dataset import TokenizedData, load_sources
 from medusa_export.training.device import dtype_of
 from medusa_export.training.job import History, TrainingJob
@@ -73,6 +74,7 @@ def train(
     save_dtype: Dtype = defaults.HEADS_DTYPE,
     dtype: Dtype | None = None,
     device: str | None = None,
+    text_only: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Trained:
     """Trains heads for a model.
@@ -91,6 +93,7 @@ def train(
         save_dtype: Type of the weights in the file of heads.
         dtype: Type of the base model's weights; bf16 on a GPU and fp32 elsewhere if None.
         device: ``cpu`` or ``cuda``; a GPU, if there is one, if None.
+        text_only: Take the text model out of a larger one, such as one for images and text.
         on_progress: Receives reports, in the main process.
 
     Returns:
@@ -109,7 +112,9 @@ def train(
     processes, source, folder = Processes(device), fspath(model), Path(output)
     kind, reports = dtype_of(dtype, processes.device), on_progress if processes.is_main else ignore_progress
     tokenizer, tokenized = _read(source, data, processes, options, strict=strict)
-    base = _load(source, kind, processes, reports)
+    base = _load(source, kind, processes, reports, text_only=text_only)
+    if options.recipe == "medusa2":
+        check_stands_alone(base)  # the changed model is written
     job = TrainingJob(
         base, source, tokenizer, tokenized.samples, folder, processes, options.max_length, on_progress=reports
     )
@@ -151,12 +156,13 @@ def _read(
     return tokenizer, tokenized
 
 
-def _load(model: str, dtype: str, processes: Processes, on_progress: OnProgress) -> PreTrainedModel:
+def _load(model: str, dtype: str, processes: Processes, on_progress: OnProgress, *, text_only: bool) -> PreTrainedModel:
     """Loads the base model, in the main process first."""
     with processes.main_first():
         on_progress(Progress(f"loading {model}"))
-        loaded: PreTrainedModel = load_model(model, dtype=getattr(torch, dtype)).to(processes.device)
-    return loaded
+        loaded: Any = load_model(model, dtype=getattr(torch, dtype), text_only=text_only)
+        placed: PreTrainedModel = loaded.to(processes.device)
+    return placed
 
 
 def _heads(
