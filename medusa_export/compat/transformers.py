@@ -104,6 +104,27 @@ def is_larger(config: PreTrainedConfig) -> bool:
     return config.get_text_config(decoder=True) is not config
 
 
+def attention_of_text(config: PreTrainedConfig, name: str) -> dict[str, Any] | None:
+    """The attention of the text model in a larger configuration, in the form that ``from_pretrained`` takes.
+
+    Args:
+        config: The configuration.
+        name: The name of the attention.
+
+    Returns:
+        A dictionary by the names of configurations in each other; None if ``config`` holds no text model.
+    """
+    text = config.get_text_config(decoder=True)
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if part is text:
+            return {key: name}
+        inner = attention_of_text(part, name) if isinstance(part, PreTrainedConfig) and part.sub_configs else None
+        if inner is not None:
+            return {key: inner}
+    return None
+
+
 def has_causal_lm(config: PreTrainedConfig) -> bool:
     """Whether transformers has a model for a configuration that gives logits of the next token."""
     return any(type(config) in mapping for mapping in _mappings(config))

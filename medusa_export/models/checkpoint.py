@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from medusa_export.common.registry import Registry
 from medusa_export.compat.lazy_loading import LeftInFiles, weights_left_in_files, with_placeholders
-from medusa_export.compat.transformers import model_class, takes_attention
+from medusa_export.compat.transformers import attention_of_text, is_larger, model_class, takes_attention
 from medusa_export.models.files import Place
 from medusa_export.models.packed import StoredBlocks, exact_blocks, packed_kinds
 
@@ -167,7 +167,7 @@ def from_pretrained(
         **arguments,
         config=config,
         dtype=precision.dtype,
-        attn_implementation=precision.attention if takes_attention(found) else None,
+        attn_implementation=_attention(found, config, precision),
         ignore_mismatched_sizes=True,  # they are reported by name instead
         output_loading_info=True,
     )
@@ -177,6 +177,19 @@ def from_pretrained(
         unread=frozenset(info["unexpected_keys"]),
         mismatched=frozenset((name, tuple(found), tuple(own)) for name, found, own in info["mismatched_keys"]),
     )
+
+
+def _attention(
+    found: type[PreTrainedModel], config: PreTrainedConfig, precision: Precision
+) -> str | dict[str, Any] | None:
+    """The attention in the form that ``from_pretrained`` takes; None for a model's own.
+
+    A larger model gets it in its text model only. Layers that know no attention but their own are left as they are:
+    the step replaces them (``step.adapters``).
+    """
+    if precision.attention is None or not takes_attention(found):
+        return None
+    return precision.attention if not is_larger(config) else attention_of_text(config, precision.attention)
 
 
 def left_in_files(loaded: LoadedModel, left: LeftInFiles, precision: Precision) -> LoadedModel:
