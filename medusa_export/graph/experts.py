@@ -57,10 +57,10 @@ def expand_experts(model: ir.Model) -> int:
 
 def _expand(graph: ir.Graph, mark: ir.Node, last: _LastStack) -> None:
     rows, stacked, counts = (given(value) for value in mark.inputs)
-    stack = stacked.const_value
-    if not isinstance(stack, LazyWeight):
+    stack, shape = _stored(stacked), stacked.shape
+    if stack is None or shape is None:
         raise ExportError(f"The weights of experts at {mark.name} are computed, not stored: they can't be exported.")
-    matrices = _matrices(stack, last, transposed=bool(mark.attributes["transposed"].as_int()))
+    matrices = _matrices(stack, shape.numpy(), last, transposed=bool(mark.attributes["transposed"].as_int()))
     build = Builder(graph, mark.name or "")
     split = ir.node("Split", [rows, counts], {"axis": 0}, num_outputs=len(matrices), name=f"{mark.name}/split")
     build.nodes.append(split)
@@ -72,23 +72,38 @@ def _expand(graph: ir.Graph, mark: ir.Node, last: _LastStack) -> None:
     replace(mark.outputs[0], build.nodes)
 
 
-def _matrices(stack: LazyWeight, last: _LastStack, *, transposed: bool) -> list[LazyWeight]:
+def _stored(stacked: ir.Value) -> LazyWeight | None:
+    """The stored weight that a stack is made of: the stack itself, or a matrix with the rows of all experts."""
+    node = stacked.producer()
+    value = node.inputs[0] if node is not None and node.op_type == "Reshape" else stacked
+    stored = None if value is None else value.const_value
+    return stored if isinstance(stored, LazyWeight) else None
+
+
+def _matrices(stack: LazyWeight, shape: tuple[int, ...], last: _LastStack, *, transposed: bool) -> list[LazyWeight]:
     """The matrices [N, K] of a stack, as weights of their own.
 
     A matrix has the name of its stack and its place. For one that is stored as [K, N], the place is in brackets, as in
-    other stacks of such matrices.
+    other stacks of such matrices. If the stack is stored as one matrix, the place names the number of experts, too.
+
+    Args:
+        stack: The stored weight.
+        shape: The shape of the stack, [E, N, K] or [E, K, N].
+        last: Keeps what was read.
+        transposed: Whether matrices are stored as [K, N].
     """
-    count, rows, columns = stack.shape.numpy()
+    count, rows, columns = shape
     if transposed:
         rows, columns = columns, rows
+    of = "" if len(stack.shape) == len(shape) else f"of{count}"
 
     def read(index: int) -> Tensor:
-        matrix = last.read(stack)[index]
+        matrix = last.read(stack).view(shape)[index]
         return matrix.T if transposed else matrix
 
     return [
         LazyWeight(
-            f"{stack.name}[{index}]" if transposed else f"{stack.name}.{index}",
+            f"{stack.name}[{index}{of}]" if transposed else f"{stack.name}.{index}{of}",
             partial(read, index),
             (rows, columns),
             stack.torch_dtype,

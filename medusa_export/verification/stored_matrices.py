@@ -179,7 +179,7 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
         step: The step.
         name: The name of a weight, of a weight with ``.T`` if the matrix is its transpose, of a matrix Wᵀ in a stack of
             them, such as ``heads.layers.0.weight[2]``, or of a matrix W in a stack of them, such as
-            ``experts.down_proj.2``.
+            ``experts.down_proj.2``. ``w2[2of8]`` is in a stack of 8 that is stored as one matrix.
         is_table: Rows are looked up in it.
     """
     if name.endswith(TURNED):
@@ -187,12 +187,11 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
         return untransposed.T, lambda values: untransposed.copy_(values.T)
     stack, _, index = name.removesuffix("]").partition("[")
     if index:
-        weight = step.get_parameter(stack).detach()
-        turned = weight[int(index)].T
-        return turned, lambda values: weight[int(index)].copy_(values.T)
+        stored = _in_stack(step.get_parameter(stack), index)
+        return stored.T, lambda values: stored.copy_(values.T)
     stack, _, index = name.rpartition(".")
-    if index.isdigit() and stack in dict(step.named_parameters()):
-        matrix = step.get_parameter(stack).detach()[int(index)]
+    if index[:1].isdigit() and stack in dict(step.named_parameters()):
+        matrix = _in_stack(step.get_parameter(stack), index)
         return matrix, matrix.copy_
     module, attribute = _owner(step, name, is_table)
     weight = getattr(module, attribute)
@@ -203,6 +202,13 @@ def _place(step: MedusaStep, name: str, is_table: bool) -> tuple[Tensor, Callabl
         return weight.detach(), weight.detach().copy_
     # Of a tied weight, lookups and products may read different numbers.
     return weight.detach(), lambda values: setattr(module, attribute, nn.Parameter(values.clone(), requires_grad=False))
+
+
+def _in_stack(weight: Tensor, place: str) -> Tensor:
+    """A matrix of a stack. The place names the number of matrices, too, if they are stored as one."""
+    index, _, count = place.partition("of")
+    stack = weight.detach()
+    return (stack.view(int(count), -1, stack.shape[-1]) if count else stack)[int(index)]
 
 
 def _owner(step: MedusaStep, name: str, is_table: bool) -> tuple[nn.Module, str]:

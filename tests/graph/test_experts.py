@@ -19,7 +19,9 @@ from medusa_export.models.checkpoints import open_model
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.experts import EXPERTS_NAME
+from medusa_export.step.reference import load_reference
 from medusa_export.step.step import MedusaStep
+from medusa_export.verification.stored_matrices import stored_matrices, use_stored_matrices
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.tree import Tree
 from support.decoding import export
@@ -112,3 +114,15 @@ def test_experts_are_stored_as_integers(kind: str, folder: Path, tmp_path: Path)
     assert checks["model.onnx: logits"].passed
     assert checks["model.onnx: logits"].figures["max_abs"] < 1e-4
     assert checks["tokens, plain decoding and the reference"].passed
+
+
+@pytest.mark.slow
+def test_matrices_of_experts_that_are_stored_as_one_are_integers_each(tmp_path: Path) -> None:
+    """DBRX keeps the rows of all experts in one matrix. Each expert has blocks of its own."""
+    tiny_model("dbrx", num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    bundle = medusa_export.export(tmp_path / "model", tmp_path / "b", init_heads=2, top_k=2, weights="int8")
+    step = load_reference(bundle, str(tmp_path / "model"), None)
+    assert use_stored_matrices(step, bundle).passed
+    names = {name for stored in stored_matrices(bundle) for name in stored.weights if "experts" in name}
+    assert len(names) == 12
+    assert {"w1.0of4", "v1.3of4", "w2[1of4]"} <= {name.partition("mlp.")[2] for name in names}
