@@ -1,6 +1,6 @@
 """gguf: a file is parsed once, and fast, while transformers loads it.
 
-Tried with gguf 0.19.0 and transformers 5.23.0.
+Tried with gguf 0.19.0 and transformers 5.23.0; without a model, also with transformers 5.17.0.
 
 Without these patches a GGUF file still loads, to the same model, but slowly:
 
@@ -9,6 +9,9 @@ Without these patches a GGUF file still loads, to the same model, but slowly:
 * ``GGUFReader._get`` slices a ``np.memmap`` for each token of the vocabulary, which takes ten times as long as a view.
 
 transformers looks both up in ``gguf`` at each call, so they are replaced there.
+
+``pre_tokenizer_splits``: the splits of text that transformers knows by the names that files have. Without it, this
+project would need a table of its own.
 
 ``release_pages``: the file is mapped into memory. Without it all parts that were read stay there.
 """
@@ -26,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 # One entry per open block. Only the outermost block changes anything.
 _open: list[None] = []
@@ -62,6 +66,12 @@ def open_gguf(path: Path) -> Any:
     """A ``gguf.GGUFReader`` of a file. Within ``gguf_cache`` it is the one that transformers uses too."""
     gguf: Any = import_module("gguf")  # not needed for other formats
     return gguf.GGUFReader(path)
+
+
+def pre_tokenizer_splits() -> dict[str, str]:
+    """Regular expressions that split text, by ``tokenizer.ggml.pre``; none in older versions of transformers."""
+    found: dict[str, str] = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})
+    return found
 
 
 def release_pages(reader: Any) -> None:

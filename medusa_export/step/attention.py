@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,6 +122,23 @@ def _(blocks: list[Tensor], group: int) -> Tensor:
     return blocks[0].new_empty(batch, heads * len(blocks), length, head_dim)
 
 
+@dataclass(frozen=True)
+class StepKernels:
+    """The functions that compute the two operations of a step that a tracer does not see into.
+
+    Attributes:
+        scatter: As ``cache_scatter``. It may write into the cache itself.
+        attend: As ``attention``.
+    """
+
+    scatter: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
+
+
+# What is traced, and the reference.
+TRACED = StepKernels(cache_scatter, attention)
+
+
 class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
     """The ``past_key_values`` of one step. It commits each layer's block and returns the whole cache.
 
@@ -130,6 +148,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         pending: The pending entries of each cache, [B, num_heads, M, head_dim]; empty if M is 0.
         write_indices: [B], the slot of each row's first entry to write.
         masks: The attention masks of the step.
+        kernels: The functions that write blocks to caches.
 
     Attributes:
         blocks: The block written to each cache, [B, num_heads, M + S, head_dim], by name of the state.
@@ -143,12 +162,14 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         pending: Sequence[Tensor],
         write_indices: Tensor,
         masks: StepMasks,
+        kernels: StepKernels = TRACED,
     ) -> None:
         self.layers: list[object] = []  # transformers looks for layers of other kinds here; there are none
         self.past = dict(zip(names, past, strict=True))
         self.pending = dict(zip(names, pending, strict=True)) if pending else {}
         self.write_indices = write_indices
         self.masks = masks
+        self.kernels = kernels
         self.shows_length = False  # to models that only compute shapes with it
         self.blocks: dict[str, Tensor] = {}
         self.present: dict[str, Tensor] = {}
@@ -163,7 +184,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         if name in self.present:
             raise ModelNotSupportedError("several attention layers that share one KV cache")
         self.blocks[name] = torch.cat([self.pending[name], new], dim=2) if self.pending else new
-        self.present[name] = cache_scatter(self.past[name], self.blocks[name], self.write_indices)
+        self.present[name] = self.kernels.scatter(self.past[name], self.blocks[name], self.write_indices)
         return self.present[name]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -175,13 +196,13 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         return self.get_seq_length(layer_idx) + query_length, 0
 
 
-_active: list[StepMasks] = []
+_active: list[tuple[StepMasks, StepKernels]] = []
 
 
 @contextmanager
-def attending(masks: StepMasks) -> Iterator[None]:
-    """Sets the masks that our attention function uses."""
-    _active.append(masks)
+def attending(masks: StepMasks, kernels: StepKernels = TRACED) -> Iterator[None]:
+    """Sets the masks and kernels that our attention function uses."""
+    _active.append((masks, kernels))
     try:
         yield
     finally:
@@ -225,7 +246,7 @@ def attention_forward(
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ModelNotSupportedError("attention that is not causal")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    masks = _active[-1]
+    masks, kernels = _active[-1]
     kind = MaskKind(sliding_window, _chunk_of(module), bias, query.dtype if bias else None)
     masks.note(module, key, attention_mask, kind)
     scale_of: Callable[[Tensor], Tensor] | None = getattr(module, "query_scale", None)  # see ``step.adapters``
@@ -234,7 +255,7 @@ def attention_forward(
         query = (query * factors.unsqueeze(1).unsqueeze(3)).to(query.dtype)
     mask = masks.of(kind)
     if s_aux is None:
-        output = attention(query, key, value, mask, scale, float(softcap or 0.0))
+        output = kernels.attend(query, key, value, mask, scale, float(softcap or 0.0))
     elif softcap or bias:
         raise ModelNotSupportedError("attention sinks together with a soft cap or ALiBi")
     else:

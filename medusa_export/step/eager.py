@@ -19,7 +19,7 @@ from medusa_runtime.sampling import Draws, SamplingRows
 
 
 class EagerBackend:
-    """Runs steps in PyTorch, as a ``medusa_runtime`` backend.
+    """Runs steps in PyTorch, as a ``medusa_runtime`` backend. Caches are on the device of the model.
 
     Args:
         step: The step to run.
@@ -33,20 +33,21 @@ class EagerBackend:
         self._step = step
         self._slots = SlotLayout(step.tree.max_depth)
         self._rows = rows
+        self._device = step.model.device
         self._lengths = torch.zeros(rows, dtype=torch.int64)
         self._caches: list[Tensor] = []
         self._drafts = np.zeros((rows, step.tree.size), np.int64)
         self._sampling = SamplingRows(rows)
         dtype = str(step.model.dtype).removeprefix("torch.")
         self._pending = [
-            torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=step.model.dtype)
+            torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=step.model.dtype, device=self._device)
             for spec in pending_specs(step.states, dtype)
         ]
         self.output: StepOutput | None = None
 
     @property
     def name(self) -> str:
-        return f"torch {torch.__version__}, CPU"
+        return f"torch {torch.__version__}, {self._device.type.upper()}"
 
     @property
     def rows(self) -> int:
@@ -72,7 +73,7 @@ class EagerBackend:
         if capacity <= self.capacity:
             return
         grown = [
-            torch.zeros(self._rows, heads, capacity, size, dtype=self._step.model.dtype)
+            torch.zeros(self._rows, heads, capacity, size, dtype=self._step.model.dtype, device=self._device)
             for heads, size in (state.shape for state in self._step.states)
         ]
         for new, old in zip(grown, self._caches, strict=False):
@@ -124,33 +125,33 @@ class EagerBackend:
                 num_tokens[row] = len(given)
         is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
         sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
-        with torch.no_grad():
+        with torch.no_grad(), self._device:
             output = self._step(
                 StepInputs(
-                    input_ids=ids,
-                    num_tokens=num_tokens,
-                    is_prefill=is_prefill,
-                    cache_lengths=self._lengths,
+                    input_ids=ids.to(self._device),
+                    num_tokens=num_tokens.to(self._device),
+                    is_prefill=is_prefill.to(self._device),
+                    cache_lengths=self._lengths.to(self._device),
                     past=self._caches,
                     pending=self._pending_by_state(),
                     sampling=sampling,
                 )
             )
         self._caches, self._pending = output.present, output.next_pending
-        self._lengths = output.next_cache_lengths
+        self._lengths = output.next_cache_lengths.cpu()
         taking_part = [row for row in range(self._rows) if row not in idle]
-        self._drafts[taking_part] = output.next_input_ids.numpy()[taking_part]
+        self._drafts[taking_part] = output.next_input_ids.cpu().numpy()[taking_part]
         self.output = output
-        logprobs = None if output.logprobs is None else output.logprobs.numpy()
-        return StepResult(output.tokens.numpy(), output.count.numpy(), logprobs)
+        logprobs = None if output.logprobs is None else output.logprobs.cpu().numpy()
+        return StepResult(output.tokens.cpu().numpy(), output.count.cpu().numpy(), logprobs)
 
     def _sampling_inputs(self, size: int, prompts: Mapping[int, Sequence[int]]) -> SamplingInputs:
         width = self._sampling.width(size, prompts, range(self._rows))
         shape = fixed_shape(sampling_inputs(self._step.vocab_size)[0], {"batch": self._rows, "draws": width})
         exponentials = np.ones(shape, np.float32)
         self._sampling.write(exponentials, self._lengths.numpy(), prompts)
-        inputs = {name: torch.from_numpy(array.copy()) for name, array in self._sampling.inputs.items()}
-        return SamplingInputs(exponentials=torch.from_numpy(exponentials), **inputs)
+        arrays = {"exponentials": exponentials, **{name: array.copy() for name, array in self._sampling.inputs.items()}}
+        return SamplingInputs(**{name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()})
 
     def close(self) -> None:
         self._caches = []

@@ -28,7 +28,7 @@ from medusa_export.step.acceptance.registry import rules_named
 from medusa_export.step.acceptance.rule import AcceptanceRule, VerifiedNodes, judge
 from medusa_export.step.adapters import adapted, only_shapes_from_length
 from medusa_export.step.adapters.rotary import reset_frequencies
-from medusa_export.step.attention import StepCache, attending, concat_blocks
+from medusa_export.step.attention import TRACED, StepCache, StepKernels, attending, concat_blocks
 from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.indexing import take_entries, take_rows
 from medusa_export.step.masks import StepMasks
@@ -128,7 +128,10 @@ class MedusaStep(nn.Module):
 
     Attributes:
         states: The model's states.
+        kernels: The functions that write to caches and attend. Only a step that isn't traced may have others.
     """
+
+    kernels: StepKernels = TRACED
 
     def __init__(
         self,
@@ -181,7 +184,7 @@ class MedusaStep(nn.Module):
             slots.visible(capacity).unsqueeze(1), lambda: (slots.positions, slots.entry_positions(capacity))
         )
         names = [state.name for state in self.states]
-        cache = StepCache(names, given.past, given.pending, given.cache_lengths, masks)
+        cache = StepCache(names, given.past, given.pending, given.cache_lengths, masks, self.kernels)
 
         nodes, hidden = self._verify(given, slots, cache)  # each layer commits its block to the cache
         finite = _is_finite(nodes)
@@ -248,7 +251,7 @@ class MedusaStep(nn.Module):
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_rows)
         cache.shows_length = only_shapes_from_length(self.model)
         try:
-            with adapted(self.model), attending(cache.masks), experts_function(self.model, EXPERTS_NAME):
+            with adapted(self.model), attending(cache.masks, self.kernels), experts_function(self.model, EXPERTS_NAME):
                 output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         finally:
             hook.remove()

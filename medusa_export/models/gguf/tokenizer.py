@@ -10,9 +10,9 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from medusa_export.common.errors import CheckpointError
+from medusa_export.compat.gguf import pre_tokenizer_splits
 
 _AS_GPT2 = frozenset(
     {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "mellum"}
@@ -37,19 +37,20 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, reader: Any, source: 
         return  # the others have one way to split each
     name = _field(reader, "tokenizer.ggml.pre")
     backend: Any = tokenizer
+    known = pre_tokenizer_splits()
     if name in _DIGITS_APART:
         words = pre_tokenizers.ByteLevel(add_prefix_space=False)
         parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True), words]
         backend.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    elif name in _AS_OTHERS:
-        split = GGUF_PRE_TOKENIZER_SPLITS[_AS_OTHERS[name]]
+    elif _AS_OTHERS.get(name) in known:
+        split = known[_AS_OTHERS[name]]
         backend.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(split), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-    elif name not in _AS_GPT2 and name not in GGUF_PRE_TOKENIZER_SPLITS:
+    elif name not in _AS_GPT2 and name not in known:
         said = "doesn't say how its tokenizer splits text" if name is None else f"splits text as {name!r} does"
         raise CheckpointError(
             f"The GGUF file {source} {said} (tokenizer.ggml.pre), which isn't known here: give the model's folder in "
