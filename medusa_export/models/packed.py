@@ -146,6 +146,6 @@ def dequantized_note(source: str, kinds: Sequence[str]) -> str | None:
         return None
     counts = ", ".join(f"{kind} ({count})" for kind, count in sorted(Counter(kinds).items()))
     return (
-        f"{len(kinds)} matrices of {source} are dequantized: {counts}. The bundle does not store them as the files do, "
-        "since its weights are of another type or size of blocks or symmetric, or no blocks hold them exactly."
+        f"{len(kinds)} matrices of {source} are dequantized: {counts}. The bundle has weights of another type, other "
+        "blocks or no zero points, or no blocks hold these matrices exactly."
     )
