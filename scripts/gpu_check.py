@@ -152,10 +152,9 @@ def supervise(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def run_stage(options: argparse.Namespace) -> int:
     """Runs one stage in this process. What stops it is in its report, with its words."""
-    context = Context(
-        torch.device(options.device), options.out, options.run, options.model, options.heads, options.bundle,
-        options.seconds,
-    )  # fmt: skip
+    # A dry run has small sizes, so it doesn't take the model that is at hand.
+    model, heads, bundle = (None,) * 3 if options.device == "cpu" else (options.model, options.heads, options.bundle)
+    context = Context(torch.device(options.device), options.out, options.run, model, heads, bundle, options.seconds)
     if options.device != "cpu" and not torch.cuda.is_available():
         context.note(refused=f"PyTorch {torch.__version__} finds no GPU.")
         return 0

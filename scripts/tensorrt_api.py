@@ -1,4 +1,4 @@
-"""Records the part of TensorRT's Python API that this project uses, in each version that it supports.
+"""Records the classes of TensorRT's Python API that this project uses, in each version that it supports.
 
 A version's bindings are a small wheel. The libraries that they need are gigabytes. To import the bindings, a library
 is enough whose few functions do nothing: this compiles one. ``tests/targets/test_trt_versions.py`` compares the record
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,7 +40,7 @@ FLAVORS = {
 }
 # The classes that the code has objects or members of.
 CLASSES = frozenset({
-    "AttentionIOForm", "Builder", "BuilderFlag", "ComputeCapability", "DataType",
+    "Builder", "BuilderFlag", "ComputeCapability", "DataType",
     "DynamicShapesKernelSpecializationStrategy", "EngineInvalidityDiagnostics", "EngineValidity",
     "ExecutionContextAllocationStrategy", "IAttention", "IAttentionInputLayer", "IBuilderConfig", "ICudaEngine",
     "IExecutionContext", "IHostMemory", "ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile",
@@ -60,19 +61,16 @@ def used_names() -> set[str]:
     return names
 
 
-def api_of(module: ModuleType, names: set[str]) -> dict[str, str]:
-    """The members of a module and of ``CLASSES`` that have one of some names, with their signatures.
-
-    A member without a signature has an empty one.
-    """
+def api_of(module: ModuleType) -> dict[str, str]:
+    """``CLASSES``, their members and the types of data in a module, with signatures; empty where there is none."""
     found = {}
+    types = set(module.DataType.__members__)
     for name, value in vars(module).items():
-        if name in names and not isinstance(value, ModuleType):
-            found[name] = "class" if isinstance(value, type) else _signature(value)
+        if name in CLASSES or name.lower() in {kind.lower() for kind in types}:
+            found[name] = "class" if isinstance(value, type) else ""
         if name in CLASSES:
-            for member, inner in vars(value).items():
-                if member in names and not member.startswith("__"):
-                    found[f"{name}.{member}"] = _signature(inner)
+            members = {member: inner for member, inner in vars(value).items() if not member.startswith("_")}
+            found |= {f"{name}.{member}": _signature(inner) for member, inner in members.items()}
     return dict(sorted(found.items()))
 
 
@@ -98,7 +96,7 @@ def main() -> None:
     """Writes the record: by member and signature, the versions that have it."""
     if sys.argv[1:2] == ["--print"]:
         module = __import__(sys.argv[2])
-        print(json.dumps(api_of(module, used_names())))
+        print(json.dumps(api_of(module)))
         return
     record: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for flavor, (module, wheel, versions) in FLAVORS.items():
@@ -108,7 +106,16 @@ def main() -> None:
             print(flavor, version, len(found))
             for member, signature in found.items():
                 record[member][signature].append(f"{flavor} {version}")
-    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    RECORD.write_text(json.dumps(_shortened(record), indent=0, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shortened(record: Mapping[str, Mapping[str, list[str]]]) -> dict[str, dict[str, str]]:
+    """The record with versions as one text, ``all`` for all of them."""
+    every = [f"{flavor} {version}" for flavor, (_, _, versions) in FLAVORS.items() for version in versions]
+    return {
+        member: {signature: "all" if found == every else ", ".join(found) for signature, found in signatures.items()}
+        for member, signatures in record.items()
+    }
 
 
 def _recorded(folder: Path, module: str, wheel: str) -> dict[str, str]:

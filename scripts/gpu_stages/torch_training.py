@@ -45,17 +45,20 @@ def run_heads(context: Context) -> None:
     The base model writes the data; most of the time goes into that. Both heads are then calibrated on the same held-out
     part of it.
     """
-    if context.model is None or context.heads is None:
+    heads = context.heads
+    if context.is_dry:
+        heads = str(context.folder / "training" / "heads")  # of the stage before
+    elif context.model is None or heads is None:
         context.note(refused="There is no model at hand: give `--model` and `--heads`.")
         return
     work = _fresh(context.folder / "heads")
     data = _written(context, work, seconds=3 * context.seconds, most_tokens=10 * _SHIPPED_TOKENS)
     with Stopwatch() as watch:
-        shape = HeadShape(num_layers=2, draft_vocab=512 if context.is_dry else 6144)
+        shape = HeadShape(num_layers=2, draft_vocab=50 if context.is_dry else 6144)
         options = _options(context, 1.0 if context.is_dry else 3.0, soft=0.5)
-        train(context.model, [data], work / "trained", shape=shape, options=options, device=str(context.device))
+        train(context.base_model(), [data], work / "trained", shape=shape, options=options, device=str(context.device))
     context.note(train={"seconds": watch.seconds})
-    before = _calibrated(context, "shipped", context.heads, data)
+    before = _calibrated(context, "shipped", heads, data)
     after = _calibrated(context, "more_data", work / "trained", data)
     context.note(
         tokens_of_shipped_heads=_SHIPPED_TOKENS,

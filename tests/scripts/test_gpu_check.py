@@ -49,7 +49,7 @@ def test_every_stage_runs_without_a_gpu(gpu_check: Any, tmp_path: Path) -> None:
     assert stages["torch-training"]["distill"]["tokens_per_second"] > 0
     assert stages["torch-training"]["train"]["tokens_per_second"] > 0
     assert len(stages["torch-training"]["calibrate"]["top1"]) == 4
-    assert "give `--model`" in stages["torch-heads"]["refused"]
+    assert set(stages["torch-heads"]["top1"]) == {"shipped", "more_data"}
     assert stages["onnxruntime-cuda"]["agrees"] and stages["onnxruntime-cuda"]["compared"] > 100
     assert min(stages["onnxruntime-cuda"]["tokens_per_second"].values()) > 0
     assert all("refused" in stages[name] for name in ("tensorrt", "tensorrt-rtx"))

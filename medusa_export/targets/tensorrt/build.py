@@ -14,6 +14,7 @@ from medusa_export.common.files import atomic_folder, check_target, write_bytes
 from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
 from medusa_export.targets.tensorrt.builder import EngineBuilder, current_architecture
 from medusa_export.targets.tensorrt.options import BuildOptions, check_targets, check_weights, choose_limits
+from medusa_export.targets.tensorrt.versions import check_driver, check_version
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, import_tensorrt
 from medusa_runtime.bundles.bundle import DESCRIPTION, ENGINE_DESCRIPTION, GRAPHS, WEIGHTS, Bundle
 from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, require_bundle
@@ -58,16 +59,20 @@ def build_engine(
     Raises:
         BackendError: TensorRT is not installed.
         BundleError: The bundle can't be read.
-        EngineBuildError: An architecture lacks the type of the weights, or TensorRT refuses the graph or the options.
+        EngineBuildError: TensorRT or the driver is too old, an architecture lacks the type of the weights, or TensorRT
+            refuses the graph or the options.
         ExportError: There is something else at ``output``.
         OutputError: The engine can't be written.
     """
     library = import_tensorrt(flavor)
+    check_version(library, on_progress)
     architectures = check_targets(library, targets) if targets else ()
     if not isinstance(bundle, Bundle):
         require_bundle(Path(bundle))
         bundle = Bundle.load(Path(bundle))
     check_weights(bundle, architectures or (current_architecture(library),))
+    if not architectures:
+        check_driver(library)
     if bundle.dtype == "float32":
         on_progress(Progress("weights and caches are fp32, like the bundle's; fp16 would take half of the memory"))
     if "int8" in (bundle.weights.layers, bundle.weights.lm_head, bundle.weights.heads):
