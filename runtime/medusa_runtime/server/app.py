@@ -111,15 +111,16 @@ def make_app(
     _add_models(app, api)
     _add_operations(app, service, metrics, api.model)
     describe_bodies(app, [ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest])
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id"],
-        )
-    return Gate(app, settings, tracing)
+    gate = Gate(app, settings, tracing)
+    if not settings.cors_origins:
+        return gate
+    return CORSMiddleware(  # around the gate, so that pages can read its errors
+        gate,
+        allow_origins=settings.cors_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )
 
 
 def _add_generation(app: FastAPI, api: Api) -> None:
@@ -178,7 +179,7 @@ def _add_operations(app: FastAPI, service: MedusaService, metrics: ServerMetrics
     unready: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
 
     def health(*, is_well: bool) -> Response:
-        waiting, running = service.load_figures
+        waiting, running = metrics.load_figures
         found: Health = {"state": service.state, "waiting": waiting, "running": running}
         return _json(found, 200 if is_well else 503)
 
@@ -303,5 +304,6 @@ async def _answer_nobody(_: Request, __: Exception) -> Response:
 
 async def _answer_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    found = ApiError(error.status_code, f"{error.detail}.", "unknown_url", headers=error.headers)
+    code = "unknown_url" if error.status_code == 404 else "method_not_allowed"
+    found = ApiError(error.status_code, f"{error.detail}.", code, headers=error.headers)
     return found.response

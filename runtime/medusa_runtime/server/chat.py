@@ -26,6 +26,7 @@ from medusa_runtime.server.schema.base import JsonObject
 from medusa_runtime.server.schema.chat import ChatRequest
 from medusa_runtime.server.streaming import Event
 from medusa_runtime.server.translate import (
+    check_answers,
     check_model,
     check_served,
     check_top_logprobs,
@@ -68,6 +69,7 @@ class ChatJob:
         settings, service = api.settings, api.service
         check_model(settings.names, request.model)
         check_served(request)
+        check_answers(settings.most_answers, 1, request.n)
         check_top_logprobs(service, request, "top_logprobs", request.top_logprobs or 0)
         prompt = chat_prompt(
             service.tokenizer,
@@ -79,7 +81,9 @@ class ChatJob:
             variables=template_variables(request.chat_template_kwargs, request.reasoning_effort),
         )
         asked_for = request.max_completion_tokens or request.max_tokens
-        most = new_tokens(service, len(prompt.token_ids), asked_for, most_prompt=settings.max_prompt_tokens)
+        most = new_tokens(
+            service, len(prompt.token_ids), asked_for, most_prompt=settings.max_prompt_tokens, field="messages"
+        )
         answers = []
         for index in range(request.n or 1):
             options = request_options(

@@ -19,6 +19,7 @@ from medusa_runtime.server.schema.answers import Completion, CompletionChoice
 from medusa_runtime.server.schema.completions import CompletionRequest
 from medusa_runtime.server.streaming import Event
 from medusa_runtime.server.translate import (
+    check_answers,
     check_model,
     check_served,
     check_top_logprobs,
@@ -62,11 +63,13 @@ class CompletionJob:
             raise unsupported("best_of", "Answers are not ranked: use n.")
         if request.echo and request.logprobs is not None:
             raise unsupported("echo", "Prompts have no log probabilities: leave out echo or logprobs.")
-        token_ids = [encoded(api, prompt) for prompt in _prompts(request.prompt)]
+        prompts = _prompts(request.prompt)
+        check_answers(settings.most_answers, len(prompts), request.n)
+        token_ids = [encoded(api, prompt) for prompt in prompts]
         answers = []
         for number, ids in enumerate(token_ids):
             asked_for = request.max_tokens or _MAX_TOKENS
-            most = new_tokens(service, len(ids), asked_for, most_prompt=settings.max_prompt_tokens)
+            most = new_tokens(service, len(ids), asked_for, most_prompt=settings.max_prompt_tokens, field="prompt")
             for index in range(request.n or 1):
                 options = request_options(
                     service,
@@ -78,8 +81,8 @@ class CompletionJob:
                 options["max_new_tokens"] = most
                 options["stop"] = request.stop or ()
                 answers.append(Asked(number, ids, options, PlainParser()))
-        prompts = [_text(api, ids) for ids in token_ids] if request.echo else []
-        return cls(api, request, prompts, api.submit(client, answers))
+        texts = [prompt if isinstance(prompt, str) else _text(api, prompt) for prompt in prompts if request.echo]
+        return cls(api, request, texts, api.submit(client, answers))
 
     @property
     def stream(self) -> bool:

@@ -26,14 +26,14 @@ _CODES = {
     "json_invalid": ("invalid_json", "The body is not valid JSON: {message}."),
 }
 
-# Status, code and field for errors of the runtime. The first class that fits is used.
-_STATUSES: tuple[tuple[type[MedusaError], int, str, str | None], ...] = (
-    (ContextLengthError, 400, "context_length_exceeded", "messages"),
-    (RequestError, 400, "invalid_value", None),
-    (QueueFullError, 429, "rate_limit_exceeded", None),
-    (ServiceClosedError, 503, "service_unavailable", None),
-    (DeadlineError, 504, "timeout", None),
-    (MedusaError, 500, "server_error", None),
+# Status and code for errors of the runtime. The first class that fits is used.
+_STATUSES: tuple[tuple[type[MedusaError], int, str], ...] = (
+    (ContextLengthError, 400, "context_length_exceeded"),
+    (RequestError, 400, "invalid_value"),
+    (QueueFullError, 429, "rate_limit_exceeded"),
+    (ServiceClosedError, 503, "service_unavailable"),
+    (DeadlineError, 504, "timeout"),
+    (MedusaError, 500, "server_error"),
 )
 
 
@@ -97,11 +97,11 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ValidationError):
         return _of_validation(error)
-    for type_of_error, status, code, param in _STATUSES:
+    for type_of_error, status, code in _STATUSES:
         if isinstance(error, type_of_error):
             kind = "rate_limit_error" if status == 429 else "server_error" if status > 429 else "invalid_request_error"
             headers = {"Retry-After": "1"} if status in (429, 503) else None
-            return ApiError(status, str(error), code, param=param, kind=kind, headers=headers)
+            return ApiError(status, str(error), code, kind=kind, headers=headers)
     message = "The server failed to process this request; its log says why."
     return ApiError(500, message, "server_error", kind="server_error")
 

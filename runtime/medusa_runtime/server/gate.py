@@ -87,7 +87,7 @@ class Gate:
             ApiError: The request has no valid key.
         """
         host: str = (scope.get("client") or ("",))[0]
-        if not self._keys or scope["path"].startswith(_UNPROTECTED) or scope["method"] == "OPTIONS":
+        if not self._keys or scope["path"].startswith(_UNPROTECTED):
             return host
         kind, _, key = headers.get("authorization", "").partition(" ")
         data = key.strip().encode("latin-1", "replace") if kind.lower() == "bearer" else b""

@@ -30,6 +30,8 @@ class ServerMetrics(Metrics):
         registry: The registry of the metrics.
         accepted_lengths: Steps by the number of tokens that they emitted.
         generated: Tokens that were generated.
+        load_figures: Numbers of requests that wait and run, before the last step. Those of the service itself need its
+            lock, for which the event loop must not wait.
         worst_lag: Longest time in seconds that the event loop was late.
     """
 
@@ -37,6 +39,7 @@ class ServerMetrics(Metrics):
         self.registry = CollectorRegistry()
         self.accepted_lengths: Counter[int] = Counter()
         self.generated = 0
+        self.load_figures = (0, 0)
         self.worst_lag = 0.0
         self._model = model
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests in the queue.")
@@ -89,6 +92,7 @@ class ServerMetrics(Metrics):
         self._errors.labels(self._model, "QueueFullError").inc()
 
     def load(self, waiting: int, running: int) -> None:
+        self.load_figures = (waiting, running)
         self._waiting.set(waiting)
         self._running.set(running)
 

@@ -71,7 +71,11 @@ class ResponseJob:
             variables=template_variables(request.chat_template_kwargs, effort if isinstance(effort, str) else None),
         )
         most = new_tokens(
-            service, len(prompt.token_ids), request.max_output_tokens, most_prompt=settings.max_prompt_tokens
+            service,
+            len(prompt.token_ids),
+            request.max_output_tokens,
+            most_prompt=settings.max_prompt_tokens,
+            field="input",
         )
         options = request_options(service, request, index=0, logprobs=False, timeout=settings.request_seconds)
         options["max_new_tokens"] = most

@@ -46,7 +46,7 @@ class Settings:
     model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    max_body: int = 4 * 2**20
+    max_body: int = 2**20  # parsing JSON of this size can hold up all threads for 0.2 s
     max_prompt_tokens: int | None = None
     max_client_requests: int | None = None
     request_seconds: float | None = None
@@ -70,6 +70,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"`{name}` is {value}: expected more than 0 seconds.")
+
+    @property
+    def most_answers(self) -> int:
+        """The most answers of one request: what rows and queue hold."""
+        return self.rows + self.max_queue
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def figures(service: MedusaService, metrics: ServerMetrics, model: str) -> Figur
     lengths = dict(metrics.accepted_lengths)
     steps = sum(lengths.values())
     deepest = max(lengths, default=1)
-    waiting, running = service.load_figures
+    waiting, running = metrics.load_figures
     return {
         "model": model,
         "state": service.state,

@@ -138,7 +138,25 @@ def check_model(names: Sequence[str], model: str | None) -> None:
         )
 
 
-def new_tokens(service: MedusaService, prompt_tokens: int, asked_for: int | None, *, most_prompt: int | None) -> int:
+def check_answers(most: int, prompts: int, n: int | None) -> None:
+    """Refuses a request for more answers than rows and queue hold.
+
+    Args:
+        most: The most answers.
+        prompts: Number of prompts.
+        n: Number of answers to each.
+
+    Raises:
+        ApiError: There are more.
+    """
+    if prompts * (n or 1) > most:
+        message = f"The request asks for {prompts * (n or 1)} answers, but this server gives {most} at most."
+        raise ApiError(400, message, "invalid_value", param="n")
+
+
+def new_tokens(
+    service: MedusaService, prompt_tokens: int, asked_for: int | None, *, most_prompt: int | None, field: str
+) -> int:
     """The most tokens of an answer: as many as asked for, or what fits.
 
     Args:
@@ -146,13 +164,14 @@ def new_tokens(service: MedusaService, prompt_tokens: int, asked_for: int | None
         prompt_tokens: Tokens of the prompt.
         asked_for: The most tokens that the request asks for; None for what fits.
         most_prompt: The most tokens that a prompt may have; None for no limit of its own.
+        field: The field that holds the prompt.
 
     Raises:
         ApiError: Prompt and answer don't fit.
     """
     if most_prompt is not None and prompt_tokens > most_prompt:
         message = f"The prompt has {prompt_tokens} tokens, but this server takes {most_prompt}: shorten it."
-        raise ApiError(400, message, "context_length_exceeded", param="messages")
+        raise ApiError(400, message, "context_length_exceeded", param=field)
     left = service.max_tokens - prompt_tokens
     if left < 1 or (asked_for is not None and asked_for > left):
         answer = "the answer has no room" if asked_for is None else f"{asked_for} tokens of the answer don't fit"
@@ -160,5 +179,5 @@ def new_tokens(service: MedusaService, prompt_tokens: int, asked_for: int | None
             f"This model's maximum context length is {service.max_tokens} tokens. The prompt has {prompt_tokens}, and "
             f"{answer}: shorten the prompt or ask for a shorter answer."
         )
-        raise ApiError(400, message, "context_length_exceeded", param="messages")
+        raise ApiError(400, message, "context_length_exceeded", param=field)
     return left if asked_for is None else asked_for

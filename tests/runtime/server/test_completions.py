@@ -55,6 +55,8 @@ def test_log_probabilities_have_places_in_the_text(client: openai.OpenAI, engine
         ({"prompt": [-1]}, "invalid_value"),
         ({"prompt": ""}, "invalid_value"),
         ({"n": 129}, "invalid_value"),
+        ({"prompt": [[5]] * 100_000, "n": 128}, "invalid_value"),
+        ({"prompt": "Hi", "max_tokens": 511}, "context_length_exceeded"),
     ],
 )
 def test_refusals(web: httpx.Client, fields: dict[str, object], code: str) -> None:

@@ -76,7 +76,7 @@ def test_models_and_health(web: httpx.Client, client: openai.OpenAI) -> None:
         response = web.get(path)
         assert response.status_code == 200 and response.json()["state"] == "ready"
     assert web.get("/nothing").json()["error"]["code"] == "unknown_url"
-    assert web.get(CHAT).status_code == 405
+    assert web.get(CHAT).json()["error"]["code"] == "method_not_allowed"
 
 
 def test_request_ids(web: httpx.Client) -> None:
@@ -122,6 +122,8 @@ def test_other_origins(served: Served) -> None:
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         refused = web.options(CHAT, headers=asks | {"Origin": "https://b.example"})
         assert "access-control-allow-origin" not in refused.headers
+        wrong = web.post(CHAT, json=SHORT, headers={"Origin": "https://a.example"})
+        assert wrong.status_code == 401 and wrong.headers["access-control-allow-origin"] == "https://a.example"
 
 
 def test_limits_of_body_prompt_and_client(served: Served) -> None:

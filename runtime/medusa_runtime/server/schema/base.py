@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+T = TypeVar("T")
+
 JsonObject = dict[str, JsonValue]
+# A list that is refused at its first mistake. To collect all mistakes of a large body would hold up all threads.
+Items = Annotated[list[T], Field(fail_fast=True)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -72,7 +76,7 @@ class CompletionFields(SamplingFields):
     """
 
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     max_tokens: Count | None = None
     stream_options: StreamOptions | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None

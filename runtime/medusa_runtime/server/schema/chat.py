@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from medusa_runtime.server.schema.base import Body, CompletionFields, Count, JsonObject
+from medusa_runtime.server.schema.base import Body, CompletionFields, Count, Items, JsonObject
 
 
 class Part(Body):
@@ -39,9 +39,9 @@ class Message(Body):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Items[Part] | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Items[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -85,11 +85,11 @@ class ChatRequest(CompletionFields):
         metadata: Has no effect, as have the fields behind it.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: str | JsonObject | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: JsonObject | None = None
@@ -97,7 +97,7 @@ class ChatRequest(CompletionFields):
     response_format: JsonObject | None = None
     functions: JsonValue = None
     function_call: JsonValue = None
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
     audio: JsonValue = None
     prediction: JsonValue = None
     web_search_options: JsonValue = None

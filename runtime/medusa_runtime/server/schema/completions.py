@@ -6,9 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from medusa_runtime.server.schema.base import CompletionFields
+from medusa_runtime.server.schema.base import CompletionFields, Items
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+TokenIds = Annotated[Items[int], Field(min_length=1)]
+Texts = Annotated[Items[str], Field(min_length=1)]
+ManyTokenIds = Annotated[Items[TokenIds], Field(min_length=1)]
 
 
 class CompletionRequest(CompletionFields):
@@ -22,7 +24,7 @@ class CompletionRequest(CompletionFields):
         suffix: Is refused.
     """
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Texts | ManyTokenIds
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None

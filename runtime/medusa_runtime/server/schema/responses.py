@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from medusa_runtime.server.schema.base import Body, Count, JsonObject, SamplingFields
+from medusa_runtime.server.schema.base import Body, Count, Items, JsonObject, SamplingFields
 from medusa_runtime.server.schema.chat import Part
 
 
@@ -19,11 +19,11 @@ class InputItem(Body):
     model_config = ConfigDict(extra="ignore")
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[Part] | None = None
+    content: str | Items[Part] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: str | Items[Part] | None = None
 
 
 class ResponseTool(Body):
@@ -59,10 +59,10 @@ class ResponsesRequest(SamplingFields):
         include: Has no effect, as have the fields behind it.
     """
 
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[Items[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Items[ResponseTool] | None = None
     tool_choice: str | JsonObject | None = None
     parallel_tool_calls: bool | None = None
     text: JsonObject | None = None
@@ -75,7 +75,7 @@ class ResponsesRequest(SamplingFields):
     background: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tool_calls: int | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     stream_options: JsonObject | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from medusa_runtime.server.schema.base import Body, JsonObject
+from medusa_runtime.server.schema.base import Body, Items, JsonObject
 from medusa_runtime.server.schema.chat import Message, Tool
 
 
@@ -24,11 +24,11 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Items[Message] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     chat_template_kwargs: JsonObject | None = None
 
     @model_validator(mode="after")
