@@ -13,5 +13,7 @@ for _ in 1 2 3 4; do wait -n; done
 
 MEDUSA_SMOLLM2_GGUF=$(scripts/smollm2.sh)
 export MEDUSA_SMOLLM2_GGUF
+# A run of part of the tests keeps the bundles that it exports for later runs (tests/support/stock.py).
+[ $# = 0 ] || export MEDUSA_TEST_STOCK="${MEDUSA_TEST_STOCK-$PWD/.cache/stock}"
 # Each worker starts with its own part of the tests: fewer fixtures are made twice or waited for.
 pytest --numprocesses "${MEDUSA_TEST_WORKERS:-2}" --dist worksteal --durations=20 "$@"

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from support.stock import Stock
 
 
+def pytest_configure() -> None:
+    """Gives each worker a CPU of its own.
+
+    Threads that wait for a CPU which another worker uses would keep the others busy. With one CPU there is one thread.
+    """
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    if workers <= len(cpus):
+        os.sched_setaffinity(0, {cpus[int(worker.removeprefix("gw"))]})
+
+
 def pytest_collection_finish() -> None:
     """Keeps all that the imports made out of garbage collection, which takes a twentieth of an export otherwise."""
     gc.collect()
@@ -41,7 +54,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
     from support.stock import Stock
 
     root = tmp_path_factory.getbasetemp()
-    return Stock(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
+    return Stock.beside(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +116,7 @@ def smollm2_bundle(stock: Stock, smollm2_gguf: str, smollm2_heads: Path) -> Path
         result = CliRunner().invoke(main, [str(part) for part in command])
         assert result.exit_code == 0, result.output
 
-    return stock.folder("smollm2-bundle", fill)
+    return stock.folder("smollm2-bundle", fill, keep=False)
 
 
 @pytest.fixture(scope="session")
