@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,14 +94,12 @@ def _first_inputs(
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(layers)]
     run: Any = model
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_pre_hook(note(index), with_kwargs=True))
         for sample in samples:
             run(torch.tensor([sample.input_ids], device=model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return first, options
 
 
@@ -114,15 +113,14 @@ def _linears(
     """Runs a layer, and yields its linear layers. Their columns are balanced first if ``head_dim`` is given."""
     linears = _linears_of(layer)
     notes = _Notes()
-    handles = [module.register_forward_pre_hook(notes.input_of(part)) for part, module in linears.items()]
-    handles += [norm.register_forward_hook(notes.output_of(norm)) for norm in _norms_of(layer)]
-    try:
+    with ExitStack() as hooks:
+        for part, module in linears.items():
+            hooks.enter_context(module.register_forward_pre_hook(notes.input_of(part)))
+        for norm in _norms_of(layer):
+            hooks.enter_context(norm.register_forward_hook(notes.output_of(norm)))
         for states, given in zip(hidden, options, strict=True):
             _run(layer, states, given)
             notes.finish_text()
-    finally:
-        for handle in handles:
-            handle.remove()
     hessians = notes.hessians
     if head_dim is not None:
         smooth(linears, notes.norm_outputs, hessians, lambda: _run(layer, hidden[0], options[0]), head_dim=head_dim)

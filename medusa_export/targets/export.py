@@ -147,8 +147,7 @@ def export(
             end_tokens=ends,
             on_progress=on_progress,
         )
-    note = dequantized_note(source.name, list(read.dequantized.values()))
-    for words in [*bundle.notes, *([] if note is None else [note])]:
+    for words in filter(None, [*bundle.notes, dequantized_note(source.name, list(read.dequantized.values()))]):
         warnings.warn(words, MedusaWarning, stacklevel=2)
     return bundle
 

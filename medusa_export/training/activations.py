@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -120,10 +120,8 @@ def _shown(model: PreTrainedModel, see: Callable[[str, Tensor], None]) -> Iterat
     def hook_for(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, given: see(f"{layer}.weight", given[0].flatten(0, -2).float())
 
-    linears = [(layer, module) for layer, module in model.named_modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(hook_for(layer)) for layer, module in linears]
-    try:
+    with ExitStack() as hooks:
+        for layer, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_pre_hook(hook_for(layer)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -24,7 +24,7 @@ from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRU
 from medusa_runtime.bundles.states import State
 from support.decoding import TREE, decode, greedy, make_step, random_heads
 from support.stock import Exported, Stock
-from support.tiny_models import FORMS, tiny_model
+from support.tiny_models import FORMS, families, tiny_model
 
 COUNT = 48
 PROMPTS = [[(7 * i * i + 3) % 101 for i in range(37)], [(5 * i * i + 11 * i + 1) % 101 for i in range(20)]]
@@ -36,7 +36,7 @@ COMPILED = (
 SEEDS = {"minicpm3": 1, "bloom": 4, "mpt": 2, "falcon_alibi": 3, "codegen": 1}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", families("gemma4", "deepseek_v2", "gpt_oss", "llama4_dense", "bloom", others=FORMS))
 def test_steps_decode_as_transformers(form: str) -> None:
     model = tiny_model(form, SEEDS.get(form, 0))
     expected = [greedy(model, prompt, COUNT) for prompt in PROMPTS]

@@ -22,6 +22,7 @@ from medusa_export.verification.stored_matrices import stored_matrices, use_stor
 from medusa_runtime import Bundle, MedusaEngine
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from support.decoding import make_step
+from support.stock import Stock
 from support.tiny_models import tiny_model
 from support.verifying import failed, verify
 
@@ -40,12 +41,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scope="module",
     params=["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "asymmetric int4"))],
 )
-def bundle(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(request: pytest.FixtureRequest, model_folder: Path, stock: Stock) -> Bundle:
     kind = request.param.removeprefix("asymmetric ")
     types = WeightTypes.all(kind, symmetric=kind == request.param)
-    return medusa_export.export(
-        model_folder, tmp_path_factory.mktemp("bundles") / "bundle", init_heads=2, top_k=2, weights=types
+    folder = stock.folder(
+        f"tied-{request.param}",
+        lambda out: medusa_export.export(model_folder, out, init_heads=2, top_k=2, weights=types),
     )
+    return Bundle.load(folder)
 
 
 def test_the_standard_graph_holds_the_rounded_weights(bundle: Bundle) -> None:

@@ -22,6 +22,7 @@ from medusa_runtime import Bundle, MedusaEngine
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.compiled import EngineLimits
+from support.stock import Stock
 from support.tiny_models import tiny_model
 
 PROMPT = [5, 17, 80, 3, 44]
@@ -36,11 +37,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return medusa_export.export(
-        model_folder, tmp_path_factory.mktemp("bundles") / "bundle", init_heads=2, top_k=2, weights="fp8",
-        sampling=False,
-    )  # fmt: skip
+def bundle(model_folder: Path, stock: Stock) -> Bundle:
+    def fill(out: Path) -> None:
+        medusa_export.export(model_folder, out, init_heads=2, top_k=2, weights="fp8", sampling=False)
+
+    return Bundle.load(stock.folder("tied-fp8", fill))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -25,6 +25,7 @@ from medusa_export.verification.stored_matrices import use_stored_matrices
 from medusa_runtime import Bundle
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from support.decoding import make_step, random_heads
+from support.stock import Stock
 from support.tiny_models import tiny_model
 from support.verifying import failed, verify
 
@@ -46,17 +47,18 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(tmp_path_factory: pytest.TempPathFactory, stock: Stock) -> Exported:
     model = tiny_model("qwen3")  # its embeddings are tied
     heads = random_heads(model)
     ranges = measured(model, random_texts(model.config.vocab_size))
     ranges = replace(ranges, inputs={**ranges.inputs, KEPT: replace(ranges.inputs[KEPT], error=0.5)})
     path = tmp_path_factory.mktemp("rounded") / "activations.safetensors"
     ranges.save(path)
-    bundle = medusa_export.export(
-        model, path.parent / "bundle", heads=heads, top_k=2, weights="int8", activations=path, sampling=False
-    )
-    return Exported(model, heads, ranges, bundle)
+
+    def fill(out: Path) -> None:
+        medusa_export.export(model, out, heads=heads, top_k=2, weights="int8", activations=path, sampling=False)
+
+    return Exported(model, heads, ranges, Bundle.load(stock.folder("integer-products", fill)))
 
 
 def test_the_bundle_says_so(exported: Exported) -> None:

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from medusa_export.common.errors import ExportError
 from medusa_export.graph import layer_reuse
 from medusa_export.graph import trace as onnx_trace
 from medusa_export.graph.export import build_graph
@@ -26,6 +27,7 @@ from medusa_runtime.bundles.bundle import GRAPHS
 from support.decoding import TREE, decode, export, greedy, make_step, random_heads
 from support.stock import Stock
 from support.tiny_models import SEEDS, tiny_model
+from support.tiny_tokenizer import make_tokenizer
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
@@ -49,7 +51,7 @@ def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
     "variant",
     ["reduced vocabulary", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two blocks", "own projection"))],
 )
-def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
+def test_kinds_of_heads(stock: Stock, variant: str) -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     expected = [greedy(model, PROMPT, 16)]
     reduced = variant == "reduced vocabulary"
@@ -69,7 +71,7 @@ def test_kinds_of_heads(tmp_path: Path, variant: str) -> None:
         heads.token_map = torch.randperm(101, generator=generator)[:40]
     step = make_step(model, heads.eval().requires_grad_(False))
     step.sampling = False
-    bundle = export(step, tmp_path / "bundle")
+    bundle = Bundle.load(stock.folder(f"heads-{variant}", lambda out: export(step, out)))
     for graph in (bundle.graph, None):
         compiled, eager = OnnxRuntimeBackend(bundle, threads=1, graph=graph), EagerBackend(step)
         for backend in (compiled, eager):
@@ -126,6 +128,17 @@ def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
     assert bundle.dtype == "bfloat16"
     with pytest.raises(BackendError, match="Export it in fp32 or fp16"):
         OnnxRuntimeBackend(bundle)
+
+
+@pytest.mark.slow
+def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama", num_hidden_layers=1), make_tokenizer()
+    tokenizer.chat_template = "{% for %}"
+    step = make_step(model, None, Tree())
+    step.sampling = False  # a smaller graph, which is traced sooner
+    with pytest.raises(ExportError, match=r"syntax error on line 1.*`with_tokenizer=False`"):
+        export(step, tmp_path / "out", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -123,12 +123,12 @@ def test_a_failing_rewrite_of_the_standard_graph_is_named() -> None:
     assert "no such node" in str(error.value)
 
 
-def test_a_rewrite_of_an_extension(tmp_path: Path) -> None:
+def test_a_rewrite_of_an_extension(stock: Stock) -> None:
     model = tiny_model("llama")
     step = make_step(model, random_heads(model))
     step.sampling = False
     with ONE_ROW.registered(FuseSilu):
-        bundle = export(step, tmp_path / "bundle")
+        bundle = Bundle.load(stock.folder("fused-silu", lambda out: export(step, out)))
     silus = model.config.num_hidden_layers + 1  # one in each layer, and one for all heads
     assert bundle.graphs[ONNXRUNTIME_GRAPH].rewrites["fuse_silu"] == silus
     assert (

@@ -17,10 +17,11 @@ from medusa_export.heads.writer import save_heads
 from medusa_export.training.features import Features
 from medusa_export.training.medusa1 import train_medusa1
 from medusa_export.training.run import Schedule
-from medusa_runtime import Tree
+from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from support.decoding import TREE, decode, export, greedy, make_step
 from support.extensions.bottleneck_heads import BottleneckConfig, BottleneckHeads
+from support.stock import Stock
 from support.tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
@@ -79,12 +80,12 @@ def test_heads_are_read_as_they_were_written(folder: Path, model: PreTrainedMode
     assert described["rank"] == 5
 
 
-def test_exported_heads_decode_losslessly(folder: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+def test_exported_heads_decode_losslessly(folder: Path, model: PreTrainedModel, stock: Stock) -> None:
     base = tiny_model("llama", num_hidden_layers=1)
     expected = [greedy(model, PROMPT, 40)]
     step = make_step(base, load_heads(folder, base))
     step.sampling = False
-    bundle = export(step, tmp_path / "bundle")
+    bundle = Bundle.load(stock.folder("bottleneck", lambda out: export(step, out)))
     assert bundle.heads is not None and bundle.heads.variant == "bottleneck"
     for graph in (bundle.graph, None):
         backend = OnnxRuntimeBackend(bundle, threads=1, graph=graph)

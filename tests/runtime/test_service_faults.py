@@ -70,7 +70,15 @@ CALLS = ["step", "arrange", "approach", "copy", "assign", "reset", "lengths", "d
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(
-    "error", [BackendError("broken"), MemoryError(), RuntimeError("odd"), StopIteration()], ids=repr
+    "error",
+    [
+        BackendError("broken"),
+        *(
+            pytest.param(error, marks=pytest.mark.slow)
+            for error in (MemoryError(), RuntimeError("odd"), StopIteration())
+        ),
+    ],
+    ids=repr,
 )
 def test_a_call_that_fails_now_and_then(
     tiny_bundle: Bundle, engine: MedusaEngine, name: str, error: Exception, when: str

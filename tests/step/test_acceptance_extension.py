@@ -23,6 +23,7 @@ from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from support.decoding import TREE, make_step, random_heads
 from support.extensions.top_two_rule import TopTwoRule
+from support.stock import Stock
 from support.tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
@@ -100,11 +101,13 @@ def relaxed_step(model: PreTrainedModel, *, sampling: bool = True) -> MedusaStep
 
 
 @pytest.fixture(scope="module")
-def bundle(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    own = tiny_model("llama", num_hidden_layers=1)
-    folder = tmp_path_factory.mktemp("top-2") / "bundle"
-    heads = random_heads(own)
-    return medusa_export.export(own, folder, heads=heads, tree=TREE, acceptance_rules=RULES, name="tiny")
+def bundle(model: PreTrainedModel, stock: Stock) -> Bundle:
+    def fill(out: Path) -> None:
+        own = tiny_model("llama", num_hidden_layers=1)
+        heads = random_heads(own)
+        medusa_export.export(own, out, heads=heads, tree=TREE, acceptance_rules=RULES, name="tiny")
+
+    return Bundle.load(stock.folder("top-2", fill))
 
 
 @pytest.mark.parametrize("derived", [False, True])

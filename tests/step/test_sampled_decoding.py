@@ -36,15 +36,14 @@ def small_bundle(stock: Stock) -> Bundle:
 
 def joint_distribution(bundle: Bundle, prompt: list[int], length: int, params: SamplingParams) -> dict[tuple, float]:
     """Of the next ``length`` tokens, by teacher-forced log probabilities of plain steps."""
-    backend = OnnxRuntimeBackend(bundle, threads=1)
-    backend.reserve(64)
     model = tiny_model("llama", num_hidden_layers=1, vocab_size=SMALL)
     model.lm_head.weight.data *= 0.5
     table = {}
-    for tokens in itertools.product(range(SMALL), repeat=length):
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
-        chances = [processed(row, params)[token].item() for row, token in zip(logits, tokens, strict=True)]
+    texts = list(itertools.product(range(SMALL), repeat=length))
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *tokens] for tokens in texts])).logits[:, len(prompt) - 1 : -1]
+    for tokens, rows in zip(texts, logits, strict=True):
+        chances = [processed(row, params)[token].item() for row, token in zip(rows, tokens, strict=True)]
         table[tokens] = math.prod(chances)
     return table
 

@@ -11,8 +11,10 @@ from click.testing import CliRunner, Result
 
 from medusa_export.cli import main
 from medusa_export.common.errors import ExportError
+from medusa_export.models.checkpoints import load_model
 from medusa_export.step.step import MedusaStep
 from medusa_export.step.weight_range import WeightRange
+from medusa_runtime import Tree
 from support.decoding import make_step, random_heads
 from support.tiny_models import tiny_model
 
@@ -36,14 +38,25 @@ def export(model: Path, target: Path, *options: str) -> Result:
     return CliRunner().invoke(main, ["onnx", str(model), *heads, "--greedy-only", "-o", str(target), "-q"])
 
 
+def opened(folder: Path, dtype: torch.dtype) -> MedusaStep:
+    return make_step(load_model(str(folder), dtype=dtype), None, Tree())
+
+
+def test_an_export_checks_weights(tmp_path: Path) -> None:
+    result = export(saved(tmp_path / "model", 1e6), tmp_path / "bundle", "--no-heads", "--dtype", "fp16")
+    assert result.exit_code == 1
+    assert "Export it with --dtype fp32 or --dtype bf16." in result.output
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize("value", [1e6, -70_000.0])
 def test_a_weight_beyond_the_type_is_refused_by_name_and_value(tmp_path: Path, value: float) -> None:
     model = saved(tmp_path / "model", value)
-    result = export(model, tmp_path / "bundle", "--no-heads", "--dtype", "fp16")
-    assert result.exit_code == 1
-    assert f"The weight {PLACE} of the model is {value:g} at [3, 17]" in result.output
-    assert "the largest number of float16 is 65504. Export it with --dtype fp32 or --dtype bf16." in result.output
-    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(ExportError) as error:
+        check_all(opened(model, torch.float16), str(model))
+    message = str(error.value)
+    assert f"The weight {PLACE} of the model is {value:g} at [3, 17]" in message
+    assert "the largest number of float16 is 65504. Export it with `dtype='fp32'` or `dtype='bf16'`." in message
     for dtype in (torch.float32, torch.bfloat16):
         wide = tiny_model("llama").to(dtype)
         wide.get_parameter(PLACE)[3, 17] = value
@@ -51,12 +64,15 @@ def test_a_weight_beyond_the_type_is_refused_by_name_and_value(tmp_path: Path, v
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_checkpoint_without_a_number_is_refused_for_every_type(tmp_path: Path, value: float, dtype: str) -> None:
-    result = export(saved(tmp_path / "model", value), tmp_path / "bundle", "--no-heads", "--dtype", dtype)
-    assert result.exit_code == 1
-    expected = f"The weight {PLACE} of the model is {value} at [3, 17] in its file, which no --dtype repairs"
-    assert expected in result.output
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_checkpoint_without_a_number_is_refused_for_every_type(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    model = saved(tmp_path / "model", value)
+    with pytest.raises(ExportError) as error:
+        check_all(opened(model, dtype), str(model))
+    expected = f"The weight {PLACE} of the model is {value} at [3, 17] in its file, which no `dtype` repairs"
+    assert expected in str(error.value)
 
 
 def test_heads_are_looked_at_too() -> None:

@@ -54,7 +54,10 @@ def test_blocks_with_minima_are_stored_exactly(tmp_path: Path) -> None:
     assert next(check for check in verified.checks if check.name == CHECK).figures["largest_error"] < 0.02
 
 
-@pytest.mark.parametrize(("desc_act", "weights", "kind"), [(True, "int4", " with desc_act"), (False, None, "")])
+@pytest.mark.parametrize(
+    ("desc_act", "weights", "kind"),
+    [(True, "int4", " with desc_act"), pytest.param(False, None, "", marks=pytest.mark.slow)],
+)
 def test_matrices_that_are_dequantized_are_counted(
     desc_act: bool, weights: str | None, kind: str, tmp_path: Path
 ) -> None:

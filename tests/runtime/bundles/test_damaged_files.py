@@ -14,10 +14,10 @@ import pytest
 from huggingface_hub import snapshot_download
 from huggingface_hub.file_download import _create_symlink
 
-from medusa_export.common.errors import ExportError, SettingsError
+from medusa_export.common.errors import SettingsError
 from medusa_export.heads.writer import check_config
 from medusa_export.training.settings import read_settings
-from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, MedusaError, Tree
+from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, MedusaError
 from medusa_runtime.bundles.bundle import DESCRIPTION, ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.description import MAX_DESCRIPTION_BYTES
 from medusa_runtime.bundles.json_file import MAX_VALUES, parse_json
@@ -25,9 +25,6 @@ from medusa_runtime.bundles.listed_folder import ListedFolder, read_file, write_
 from medusa_runtime.decoding.latency import CACHE_FILE, LatencyTable
 from medusa_runtime.text.tokenizer import Tokenizer
 from medusa_runtime.text.tokenizer_files import MAX_TEMPLATE_BYTES
-from support.decoding import export, make_step
-from support.tiny_models import tiny_model
-from support.tiny_tokenizer import make_tokenizer
 
 PROMPT = [5, 6, 7]
 
@@ -370,17 +367,6 @@ def test_errors_of_the_library_in_encode_are_reported(folder: Path, damage: Call
     tokenizer = Tokenizer.load(folder)
     with pytest.raises(BundleError, match="tokenizers library can't encode this text"):
         tokenizer.encode("中 Hello")
-
-
-@pytest.mark.slow
-def test_a_template_that_the_runtime_refuses_is_not_exported(tmp_path: Path) -> None:
-    model, tokenizer = tiny_model("llama", num_hidden_layers=1), make_tokenizer()
-    tokenizer.chat_template = "{% for %}"
-    step = make_step(model, None, Tree())
-    step.sampling = False  # a smaller graph, which is traced sooner
-    with pytest.raises(ExportError, match=r"syntax error on line 1.*`with_tokenizer=False`"):
-        export(step, tmp_path / "out", tokenizer=tokenizer)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_graph_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
