@@ -10,9 +10,9 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
 * ``export_program``: torch keeps the shapes of each operation that it traced, to find them again for equal inputs. With
   free dimensions, to find a shape again costs more than to compute it. Without it, an export takes a tenth longer.
 * ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
-  Ours has a few of them, and each is another name of one that has. It traces the program once more, to write casts out
-  where torch casts by itself. Casts change no shape and no type of a result, so those that are known hold. Without it,
-  an export of a small model takes twice as long.
+  Ours has a few of them, and each is another name of one that has, or its form in place. It traces the program once
+  more, to write casts out where torch casts by itself. Casts change no shape and no type of a result, so those that are
+  known hold. Without it, an export of a small model takes twice as long.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ _OTHER_NAMES: dict[Any, Any] = {  # operations, and the names under which torch.
     aten.to.dtype: aten._to_copy.default,
     aten.to.dtype_layout: aten._to_copy.default,
     aten.to.device: aten._to_copy.default,
+}
+_IN_PLACE: dict[Any, Any] = {  # operations that change their first argument, and those that give a new tensor
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
 }
 _CHECKS = {aten._assert_tensor_metadata.default}  # torch.onnx removes them
 # Operations whose translation computes shapes in the graph, where their decomposition doesn't.
@@ -86,7 +92,8 @@ def export_program(
 def tracing_once() -> Iterator[None]:
     """Makes ``torch.onnx.export`` translate a program without tracing it again, while the block lasts.
 
-    A program with an operation that has no translation, or that changes a tensor in place, is still traced again.
+    A program with an operation that has no translation, or that changes a tensor which another one shares, is still
+    traced again.
     """
     decompose = _fx_passes.decompose_with_registry
     promoter: Any = type_promotion._TypePromotionInterpreter
@@ -97,7 +104,7 @@ def tracing_once() -> Iterator[None]:
     ) -> torch.export.ExportedProgram:
         translated = {*_decomp.get_onnx_implemented_overloads(registry), *_CHECKS} - _DECOMPOSED
         called = [node for node in exported_program.graph_module.graph.nodes if node.op == "call_function"]
-        if not all(_is_ready(node.target, translated) for node in called):
+        if not all(_is_ready(node.target, translated) or _is_alone(node) for node in called):
             return decompose(exported_program, registry)
         for node in called:
             _rename(node)
@@ -128,10 +135,34 @@ def _is_ready(operation: Any, translated: Container[object]) -> bool:
     return not isinstance(operation, torch._ops.HigherOrderOperator)
 
 
+def _is_alone(node: torch.fx.Node) -> bool:
+    """Returns True if an operation in place may give a new tensor: nothing shares the one that it changes."""
+    if node.target not in _IN_PLACE:
+        return False
+    changed, other = node.args
+    given: Any = other.meta["val"] if isinstance(other, torch.fx.Node) else other
+    if not isinstance(changed, torch.fx.Node) or (changed.target not in _IN_PLACE and not _is_new(changed)):
+        return False
+    value = changed.meta["val"]
+    return (
+        not node.kwargs
+        and torch.result_type(value, given) == value.dtype
+        and all(user is node or (user < node and _is_new(user)) for user in changed.users)
+    )
+
+
+def _is_new(node: torch.fx.Node) -> bool:
+    """Returns True if the result of an operation shares no memory with an argument."""
+    operation = node.target
+    return isinstance(operation, torch._ops.OpOverload) and not any(
+        result.alias_info for result in operation._schema.returns
+    )
+
+
 def _rename(node: torch.fx.Node) -> None:
     """Gives an operation of a traced program the name that has a translation."""
     operation: Any = node.target
-    node.target = _OTHER_NAMES.get(operation, operation)
+    node.target = (_OTHER_NAMES | _IN_PLACE).get(operation, operation)
     if node.target is aten._to_copy.default:
         names = [argument.name for argument in operation._schema.arguments]
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}

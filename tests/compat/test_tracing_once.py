@@ -36,6 +36,36 @@ class _Empty(nn.Module):
         return none.reshape(x.shape[0], none.shape[0] * 2)
 
 
+class _AloneInPlace(nn.Module):
+    """Changes tensors that nothing shares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = x + 1
+        twice = changed * 2
+        changed *= x
+        changed /= 3
+        return changed - twice
+
+
+class _SharedInPlace(nn.Module):
+    """Changes a tensor that a view shares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = x + 1
+        view = changed.view(-1)
+        changed *= x
+        return changed + view.view_as(x)
+
+
+class _NarrowInPlace(nn.Module):
+    """Changes a tensor whose type is not that of the operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.to(torch.float16) * 1
+        half *= x
+        return half.to(torch.float32)
+
+
 class _InPlace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         changed = x.clone()
@@ -82,7 +112,16 @@ def test_types_are_promoted_as_by_a_second_trace(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("module", "times"),
-    [(_Renamed(), 0), (_Empty(), 0), (_InPlace(), 1), (_Repeated(), 1), (_Nested(), 1)],
+    [
+        (_Renamed(), 0),
+        (_Empty(), 0),
+        (_AloneInPlace(), 0),
+        (_SharedInPlace(), 1),
+        (_NarrowInPlace(), 1),
+        (_InPlace(), 1),
+        (_Repeated(), 1),
+        (_Nested(), 1),
+    ],
     ids=str,
 )
 def test_a_program_is_traced_again_only_if_it_must(
