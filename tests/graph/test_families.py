@@ -36,8 +36,7 @@ class Family:
 def family(request: pytest.FixtureRequest, stock: Stock) -> Family:
     seed = SEEDS.get(request.param, 0)
     expected = [greedy(tiny_model(request.param, seed), prompt, COUNT) for prompt in PROMPTS]
-    # Other tests share these bundles, and need sampling. Without it, a graph is traced faster.
-    exported = stock.export(request.param, seed, sampling=request.param in ("llama", "qwen2", "gemma2"))
+    exported = stock.family(request.param)
     return Family(exported.step, expected, exported.bundle)
 
 

@@ -84,11 +84,11 @@ def without_derived_graphs(bundle: Bundle, folder: Path) -> None:
 
 @pytest.mark.parametrize("family", families("llama", others=SUPPORTED_FAMILIES))
 def test_a_derived_graph_that_cant_be_made_is_left_out(family: str, stock: Stock, tmp_path: Path) -> None:
-    bundle = stock.export(family, SEEDS.get(family, 0)).bundle
+    bundle = stock.family(family).bundle
     step = StepFacts(margin=bundle.tree.max_depth, max_positions=bundle.model.max_positions)
     without_derived_graphs(bundle, tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
-    for damaged in (Failing, Invalid, Cyclic):
+    for damaged in (Failing, Invalid, Cyclic) if family == "llama" else (Cyclic,):
         with ONE_ROW.registered(damaged), SEVERAL_ROWS.registered(damaged):
             graphs = derive_graphs(tmp_path, step)
         assert list(graphs) == [ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH]

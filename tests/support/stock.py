@@ -23,7 +23,7 @@ from filelock import FileLock
 from medusa_export.step.step import MedusaStep
 from medusa_runtime import Bundle, Tree
 from support.decoding import export, make_step, random_heads
-from support.tiny_models import tiny_model
+from support.tiny_models import SEEDS, tiny_model
 from support.tiny_tokenizer import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +102,10 @@ class Stock:
                 fill(part)
                 part.rename(folder)
         return folder
+
+    def family(self, family: str) -> Exported:
+        """Exports the model of a family that most tests share. Few can sample: without it, a graph is traced sooner."""
+        return self.export(family, SEEDS.get(family, 0), sampling=family in ("llama", "qwen2", "gemma2"))
 
     def export(
         self,

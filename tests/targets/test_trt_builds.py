@@ -29,7 +29,7 @@ from medusa_runtime.bundles.compiled import EngineLimits
 from medusa_runtime.sampling import GREEDY, SamplingParams
 from support.decoding import TREE, export, make_step, random_heads
 from support.stock import Stock
-from support.tiny_models import SEEDS, SUPPORTED_FAMILIES, families, tiny_model
+from support.tiny_models import SUPPORTED_FAMILIES, families, tiny_model
 
 LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
 TARGETS = ("sm80", "sm89", "sm120")
@@ -102,7 +102,7 @@ def test_each_rewrite_takes_place(stock: Stock, caplog: pytest.LogCaptureFixture
 )
 def test_rewrites_change_no_result(family: str, stock: Stock, tmp_path: Path) -> None:
     """The rewritten graph is standard ONNX: ONNX Runtime gives the same for it, caches included."""
-    compare_rewritten(stock.export(family, SEEDS.get(family, 0)).bundle, tmp_path)
+    compare_rewritten(stock.family(family).bundle, tmp_path)
 
 
 @pytest.fixture(scope="module")

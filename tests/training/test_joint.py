@@ -289,7 +289,7 @@ def test_a_killed_distillation_continues(tiny_model_folder: Path, tmp_path: Path
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert CliRunner().invoke(main, arguments(whole)).exit_code == 0
-    for parts in (1, 4, 9):
+    for parts in (1, 9):
         run_and_kill(arguments(broken), lambda: len(list((broken / "answers").glob("0*.jsonl"))) >= parts)  # noqa: B023
         assert not (broken / "train.jsonl").exists()
     assert CliRunner().invoke(main, arguments(broken)).exit_code == 0
