@@ -10,6 +10,7 @@ import torch
 
 from gpu_stages.context import Context, Stopwatch
 from medusa_export import export
+from medusa_export.benchmarks.captured_steps import captured_step_ms
 from medusa_export.benchmarks.contestants import engine_contestant
 from medusa_export.benchmarks.placement import nodes_elsewhere
 from medusa_export.benchmarks.speeds import race, speeds
@@ -20,6 +21,7 @@ from medusa_export.verification.backend import verify_backend
 from medusa_export.verification.reference import greedy_config
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends.base import Backend
+from medusa_runtime.backends.onnxruntime.session import CPU, CUDA
 from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
 from medusa_runtime.bundles.compiled import CompiledEngine
@@ -125,6 +127,8 @@ def check(context: Context, name: str, bundle: Bundle) -> None:
     )
     with MedusaEngine.load(folder, name, check_digests=False) as opened:
         context.note(name=opened.backend.name, step_ms=step_times(opened.backend, bundle, prompts[0]))
+        if name.startswith("onnxruntime"):
+            _check_captures(context, bundle, len(prompts[0]))
         if isinstance(opened.backend, TensorRTBackend):
             _check_replays(context, opened.backend, compiled, prompts[0])
         # Without lookup, steps are submitted ahead. With lookup, the host must read each step before the next.
@@ -142,6 +146,26 @@ def check(context: Context, name: str, bundle: Bundle) -> None:
             nodes_per_step=found["auto"].nodes_per_step,
         )
     context.note(transformers=transformers_speed(step.model, prompts, bundle, context.device, count=count))
+
+
+def _check_captures(context: Context, bundle: Bundle, length: int) -> None:
+    """Notes what ONNX Runtime's steps of some sizes take as CUDA graphs, or why it refuses them."""
+    provider = CPU if context.is_dry else CUDA
+    found: dict[int, dict[str, float]] = {}
+    capacity = 256 if context.is_dry else 1024
+    try:
+        for size in (1, min(16, bundle.tree.size), bundle.tree.size):
+            found[size] = captured_step_ms(
+                bundle,
+                size,
+                capacity=capacity,
+                length=length,
+                repeats=3 if context.is_dry else REPEATS,
+                provider=provider,
+            )
+            context.note(fixed_step_ms=found)
+    except BackendError as error:
+        context.note(capture_refused=str(error))
 
 
 def _check_replays(context: Context, backend: TensorRTBackend, engine: Bundle, prompt: list[int]) -> None:

@@ -55,6 +55,12 @@ def _details(stage: Mapping[str, Any]) -> list[str]:
             lines.append(f"- {name}: " + ", ".join(f"{key} {_short(value)}" for key, value in facts.items()))
     for size, gap in (stage.get("host_gap") or {}).items():
         lines.append(f"- {size} nodes: the host's part of a step that it reads is {100 * gap['share']:.1f} %")
+    for size, times in (stage.get("fixed_step_ms") or {}).items():
+        lines.append(
+            f"- {size} nodes of fixed sizes: {times['launched']:.2f} ms, as a CUDA graph {times['captured']:.2f} ms"
+        )
+    if "capture_refused" in stage:
+        lines.append(f"- no CUDA graphs: {stage['capture_refused']}")
     if "host_gap_ms" in stage:
         lines.append(f"- the host's part of a plain step is {stage['host_gap_ms']:.3f} ms")
     lines += [
