@@ -34,6 +34,16 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, {cpus[int(worker.removeprefix("gw"))]})
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out exhaustive tests, unless ``-m`` names them."""
+    if "exhaustive" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
 def pytest_collection_finish() -> None:
     """Keeps all that the imports made out of garbage collection, which takes a twentieth of an export otherwise."""
     gc.collect()

@@ -98,7 +98,7 @@ def attention_with_sinks(
         scale: The factor of the scores.
     """
     heads, kv_heads, capacity = query.shape[1], key.shape[1], key.shape[2]
-    by_group = query.reshape(query.shape[0], kv_heads, -1, query.shape[3])
+    by_group = query.contiguous().reshape(query.shape[0], kv_heads, -1, query.shape[3])
     scores = torch.matmul(by_group, key.transpose(2, 3)).float() * scale
     scores = scores.reshape(query.shape[0], heads, query.shape[2], capacity)
     scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)

@@ -24,7 +24,7 @@ from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRU
 from medusa_runtime.bundles.states import State
 from support.decoding import TREE, decode, greedy, make_step, random_heads
 from support.stock import Exported, Stock
-from support.tiny_models import FORMS, families, tiny_model
+from support.tiny_models import FORMS, SEEDS, families, tiny_model
 
 COUNT = 48
 PROMPTS = [[(7 * i * i + 3) % 101 for i in range(37)], [(5 * i * i + 11 * i + 1) % 101 for i in range(20)]]
@@ -33,7 +33,6 @@ COMPILED = (
     *("gemma3n", "deepseek_v2", "gpt_oss", "bloom", "mpt", "falcon_alibi", "gpt_neo", "gptj"),
     *("llama4", "dbrx", "jetmoe"),
 )
-SEEDS = {"minicpm3": 1, "bloom": 4, "mpt": 2, "falcon_alibi": 3, "codegen": 1}
 
 
 @pytest.mark.parametrize("form", families("gemma4", "deepseek_v2", "gpt_oss", "llama4_dense", "bloom", others=FORMS))
@@ -107,6 +106,24 @@ def test_bundles_decode_as_transformers(stock: Stock, form: str) -> None:
         for size, chunk in zip(SIZES, (64, 7, 16, 7), strict=True):
             result = decode(backend, TREE, PROMPTS[:rows], expected[:rows], size=size, chunk=chunk, count=COUNT)
             assert result.tokens == expected[:rows], (graph, size, chunk)
+
+
+@pytest.mark.parametrize(
+    ("form", "one_row", "several_rows"),
+    [
+        ("granite_swa", ("gather_sinks", "fuse_group_query_attention"), ("write_new_entries_only",)),
+        pytest.param("deepseek_v2", *[("absorb_latent_expansion",)] * 2, marks=pytest.mark.slow),
+    ],
+)
+def test_sinks_and_latent_caches_have_derived_graphs(
+    stock: Stock, form: str, one_row: Sequence[str], several_rows: Sequence[str]
+) -> None:
+    exported = stock.export(form, SEEDS.get(form, 0), sampling=False)
+    layers = exported.bundle.model.num_layers
+    for graph, names in ((ONNXRUNTIME_GRAPH, one_row), (ONNXRUNTIME_BATCH_GRAPH, several_rows)):
+        counts = exported.bundle.graphs[graph].rewrites
+        per_layer = 2 if "write_new_entries_only" in names else 1
+        assert [counts[name] for name in names] == [per_layer * layers] * len(names)
 
 
 @pytest.fixture

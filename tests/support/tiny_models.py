@@ -184,6 +184,16 @@ _FORMS: dict[str, tuple[str, dict[str, object]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "granite_swa": (  # sinks, also in layers whose queries are not rotated
+        "granite_swa",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_rope_theta": [10000.0, 0.0, 100.0],
+            "attention_multiplier": 0.25,
+        },
+    ),
     "llama4_dense": (
         "llama4_text",
         {
@@ -334,7 +344,8 @@ _REFUSED: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 SUPPORTED_FAMILIES = tuple(_SUPPORTED)
-SEEDS = {"qwen3": 3, "olmo2": 3}  # with other seeds these models repeat one token
+# With other seeds these models repeat one token.
+SEEDS = {"qwen3": 3, "olmo2": 3, "minicpm3": 1, "bloom": 4, "mpt": 2, "falcon_alibi": 3, "codegen": 1}
 
 
 def families(*first: str, others: tuple[str, ...]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Adapters for models that compute by themselves what only a step knows. They hold while a model runs in a step.
 
 An adapter looks at one module of a model, and says which of its attributes, or of its code's, are replaced. There is a
-file for each subject: ``attention``, ``experts``, ``rotary`` and ``activations``.
+file for each subject: ``attention``, ``latent``, ``experts``, ``rotary`` and ``activations``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from medusa_export.compat.transformers import calls_attention_interface, using_a
 from medusa_export.step.adapters.activations import activation_adapter
 from medusa_export.step.adapters.attention import attention_adapter
 from medusa_export.step.adapters.experts import experts_adapter
+from medusa_export.step.adapters.latent import latent_adapter
 from medusa_export.step.adapters.replacement import Replacement, replaced
 from medusa_export.step.adapters.rotary import rotary_adapter
 from medusa_export.step.attention import ATTENTION_NAME
@@ -25,6 +26,7 @@ _ONLY_SHAPES = frozenset({"opt", "bloom", "mpt", "falcon"})
 
 _ADAPTERS: tuple[Callable[[nn.Module], Iterator[Replacement]], ...] = (
     attention_adapter,
+    latent_adapter,
     experts_adapter,
     rotary_adapter,
     activation_adapter,

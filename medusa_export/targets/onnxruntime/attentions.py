@@ -7,10 +7,27 @@ import onnx_ir as ir
 from medusa_export.graph.rewrites.matching import given, producer, shape_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError
 
+# An attention with sinks in a graph that is being rewritten, see ``GatherSinks``.
+SINK_ATTENTION = "SinkAttention"
+
 
 def attentions(model: ir.Model) -> list[ir.Node]:
-    """The ``Attention`` nodes of a graph."""
-    return [node for node in model.graph if node.op_type == "Attention"]
+    """The attentions of a graph. One with sinks has them as its fifth input."""
+    return [node for node in model.graph if node.op_type in ("Attention", SINK_ATTENTION)]
+
+
+def preceding(node: ir.Node | None, *op_types: str, place: int = 0) -> ir.Node | None:
+    """The node that is found by going back from ``node`` over nodes of these types; None if there is none.
+
+    Args:
+        node: The node to begin with.
+        op_types: The types in the order in which they are met. Of each node on the way, the first input is followed.
+        place: The input of ``node`` that is followed.
+    """
+    for op_type in op_types:
+        node = producer(node.inputs[place], op_type) if node is not None else None
+        place = 0
+    return node
 
 
 def caches_of(node: ir.Node) -> list[ir.Value]:

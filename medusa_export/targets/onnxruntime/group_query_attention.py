@@ -27,6 +27,7 @@ class FuseGroupQueryAttention(Rewrite):
     2. It rotates queries and keys by itself, from tables, where nothing else happens to them on their way from one
        product (see ``RotaryTables.pack``).
     3. Masks become biases, as wide as the caches are filled.
+    4. A ``SinkAttention`` (see ``GatherSinks``) becomes one with sinks.
 
     A graph without ``Attention`` stays as it is: ``MakeAttentionRowExact`` has replaced it.
 
@@ -110,7 +111,8 @@ class _Fusion:
         packed = self._tables.pack(query, *new) if isinstance(head_dim, int) and head_dim % 16 == 0 else None
         if packed is None:
             packed = (*(flat(build, tensor) for tensor in (query, *new)), None, None, None)
-        inputs = [*packed[:3], *past, self._state.last, self._state.total, *packed[3:], self._bias(mask, key)]
+        state, bias, sinks = (self._state.last, self._state.total), self._bias(mask, key), node.inputs[4:5]
+        inputs = [*packed[:3], *past, *state, *packed[3:], bias, *sinks]
         fused = ir.node(
             _OPERATOR,
             inputs,

@@ -42,8 +42,8 @@ class MakeAttentionRowExact(Rewrite):
     5. Masks become biases, made as wide as the caches are filled and padded to the capacity.
 
     Other graphs stay as they are: those with all weights in the dtype that the bundle computes in, with caches that are
-    not fp32, latent caches, keys and values of different sizes, or a head_dim above 256. So do those of mixtures of
-    experts: the tokens decide how many rows an expert's products have, and with the number of rows their bits may
+    not fp32, latent caches, sinks, keys and values of different sizes, or a head_dim above 256. So do those of mixtures
+    of experts: the tokens decide how many rows an expert's products have, and with the number of rows their bits may
     change.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0. The
@@ -68,7 +68,7 @@ def _is_fit(node: ir.Node) -> bool:
     key, _ = caches_of(node)
     head_dim = shape_of(key)[3]
     short = isinstance(head_dim, int) and head_dim <= _LONGEST_SUM
-    return reads_caches(node) and key.dtype == ir.DataType.FLOAT and short
+    return node.op_type == "Attention" and reads_caches(node) and key.dtype == ir.DataType.FLOAT and short
 
 
 class _Replacement:
