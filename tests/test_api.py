@@ -138,11 +138,13 @@ def test_a_loaded_model_exports_like_its_folder(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_loaded_heads_and_a_tree(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_loaded_heads_and_a_tree_and_what_a_user_should_know(tiny_model_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     heads = MedusaHeads.fresh(2, model.get_output_embeddings())
     tree = Tree.from_paths([[0], [0, 0], [1]])
-    bundle = medusa_export.export(model, tmp_path / "bundle", heads=heads, tree=tree, sampling=False)
+    model.generation_config.repetition_penalty = 1.5
+    with pytest.warns(MedusaWarning, match=r"repetition_penalty=1\.5"):
+        bundle = medusa_export.export(model, tmp_path / "bundle", heads=heads, tree=tree, sampling=False)
     assert bundle.tree == tree
     assert bundle.heads is not None and bundle.heads.trained and not bundle.sampling
     with MedusaEngine.load(tmp_path / "bundle") as engine:
@@ -169,13 +171,6 @@ def test_options_that_contradict_each_other(tiny_model_folder: Path, tmp_path: P
     with pytest.raises(OptionError, match="There is no type 'fp8'"):
         medusa_export.export(tiny_model_folder, out, dtype="fp8")  # type: ignore[arg-type]
     assert not out.exists()
-
-
-def test_what_a_user_should_know_is_a_warning(tiny_model_folder: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    model.generation_config.repetition_penalty = 1.5
-    with pytest.warns(MedusaWarning, match=r"repetition_penalty=1\.5"):
-        medusa_export.export(model, tmp_path / "bundle", sampling=False)
 
 
 def test_verify(untrained_bundle: Bundle, tiny_model_folder: Path) -> None:
@@ -232,6 +227,7 @@ def test_build_engine(tiny_bundle: Bundle, tmp_path: Path) -> None:
     assert [report.done for report in reports if report.total == 100][-1] == 100
 
 
+@pytest.mark.slow
 def test_from_prompts_to_a_tree(tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
     """Data, heads, a calibration, a tree and a bundle, each from the one before."""
     reports = Reports()

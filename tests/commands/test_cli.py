@@ -118,6 +118,7 @@ def test_generate_stops_at_tokens_and_takes_them(tiny_bundle: Bundle) -> None:
         assert words in output
 
 
+@pytest.mark.slow
 def test_a_tokenizer_can_be_left_out(
     tiny_model_folder: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_experts_compute_what_those_of_transformers_do(family: str) -> None:
     assert experts.config._experts_implementation != EXPERTS_NAME
 
 
+@pytest.mark.slow
 def test_stacks_of_experts_are_read_once(folder: Path, tmp_path: Path) -> None:
     """Each expert has a product and a matrix of its own, in the order of the stack."""
     opened = open_model(str(folder), dtype=torch.float32, attn_implementation=ATTENTION_NAME)

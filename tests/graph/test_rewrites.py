@@ -105,6 +105,7 @@ def test_a_derived_graph_that_cant_be_made_is_left_out(family: str, stock: Stock
             assert list(engine.generate(PROMPT, max_new_tokens=12, tree_size=size).token_ids) == expected
 
 
+@pytest.mark.slow
 def test_an_export_goes_on_without_a_derived_graph(tmp_path: Path) -> None:
     with SEVERAL_ROWS.registered(Failing):
         bundle = export(smallest_step(), tmp_path / "bundle")

@@ -238,6 +238,7 @@ def inspected(folder: Path, *options: str) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_export_says_where_sources_disagree_and_inspect_shows_them(exported: Exported) -> None:
     assert "warning: The generation config names the end token 5000, which the model can't emit" in exported.output
     words = "warning: # (3) ends an answer by the chat template, but not by the model's generation config"

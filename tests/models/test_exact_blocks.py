@@ -192,6 +192,7 @@ def test_the_facts_say_that_eight_bits_are_kept(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_other_bits_than_those_of_the_file_are_rounded(tmp_path: Path) -> None:
     model = opened(write_gptq(tmp_path / "model")[0], torch.float32)
     _, dequantized = stored_matrices(model, "int8")

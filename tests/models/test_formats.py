@@ -61,6 +61,7 @@ def test_an_incomplete_checkpoint_of_an_extension_is_refused(npz: None, npz_fold
         load_model(str(npz_folder), dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_a_model_of_an_extension_is_exported_and_verified(npz: None, npz_folder: Path, tmp_path: Path) -> None:
     bundle, report = tmp_path / "bundle", tmp_path / "report.json"
     for arguments in (

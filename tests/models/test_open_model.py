@@ -94,6 +94,7 @@ def test_an_incomplete_checkpoint_is_refused_before_anything_is_read(tmp_path: P
         open_model(str(tmp_path), dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_an_export_holds_one_product_in_memory_at_a_time(tmp_path: Path) -> None:
     """The weights that are alive at once are those of one merged product: q, k and v, or gate and up."""
     as_safetensors(tiny_model("llama"), tmp_path / "model")

@@ -26,6 +26,7 @@ def export(source: Path, output: Path, weights: str | None) -> list[str]:
     return [str(warning.message) for warning in caught if issubclass(warning.category, MedusaWarning)]
 
 
+@pytest.mark.slow
 def test_integers_of_the_checkpoint_are_stored_without_a_word(tmp_path: Path) -> None:
     source, _ = write_gptq(tmp_path / "model")
     assert not [words for words in export(source, tmp_path / "bundle", "int4") if "dequantized" in words]

@@ -59,7 +59,9 @@ def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_pa
     code, output = run(*arguments)
     assert code == 1
     assert "There is an engine at" in output and "--overwrite" in output
-    assert run(*arguments, "--overwrite", "-q") == (0, "")
+    options = ("--target", "sm89", "--opt-level", 0, "--overwrite", "-q")
+    assert run("trt", tiny_bundle.folder, "-o", out, *options) == (0, "")
+    assert CompiledEngine.load(out).targets == ("sm89",)
     code, output = run("trt", out, "-o", tmp_path / "again", "--target", "sm89")
     assert code == 1
     assert "holds an engine, which has no graph" in output
