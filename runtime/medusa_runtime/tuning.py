@@ -16,8 +16,8 @@ LAST_MOVE = 8
 # and no slower where none is.
 DYNAMIC_BLOCKS = 8
 
-# Seconds for which opening a bundle with weights in integers moves them to huge pages. Linux moves the rest later. In a
-# virtual machine a page of 2 MiB took 5 ms.
+# Seconds of processor time for which opening a bundle with weights in integers moves them to huge pages. Linux moves
+# the rest later. In a virtual machine a page of 2 MiB took 5 ms.
 HUGE_PAGES_PATIENCE = 1.0
 
 # Tokens of a prompt that one step takes in while no request decodes, and while others do.

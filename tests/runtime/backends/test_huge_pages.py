@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_full_system_ends_it(before: list[Region], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huge_pages, "_madvise", lambda: refuse)
     assert use_huge_pages(before, patience=60) == 0
     assert calls.count(25) == 1
+    memory.close()
+
+
+def test_time_in_which_the_thread_waits_does_not_count(before: list[Region], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a thread waits for a processor most of the time."""
+    memory = filled_memory()
+
+    def wait(start: int, length: int, advice: int) -> int:
+        time.sleep(0.2 if advice == 25 else 0)
+        return 0
+
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: wait)
+    assert use_huge_pages(before, patience=0.1) >= PAGES
     memory.close()
 
 

@@ -48,7 +48,8 @@ def use_huge_pages(before: Sequence[Region], patience: float) -> int:
 
     Args:
         before: ``private_memory`` at an earlier time.
-        patience: Seconds after which the rest is left to the kernel.
+        patience: Seconds of this thread's processor time after which the rest is left to the kernel. On a busy machine
+            they take longer, as everything does.
 
     Returns:
         The number of huge pages.
@@ -57,12 +58,12 @@ def use_huge_pages(before: Sequence[Region], patience: float) -> int:
     madvise = _madvise() if regions else None
     if madvise is None:
         return 0
-    count, deadline = 0, time.monotonic() + patience
+    count, deadline = 0, time.thread_time() + patience
     for start, end in regions:
         madvise(start, end - start, _ADVISE)
     for start, end in regions:
         for page in range(start, end, HUGE_PAGE):
-            if time.monotonic() > deadline:
+            if time.thread_time() > deadline:
                 return count
             if madvise(page, HUGE_PAGE, _COLLAPSE) == 0:
                 count += 1
