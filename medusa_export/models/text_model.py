@@ -31,12 +31,15 @@ class TextModel(GenerationMixin):  # type: ignore[misc]  # it has no annotations
 
     Attributes:
         whole: The larger model. It shares its modules with this one.
+        softcap: The cap of the logits; None without one.
+        divisor: The number that logits are divided by.
     """
 
     whole: PreTrainedModel
     model: PreTrainedModel
     lm_head: nn.Module
     softcap: float | None = None
+    divisor: float = 1.0
 
     def forward(
         self, input_ids: Tensor | None = None, logits_to_keep: int | Tensor = 0, **given: Any
@@ -47,6 +50,8 @@ class TextModel(GenerationMixin):  # type: ignore[misc]  # it has no annotations
         logits = self.lm_head(output.last_hidden_state[:, kept, :])
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
         return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
 
 
@@ -70,7 +75,7 @@ def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     text.generation_config = whole.generation_config
     text.name_or_path = whole.name_or_path
     if projection.weight.device.type != "meta":  # a model without weights is looked at, and not run
-        text.softcap = _softcap(whole, decoder, projection)
+        text.softcap, text.divisor = _behind_projection(whole, decoder, projection)
     text.train(whole.training)
     return text
 
@@ -173,10 +178,15 @@ class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]  # it has n
             raise AttributeError(name)
 
 
-def _softcap(whole: PreTrainedModel, decoder: PreTrainedModel, projection: nn.Module) -> float | None:
-    """Finds what a larger model does to logits behind its output projection: nothing, or a soft cap.
+def _behind_projection(
+    whole: PreTrainedModel, decoder: PreTrainedModel, projection: nn.Module
+) -> tuple[float | None, float]:
+    """Finds what a larger model does to logits behind its output projection: nothing, a soft cap, or a division.
 
     It runs on one token, with a decoder and a projection that give chosen values.
+
+    Returns:
+        The cap, or None; and the number that logits are divided by.
 
     Raises:
         ModelNotSupportedError: It does something else.
@@ -188,9 +198,12 @@ def _softcap(whole: PreTrainedModel, decoder: PreTrainedModel, projection: nn.Mo
         found = whole(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
     cap = getattr(decoder.config, "final_logit_softcapping", None)
     if torch.equal(found, logits):
-        return None
+        return None, 1.0
     if cap and torch.allclose(found, torch.tanh(logits / cap) * cap):
-        return float(cap)
+        return float(cap), 1.0
+    divisor = round(float(logits[0, 0, 0] / found[0, 0, 0]), 6)
+    if torch.allclose(found, logits / divisor, rtol=1e-6):
+        return None, divisor
     raise ModelNotSupportedError(f"logits that {type(whole).__name__} changes behind its output projection")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_export import export, verify
@@ -93,15 +95,30 @@ def test_the_whole_is_refused_with_the_name_of_the_option(tmp_path: Path) -> Non
         load_model(source, dtype=torch.float32)
 
 
-def test_logits_that_change_behind_the_projection_are_refused() -> None:
+def changing_logits(change: Callable[[Tensor], Tensor]) -> PreTrainedModel:
+    """A larger model that changes logits behind its output projection."""
     whole = larger_model("qwen2_5_vl")
     original = whole.forward
 
-    def scaled(*args: object, **given: object) -> object:
+    def changed(*args: object, **given: object) -> object:
         output = original(*args, **given)
-        output.logits = output.logits * 2
+        output.logits = change(output.logits)
         return output
 
-    whole.forward = scaled
+    whole.forward = changed
+    return whole
+
+
+def test_logits_that_are_divided_behind_the_projection_stay_so() -> None:
+    """Granite divides logits, also in larger models."""
+    whole = changing_logits(lambda logits: logits / 6)
+    text = text_model(whole)
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(text(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
+
+
+def test_logits_that_change_behind_the_projection_are_refused() -> None:
+    whole = changing_logits(lambda logits: logits - 2)
     with pytest.raises(ModelNotSupportedError, match="behind its output projection"):
         text_model(whole)
