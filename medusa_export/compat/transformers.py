@@ -10,6 +10,8 @@ Tried with transformers 5.23.0.
 * ``is_larger``, ``model_class``: ``AutoModelForCausalLM`` takes no weights in memory without a path, and lacks
   a class for most models of images and text. Without them, a weight format would have to write its weights to a folder
   first.
+* ``loaded_by_transformers``: the models of Qwen Omni add voices to what they load, and fail if they are asked for the
+  names of tensors that they did not find. Without it, their text models can't be loaded.
 * ``experts_of``, ``experts_layout``, ``register_experts``, ``experts_function``: the interface by which layers
   call their experts. Without it, the code of experts would have to be replaced for each family of models.
 * ``noting_masks``: transformers makes no masks for an attention function of ours. Without it, a model would be exported
@@ -137,6 +139,12 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     found: type[PreTrainedModel] = next(m[type(config)] for m in _mappings(config) if type(config) in m)
     return found
+
+
+def loaded_by_transformers(found: type[PreTrainedModel], path: str | None, **arguments: Any) -> Any:
+    """transformers' ``from_pretrained`` for a class, without what the class adds to it."""
+    load: Any = PreTrainedModel.from_pretrained
+    return load.__func__(found, path, **arguments)
 
 
 def _mappings(config: PreTrainedConfig) -> list[Any]:

@@ -14,7 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from medusa_export.common.registry import Registry
 from medusa_export.compat.lazy_loading import LeftInFiles, weights_left_in_files, with_placeholders
-from medusa_export.compat.transformers import attention_of_text, is_larger, model_class, takes_attention
+from medusa_export.compat.transformers import (
+    attention_of_text,
+    is_larger,
+    loaded_by_transformers,
+    model_class,
+    takes_attention,
+)
 from medusa_export.models.files import Place
 from medusa_export.models.packed import StoredBlocks, exact_blocks, packed_kinds
 
@@ -162,7 +168,8 @@ def from_pretrained(
         arguments: Further arguments of transformers' ``from_pretrained``, such as ``state_dict``.
     """
     found: Any = model_class(config)
-    model, info = found.from_pretrained(
+    model, info = loaded_by_transformers(
+        found,
         path,
         **arguments,
         config=config,

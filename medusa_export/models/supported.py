@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError
-from medusa_export.compat.transformers import calls_attention_interface, calls_experts_interface, has_state
+from medusa_export.compat.transformers import calls_attention_interface, calls_experts_interface, has_state, is_larger
 
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -103,7 +103,11 @@ def _composition(model: PreTrainedModel) -> str | None:
     if any(_last(name) in ("encoder_attn", "crossattention", "cross_attn") for name, _ in model.named_modules()):
         return "cross-attention"
     if set(config.sub_configs) - _PLAIN_SUB_CONFIGS:
-        return several_models(type(model).__name__)
+        name = type(model).__name__
+        mixed = (
+            f"several models in one ({name}), whose text model has no configuration of its own and can't be taken out"
+        )
+        return several_models(name) if is_larger(config) else mixed
     if model.get_output_embeddings() is None:
         return "no output embeddings"
     quantizer = getattr(model, "hf_quantizer", None)

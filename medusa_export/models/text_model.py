@@ -61,6 +61,7 @@ def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelNotSupportedError: The larger model computes its logits in a way that the text model can't repeat.
     """
+    generation_config, whole = whole.generation_config, _with_text(whole)
     decoder = _decoder(whole)
     projection = whole.get_output_embeddings()
     if decoder is whole or not isinstance(decoder, PreTrainedModel) or projection is None:
@@ -72,7 +73,7 @@ def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     text = made(decoder.config)
     text.model, text.lm_head = decoder, projection
     vars(text)["whole"] = whole  # no submodule: its other parts are no parts of the text model
-    text.generation_config = whole.generation_config
+    text.generation_config = generation_config
     text.name_or_path = whole.name_or_path
     if projection.weight.device.type != "meta":  # a model without weights is looked at, and not run
         text.softcap, text.divisor = _behind_projection(whole, decoder, projection)
@@ -145,6 +146,24 @@ def read_weights(loaded: LoadedModel) -> LoadedModel:
     for name, read in loaded.readers.items():
         weights[name].data = read()
     return replace(loaded, readers={}, blocks={}, packed={})
+
+
+def _with_text(whole: PreTrainedModel) -> PreTrainedModel:
+    """The part of a larger model that answers with text; for most families it is the whole.
+
+    The models of Qwen Omni hold one model that answers with text, and others that speak.
+    """
+    if whole.get_output_embeddings() is not None:
+        return whole
+    text = whole.config.get_text_config(decoder=True)
+    for part in whole.children():
+        if (
+            isinstance(part, PreTrainedModel)
+            and part.config.get_text_config(decoder=True) is text
+            and part.get_output_embeddings() is not None
+        ):
+            return part
+    return whole
 
 
 def _decoder(whole: PreTrainedModel) -> Any:

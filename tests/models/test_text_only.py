@@ -20,7 +20,7 @@ from medusa_export.step.eager import EagerBackend
 from medusa_export.verification.weights import weights_check
 from medusa_runtime import MedusaEngine
 from support.decoding import TREE, decode, greedy, make_step, random_heads
-from support.larger_models import LARGER, larger_model
+from support.larger_models import LARGER, larger_model, omni_model
 from support.tiny_tokenizer import make_tokenizer
 
 COUNT = 48
@@ -46,6 +46,18 @@ def test_its_text_model_decodes_as_the_whole(tmp_path: Path, name: str) -> None:
     for size, chunk in zip((1, 3, 8, 9), (64, 7, 16, 7), strict=True):
         result = decode(backend, TREE, PROMPTS, expected, size=size, chunk=chunk, count=COUNT)
         assert result.tokens == expected, (size, chunk)
+
+
+@pytest.mark.slow
+def test_the_part_that_answers_with_text_is_found_in_a_model_that_speaks(tmp_path: Path) -> None:
+    whole = omni_model()
+    expected = [greedy(whole.thinker, prompt, COUNT) for prompt in PROMPTS]
+    source = saved(whole, tmp_path / "model")
+    torch.save({}, tmp_path / "model" / "spk_dict.pt")  # the voices
+    text = load_model(source, dtype=torch.float32, attn_implementation=ATTENTION_NAME, text_only=True)
+    backend = EagerBackend(make_step(text, random_heads(text)), rows=2)
+    result = decode(backend, TREE, PROMPTS, expected, size=9, chunk=7, count=COUNT)
+    assert result.tokens == expected
 
 
 @pytest.mark.slow

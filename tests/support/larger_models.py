@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from medusa_export.compat.transformers import model_class
 from support.tiny_models import COMMON, form_settings, randomize
@@ -126,6 +126,64 @@ _LARGER: dict[str, dict[str, Any]] = {
         "pad_token_id": None,
         **_IMAGE,
     },
+    "internvl": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": _SIGLIP,
+        "tie_word_embeddings": False,
+    },
+    "aya_vision": {
+        "text_config": {**_TEXT, "model_type": "cohere2"},
+        "vision_config": {**_SIGLIP, "model_type": "siglip_vision_model"},
+        "tie_word_embeddings": False,
+    },
+    "glm4v_moe": {
+        "text_config": {
+            **_TEXT,
+            "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        "vision_config": {**_QWEN_VISION, "image_size": 28, "out_hidden_size": 64},
+        "tie_word_embeddings": False,
+    },
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            **_TEXT,
+            "rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]},
+            "moe_intermediate_size": [32, 32],
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        "vision_config": {**_QWEN_VISION, "in_channels": 3},
+        "tie_word_embeddings": False,
+    },
+    "granite_docling": {
+        "text_config": {**_TEXT, "logits_scaling": 6.0},
+        "vision_config": {**_SIGLIP, "out_hidden_size": 64},
+        "tie_word_embeddings": False,
+    },
+}
+# The part of Qwen Omni that answers with text.
+_OMNI: dict[str, Any] = {
+    "text_config": {**_TEXT, "rope_parameters": _MROPE},
+    "vision_config": {**_QWEN_VISION, "out_hidden_size": 64},
+    "audio_config": {
+        "d_model": 16,
+        "encoder_ffn_dim": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "output_dim": 64,
+        "num_mel_bins": 16,
+    },
+    "vision_start_token_id": 97,
+    "image_token_index": 150,
+    "video_token_index": 151,
+    "audio_token_index": 152,
 }
 LARGER = [
     pytest.param(name, marks=() if name == "qwen2_5_vl" else pytest.mark.slow, id=name) for name in sorted(_LARGER)
@@ -134,7 +192,18 @@ LARGER = [
 
 def larger_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A random model for images and text in fp32, by its model type."""
-    config = AutoConfig.for_model(name, **_LARGER[name])
+    return _random(AutoConfig.for_model(name, **_LARGER[name]), seed)
+
+
+def omni_model(seed: int = 0) -> PreTrainedModel:
+    """A random Qwen2.5-Omni without a voice. Its module ``thinker`` answers with text."""
+    thinker = AutoConfig.for_model("qwen2_5_omni_thinker", **_OMNI).to_dict()
+    model = _random(AutoConfig.for_model("qwen2_5_omni", thinker_config=thinker, enable_audio_output=False), seed)
+    model.thinker.generation_config.eos_token_id = None
+    return model
+
+
+def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     build: Any = model_class(config)
     torch.manual_seed(seed)
     model: PreTrainedModel = build(config)
