@@ -163,7 +163,7 @@ _LARGER: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "granite_docling": {
-        "text_config": {**_TEXT, "logits_scaling": 6.0},
+        "text_config": {**_TEXT, "logits_scaling": 6.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
         "vision_config": {**_SIGLIP, "out_hidden_size": 64},
         "tie_word_embeddings": False,
     },
