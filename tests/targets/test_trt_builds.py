@@ -29,7 +29,7 @@ from medusa_runtime.bundles.compiled import EngineLimits
 from medusa_runtime.sampling import GREEDY, SamplingParams
 from support.decoding import TREE, export, make_step, random_heads
 from support.stock import Stock
-from support.tiny_models import SUPPORTED_FAMILIES, families, tiny_model
+from support.tiny_models import FORMS, SUPPORTED_FAMILIES, families, tiny_model
 
 LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
 TARGETS = ("sm80", "sm89", "sm120")
@@ -38,7 +38,13 @@ MOST_LAYERS = {"float32": 550, "float16": 565}
 SAMPLING_LAYERS = 500
 
 
-@pytest.mark.parametrize("family", families("llama", others=SUPPORTED_FAMILIES))
+@pytest.mark.parametrize(
+    "family",
+    [
+        *families("llama", others=(*SUPPORTED_FAMILIES, "deepseek_v3", "gpt_oss")),
+        *(pytest.param(form, marks=pytest.mark.exhaustive) for form in FORMS if form not in ("deepseek_v3", "gpt_oss")),
+    ],
+)
 def test_families_build_for_several_targets(family: str, stock: Stock) -> None:
     """In fp16, for three architectures at once; ``parse`` holds the network against ``medusa.json``.
 
