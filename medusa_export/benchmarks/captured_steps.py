@@ -27,7 +27,7 @@ class FixedStep:
     It verifies a tree of tokens 0 after ``length`` entries of zeros, again and again.
 
     Args:
-        bundle: The bundle.
+        bundle: The bundle. ONNX Runtime 1.31.1 fails in one with sampling, once it knows that there are no draws.
         size: S, the nodes of the tree.
         capacity: C.
         length: Committed entries of the row.
@@ -71,9 +71,16 @@ class FixedStep:
             self._binding.bind_ortvalue_output(spec.name, values[spec.name])
 
     def run(self) -> None:
-        """Runs the step, and waits for it."""
-        self._session.run_with_iobinding(self._binding)
-        self._binding.synchronize_outputs()
+        """Runs the step, and waits for it.
+
+        Raises:
+            BackendError: ONNX Runtime failed.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
+        except Exception as error:  # its exceptions share no base of their own
+            raise BackendError(f"ONNX Runtime failed in a step of fixed sizes: {error}") from error
 
 
 def _value(name: str, size: int, length: int) -> float:

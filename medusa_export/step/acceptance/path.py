@@ -29,7 +29,7 @@ def deepest_confirmed(tables: TreeTables, verdict: Verdict, finite: Tensor, is_p
     lengths = tables.path_lengths[:verified]
     lengths = torch.where(wrong.unsqueeze(1) & ancestors, 0, lengths.unsqueeze(1)).amin(-1)
     if verdict.score is None:
-        return lengths.argmax(-1)
+        return lengths.float().argmax(-1)  # ONNX Runtime has no ArgMax of integers on a GPU
     scores = torch.where(ancestors, verdict.score.unsqueeze(1), 0.0).sum(-1)
     longest = lengths == lengths.amax(-1, keepdim=True)
     return torch.where(longest, scores, -torch.inf).argmax(-1)

@@ -57,10 +57,15 @@ def measured(bundle: Path, stubs: Path, rows: int) -> dict[str, Any]:
     return json.loads(outcome.stdout)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_steps_of_the_cuda_provider(family: str, stock: Stock, stubs: Path) -> None:
-    bundle = stock.export(family, dtype="float16" if family == "llama" else "float32").bundle
-    found = measured(bundle.folder, stubs, rows=2 if family == "gemma2" else 1)
+@pytest.mark.parametrize(
+    ("family", "dtype", "sampling", "rows"),
+    [("llama", "float16", True, 1), ("llama", "float16", False, 1), ("gemma2", "float32", True, 2)],
+)
+def test_steps_of_the_cuda_provider(
+    family: str, dtype: str, sampling: bool, rows: int, stock: Stock, stubs: Path
+) -> None:
+    bundle = stock.export(family, dtype=dtype, sampling=sampling).bundle
+    found = measured(bundle.folder, stubs, rows)
     assert found["version"] == VERSION
     assert set(found["elsewhere"]) <= OF_SIZES  # nothing that computes with values
     assert sum(found["elsewhere"].values()) <= 45
