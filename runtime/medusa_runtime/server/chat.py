@@ -11,6 +11,7 @@ from typing import Self
 
 from medusa_runtime.server.api import Api, Asked
 from medusa_runtime.server.chat_prompt import chat_prompt
+from medusa_runtime.server.errors import ApiError
 from medusa_runtime.server.generation import Delta, Generation
 from medusa_runtime.server.logprobs import chat_logprobs
 from medusa_runtime.server.output.parts import Call
@@ -68,7 +69,9 @@ class ChatJob:
         request = ChatRequest.model_validate_json(data)
         settings, service = api.settings, api.service
         check_model(settings.names, request.model)
-        check_served(request)
+        check_served(request, but=["top_logprobs"])
+        if request.top_logprobs and not request.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: set it to true.", "invalid_value", param="top_logprobs")
         check_answers(settings.most_answers, 1, request.n)
         check_top_logprobs(service, request, "top_logprobs", request.top_logprobs or 0)
         prompt = chat_prompt(

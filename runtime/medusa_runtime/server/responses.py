@@ -22,7 +22,7 @@ from medusa_runtime.server.streaming import Event
 from medusa_runtime.server.translate import (
     check_model,
     check_served,
-    check_top_logprobs,
+    is_greedy,
     new_tokens,
     request_options,
 )
@@ -56,7 +56,6 @@ class ResponseJob:
         settings, service = api.settings, api.service
         check_model(settings.names, request.model)
         check_served(request)
-        check_top_logprobs(service, request, "top_logprobs", request.top_logprobs or 0)
         effort = (request.reasoning or {}).get("effort")
         prompt = chat_prompt(
             service.tokenizer,
@@ -134,7 +133,7 @@ class ResponseJob:
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": 1.0 if request.temperature is None else request.temperature,
+            "temperature": 0.0 if is_greedy(self.api.service, request) else request.temperature or 1.0,
             "text": {"format": {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": [

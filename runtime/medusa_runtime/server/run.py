@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 # Seconds that streams have to send their last events once the service is closed.
 _FLUSH_SECONDS = 5
+# Seconds after which an idle connection is closed. Clients and load balancers, which wait for 5 to 60 s, must close it
+# first. Otherwise a request may be on its way meanwhile, and is lost.
+_IDLE_SECONDS = 75
 # Seconds that the server goes on listening once the service is closed: requests on the way are refused with a reason.
 _LINGER_SECONDS = 1.0
 # Seconds after which Python's lock goes to another thread. The event loop waits that long for each thread that prepares
@@ -102,6 +105,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
+                timeout_keep_alive=_IDLE_SECONDS,
                 lifespan="on",
             )
             address = listener.getsockname()

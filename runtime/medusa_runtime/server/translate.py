@@ -39,6 +39,7 @@ _NEUTRAL: dict[str, tuple[Sequence[Any], str]] = {
     "prediction": ((), _OTHER),
     "web_search_options": ((), _OTHER),
     "suffix": (("",), _OTHER),
+    "top_logprobs": ((0,), "Responses have no log probabilities: use chat completions."),
     "truncation": (("disabled",), "Prompts are not cut: shorten the input."),
     "previous_response_id": ((), _STORED),
     "conversation": ((), _STORED),
