@@ -19,3 +19,7 @@ LARGEST_TABLE = 2**28
 
 # The least number of blocks in which the best logit is searched by block. Fewer save nothing.
 FEWEST_BLOCKS = 8
+
+# The most inputs of the nodes that gather the blocks of all layers. ONNX Runtime captures no Concat of more as part of
+# a CUDA graph, and copies the list of its inputs to the GPU in each step.
+MOST_CONCATENATED = 32

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from medusa_export.common.errors import ExportError
+from medusa_export.common.tuning import MOST_CONCATENATED
 from medusa_export.graph.trace import EXPERTS_MARK, MARK_DOMAIN
 from medusa_runtime.bundles.states import StateGroup
 
@@ -163,10 +164,19 @@ class _Expansion:
                 self.blocks[f"{role}_{index}"] = mapped.get(block, block)
 
     def concat_blocks(self, node: ir.Node) -> None:
-        """Replaces the mark of the blocks of a group by their concatenation."""
+        """Replaces the mark of the blocks of a group by their concatenation, in parts if they are many."""
         group = node.attributes["group"].as_int()
-        blocks = [self.blocks[state.name] for state in self.groups[group].states]
-        concat = ir.node("Concat", blocks, {"axis": 1}, name=f"concat_blocks_{group}")
+        blocks: list[ir.Value] = [self.blocks[state.name] for state in self.groups[group].states]
+        name = f"concat_blocks_{group}"
+        while len(blocks) > MOST_CONCATENATED:
+            starts = range(0, len(blocks), MOST_CONCATENATED)
+            parts = [
+                ir.node("Concat", blocks[start : start + MOST_CONCATENATED], {"axis": 1}, name=f"{name}_from_{start}")
+                for start in starts
+            ]
+            self.graph.insert_before(node, parts)
+            blocks = [part.outputs[0] for part in parts]
+        concat = ir.node("Concat", blocks, {"axis": 1}, name=name)
         self.graph.insert_before(node, concat)
         _remove(self.graph, node, concat.outputs[0])
 

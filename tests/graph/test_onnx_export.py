@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from medusa_export.common.errors import ExportError
-from medusa_export.graph import layer_reuse
+from medusa_export.graph import layer_reuse, layers
 from medusa_export.graph import trace as onnx_trace
 from medusa_export.graph.export import build_graph
 from medusa_export.graph.rewrites.rewrite import StepFacts
@@ -45,6 +45,21 @@ def test_no_size_of_a_tree_is_special(tmp_path: Path, size: int) -> None:
         for chunk in (size - 1 or 1, size, size + 1, 13):
             result = decode(backend, tree, [PROMPT], expected, size=size, chunk=chunk, count=16)
             assert result.tokens == expected, (graph, chunk)
+
+
+@pytest.mark.slow  # an export of its own
+def test_blocks_of_many_layers_are_gathered_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With up to three inputs per node, six blocks take two nodes and one more."""
+    monkeypatch.setattr(layers, "MOST_CONCATENATED", 3)
+    model = tiny_model("llama", num_hidden_layers=3)
+    expected = [greedy(model, PROMPT, 24)]
+    bundle = export(make_step(model, random_heads(model)), tmp_path / "bundle")
+    nodes = [node for node in ir.load(bundle.graph).graph if (node.name or "").startswith("concat_blocks")]
+    assert [len(node.inputs) for node in nodes] == [3, 3, 2]
+    result = decode(
+        OnnxRuntimeBackend(bundle, threads=1, graph=bundle.graph), TREE, [PROMPT], expected, size=9, chunk=5, count=24
+    )
+    assert result.tokens == expected
 
 
 @pytest.mark.parametrize(
