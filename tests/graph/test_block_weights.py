@@ -29,14 +29,6 @@ from support.verifying import failed, verify
 PROMPT = [5, 17, 80, 3, 44]
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with tied embeddings."""
-    folder = tmp_path_factory.mktemp("tied")
-    tiny_model("qwen3").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(
     scope="module",
     params=["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "asymmetric int4"))],

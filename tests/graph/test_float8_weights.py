@@ -29,14 +29,6 @@ PROMPT = [5, 17, 80, 3, 44]
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with tied embeddings."""
-    folder = tmp_path_factory.mktemp("tied")
-    tiny_model("qwen3").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def bundle(model_folder: Path, stock: Stock) -> Bundle:
     def fill(out: Path) -> None:
         medusa_export.export(model_folder, out, init_heads=2, top_k=2, weights="fp8", sampling=False)

@@ -15,23 +15,18 @@ from medusa_export.common.errors import ExportError, OptionError
 from medusa_export.verification.stored_matrices import stored_bits, stored_matrices
 from medusa_runtime import Bundle, MedusaEngine
 from medusa_runtime.bundles.bundle import GRAPHS
+from support.stock import Stock
 from support.tiny_models import tiny_model
 
 PROMPT = [5, 17, 80, 3, 44]
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with tied embeddings."""
-    folder = tmp_path_factory.mktemp("tied")
-    tiny_model("qwen3").save_pretrained(folder)
-    return folder
+def bundle(model_folder: Path, stock: Stock) -> Bundle:
+    def fill(out: Path) -> None:
+        medusa_export.export(model_folder, out, init_heads=2, top_k=2, weights="bf16", sampling=False)
 
-
-@pytest.fixture(scope="module")
-def bundle(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    return medusa_export.export(model_folder, folder, init_heads=2, top_k=2, weights="bf16", sampling=False)
+    return Bundle.load(stock.folder("tied-bf16", fill))
 
 
 def test_every_matrix_is_stored_in_16_bits(bundle: Bundle) -> None:
