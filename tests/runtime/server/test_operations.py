@@ -344,6 +344,13 @@ def test_several_processes_have_a_port_each(tiny_bundle: Bundle) -> None:
     with process(tiny_bundle.folder, "--port", port, "--processes", 2, "--model-name", "tiny") as server:
         for index in range(2):
             wait_until_ready(f"http://127.0.0.1:{port + index}", server)
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as idle:
+            for seconds in (0.0, 5.5):  # many clients close connections after 5 s: the server must not do so then
+                time.sleep(seconds)
+                idle.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    answer += idle.recv(2**16) or pytest.fail("the server has closed the connection")
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
 
