@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from medusa_export.compat.transformers import attention_of
+from medusa_export.graph.rewrites.rewrite import NotApplicableError, StepFacts
 from medusa_export.models.checkpoints import load_model
 from medusa_export.models.supported import check_supported, max_positions
+from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.alibi import bloom_slopes, mpt_slopes
 from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.eager import EagerBackend
 from medusa_export.step.step import MedusaStep
+from medusa_export.targets.onnxruntime.latent_attention import AbsorbLatentExpansion
 from medusa_export.verification.reference import with_own_attention
 from medusa_runtime import MedusaEngine, MedusaService, RequestError, SamplingParams
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -124,6 +128,14 @@ def test_sinks_and_latent_caches_have_derived_graphs(
         counts = exported.bundle.graphs[graph].rewrites
         per_layer = 2 if "write_new_entries_only" in names else 1
         assert [counts[name] for name in names] == [per_layer * layers] * len(names)
+
+
+@pytest.mark.slow
+def test_latent_caches_are_expanded_where_weights_are_integers(stock: Stock) -> None:
+    exported = stock.export("deepseek_v2", sampling=False)
+    facts = StepFacts(margin=exported.step.tree.max_depth, max_positions=512, weights=WeightTypes.all("int8"))
+    with pytest.raises(NotApplicableError, match="weights are integers"):
+        AbsorbLatentExpansion(facts).requires(ir.load(exported.bundle.graph))
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ class AbsorbLatentExpansion(Rewrite):
 
     A graph without latent caches stays as it is.
 
-    Precondition: All attentions read latent caches in fp32, and expand them with weights in fp32.
+    Precondition: All attentions read latent caches in fp32. No weights are integers, and those that expand the caches
+    are not fp8.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0.
     """
@@ -46,7 +47,11 @@ class AbsorbLatentExpansion(Rewrite):
         if any(given(node.inputs[0]).dtype != ir.DataType.FLOAT for node in nodes):
             raise NotApplicableError("latent caches are not fp32, and ONNX Runtime has such products for fp32 only")
         if self.step.weights.has_integers:
-            raise NotApplicableError("the weights that expand latent caches are integers")
+            raise NotApplicableError(
+                "weights are integers, and products with latent caches may differ in their last bits between tree sizes"
+            )
+        if not all(_is_constant(one.weight) for one in found if one is not None):
+            raise NotApplicableError("the weights that expand latent caches are fp8")
 
     def apply(self, model: ir.Model) -> int:
         found = [one for node in attentions(model) if (one := _LatentAttention.of(node)) is not None]
@@ -91,7 +96,7 @@ class _LatentAttention:
         latent, weight, rotated = (given(value) for value in (*product.inputs, expand.inputs[0]))
         caches = [producer(value, "TensorScatter") for value in (latent, rotated)]
         sizes = [shape_of(given(one.inputs[0]))[3] for one in (query, key)]
-        if None in caches or not weight.is_initializer() or sizes[0] != sizes[1]:
+        if None in caches or sizes[0] != sizes[1]:
             return None
         return cls(node, latent, rotated, weight, given(query.inputs[0]), given(query.inputs[1]))
 
@@ -103,6 +108,12 @@ class _LatentAttention:
         assert isinstance(num_heads, int) and isinstance(rank, int)
         assert isinstance(key_size, int) and isinstance(value_size, int)
         return num_heads, rank, key_size, value_size
+
+
+def _is_constant(weight: ir.Value) -> bool:
+    """Whether ONNX Runtime knows a weight while it loads a graph. Weights in half precision are cast then."""
+    cast = producer(weight, "Cast")
+    return weight.is_initializer() or (cast is not None and given(cast.inputs[0]).is_initializer())
 
 
 class _Absorption:
