@@ -162,6 +162,23 @@ _LARGER: dict[str, dict[str, Any]] = {
         "vision_config": {**_QWEN_VISION, "in_channels": 3},
         "tie_word_embeddings": False,
     },
+    "step3p7": {
+        "text_config": {
+            **_TEXT,
+            "pad_token_id": 0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "share_expert_dim": 32,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "sliding_window": 8,
+            "swiglu_limits": [0.0, 1.0, 0.5],
+            "swiglu_limits_shared": [0.0, 0.0, 0.0],
+        },
+        "vision_config": _SIGLIP,
+        "tie_word_embeddings": False,
+    },
     "granite_docling": {
         "text_config": {**_TEXT, "logits_scaling": 6.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
         "vision_config": {**_SIGLIP, "out_hidden_size": 64},
