@@ -60,6 +60,8 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from medusa_runtime.bundles.device_memory import DeviceMemory
+
     model, heads, tree = bundle.model, bundle.heads, bundle.tree
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{model.name} ({model.model_type}), {bundle.dtype}")
@@ -83,6 +85,8 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
         longest = limits.longest_sequence(tree)
         facts.add_row("engine", f"{engine.backend_name}, of {sum(engine.layers.values()):,} network layers")
         facts.add_row("", f"up to {limits.max_batch} sequences of {longest:,} tokens, {limits.max_prefill:,} per step")
+        memory = DeviceMemory.of(bundle, engine)
+        facts.add_row("GPU memory", f"{memory.words(limits.max_batch)}; scratch memory besides")
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in bundle.producer.items()))
     return facts
 

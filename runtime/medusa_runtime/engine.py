@@ -94,6 +94,7 @@ class MedusaEngine(Closeable):
         threads: int | None = None,
         check_digests: bool = True,
         measure: bool = True,
+        device: int = 0,
     ) -> Self:
         """Opens a bundle.
 
@@ -109,17 +110,19 @@ class MedusaEngine(Closeable):
             check_digests: If True, all files are read and their digests are compared.
             measure: If False, nothing is measured. This is for callers that give each request a tree size of its own;
                 see the class for ``auto``.
+            device: Number of the GPU that runs a compiled engine, among those that CUDA sees.
 
         Raises:
             BundleError: The bundle can't be used; the message says why.
             BackendError: The backend is unknown or not installed, it can't load the graph, or the graph failed.
-            RequestError: ``threads`` is not a positive integer.
+            RequestError: ``threads`` is not a positive integer, or ``device`` not an integer of at least 0.
         """
         threads = None if threads is None else check_integer("threads", threads, at_least=1)
         with native_work():
             checked = Bundle.load(bundle, check_digests=check_digests)
             tokenizer = Tokenizer.load(checked.listed)
-            opened = open_backend(backend, checked, threads=threads, check_digests=check_digests)
+            number = check_integer("device", device, at_least=0)
+            opened = open_backend(backend, checked, threads=threads, check_digests=check_digests, device=number)
             try:
                 engine = cls(checked, opened, tokenizer)
                 if measure:

@@ -123,6 +123,8 @@ class MedusaService(Closeable):
         rows: int = 4,
         threads: int | None = None,
         check_digests: bool = True,
+        device: int = 0,
+        gpu_memory: float | None = None,
         **options: Unpack[ServiceOptions],
     ) -> Self:
         """Opens a bundle.
@@ -133,6 +135,10 @@ class MedusaService(Closeable):
             rows: Requests that run at a time. A compiled engine holds as many as it was built for (``--max-batch``).
             threads: CPU threads of one step; None for all that this process may use.
             check_digests: If True, all files are read and their digests are compared.
+            device: Number of the GPU that runs a compiled engine, among those that CUDA sees. For several GPUs, load a
+                service for each.
+            gpu_memory: Memory of the GPU that a compiled engine may use, in bytes, or as a fraction up to 1; None for
+                all. If not all ``rows`` fit, the service has fewer.
             options: ``max_queue``, ``tree_size``, ``prefill_chunk`` and ``metrics``, as for the class.
 
         Raises:
@@ -146,7 +152,15 @@ class MedusaService(Closeable):
             checked = Bundle.load(bundle, check_digests=check_digests)
             _check_options(checked, options)
             tokenizer = Tokenizer.load(checked.listed)
-            opened = open_backend(backend, checked, rows=rows, threads=threads, check_digests=check_digests)
+            opened = open_backend(
+                backend,
+                checked,
+                rows=rows,
+                threads=threads,
+                check_digests=check_digests,
+                device=check_integer("device", device, at_least=0),
+                gpu_memory=gpu_memory,
+            )
             try:
                 return cls(checked, opened, tokenizer, **options)
             except BaseException:

@@ -12,7 +12,8 @@ from medusa_runtime import (
     MedusaService,
 )
 from medusa_runtime.text.tokenizer import Tokenizer
-from support.gate import Gate
+from support.gate import AnyGate
+from support.rig import CPU, Rig, rig_of
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +27,20 @@ def shared(tiny_bundle: Bundle) -> Iterator[MedusaService]:
         yield service
 
 
-@pytest.fixture
-def gate(tiny_bundle: Bundle) -> Gate:
-    return Gate(tiny_bundle, rows=2)
+@pytest.fixture(scope="module")
+def rig(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """Backends on the CPU. Test files whose tests also run over a stand-in override this."""
+    with rig_of(CPU, tiny_bundle, tmp_path_factory.mktemp("engine")) as rig:
+        yield rig
 
 
 @pytest.fixture
-def service(tiny_bundle: Bundle, gate: Gate) -> Iterator[MedusaService]:
+def gate(rig: Rig) -> AnyGate:
+    return rig.gate()
+
+
+@pytest.fixture
+def service(tiny_bundle: Bundle, gate: AnyGate) -> Iterator[MedusaService]:
     service = MedusaService(
         tiny_bundle, gate, Tokenizer.load(tiny_bundle.folder), max_queue=2, tree_size=4, prefill_chunk=8
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,9 +19,24 @@ from medusa_runtime import (
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.decoding.sequence import TokenSequence
 from medusa_runtime.text.stream import TextStream
+from medusa_runtime.text.tokenizer import Tokenizer
 from support.gate import Gate
 from support.prompts import PROMPT
+from support.rig import KINDS, Rig, rig_of
 from support.stock import Stock
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def rig(request: pytest.FixtureRequest, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with rig_of(request.param, tiny_bundle, tmp_path_factory.mktemp("engine")) as rig:
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_bundle: Bundle, rig: Rig) -> Iterator[MedusaService]:
+    tokenizer = Tokenizer.load(tiny_bundle.folder)
+    with MedusaService(tiny_bundle, rig.backend(), tokenizer, tree_size=4) as service:
+        yield service
 
 
 def random_request(rng: np.random.Generator) -> tuple[list[int], dict[str, int]]:
@@ -29,10 +44,10 @@ def random_request(rng: np.random.Generator) -> tuple[list[int], dict[str, int]]
 
 
 @pytest.mark.parametrize("size", [1, 4, 9])
-def test_requests_side_by_side_answer_as_alone(tiny_bundle: Bundle, engine: MedusaEngine, size: int) -> None:
+def test_requests_side_by_side_answer_as_alone(tiny_bundle: Bundle, engine: MedusaEngine, rig: Rig, size: int) -> None:
     rng = np.random.default_rng(size)
     requests = [random_request(rng) for _ in range(40)]
-    with MedusaService.load(tiny_bundle.folder, rows=4, threads=1, tree_size=size, prefill_chunk=7) as service:
+    with MedusaService(tiny_bundle, rig.backend(), None, tree_size=size, prefill_chunk=7) as service:
         handles = [service.submit(prompt, **options) for prompt, options in requests]
         for (prompt, options), handle in zip(requests, handles, strict=True):
             result = handle.result(60)
@@ -150,7 +165,13 @@ def test_rows_far_apart_step_alone(tiny_bundle: Bundle, engine: MedusaEngine) ->
         assert tuple(tokens[row]) == engine.generate(prompt, max_new_tokens=40).token_ids[: len(tokens[row])]
 
 
-def test_a_long_row_steps_by_itself(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+def test_a_long_row_steps_by_itself(tiny_bundle: Bundle, engine: MedusaEngine) -> None:
+    gate = Gate(tiny_bundle, rows=2)
+    with MedusaService(tiny_bundle, gate, None, tree_size=4, prefill_chunk=8) as service:
+        check_long_row(service, gate, engine)
+
+
+def check_long_row(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
     service._thread.loop.runner.room.worth_a_step = 100
     seen: list[list[int]] = []
     gate.fail = lambda size, prompts, rows: seen.append(sorted(rows)) if not prompts else None

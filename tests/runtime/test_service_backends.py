@@ -161,6 +161,23 @@ def test_a_conversation_computes_only_what_is_new(tiny_bundle: Bundle, engine: M
             tokens += [*result.token_ids, 3, 4, 5]
 
 
+@pytest.mark.parametrize("kind", ["onnxruntime-cuda", "tensorrt-rtx"])
+def test_equal_prompts_that_get_rows_at_once(
+    tiny_bundle: Bundle, engine: MedusaEngine, opened: Opener, kind: str
+) -> None:
+    """The second one can't copy entries of the first one, which has none yet; its row had a longer text before."""
+    with MedusaService(tiny_bundle, opened(kind), None, tree_size=4) as service:
+        for turn in range(3):
+            with service._thread.changed:
+                old = [service.submit([20 * turn + row + 1] * 50, max_new_tokens=10) for row in range(3)]
+            assert all(handle.result(60) for handle in old)
+            prompt = [(turn + 7 * i) % 100 + 1 for i in range(30)]
+            with service._thread.changed:
+                new = [service.submit(prompt, max_new_tokens=10) for _ in range(3)]
+            expected = engine.generate(prompt, max_new_tokens=10).token_ids
+            assert [handle.result(60).token_ids for handle in new] == [expected] * 3
+
+
 def test_a_lone_request_steps_ahead_of_the_host_until_another_comes(
     tiny_bundle: Bundle, engine: MedusaEngine, machine: Machine
 ) -> None:
@@ -222,7 +239,7 @@ def test_an_engine_folder_is_loaded_by_name(
 ) -> None:
     machine.trt.__version__ = tiny_engine.version
     monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
-    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls, device: cls(machine.cuda, device)))
     for name in ("auto", "tensorrt-rtx"):
         with MedusaService.load(tiny_engine.folder, name, rows=2, tree_size=4) as service:
             assert service.generate("Hi", max_new_tokens=5).finish_reason == "length"

@@ -26,6 +26,7 @@ from medusa_runtime import (
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.common.steady_clock import SteadyClock
 from support.gate import Gate
+from support.rig import KINDS, rig_of
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 SHARED = [(11 * i + 1) % 100 + 1 for i in range(40)]
@@ -40,8 +41,8 @@ def engine(tiny_bundle: Bundle) -> MedusaEngine:
 class Fragile:
     """A backend of which one call fails each time that ``due`` returns True, before or after its work."""
 
-    def __init__(self, bundle: Bundle, name: str, error: Exception, when: str) -> None:
-        self.inner = OnnxRuntimeBackend(bundle, rows=3, threads=1)
+    def __init__(self, inner: Any, name: str, error: Exception, when: str) -> None:
+        self.inner = inner
         self.due: Callable[[], bool] = lambda: False
         self._name, self._error, self._when = name, error, when
 
@@ -64,6 +65,10 @@ class Fragile:
         return call
 
 
+def cpu_backend(bundle: Bundle) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(bundle, rows=3, threads=1)
+
+
 CALLS = ["step", "arrange", "approach", "copy", "assign", "reset", "lengths", "drafts"]
 
 
@@ -83,11 +88,24 @@ CALLS = ["step", "arrange", "approach", "copy", "assign", "reset", "lengths", "d
 def test_a_call_that_fails_now_and_then(
     tiny_bundle: Bundle, engine: MedusaEngine, name: str, error: Exception, when: str
 ) -> None:
+    check_answers(tiny_bundle, engine, Fragile(cpu_backend(tiny_bundle), name, error, when))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["step", "reserve", "copy", "assign", "reset", "lengths", "drafts"])
+def test_a_call_of_a_device_that_fails_now_and_then(
+    tiny_bundle: Bundle, engine: MedusaEngine, tmp_path: Path, kind: str, name: str, when: str
+) -> None:
+    with rig_of(kind, tiny_bundle, tmp_path) as rig:
+        check_answers(tiny_bundle, engine, Fragile(rig.backend(), name, RuntimeError("odd"), when))
+
+
+def check_answers(bundle: Bundle, engine: MedusaEngine, fragile: Fragile) -> None:
     """Each request gets its right answer or a typed error. Later requests are answered."""
-    fragile = Fragile(tiny_bundle, name, error, when)
     prompts = [[*SHARED, *range(5 + number)] for number in range(6)]
     expected = [engine.generate(prompt, max_new_tokens=12).token_ids for prompt in prompts]
-    with MedusaService(tiny_bundle, fragile, None, tree_size=4, prefill_chunk=16) as service:
+    with MedusaService(bundle, fragile, None, tree_size=4, prefill_chunk=16) as service:
         for every in (2, 3, 7, 19):
             count = iter(range(10**9))
             fragile.due = lambda every=every, count=count: next(count) % every == every - 1
@@ -115,7 +133,7 @@ def handle_chunks(handle: Any) -> Iterator[Chunk]:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_always_fails_for_a_while(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
     """No request waits for ever, and the service goes on."""
-    fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
+    fragile = Fragile(cpu_backend(tiny_bundle), name, RuntimeError("odd"), "before")
     with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
         running = service.submit(SHARED, max_new_tokens=300)
         next(running)
@@ -137,7 +155,7 @@ def test_a_call_that_always_fails_for_a_while(tiny_bundle: Bundle, engine: Medus
 
 @pytest.mark.parametrize("name", ["copy", "assign"])
 def test_a_failure_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
-    fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
+    fragile = Fragile(cpu_backend(tiny_bundle), name, RuntimeError("odd"), "before")
     with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
         running = service.submit(SHARED, max_new_tokens=300)
         next(running)
@@ -152,7 +170,7 @@ def test_a_failure_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: Med
 def test_a_failure_that_no_request_caused_is_tried_again(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
     """A single failure ends no request, neither while rows are moved nor before a step of several rows."""
     prompts = [[5] * 30, [7] * 11]
-    fragile = Fragile(tiny_bundle, name, RuntimeError("odd"), "before")
+    fragile = Fragile(cpu_backend(tiny_bundle), name, RuntimeError("odd"), "before")
     with MedusaService(tiny_bundle, fragile, None, tree_size=4) as service:
         handles = [service.submit(prompt, max_new_tokens=300) for prompt in prompts]
         for handle in handles:

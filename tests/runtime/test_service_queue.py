@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,26 +17,33 @@ from medusa_runtime import (
     RequestCancelledError,
     ServiceClosedError,
 )
-from support.gate import Gate
+from support.gate import AnyGate
 from support.prompts import PROMPT
+from support.rig import KINDS, Rig, rig_of
 
 
-def test_a_full_queue_refuses_at_once(service: MedusaService, gate: Gate) -> None:
+@pytest.fixture(scope="module", params=KINDS)
+def rig(request: pytest.FixtureRequest, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with rig_of(request.param, tiny_bundle, tmp_path_factory.mktemp("engine")) as rig:
+        yield rig
+
+
+def test_a_full_queue_refuses_at_once(service: MedusaService, gate: AnyGate) -> None:
     gate.open.clear()
-    handles = [service.submit(PROMPT, max_new_tokens=3) for _ in range(4)]  # two run and two wait
+    handles = [service.submit(PROMPT, max_new_tokens=3) for _ in range(gate.rows + 2)]  # two wait
     with pytest.raises(QueueFullError, match="as many as this service takes"):
         service.submit(PROMPT)
-    handles[3].cancel()
+    handles[-1].cancel()
     gate.open.set()
     with pytest.raises(RequestCancelledError):
-        handles[3].result(30)
-    assert all(len(handle.result(30).token_ids) == 3 for handle in handles[:3])
+        handles[-1].result(30)
+    assert all(len(handle.result(30).token_ids) == 3 for handle in handles[:-1])
 
 
-def test_priority_goes_first(service: MedusaService, gate: Gate) -> None:
+def test_priority_goes_first(service: MedusaService, gate: AnyGate) -> None:
     gate.open.clear()
-    first = [service.submit(PROMPT, max_new_tokens=2) for _ in range(2)]
-    gate.entered.acquire(timeout=30)  # both run
+    first = [service.submit(PROMPT, max_new_tokens=2) for _ in range(gate.rows)]
+    gate.entered.acquire(timeout=30)  # they run
     order: list[str] = []
     low = service.submit(PROMPT, max_new_tokens=30, on_chunk=lambda _: order.append("low"))
     high = service.submit(PROMPT, max_new_tokens=1, priority=1, on_chunk=lambda _: order.append("high"))
@@ -44,9 +52,9 @@ def test_priority_goes_first(service: MedusaService, gate: Gate) -> None:
     assert high.stats.queue_seconds <= low.stats.queue_seconds
 
 
-def test_cancel_while_it_waits_and_while_it_runs(service: MedusaService, gate: Gate, engine: MedusaEngine) -> None:
+def test_cancel_while_it_waits_and_while_it_runs(service: MedusaService, gate: AnyGate, engine: MedusaEngine) -> None:
     gate.open.clear()
-    running, other, waiting = (service.submit(PROMPT, max_new_tokens=400) for _ in range(3))
+    running, other, *_, waiting = (service.submit(PROMPT, max_new_tokens=400) for _ in range(gate.rows + 1))
     gate.entered.acquire(timeout=30)
     waiting.cancel()
     running.cancel()
@@ -66,7 +74,7 @@ def test_cancel_while_it_waits_and_while_it_runs(service: MedusaService, gate: G
     other.cancel()  # of no effect
 
 
-def test_deadlines_run_in_the_queue_and_in_a_row(tiny_bundle: Bundle, gate: Gate) -> None:
+def test_deadlines_run_in_the_queue_and_in_a_row(tiny_bundle: Bundle, gate: AnyGate) -> None:
     now = [1000.0]
     with MedusaService(tiny_bundle, gate, None, tree_size=1, clock=lambda: now[0]) as service:
         gate.open.clear()
@@ -84,7 +92,7 @@ def test_deadlines_run_in_the_queue_and_in_a_row(tiny_bundle: Bundle, gate: Gate
 
 
 @pytest.mark.parametrize("jump", [1e6, -1e6])
-def test_a_clock_that_jumps(tiny_bundle: Bundle, gate: Gate, jump: float) -> None:
+def test_a_clock_that_jumps(tiny_bundle: Bundle, gate: AnyGate, jump: float) -> None:
     """A jump forwards ends requests with a deadline, a jump back ends none. Requests without one go on."""
     now = [5e6]
     with MedusaService(tiny_bundle, gate, None, tree_size=1, clock=lambda: now[0]) as service:
@@ -112,7 +120,7 @@ def test_the_clock_of_the_wall_may_jump(shared: MedusaService, monkeypatch: pyte
     assert len(handle.result(60).token_ids) == 100
 
 
-def test_cancelling_takes_no_lock(service: MedusaService, gate: Gate) -> None:
+def test_cancelling_takes_no_lock(service: MedusaService, gate: AnyGate) -> None:
     """A garbage collector may cancel in any thread, which may hold any lock."""
     gate.open.clear()
     handle = service.submit(PROMPT, max_new_tokens=400)
@@ -127,7 +135,7 @@ def test_cancelling_takes_no_lock(service: MedusaService, gate: Gate) -> None:
         handle.result(30)
 
 
-def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:
+def test_drain_and_close(tiny_bundle: Bundle, rig: Rig, gate: AnyGate) -> None:
     service = MedusaService(tiny_bundle, gate, None, tree_size=4)
     gate.open.clear()
     handle = service.submit(PROMPT, max_new_tokens=30)
@@ -140,7 +148,7 @@ def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:
     service.close()
     service.close()
 
-    gate = Gate(tiny_bundle, rows=2)
+    gate = rig.gate()
     service = MedusaService(tiny_bundle, gate, None, tree_size=4)
     gate.open.clear()
     handles = [service.submit(PROMPT, max_new_tokens=400) for _ in range(5)]
@@ -152,4 +160,4 @@ def test_drain_and_close(tiny_bundle: Bundle, gate: Gate) -> None:
         with pytest.raises(ServiceClosedError):
             handle.result(30)
     closing.join(30)
-    assert gate.inner.capacity == 0
+    assert gate.is_closed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,11 +17,18 @@ from medusa_runtime import (
     RequestError,
 )
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from support.gate import Gate
+from support.gate import AnyGate
 from support.prompts import PROMPT
+from support.rig import KINDS, Rig, rig_of
 
 
-def test_what_requests_share_is_not_computed_again(service: MedusaService, engine: MedusaEngine, gate: Gate) -> None:
+@pytest.fixture(scope="module", params=KINDS)
+def rig(request: pytest.FixtureRequest, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with rig_of(request.param, tiny_bundle, tmp_path_factory.mktemp("engine")) as rig:
+        yield rig
+
+
+def test_what_requests_share_is_not_computed_again(service: MedusaService, engine: MedusaEngine, gate: AnyGate) -> None:
     system = [(11 * i + 1) % 100 + 1 for i in range(40)]
     first = service.generate([*system, 5, 6, 7], max_new_tokens=10)
     assert first.stats.cached_tokens == 0

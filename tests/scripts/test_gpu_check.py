@@ -231,7 +231,7 @@ def test_steps_are_timed_without_graphs_too(
     machine = Machine(tiny_bundle, tiny_engine)
     machine.trt.__version__ = tiny_engine.version
     monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
-    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls, device: cls(machine.cuda, device)))
     monkeypatch.setattr(backends, "REPEATS", 12)  # 128 slots have room for these
     times = backends.launched_step_times(Bundle.load(tiny_engine.folder), PROMPTS[0][:4])
     assert list(times) == [1, 2, 4, 8]

@@ -30,12 +30,19 @@ __all__ = [
 def _open_onnxruntime(bundle: Bundle, options: OpenOptions) -> Backend:
     from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
+    if options.device or options.gpu_memory is not None:
+        raise BackendError("The backend onnxruntime runs on the CPU: leave device and gpu_memory out.")
     return OnnxRuntimeBackend(bundle, rows=options.rows, threads=options.threads)
 
 
 def _open_onnxruntime_cuda(bundle: Bundle, options: OpenOptions) -> Backend:
     from medusa_runtime.backends.onnxruntime.cuda import OnnxRuntimeCudaBackend
 
+    if options.device or options.gpu_memory is not None:
+        raise BackendError(
+            "onnxruntime-cuda runs on the first GPU that CUDA sees, and takes memory as rows grow: choose the GPU with "
+            "CUDA_VISIBLE_DEVICES, and leave device and gpu_memory out, or compile the bundle with 'medusa-export trt'."
+        )
     return OnnxRuntimeCudaBackend(bundle, rows=options.rows, threads=options.threads)
 
 
@@ -52,7 +59,8 @@ def _open_tensorrt(bundle: Bundle, options: OpenOptions) -> Backend:
     from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 
     assert options.engine is not None
-    return TensorRTBackend(bundle, options.engine, rows=options.rows)
+    memory = options.gpu_memory
+    return TensorRTBackend(bundle, options.engine, rows=options.rows, device=options.device, gpu_memory=memory)
 
 
 register_backend(

@@ -80,7 +80,10 @@ class Backend(Protocol):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Committed entries of each row, [rows], in host memory; only to be read."""
+        """Committed entries of each row, [rows], in host memory; only to be read.
+
+        While no step is in flight, it is always the same array, which shows later changes.
+        """
         ...
 
     @property

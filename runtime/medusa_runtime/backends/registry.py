@@ -30,11 +30,16 @@ class OpenOptions:
         rows: Sequences that it has to hold side by side.
         threads: CPU threads of one step; all that this process may use if None.
         engine: The description of the compiled engine; None where the folder is a bundle.
+        device: Number of the GPU to run on, among those that CUDA sees.
+        gpu_memory: Memory of this GPU that may be used, in bytes, or as a fraction up to 1; None for all. Rows that
+            don't fit are left out.
     """
 
     rows: int = 1
     threads: int | None = None
     engine: CompiledEngine | None = None
+    device: int = 0
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,14 @@ def backend_names() -> list[str]:
 
 
 def open_backend(
-    name: str, bundle: Bundle, *, rows: int = 1, threads: int | None = None, check_digests: bool = True
+    name: str,
+    bundle: Bundle,
+    *,
+    rows: int = 1,
+    threads: int | None = None,
+    check_digests: bool = True,
+    device: int = 0,
+    gpu_memory: float | None = None,
 ) -> Backend:
     """Opens a bundle or a compiled engine with a backend.
 
@@ -96,8 +108,12 @@ def open_backend(
         rows: Sequences that the backend has to hold side by side.
         threads: CPU threads of one step; all that this process may use if None.
         check_digests: Compare the files of a compiled engine with their digests.
+        device: Number of the GPU to run on. Several GPUs are used by a process, or a service, for each.
+        gpu_memory: Memory of the GPU that a compiled engine may use, in bytes, or as a fraction up to 1; None for all.
+            The backend holds fewer rows if not all fit.
 
     Raises:
+        RequestError: ``gpu_memory`` is not a number above 0.
         BackendError: The name is unknown, the backend doesn't run this folder, its library is not installed, or it
             can't load the graph.
         BundleError: A compiled engine is not as its description says.
@@ -106,7 +122,7 @@ def open_backend(
         raise BackendError(f"There is no backend {name!r}: choose one of {', '.join(backend_names())}.")
     kind = None if name == AUTO else _kind(name)
     engine = CompiledEngine.load(bundle.folder, check_digests=check_digests) if is_engine(bundle.folder) else None
-    options = OpenOptions(rows, threads, engine)
+    options = OpenOptions(rows, threads, engine, device, gpu_memory)
     if kind is None:
         return _open_best(bundle, options)
     if kind.runs != _content(options):

@@ -89,6 +89,20 @@ def test_rows_in_turns_give_the_tokens_of_transformers(
         assert tokens[row] == expected[row][: len(tokens[row])]
 
 
+def test_lengths_show_later_changes(backend: Backend) -> None:
+    """The scheduler reads them again after each admission."""
+    lengths = backend.lengths
+    backend.step(13, {0: PROMPTS[0]}, [0])
+    assert lengths.tolist() == [13, 0, 0]
+    backend.truncate(0, 5)
+    assert lengths.tolist() == [5, 0, 0]
+    if can_copy_rows(backend):
+        backend.copy(0, 2, 4)
+        assert lengths.tolist() == [5, 0, 4]
+    backend.reset(0)
+    assert lengths[0] == 0
+
+
 @pytest.mark.parametrize("length", [0, 1, 3, 9, 12, 13, 15, 16])
 def test_a_truncated_row_goes_on_with_another_text(backend: Backend, length: int) -> None:
     """The prompt of 13 tokens has been continued; the rest of the new one is prefilled behind what is kept."""

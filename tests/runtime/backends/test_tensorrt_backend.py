@@ -182,7 +182,7 @@ def test_an_engine_folder_is_loaded_like_a_bundle(
 ) -> None:
     machine.trt.__version__ = tiny_engine.version
     monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
-    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls, device: cls(machine.cuda, device)))
     with MedusaEngine.load(tiny_engine.folder) as engine:
         assert engine.backend.name == f"tensorrt-rtx {tiny_engine.version}, a stand-in"
         for size in (1, 5, 9):
@@ -332,7 +332,7 @@ def test_verify_tells_a_right_engine_from_a_wrong_one(
     machine = Machine(tiny_bundle, tiny_engine, graph)
     machine.trt.__version__ = tiny_engine.version
     monkeypatch.setattr(backend_module, "import_tensorrt", lambda flavor: machine.library)
-    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls: cls(machine.cuda)))
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls, device: cls(machine.cuda, device)))
     outcome = verify_backend(
         Bundle.load(tiny_engine.folder), "tensorrt-rtx", step, PROMPTS * 2, VerifyOptions(max_new_tokens=24)
     )

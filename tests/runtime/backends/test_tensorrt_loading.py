@@ -48,7 +48,7 @@ Break = Callable[[Machine], None]
     [
         (lambda m: setattr(m.cuda, "architecture", (9, 0)), "is sm90; .* was built for sm89.*--target sm90"),
         (lambda m: setattr(m.trt, "__version__", "2.0"), "was built by tensorrt-rtx .*, but 2.0 is installed"),
-        (lambda m: m.cuda.fail.update(cudaGetDevice=cudaError_t.cudaErrorInsufficientDriver), "NVIDIA driver"),
+        (lambda m: m.cuda.fail.update(cudaSetDevice=cudaError_t.cudaErrorInsufficientDriver), "NVIDIA driver"),
         (lambda m: setattr(m.trt, "capacity", 64), "past_key_0 should be float32 .*128"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ back ``tokens`` and ``count`` alone, and may submit the next step before it does
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ from medusa_runtime.backends.tensorrt.loading import LoadedEngine, load_engine
 from medusa_runtime.backends.tensorrt.steps import EngineSteps
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
+from medusa_runtime.bundles.device_memory import DeviceMemory, memory_budget
 from medusa_runtime.errors import (
     BackendError,
     DeviceLostError,
@@ -30,6 +32,7 @@ from medusa_runtime.errors import (
 )
 from medusa_runtime.sampling import Draws, SamplingRows
 
+_log = logging.getLogger(__name__)
 _LARGER_CHUNKS = ", or build the engine with a larger 'medusa-export trt --max-prefill'"
 IN_FLIGHT = 2  # steps that may be in flight
 
@@ -43,13 +46,16 @@ class TensorRTBackend:
     Args:
         bundle: The bundle that the engine was built from, as the engine's folder describes it.
         description: The engine.
-        rows: Sequences held at a time.
+        rows: Sequences held at a time; with ``gpu_memory`` the most.
         library: The TensorRT to run it; the engine's flavor if None.
-        cuda: The CUDA runtime; NVIDIA's if None.
+        cuda: The CUDA runtime on a device; NVIDIA's if None, on the GPU of number ``device``.
+        device: The number of the GPU.
         capture: True if steps are captured as CUDA graphs; False to measure what that brings.
+        gpu_memory: Memory that may be used, in bytes, or as a fraction up to 1; rows that don't fit are left out.
 
     Raises:
         BackendError: The engine can't run here; the message says why, and how to build it again.
+        RequestError: ``gpu_memory`` is not a number above 0.
     """
 
     def __init__(
@@ -60,7 +66,9 @@ class TensorRTBackend:
         rows: int = 1,
         library: TensorRTLibrary | None = None,
         cuda: Cuda | None = None,
+        device: int = 0,
         capture: bool = True,
+        gpu_memory: float | None = None,
     ) -> None:
         limits = description.limits
         if not 1 <= rows <= limits.max_batch:
@@ -69,11 +77,16 @@ class TensorRTBackend:
                 f"again with 'medusa-export trt --max-batch {rows}'."
             )
         library = library or import_tensorrt(description.flavor)
-        cuda = cuda or Cuda.open()
-        self._bundle, self._rows, self._limits = bundle, rows, limits
+        cuda = cuda or Cuda.open(device)
         loaded = load_engine(bundle, description, library, cuda)
-        self._loaded: LoadedEngine | None = loaded
         self._name = f"{description.flavor} {library.version}, {loaded.device.name}"
+        memory = DeviceMemory.of(bundle, description, loaded.scratch_size)
+        if gpu_memory is not None:
+            total = cuda.memory[1]
+            rows = memory.rows_within(memory_budget(gpu_memory, total), rows, loaded.device.name, total)
+        _log.info("%s takes %s", self._name, memory.words(rows))
+        self._bundle, self._rows, self._limits = bundle, rows, limits
+        self._loaded: LoadedEngine | None = loaded
         self._stream = Stream(cuda)
         self._buffers = Buffers(cuda, self._stream, bundle, limits, rows, loaded.scratch_size)
         self._steps = EngineSteps(loaded, self._buffers, self._stream, bundle, rows, limits.capacity, capture=capture)
@@ -87,18 +100,16 @@ class TensorRTBackend:
         try:
             self._slots = self._buffers.allocate(IN_FLIGHT)
             self._pin_sampling()
-        except OutOfDeviceMemoryError as error:
+        except BackendError as error:
             with contextlib.suppress(BackendError):
                 self.close()
+            if not isinstance(error, OutOfDeviceMemoryError):
+                raise
             raise OutOfDeviceMemoryError(
                 f"{self._name} has no memory for {rows} sequences of {limits.capacity} tokens "
-                f"({self._buffers.total / 2**20:,.0f} MiB with caches): take fewer rows, or build it again "
-                f"with a smaller 'medusa-export trt --max-seq-len'. {error}"
+                f"({memory.words(rows)}): take fewer rows (gpu_memory chooses them), or build it again with a smaller "
+                f"'medusa-export trt --max-seq-len'. {error}"
             ) from error
-        except BackendError:
-            with contextlib.suppress(BackendError):
-                self.close()
-            raise
 
     def _pin_sampling(self) -> None:
         """Gives what rows sample with memory that the device can copy from by itself."""
@@ -127,7 +138,9 @@ class TensorRTBackend:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """As of the last step in flight, for which this waits."""
+        """As of the last step in flight, for which this waits. Without one, the array shows later changes."""
+        if not self._submitted:
+            return self._lengths
         lengths = self._lengths.copy()
         for step in self._submitted:
             lengths += self._committed(step)
@@ -232,9 +245,7 @@ class TensorRTBackend:
         except DeviceLostError:
             raise
         except BackendError as error:
-            raise DoubtfulRowsError(
-                f"A step failed halfway, and its {self._rows} rows may have changed: {error}"
-            ) from error
+            raise DoubtfulRowsError(f"A step failed halfway, and all rows may have changed: {error}") from error
 
     def _launch(self, size: int, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...]) -> None:
         """Puts a step into the stream. A failure may leave all rows changed."""

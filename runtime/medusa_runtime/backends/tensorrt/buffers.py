@@ -15,6 +15,7 @@ from medusa_runtime.backends.tensorrt.cuda import Cuda, Event, Stream
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import EngineLimits
 from medusa_runtime.bundles.contract import TensorSpec, fixed_shape
+from medusa_runtime.bundles.device_memory import largest_shape, tensor_bytes
 from medusa_runtime.bundles.states import State
 from medusa_runtime.sampling import draws_ahead
 
@@ -169,23 +170,11 @@ class Buffers:
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """The largest shape of a tensor at this number of rows."""
-        sizes = {
-            "batch": self._rows,
-            "capacity": self._limits.capacity,
-            "sequence": self._limits.max_prefill,
-            "draws": self.draws,
-        }
-        return fixed_shape(spec, sizes)
+        return largest_shape(spec, self._bundle, self._limits, self._rows)
 
     def size(self, spec: TensorSpec) -> int:
         """Bytes of a tensor."""
-        itemsize = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
-        return int(np.prod(self.shape(spec))) * itemsize
-
-    @property
-    def total(self) -> int:
-        """Bytes of device memory that a backend of this size takes."""
-        return sum(map(self.size, self.specs.values())) + self.scratch_size
+        return tensor_bytes(spec, self._bundle, self._limits, self._rows)
 
     def entries(self, state: State, row: int, slot: int) -> Entries:
         """The entries of a row in a state, from a slot on."""

@@ -12,6 +12,7 @@ from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, error_log
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
 from medusa_runtime.bundles.contract import fixed_shape
+from medusa_runtime.bundles.device_memory import DeviceMemory
 from medusa_runtime.bundles.listed_folder import read_cache_file, write_cache_file
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
 
@@ -129,6 +130,7 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
             f"{', '.join(description.targets)}. Build it again here, or with "
             f"'medusa-export trt --target {device.architecture}'."
         )
+    _check_memory(bundle, description, cuda)
     log = error_log(library.trt)
     runtime = library.trt.Runtime(log)
     data = description.engine.read_bytes()
@@ -149,6 +151,12 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
         )
     _check_tensors(loaded, bundle)
     return loaded
+
+
+def _check_memory(bundle: Bundle, description: CompiledEngine, cuda: Cuda) -> None:
+    """Refuses an engine of which not even one row fits, before anything is loaded."""
+    free, total = cuda.memory
+    DeviceMemory.of(bundle, description).rows_within(free, 1, cuda.device.name, total)
 
 
 def _is_out_of_memory(words: str) -> bool:

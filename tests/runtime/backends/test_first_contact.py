@@ -1,0 +1,89 @@
+"""The calls of CUDA and TensorRT that the stand-in has, compared with the real bindings, which need no GPU."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from types import ModuleType
+
+import pytest
+
+from medusa_runtime.backends.tensorrt import buffers, cuda, loading, steps
+from support.stand_in_cuda import StandInCuda, cudaError_t
+from support.stand_in_tensorrt import StandInContext, StandInEngine
+
+FUNCTIONS = sorted(
+    name for name, value in vars(StandInCuda).items() if inspect.isfunction(value) and re.match("cuda[A-Z]", name)
+)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> ModuleType:
+    return pytest.importorskip("cuda.bindings.runtime")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_of_cuda_takes_as_many_arguments(runtime: ModuleType, name: str) -> None:
+    """The bindings' functions have no signature. Their documentation begins with one."""
+    first = (getattr(runtime, name).__doc__ or "").splitlines()[0]
+    match = re.fullmatch(rf"{name}\((.*)\)", first)
+    assert match is not None
+    count = len([part for part in match[1].split(",") if part.strip()])
+    assert len(inspect.signature(getattr(StandInCuda, name)).parameters) - 1 == count
+
+
+def test_the_backend_calls_no_other_function_of_cuda() -> None:
+    called = set()
+    for module in (buffers, cuda, loading, steps):
+        called |= set(re.findall(r'"(cuda[A-Z]\w+)"', inspect.getsource(module)))
+    called -= {name for name in called if name.startswith("cudaError")}
+    constants = {"cudaStreamNonBlocking", "cudaEventDisableTiming", "cudaMemcpyKind", "cudaStreamCaptureMode"}
+    assert called - constants == set(FUNCTIONS)
+
+
+def test_constants_and_errors_of_cuda(runtime: ModuleType) -> None:
+    for name in ("cudaStreamNonBlocking", "cudaEventDisableTiming"):
+        assert getattr(runtime, name) == getattr(StandInCuda, name)
+    assert runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal == 1
+    for kind in StandInCuda.cudaMemcpyKind:
+        assert getattr(runtime.cudaMemcpyKind, kind.name) == kind
+    for code in cudaError_t:
+        assert getattr(runtime.cudaError_t, code.name) == code
+    for name in (*cuda._LOST, *cuda._REMEDIES):
+        assert name in runtime.cudaError_t.__members__
+
+
+def test_handles_and_properties_of_cuda(runtime: ModuleType) -> None:
+    """Handles become integers, a name is bytes, and a failed call gives None in place of each result."""
+    assert int(runtime.cudaStream_t(5)) == 5 and int(runtime.cudaGraph_t(6)) == 6
+    assert isinstance(runtime.cudaDeviceProp().name, bytes)
+    code, *results = runtime.cudaMemGetInfo()
+    assert len(results) == 2 and (int(code) == 0 or results == [None, None])
+
+
+def members(kind: type) -> set[str]:
+    return {name for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")}
+
+
+def test_members_of_tensorrt() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert members(StandInEngine) <= set(dir(trt.ICudaEngine))
+    assert {"num_optimization_profiles", "num_io_tensors"} <= set(dir(trt.ICudaEngine))
+    assert members(StandInContext) | {"is_stream_capturable"} <= set(dir(trt.IExecutionContext))
+    assert {"deserialize_cuda_engine", "get_engine_validity"} <= set(dir(trt.Runtime))
+    assert {"create_runtime_cache", "set_runtime_cache", "set_execution_context_allocation_strategy",
+            "dynamic_shapes_kernel_specialization_strategy"} <= set(dir(trt.IRuntimeConfig))  # fmt: skip
+    assert trt.ExecutionContextAllocationStrategy.USER_MANAGED is not None
+    assert {"LAZY", "EAGER"} <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
+    assert trt.ILogger.ERROR is not None and trt.ILogger.INTERNAL_ERROR is not None
+
+
+def test_signatures_of_tensorrt() -> None:
+    """The documentation of a function of the bindings begins with its signature, or with one per overload."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    for kind, stand_in in ((trt.ICudaEngine, StandInEngine), (trt.IExecutionContext, StandInContext)):
+        for name in members(stand_in):
+            text = textwrap.dedent(getattr(kind, name).__doc__ or "")
+            counts = {len(re.findall(r"\w+: ", found)) for found in re.findall(rf"{name}\((self: [^)]*)\)", text)}
+            assert len(inspect.signature(getattr(stand_in, name)).parameters) in counts, (name, counts, text[:200])
