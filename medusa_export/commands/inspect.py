@@ -60,7 +60,7 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from medusa_runtime.bundles.device_memory import DeviceMemory
+    from medusa_runtime.backends.tensorrt.memory import DeviceMemory
 
     model, heads, tree = bundle.model, bundle.heads, bundle.tree
     facts = Table.grid(padding=(0, 2))

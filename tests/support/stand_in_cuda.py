@@ -101,7 +101,7 @@ class StandInCuda:
         self.current: dict[int, int] = {}  # the GPU that each thread has chosen
         self.executables: set[int] = set()  # instantiated graphs
         self.misuse: list[str] = []
-        self.context_bytes = 0  # taken by TensorRT's contexts
+        self.context_bytes = 0  # taken by TensorRT's engines and contexts
         self._random = random.Random(0)
         self._lost: cudaError_t | None = None
         self.blocks: dict[int, Any] = {}  # device memory by address

@@ -130,8 +130,15 @@ class StandInTensorRT:
     def Runtime(self, log: Any) -> Any:
         def load(data: bytes) -> StandInEngine | None:
             words = self.unloadable or self.failure("deserialize_cuda_engine")
+            try:
+                self.cuda.take(len(data))
+            except Refused:
+                words = "out of memory"
             if words is None:
-                return StandInEngine(self, log)
+                engine = StandInEngine(self, log)
+                self.cuda.context_bytes += len(data)
+                weakref.finalize(engine, _give_back, self.cuda, len(data))
+                return engine
             log.log(ILogger.ERROR, words)
             return None
 

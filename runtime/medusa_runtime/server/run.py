@@ -96,6 +96,8 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
             settings.backend,
             rows=settings.rows,
             threads=settings.threads,
+            device=settings.device,
+            gpu_memory=settings.gpu_memory,
             max_queue=settings.max_queue,
             metrics=metrics,
         )

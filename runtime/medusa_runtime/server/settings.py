@@ -22,6 +22,8 @@ class Settings:
         backend: As for ``MedusaService.load``; ``rows``, ``threads`` and ``max_queue``, too.
         rows: Requests that run at a time.
         threads: CPU threads of one step; None for all that this process may use.
+        device: Number of the GPU that runs a compiled engine; ``gpu_memory`` is as for ``MedusaService.load``.
+        gpu_memory: Memory of that GPU that may be used, in bytes, or as a fraction up to 1; None for all.
         max_queue: Requests that may wait for a row.
         model_names: Names of the model; the folder's name if there are none.
         api_keys: Keys of which a request must have one; none is asked for if there are none.
@@ -42,6 +44,8 @@ class Settings:
     backend: str = "auto"
     rows: int = 4
     threads: int | None = None
+    device: int = 0
+    gpu_memory: float | None = None
     max_queue: int = 256
     model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()

@@ -12,8 +12,8 @@ from medusa_runtime import BackendError, Bundle, MedusaService, OutOfDeviceMemor
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.tensorrt.backend import TensorRTBackend
 from medusa_runtime.backends.tensorrt.cuda import Cuda
+from medusa_runtime.backends.tensorrt.memory import DeviceMemory
 from medusa_runtime.bundles.compiled import EngineLimits
-from medusa_runtime.bundles.device_memory import DeviceMemory
 from support.machine import Machine, stand_in_engine
 
 MOST = 8
@@ -40,22 +40,25 @@ def test_what_is_computed_is_what_is_taken(machine: Machine, caplog: pytest.LogC
     """But for the rounding of addresses. It is said before it is taken."""
     memory = DeviceMemory.of(machine.bundle, machine.description, scratch=2000)
     with caplog.at_level(logging.INFO):
-        machine.backend(rows)
-    computed = memory.total(rows) - memory.weights
+        backend = machine.backend(rows)
+    computed = memory.total(rows)
     assert computed <= machine.cuda.used <= computed + 256 * 8
     assert f"a stand-in takes {memory.words(rows)}" in caplog.text
+    backend.close()
+    assert not machine.left
     heads, size = machine.bundle.states[0].shape
     assert memory.caches == len(machine.bundle.states) * heads * size * 128 * 4
 
 
 def test_as_many_rows_as_fit(machine: Machine) -> None:
     memory = DeviceMemory.of(machine.bundle, machine.description, scratch=2000)
+    machine.cuda.memory_limit = 2**30
     assert open_with(machine, memory.total(5)).rows == 5
     assert open_with(machine, memory.total(6) - 1).rows == 5
     assert open_with(machine, memory.total(6) - 1, rows=2).rows == 2
     assert open_with(machine, memory.total(3) / machine.cuda.memory_limit + 1e-9).rows == 3
     assert open_with(machine, 1.0).rows == MOST
-    with pytest.raises(OutOfDeviceMemoryError, match=r"One row takes .* MiB.*a stand-in has 2,048 MiB.*several GPUs"):
+    with pytest.raises(OutOfDeviceMemoryError, match=r"One row takes .* MiB.*a stand-in has 1,024 MiB.*several GPUs"):
         open_with(machine, memory.total(1) - 1)
     for wrong in (0, -1, float("nan"), True, "1"):
         with pytest.raises(RequestError, match="gpu_memory is"):

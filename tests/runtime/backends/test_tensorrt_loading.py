@@ -11,6 +11,7 @@ import pytest
 
 from medusa_runtime import BackendError, Bundle, MedusaEngine
 from medusa_runtime.backends.tensorrt import cuda as cuda_module
+from medusa_runtime.backends.tensorrt.memory import DeviceMemory
 from medusa_runtime.bundles.compiled import CompiledEngine
 from medusa_runtime.errors import OutOfDeviceMemoryError
 from support.machine import PROMPTS, Machine
@@ -87,7 +88,8 @@ def test_a_driver_that_is_missing_or_too_old(
 
 
 def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
-    machine = Machine(tiny_bundle, tiny_engine, memory_limit=100_000)
+    machine = Machine(tiny_bundle, tiny_engine)
+    machine.cuda.memory_limit = DeviceMemory.of(tiny_bundle, tiny_engine).total(1) + 2**14
     with pytest.raises(
         OutOfDeviceMemoryError, match=r"3 sequences of 128 tokens .* smaller 'medusa-export trt --max-seq-len'"
     ) as raised:

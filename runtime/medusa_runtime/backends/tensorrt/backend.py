@@ -19,10 +19,10 @@ from medusa_runtime.backends.tensorrt.buffers import ID, Buffers, Submitted
 from medusa_runtime.backends.tensorrt.cuda import Cuda, Stream
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, import_tensorrt
 from medusa_runtime.backends.tensorrt.loading import LoadedEngine, load_engine
+from medusa_runtime.backends.tensorrt.memory import DeviceMemory, memory_budget
 from medusa_runtime.backends.tensorrt.steps import EngineSteps
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
-from medusa_runtime.bundles.device_memory import DeviceMemory, memory_budget
 from medusa_runtime.errors import (
     BackendError,
     DeviceLostError,

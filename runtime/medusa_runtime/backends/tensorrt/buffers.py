@@ -12,10 +12,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.tensorrt.cuda import Cuda, Event, Stream
+from medusa_runtime.backends.tensorrt.memory import largest_shape, tensor_bytes
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import EngineLimits
 from medusa_runtime.bundles.contract import TensorSpec, fixed_shape
-from medusa_runtime.bundles.device_memory import largest_shape, tensor_bytes
 from medusa_runtime.bundles.states import State
 from medusa_runtime.sampling import draws_ahead
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from medusa_runtime.backends.tensorrt.cuda import Cuda, Device
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, error_log
+from medusa_runtime.backends.tensorrt.memory import DeviceMemory
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
 from medusa_runtime.bundles.contract import fixed_shape
-from medusa_runtime.bundles.device_memory import DeviceMemory
 from medusa_runtime.bundles.listed_folder import read_cache_file, write_cache_file
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
 

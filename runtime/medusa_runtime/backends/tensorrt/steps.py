@@ -211,3 +211,4 @@ class EngineSteps:
     def _forget(self) -> None:
         self._decoders.clear()
         self._prefiller = None
+        del self._loaded  # the engine's memory is given back with its last reference
