@@ -167,7 +167,7 @@ def test_contexts_give_way_where_memory_is_scarce(
         for size in (1, 4, 9, 6, 4):
             service._thread.loop.sizes.tree_size = size
             assert answered(service, expected) == len(PROMPTS)
-            assert machine.cuda.context_bytes <= 3 * 2**20
+            assert machine.cuda.context_bytes < 4 * 2**20
     assert not machine.left
 
 

@@ -95,6 +95,7 @@ def test_no_memory(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
     ) as raised:
         machine.backend(3)
     assert "cudaMalloc gave cudaErrorMemoryAllocation" in str(raised.value)
+    machine = Machine(tiny_bundle, tiny_engine)
     machine.cuda.fail["cudaMemsetAsync"] = cudaError_t.cudaErrorInvalidValue
     with pytest.raises(BackendError, match="for input_ids"):
         machine.backend()
