@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from medusa_runtime import (
@@ -324,51 +323,6 @@ def test_a_service_whose_measurements_fail_is_not_made(tiny_bundle: Bundle, monk
     with pytest.raises(BackendError, match="failed in step: ZeroDivisionError"):
         MedusaService(tiny_bundle, gate, None)
     assert gate.inner.capacity == 0
-
-
-def test_options_of_numpys_types(tiny_bundle: Bundle) -> None:
-    """Unsigned integers would wrap in negations and sums."""
-    gate = Gate(tiny_bundle, rows=1)
-    service = MedusaService(
-        tiny_bundle, gate, None, max_queue=np.uint8(255), tree_size=np.int64(4), prefill_chunk=np.uint8(200)
-    )
-    with service:
-        gate.open.clear()
-        first = service.submit([5] * 300, max_new_tokens=np.uint8(2), timeout=np.float32(60))
-        assert gate.entered.acquire(timeout=30)
-        flags = {"lookup": np.bool_(True), "logprobs": np.bool_(True), "stop_token_ids": np.array([3])}
-        priorities = (0, np.uint8(5), np.int8(-128), np.uint64(2**63))
-        handles = [
-            first,
-            *(service.submit(PROMPT, max_new_tokens=2, priority=priority, **flags) for priority in priorities),
-        ]
-        order = [job.priority for job in service._thread.scheduler.waiting]
-        assert order == [2**63, 5, 0, -128] and {type(priority) for priority in order} == {int}
-        gate.open.set()
-        assert all(handle.result(np.float32(30)).finish_reason for handle in handles)
-        with pytest.raises(RequestError, match="timeout is nan"):
-            first.result(float("nan"))
-        assert handles[1].result(1e300) and handles[1].result(float("inf"))
-        assert service.drain(np.float64(30))
-
-
-def test_options_of_numpys_types_in_an_engine(engine: MedusaEngine) -> None:
-    expected = engine.generate([5] * 300, max_new_tokens=20).token_ids
-    result = engine.generate(
-        [5] * 300,
-        max_new_tokens=np.uint8(20),
-        tree_size=np.int64(4),
-        prefill_chunk=np.uint8(200),
-        lookup=np.bool_(True),
-    )
-    assert result.token_ids == expected
-
-
-@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
-def test_threads_that_are_no_number(tiny_bundle: Bundle, threads: object) -> None:
-    for kind in (MedusaEngine, MedusaService):
-        with pytest.raises(RequestError, match="threads is"):
-            kind.load(tiny_bundle.folder, threads=threads)
 
 
 def test_a_clock_that_jumps_adds_up_what_goes_forwards() -> None:
