@@ -165,7 +165,13 @@ def _rename(value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
 
 
 def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
-    return contract.step_inputs(step.states, vocab_size=step.vocab_size, dtype=_dtype(step), sampling=step.sampling)
+    return contract.step_inputs(
+        step.states,
+        vocab_size=step.vocab_size,
+        dtype=_dtype(step),
+        sampling=step.sampling,
+        constraints=step.sampling,
+    )
 
 
 def _contract_outputs(step: MedusaStep) -> tuple[TensorSpec, ...]:

@@ -7,6 +7,7 @@ and once per process for each vocabulary size and type.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import onnx_ir as ir
 import torch
@@ -14,31 +15,34 @@ from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError
 from medusa_export.compat.torch import export_program, quiet_tracing
-from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, simplify, translate
+from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, free_sizes, simplify, translate
 from medusa_export.step.sampling import SamplingInputs, draw
 
 
 class _Drawings(nn.Module):
     """``draw`` with its tensors as positional arguments."""
 
-    def forward(self, logits: Tensor, best: Tensor, nodes: Tensor, above: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        return draw(logits, best, nodes, above, SamplingInputs(*given)).tensors()
+    def forward(
+        self, logits: Tensor, nodes: Tensor, parents: Tensor, ancestors: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        return draw(logits, nodes, parents, ancestors, SamplingInputs.of(given)).tensors()
 
 
 @functools.cache
 def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
-    batch, size = (next(n for n in sizes if n != vocab_size) for sizes in ((3, 5), (37, 41)))
-    given = example_sampling(batch, size, vocab_size)
+    unused = (size for size in range(3, 100, 2) if size != vocab_size)
+    batch, size, edits = itertools.islice(unused, 3)
+    given = example_sampling({"batch": batch, "draws": size, "edits": edits, "masks": size}, vocab_size)
     example = (  # the tracer tells inputs apart by identity, so no tensor may appear twice
         torch.zeros(batch, size, vocab_size, dtype=dtype),
         torch.zeros(batch, size, dtype=torch.int64),
-        torch.zeros(batch, size, dtype=torch.int64),
         torch.zeros(size, dtype=torch.int64),
+        torch.zeros(size, size),
         *given.values(),
     )
     dynamic = torch.export.Dim.DYNAMIC
     rows, grid = {0: dynamic}, {0: dynamic, 1: dynamic}
-    free = (grid, grid, grid, rows, tuple(grid if name == "exponentials" else rows for name in given))
+    free = (grid, grid, rows, grid, tuple(free_sizes(vocab_size).values()))
     with torch.no_grad(), quiet_tracing():
         program = export_program(_Drawings(), example, {}, free)
         model = translate(program)

@@ -5,7 +5,8 @@ The other layers are marks. ``medusa_export.graph.layers`` replaces them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -20,7 +21,7 @@ from medusa_export.compat.torch import export_program, quiet_tracing, tracing_on
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
-from medusa_runtime.bundles.contract import fixed_shape, sampling_inputs
+from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, sampling_inputs
 from medusa_runtime.bundles.states import groups_of
 
 OPSET_VERSION = 24
@@ -55,7 +56,7 @@ def _translations() -> dict[Any, Any]:
     boundary = _mark("LayerBoundary", "layer", "port")
     layer_op = _mark("DecoderLayer", "layer", "like")
     blocks_op = _mark("ConcatBlocks", "group")
-    draw_op = _mark("DrawNodes", outputs=6)
+    draw_op = _mark("DrawNodes", outputs=7)
     experts_op = _mark(EXPERTS_MARK, "transposed")
 
     def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
@@ -76,8 +77,8 @@ def _translations() -> dict[Any, Any]:
     def expert_products(rows: Any, weights: Any, counts: Any, transposed: bool) -> Any:
         return experts_op(rows, weights, counts, transposed=int(transposed))
 
-    def draw_nodes(logits: Any, best: Any, nodes: Any, above: Any, given: Any) -> Any:
-        return draw_op(logits, best, nodes, above, *given)
+    def draw_nodes(logits: Any, nodes: Any, parents: Any, ancestors: Any, given: Any) -> Any:
+        return draw_op(logits, nodes, parents, ancestors, *given)
 
     def number(value: float) -> Any:  # of the rank of its operands, so that TensorRT adds no layer for it
         return onnx_op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, (1, 1, 1), (value,)))
@@ -158,7 +159,7 @@ class _TracedStep(nn.Module):
                 cache_lengths=cache_lengths,
                 past=[past[group] for group in self._group_of],
                 pending=[pending[group] for group in self._group_of] if pending else [],
-                sampling=None if sampling is None else SamplingInputs(**sampling),
+                sampling=None if sampling is None else SamplingInputs.of(list(sampling.values())),
             )
         )
         named = _named(out)
@@ -173,23 +174,23 @@ def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
     taken = {step.tree.size, *(size for group in groups for size in group.shape)}
     # Each free dimension has a size of its own: the tracer takes equal sizes for the same dimension.
     batch, capacity = 3, 251
-    tokens = next(size for size in range(37, 251, 2) if size not in taken)
-    draws = next(size for size in range(tokens + 2, 251, 2) if size not in taken)
+    unused = (size for size in range(37, 251, 2) if size not in taken)
+    tokens, draws, edits, masks = itertools.islice(unused, 4)
+    sizes = {"batch": batch, "draws": draws, "edits": edits, "masks": masks}
+    sampling = example_sampling(sizes, step.vocab_size) if step.sampling else None
     example: dict[str, Any] = {
         "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
         "num_tokens": torch.ones(batch, dtype=torch.int64),
         "is_prefill": torch.zeros(batch, dtype=torch.bool),
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
-        "sampling": example_sampling(batch, draws, step.vocab_size) if step.sampling else None,
+        "sampling": sampling,
         "past": [torch.zeros(batch, heads, capacity, size, dtype=dtype) for heads, size in shapes],
         "pending": [torch.zeros(batch, heads, margin, size, dtype=dtype) for heads, size in shapes if margin],
     }
     dynamic = torch.export.Dim.DYNAMIC
     free: dict[str, Any] = {name: {0: dynamic} for name in example}
     free["input_ids"] = {0: dynamic, 1: dynamic}
-    free["sampling"] = {name: {0: dynamic} for name in example["sampling"]} if step.sampling else None
-    if step.sampling:
-        free["sampling"]["exponentials"] = {0: dynamic, 1: dynamic}
+    free["sampling"] = None if sampling is None else free_sizes(step.vocab_size)
     free["past"] = [{0: dynamic, 2: dynamic} for _ in example["past"]]
     free["pending"] = [{0: dynamic} for _ in example["pending"]]
     return example, free
@@ -262,10 +263,22 @@ def simplify(model: ir.Model) -> None:
     fold_constants(model, spared=("step.model.", "step.heads."))
 
 
-def example_sampling(batch: int, draws: int, vocab_size: int) -> dict[str, Tensor]:
-    """Example inputs for sampling, by name, in the order of the contract."""
-    sizes = {"batch": batch, "draws": draws}
+def example_sampling(sizes: Mapping[str, int], vocab_size: int) -> dict[str, Tensor]:
+    """Example inputs for sampling and constraints, by name, in the order of the contract.
+
+    Args:
+        sizes: The sizes of the free dimensions by their names in the contract.
+        vocab_size: Size of the vocabulary.
+    """
     return {
         spec.name: torch.ones(fixed_shape(spec, sizes), dtype=getattr(torch, spec.dtype))
-        for spec in sampling_inputs(vocab_size)
+        for spec in (*sampling_inputs(vocab_size), *constraint_inputs(vocab_size))
+    }
+
+
+def free_sizes(vocab_size: int) -> dict[str, dict[int, Any]]:
+    """The free dimensions of the inputs for sampling and constraints, by name, as ``torch.export`` takes them."""
+    return {
+        spec.name: {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in (*sampling_inputs(vocab_size), *constraint_inputs(vocab_size))
     }

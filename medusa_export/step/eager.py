@@ -12,9 +12,10 @@ from torch import Tensor
 from medusa_export.step.sampling import SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.bundles.contract import fixed_shape, pending_specs, sampling_inputs
+from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, pending_specs, sampling_inputs
 from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.bundles.states import groups_of
+from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.sampling import Draws, SamplingRows
 
 
@@ -37,7 +38,7 @@ class EagerBackend:
         self._lengths = torch.zeros(rows, dtype=torch.int64)
         self._caches: list[Tensor] = []
         self._drafts = np.zeros((rows, step.tree.size), np.int64)
-        self._sampling = SamplingRows(rows)
+        self._sampling = SamplingRows(rows, ConstraintRows(rows, step.vocab_size) if step.sampling else None)
         dtype = str(step.model.dtype).removeprefix("torch.")
         self._pending = [
             torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=step.model.dtype, device=self._device)
@@ -116,6 +117,7 @@ class EagerBackend:
     ) -> StepResult:
         idle = [] if rows is None else [row for row in range(self._rows) if row not in rows]
         prompts = {**(prompts or {}), **dict.fromkeys(idle, ())}  # an idle row takes in a chunk of no tokens
+        sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
         ids = torch.zeros(self._rows, size, dtype=torch.int64)
         num_tokens = torch.full((self._rows,), size)
         for row in range(self._rows):
@@ -124,7 +126,6 @@ class EagerBackend:
             if row in prompts:
                 num_tokens[row] = len(given)
         is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
-        sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
         with torch.no_grad(), self._device:
             output = self._step(
                 StepInputs(
@@ -150,8 +151,12 @@ class EagerBackend:
         shape = fixed_shape(sampling_inputs(self._step.vocab_size)[0], {"batch": self._rows, "draws": width})
         exponentials = np.ones(shape, np.float32)
         self._sampling.write(exponentials, self._lengths.numpy(), prompts)
-        arrays = {"exponentials": exponentials, **{name: array.copy() for name, array in self._sampling.inputs.items()}}
-        return SamplingInputs(**{name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()})
+        assert self._sampling.constraints is not None
+        drawn = min(size, self._step.tree.size, width)
+        constrained = self._sampling.constraints.of_step(drawn, prompts, range(self._rows), lambda: self._drafts)
+        arrays = {"exponentials": exponentials, **self._sampling.inputs, **constrained}
+        specs = (*sampling_inputs(self._step.vocab_size), *constraint_inputs(self._step.vocab_size))
+        return SamplingInputs.of([torch.from_numpy(arrays[spec.name].copy()).to(self._device) for spec in specs])
 
     def close(self) -> None:
         self._caches = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medusa_export.step.sampling import SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs
-from medusa_runtime.bundles.contract import fixed_shape, pending_specs, sampling_inputs
+from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, pending_specs, sampling_inputs
 from medusa_runtime.bundles.states import groups_of
 
 # Steps that run before one is captured: libraries take their memory and choose their kernels in them.
@@ -146,8 +146,11 @@ class ReplayedSteps:
 
     def _no_draws(self) -> SamplingInputs:
         """The sampling inputs of a greedy row."""
+        vocab_size, sizes = self._step.vocab_size, {"batch": 1, "draws": 0, "edits": 0, "masks": 0}
         given = {
-            spec.name: torch.zeros(fixed_shape(spec, {"batch": 1, "draws": 0}), dtype=getattr(torch, spec.dtype))
-            for spec in sampling_inputs(self._step.vocab_size)
+            spec.name: torch.zeros(fixed_shape(spec, sizes), dtype=getattr(torch, spec.dtype))
+            for spec in (*sampling_inputs(vocab_size), *constraint_inputs(vocab_size))
         }
-        return SamplingInputs(**(given | {"top_p": torch.ones(1)}))
+        given["top_p"] += 1
+        given["repetition_penalty"] += 1
+        return SamplingInputs.of(list(given.values()))

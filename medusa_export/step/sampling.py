@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medusa_export.heads.sizes import sym_min
+from medusa_export.step.constraints import ConstraintInputs, constrained
 from medusa_export.step.indexing import take_entries, take_rows
 from medusa_runtime.bundles.contract import MAX_TOP_K, RACE_BLOCK, num_blocks
 
@@ -43,6 +45,7 @@ class SamplingInputs:
         min_p: [B]; 0 is off.
         typical_epsilon: [B], the ε of typical acceptance; 0 is exact acceptance.
         typical_alpha: [B], the alpha of typical acceptance.
+        constraints: What changes or forbids the logits of tokens.
     """
 
     exponentials: Tensor
@@ -52,10 +55,18 @@ class SamplingInputs:
     min_p: Tensor
     typical_epsilon: Tensor
     typical_alpha: Tensor
+    constraints: ConstraintInputs
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Self:
+        """The inputs from their tensors, in the order of the graph."""
+        exponentials, temperature, top_k, top_p, min_p, epsilon, alpha, *constraints = tensors
+        return cls(exponentials, temperature, top_k, top_p, min_p, epsilon, alpha, ConstraintInputs(*constraints))
 
     def tensors(self) -> list[Tensor]:
         """All inputs, in the order of the graph."""
-        return list(vars(self).values())
+        *own, constraints = vars(self).values()
+        return [*own, *constraints.tensors()]
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Drawn:
         log_total: [B, U], log Σ exp(logits); logits minus this are the base model's own log p.
         beyond: [B, U, 1] boolean, True where the nucleus of top-p holds more than ``MAX_TOP_K`` tokens.
         nucleus_end: [B, U, 1], there the smallest logit of the nucleus, relative to the best one.
+        constrained: [B, U, V] fp32, the logits after biases, penalties and bans.
     """
 
     tokens: Tensor
@@ -77,11 +89,13 @@ class Drawn:
     log_total: Tensor
     beyond: Tensor
     nucleus_end: Tensor
+    constrained: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All values, in the order of the attributes."""
         return (
-            self.tokens, self.typical, self.typical_logprobs, self.log_total, self.beyond, self.nucleus_end
+            self.tokens, self.typical, self.typical_logprobs, self.log_total, self.beyond, self.nucleus_end,
+            self.constrained,
         )  # fmt: skip
 
 
@@ -96,6 +110,7 @@ class Sampled:
         log_total: [B, R], as in ``Drawn``; 0 without a draw.
         beyond: [B, U, 1], as in ``Drawn``.
         nucleus_end: [B, U, 1], as in ``Drawn``.
+        constrained: [B, U, V], as in ``Drawn``.
     """
 
     chosen: Tensor
@@ -104,15 +119,19 @@ class Sampled:
     log_total: Tensor
     beyond: Tensor
     nucleus_end: Tensor
+    constrained: Tensor
 
 
-def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given: SamplingInputs) -> Sampled:
+def sample(
+    logits: Tensor, nodes: Tensor, parents: Tensor, ancestors: Tensor, places: Tensor, given: SamplingInputs
+) -> Sampled:
     """Draws a token after each of the first U = min(R, W) nodes.
 
     Args:
         logits: [B, R, V], of the base model after each node.
         nodes: [B, R], the token of each node.
         parents: [T], the parent of each node of the whole tree.
+        ancestors: [T, T] boolean, True at [n, m] where node m is n or between the root and n.
         places: [B, R], the place in its text of the token after each node.
         given: The inputs for sampling.
     """
@@ -126,9 +145,9 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
     drawn = Drawn(
         *draw_nodes(
             logits.index_select(1, first),
-            best.index_select(1, first),
             nodes.index_select(1, first),
             parents.index_select(0, first),
+            ancestors.float().index_select(0, first).index_select(1, first),
             own.tensors(),
         )
     )
@@ -144,32 +163,36 @@ def sample(logits: Tensor, nodes: Tensor, parents: Tensor, places: Tensor, given
         log_total=torch.cat([drawn.log_total, none], dim=1).index_select(1, or_none),
         beyond=drawn.beyond,
         nucleus_end=drawn.nucleus_end,
+        constrained=drawn.constrained,
     )
 
 
-def draw(logits: Tensor, best: Tensor, nodes: Tensor, parents: Tensor, given: SamplingInputs) -> Drawn:
+def draw(logits: Tensor, nodes: Tensor, parents: Tensor, ancestors: Tensor, given: SamplingInputs) -> Drawn:
     """Draws a token after each of U nodes.
 
     Args:
         logits: [B, U, V], of the base model after each node.
-        best: [B, U], the token with the largest logit.
         nodes: [B, U], the token of each node.
         parents: [U], the parent of each node.
+        ancestors: [U, U] fp32, 1 at [n, m] where node m is n or between the root and n, and 0 elsewhere.
         given: The inputs for sampling; ``exponentials`` are those of each node, [B, U, blocks + 256].
     """
+    logits = logits.float()
+    log_total = _log_total(logits)
+    logits = constrained(logits, nodes, ancestors, given.constraints)
+    best = logits.argmax(-1, keepdim=True)
     # From here on values of a row are [B, 1, 1], and values of a node [B, U, 1].
-    exponentials, *of_rows = given.tensors()
-    given = SamplingInputs(exponentials, *(values.view(-1, 1, 1) for values in of_rows))
+    given = _of_rows(given)
+    exponentials = given.exponentials
     draws, is_typical = given.temperature > 0, given.typical_epsilon > 0
-    below, log_total = _below_best(logits)
-    scaled = below / torch.where(draws, given.temperature, 1.0)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(draws, given.temperature, 1.0)
     weights = scaled.exp()
     cut = _cut_off(scaled, weights, given)
     weights = torch.where(scaled < cut.least, 0.0, weights)
     total = weights.sum(-1, keepdim=True)
     bar = torch.where(is_typical, _typical_bar(scaled, weights, total, given), -torch.inf)
     weights = torch.where((scaled > bar) | (scaled == 0), weights, 0.0)
-    tokens = torch.where(draws, _race(weights, exponentials), best.unsqueeze(-1))
+    tokens = torch.where(draws, _race(weights, exponentials), best)
 
     own = take_entries(scaled, parents, nodes).unsqueeze(-1)
     in_reach = (own >= cut.least.index_select(1, parents)) & ((own > bar.index_select(1, parents)) | (own == 0))
@@ -182,25 +205,26 @@ def draw(logits: Tensor, best: Tensor, nodes: Tensor, parents: Tensor, given: Sa
         log_total=log_total.squeeze(-1),
         beyond=cut.beyond,
         nucleus_end=cut.nucleus_end,
+        constrained=logits,
     )
 
 
 @torch.library.custom_op("medusa_export::draw_nodes", mutates_args=())
 def draw_nodes(
-    logits: Tensor, best: Tensor, nodes: Tensor, parents: Tensor, given: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, nodes: Tensor, parents: Tensor, ancestors: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``draw`` as one operator. It is the same in all steps, and its trace takes as long as the rest of a step's."""
-    return draw(logits, best, nodes, parents, SamplingInputs(*given)).tensors()
+    return draw(logits, nodes, parents, ancestors, SamplingInputs.of(given)).tensors()
 
 
 @draw_nodes.register_fake
 def _(
-    logits: Tensor, best: Tensor, nodes: Tensor, parents: Tensor, given: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logprobs, log_total = (torch.empty_like(best, dtype=torch.float32) for _ in range(2))
+    logits: Tensor, nodes: Tensor, parents: Tensor, ancestors: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logprobs, log_total = (torch.empty_like(nodes, dtype=torch.float32) for _ in range(2))
     beyond, end = (torch.empty_like(logits[..., :1], dtype=dtype) for dtype in (torch.bool, torch.float32))
-    typical = torch.empty_like(best, dtype=torch.bool)
-    return Drawn(torch.empty_like(best), typical, logprobs, log_total, beyond, end).tensors()
+    typical, constrained = torch.empty_like(nodes, dtype=torch.bool), torch.empty_like(logits, dtype=torch.float32)
+    return Drawn(torch.empty_like(nodes), typical, logprobs, log_total, beyond, end, constrained).tensors()
 
 
 def lags(logits: Tensor, numbers: NDArray[np.float32], temperature: float, tokens: Sequence[int]) -> Tensor:
@@ -225,12 +249,16 @@ def lags(logits: Tensor, numbers: NDArray[np.float32], temperature: float, token
     return behind
 
 
-def _below_best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, U, V] in fp32, relative to the best one, and log Σ exp(logits) [B, U, 1]."""
-    logits = logits.float()
+def _log_total(logits: Tensor) -> Tensor:
+    """log Σ exp(logits) [B, U, 1] of logits [B, U, V]."""
     top = logits.amax(-1, keepdim=True)
-    below = logits - top
-    return below, below.exp().sum(-1, keepdim=True).log() + top
+    return (logits - top).exp().sum(-1, keepdim=True).log() + top
+
+
+def _of_rows(given: SamplingInputs) -> SamplingInputs:
+    """The inputs with the values of rows as [B, 1, 1]."""
+    exponentials, *of_rows, constraints = vars(given).values()
+    return SamplingInputs.of([exponentials, *(values.view(-1, 1, 1) for values in of_rows), *constraints.tensors()])
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ class MedusaStep(nn.Module):
         tokens, sampled = given.input_ids.index_select(1, verified), None
         if given.sampling is not None:
             places = take_rows(slots.positions, rows) + 1
-            sampled = sample(logits, tokens, self.tables.parents, places, given.sampling)
+            sampled = sample(logits, tokens, self.tables.parents, self.tables.ancestors, places, given.sampling)
         chosen = logits.argmax(-1) if sampled is None else sampled.chosen
         return VerifiedNodes(tokens, logits, chosen, self.tables, given.sampling, sampled), hidden
 

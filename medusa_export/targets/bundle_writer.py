@@ -105,6 +105,7 @@ def write_bundle(
         acceptance=acceptance,
         heads=HeadFacts(heads.config.num_heads, heads.variant, trained) if heads is not None else None,
         sampling=step.sampling,
+        constraints=step.sampling,
         acceptance_rules=tuple(rule.name for rule in step.rules),
         tree_name=tree_name,
         end_tokens=ends.found,

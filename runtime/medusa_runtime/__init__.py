@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medusa_runtime.bundles.bundle import Bundle
     from medusa_runtime.bundles.tree import Tree
+    from medusa_runtime.constraints.grammar import Grammar
+    from medusa_runtime.constraints.options import Constraints
     from medusa_runtime.engine import GenerationStream, MedusaEngine
     from medusa_runtime.errors import (
         BackendError,
@@ -42,6 +44,7 @@ _MODULES = {
     "BundleError": "errors",
     "CallbackError": "errors",
     "ChatSession": "session",
+    "Constraints": "constraints.options",
     "Chunk": "request",
     "ContextLengthError": "errors",
     "DeadlineError": "errors",
@@ -52,6 +55,7 @@ _MODULES = {
     "GenerationOptions": "request",
     "GenerationResult": "request",
     "GenerationStream": "engine",
+    "Grammar": "constraints.grammar",
     "MedusaEngine": "engine",
     "MedusaError": "errors",
     "MedusaService": "service",
@@ -78,6 +82,7 @@ __all__ = [
     "CallbackError",
     "ChatSession",
     "Chunk",
+    "Constraints",
     "ContextLengthError",
     "DeadlineError",
     "DeviceLostError",
@@ -87,6 +92,7 @@ __all__ = [
     "GenerationOptions",
     "GenerationResult",
     "GenerationStream",
+    "Grammar",
     "MedusaEngine",
     "MedusaError",
     "MedusaService",

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from medusa_runtime.constraints.options import Constraints
 from medusa_runtime.sampling import SamplingParams
 
 # Text; token ids, as a sequence or an array of integers; the messages of a chat; or one message.
@@ -27,6 +28,7 @@ class GenerationOptions(TypedDict, total=False):
             ``<|im_start|>``: each matches that token, and its name in the text. Default: none.
         stop_token_ids: Token ids that end the text, besides the model's own. Default: none.
         sampling: Sampling parameters. Default: None, which is greedy decoding.
+        constraints: Biases, bans, penalties and a grammar for the answer's tokens. Default: None.
         logprobs: If True, the answer has log probabilities. Default: False.
         lookup: If True, steps also verify the tokens that followed when the text had the same last tokens before.
             This never changes the answer. It is off under typical acceptance, where it would. Default: True.
@@ -39,6 +41,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     sampling: SamplingParams | None
+    constraints: Constraints | None
     logprobs: bool
     lookup: bool
     ignore_eos: bool

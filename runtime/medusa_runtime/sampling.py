@@ -10,9 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.bundles.contract import MAX_TOP_K, POLICY_INPUTS, numbers_per_draw
+from medusa_runtime.bundles.contract import MAX_TOP_K, PENALTY_INPUTS, POLICY_INPUTS, fixed_shape, numbers_per_draw
 from medusa_runtime.bundles.tree import Tree
-from medusa_runtime.errors import RequestError
+from medusa_runtime.constraints.row import NO_PENALTIES, RowConstraints
+from medusa_runtime.constraints.rows import ConstraintRows
+from medusa_runtime.errors import BackendError, RequestError
 
 _PART = 16  # tokens per part: their numbers are made together
 _PARTS_KEPT = 8  # parts before the newest one that are kept
@@ -110,16 +112,24 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Draws:
-    """The sampling parameters of one request, and the random numbers of each of its tokens.
+    """The sampling parameters of one request, the random numbers of each of its tokens, and its constraints.
 
     Args:
-        params: The parameters; ``GREEDY`` for a greedy request that asks for log probabilities.
+        params: The parameters; ``GREEDY`` for a greedy request with constraints, or that asks for log probabilities.
         first: Position of the request's first drawn token: the length of its prompt.
         vocab_size: Size of the model's vocabulary.
+        constraints: What the request demands of its tokens; None if nothing.
+
+    Attributes:
+        params: The parameters.
+        constraints: What the request demands of its tokens; None if nothing.
     """
 
-    def __init__(self, params: SamplingParams, first: int, vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, first: int, vocab_size: int, constraints: RowConstraints | None = None
+    ) -> None:
         self.params = params
+        self.constraints = constraints
         self._first = first
         self._size = numbers_per_draw(vocab_size)
         self._entropy = np.random.SeedSequence(params.seed).entropy
@@ -159,17 +169,23 @@ def draws_ahead(tree: Tree) -> int:
 
 
 class SamplingRows:
-    """The graph's sampling inputs, for all rows of a backend.
+    """The graph's inputs for sampling and constraints, for all rows of a backend.
 
     Args:
         rows: Number of rows.
+        constraints: The constraints of all rows; None if the graph knows none.
 
     Attributes:
-        inputs: The values of each input by name, [rows]; without ``exponentials``.
+        inputs: The values of inputs with one number per row, by name.
+        constraints: The constraints of all rows; None if the graph knows none.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, constraints: ConstraintRows | None = None) -> None:
         self.inputs: dict[str, NDArray[Any]] = {spec.name: np.zeros(rows, spec.dtype) for spec in POLICY_INPUTS}
+        self.constraints = constraints
+        if constraints is not None:
+            shapes = {spec.name: fixed_shape(spec, {"batch": rows}) for spec in PENALTY_INPUTS}
+            self.inputs |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         self._draws: list[Draws | None] = [None] * rows
         for row in range(rows):
             self.assign(row, None)
@@ -179,8 +195,18 @@ class SamplingRows:
 
         Args:
             row: The row.
-            draws: The row's parameters and numbers; None for a greedy row without log probabilities.
+            draws: The row's parameters and numbers; None for a greedy row without constraints and log probabilities.
+
+        Raises:
+            BackendError: The row has constraints, and the graph knows none.
         """
+        constraints = None if draws is None else draws.constraints
+        if self.constraints is not None:
+            self.constraints.assign(row, constraints)
+            for name, value in (NO_PENALTIES if constraints is None else constraints.penalties).items():
+                self.inputs[name][row] = value
+        elif constraints is not None:
+            raise BackendError("The graph of this bundle has no inputs for constraints: export the bundle again.")
         self._draws[row] = draws
         for name, value in (draws.params if draws is not None else GREEDY).row_inputs().items():
             self.inputs[name][row] = value

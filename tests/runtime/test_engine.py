@@ -272,7 +272,7 @@ def test_unusable_bundles(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"lacks its file model\.onnx\.data"):
         Bundle.load(folder)
     folder = fresh("newer")
-    edit(folder, contract_version=5)
+    edit(folder, contract_version=6)
     with pytest.raises(BundleError, match="version"):
         Bundle.load(folder)
     acceptance = {"source": "calibrated", "node_values": [1.0] * 9}

@@ -96,10 +96,10 @@ def test_typical_acceptance_against_brute_force(example: Verified) -> None:
     tree, logits, nodes, params, numbers = example
     step = any_step()
     step.tables = TreeTables(tree, tree.max_depth)
-    given = sampling_inputs_of(np.broadcast_to(numbers, (1, tree.size, len(numbers))), params)
+    given = sampling_inputs_of(np.broadcast_to(numbers, (1, tree.size, len(numbers))), params, logits.shape[1])
     batch, tokens = torch.from_numpy(logits)[None], torch.from_numpy(nodes)[None]
     places = torch.from_numpy(tree.depths)[None]
-    made = sample(batch, tokens, torch.from_numpy(tree.parents), places, given)
+    made = sample(batch, tokens, step.tables.parents, step.tables.ancestors, places, given)
     verified = VerifiedNodes(tokens, batch, made.chosen, step.tables, given, made)
     accepted = step._accept(verified, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([False]))
     best = int(accepted.node)

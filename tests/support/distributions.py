@@ -12,28 +12,32 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from medusa_export.step.sampling import SamplingInputs, sample
 from medusa_runtime import SamplingParams
-from medusa_runtime.bundles.contract import RACE_BLOCK, num_blocks
+from medusa_runtime.bundles.contract import RACE_BLOCK, constraint_inputs, num_blocks, sampling_inputs
+from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.sampling import Draws, SamplingRows
 
 FALSE_ALARM = 1e-6  # the error rate of each test of a distribution; their seeds are fixed
 
 
-def sampling_inputs_of(exponentials: NDArray[np.floating], params: SamplingParams) -> SamplingInputs:
-    """The inputs of a batch of rows that draw alike, each with its own numbers."""
+def sampling_inputs_of(exponentials: NDArray[np.floating], params: SamplingParams, vocab_size: int) -> SamplingInputs:
+    """The inputs of a batch of rows that draw alike, each with its own numbers, and without constraints."""
     rows = len(exponentials)
-    made = SamplingRows(rows)
+    constraints = ConstraintRows(rows, vocab_size)
+    made = SamplingRows(rows, constraints)
     for row in range(rows):
         made.assign(row, Draws(params, 0, 1))
-    given = {name: torch.from_numpy(array) for name, array in made.inputs.items()}
-    return SamplingInputs(exponentials=torch.from_numpy(exponentials.astype(np.float32)), **given)
+    none = constraints.of_step(1, {}, (), lambda: np.zeros((rows, 1), np.int64))
+    arrays = {"exponentials": exponentials.astype(np.float32), **made.inputs, **none}
+    specs = (*sampling_inputs(vocab_size), *constraint_inputs(vocab_size))
+    return SamplingInputs.of([torch.from_numpy(arrays[spec.name]) for spec in specs])
 
 
 def draw(logits: torch.Tensor, exponentials: NDArray[np.floating], params: SamplingParams) -> NDArray[np.int64]:
     """Draws from one distribution [V] with the numbers of each row, [N, blocks + 256]."""
     rows = len(exponentials)
     none = torch.zeros(rows, 1, dtype=torch.int64)
-    given = sampling_inputs_of(exponentials[:, None], params)
-    return sample(logits.expand(rows, 1, -1), none, none[0], none, given).chosen[:, 0].numpy()
+    given = sampling_inputs_of(exponentials[:, None], params, len(logits))
+    return sample(logits.expand(rows, 1, -1), none, none[0], none[:1] > 0, none, given).chosen[:, 0].numpy()
 
 
 def many(logits: torch.Tensor, params: SamplingParams, count: int) -> NDArray[np.int64]:
@@ -58,7 +62,8 @@ def log_probabilities(logits: torch.Tensor, params: SamplingParams) -> NDArray[n
     allowing = replace(params, acceptance="typical", typical_epsilon=1e-30)
     numbers = np.ones((1, vocab_size, num_blocks(vocab_size) + RACE_BLOCK))
     nodes, zero = torch.arange(vocab_size)[None], torch.zeros(vocab_size, dtype=torch.int64)
-    made = sample(logits.expand(1, vocab_size, -1), nodes, zero, zero[None], sampling_inputs_of(numbers, allowing))
+    given, none = sampling_inputs_of(numbers, allowing, vocab_size), torch.zeros(vocab_size, vocab_size) > 0
+    made = sample(logits.expand(1, vocab_size, -1), nodes, zero, none, zero[None], given)
     return torch.where(made.typical, made.typical_logprobs, -torch.inf)[0].numpy()
 
 

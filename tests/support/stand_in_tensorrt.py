@@ -24,7 +24,9 @@ from medusa_runtime import Bundle
 from medusa_runtime.bundles.contract import TensorSpec
 from support.stand_in_cuda import Refused, StandInCuda
 
-KINDS = {"int64": np.int64, "bool": np.bool_, "float16": np.float16, "float32": np.float32}
+# Inputs with a free dimension besides those of ``input_ids``, the place of it, and its name in the contract.
+FREE = (("exponentials", 1, "draws"), ("edit_tokens", 2, "edits"), ("allowed_tokens", 1, "masks"))
+KINDS = {"int64": np.int64, "bool": np.bool_, "uint8": np.uint8, "float16": np.float16, "float32": np.float32}
 
 
 class TensorIOMode(enum.Enum):
@@ -116,7 +118,8 @@ class StandInTensorRT:
         self.invalid = EngineInvalidityDiagnostics(0)
         self.configs: list[RuntimeConfig] = []
         self.executed: list[tuple[int, int]] = []  # B and S of each step that ran
-        self.int64, self.bool, self.float16, self.float32 = "int64", "bool", "float16", "float32"
+        self.int64, self.bool, self.uint8 = "int64", "bool", "uint8"
+        self.float16, self.float32 = "float16", "float32"
 
     def failure(self, function: str) -> str | None:
         """The error message of a call that fails now; None if it succeeds."""
@@ -283,8 +286,8 @@ class StandInContext:
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         batch, sequence = shapes["input_ids"]
-        _, draws, _ = shapes.get("exponentials", (0, 0, 0))
-        sizes = {"batch": batch, "sequence": sequence, "draws": draws, "capacity": self.trt.capacity}
+        free = {name: shapes.get(tensor, (0, 0, 0))[axis] for tensor, axis, name in FREE}
+        sizes = {"batch": batch, "sequence": sequence, "capacity": self.trt.capacity, **free}
         arrays = {}
         for name, spec in self.engine.specs.items():
             shape = tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape)

@@ -199,8 +199,8 @@ def test_engines_that_were_altered(tiny_engine: CompiledEngine, tmp_path: Path) 
     with pytest.raises(BundleError, match="does not match the digest"):
         CompiledEngine.load(flipped)
     for name, change, words in (
-        ("newer", {"contract_version": 5}, "follows contract version 5"),
-        ("older", {"contract_version": 2}, "knows versions 3 to 4"),
+        ("newer", {"contract_version": 6}, "follows contract version 6"),
+        ("older", {"contract_version": 2}, "knows versions 3 to 5"),
         ("other", {"bundle": {"sha256": "0" * 64}}, "was built from another bundle"),
         ("less", {"limits": {"max_batch": 1}}, "'limits.capacity' is missing"),
         (

@@ -12,13 +12,15 @@ from medusa_export.targets.onnxruntime.branches import branch
 from medusa_export.targets.onnxruntime.constants import initializer, integers
 
 _RANDOM_NUMBERS = "exponentials"
+_EDITED_TOKENS = "edit_tokens"  # a step with any constraint has some
 
 
 class SkipSamplingInGreedySteps(Rewrite):
-    """Skips sampling, or its search for the end of the nucleus, where a step does not need it.
+    """Skips sampling, or parts of it, where a step does not need them.
 
     1. A step without random numbers takes the best tokens. The ``If`` samples in all other steps.
-    2. Within that branch, a second ``If`` skips the search if no nucleus goes beyond the best tokens.
+    2. Within that branch, a second ``If`` skips biases, penalties and masks if there are none.
+    3. A third one skips the search for the end of the nucleus if no nucleus goes beyond the best tokens.
 
     A graph that can't sample stays as it is.
     """
@@ -28,7 +30,9 @@ class SkipSamplingInGreedySteps(Rewrite):
     def apply(self, model: ir.Model) -> int:
         if not has_input(model.graph, _RANDOM_NUMBERS):
             return 0
-        _skip_search(model.graph, _skip_sampling(model.graph))
+        sampling = _skip_sampling(model.graph)
+        _skip_constraints(model.graph, sampling)
+        _skip_search(model.graph, sampling)
         return 1
 
 
@@ -52,6 +56,23 @@ def _skip_sampling(graph: ir.Graph) -> ir.Graph:
     ]
     short = dict(zip(names, [make("Identity", [best]), *filled], strict=True))
     return branch(graph, "sampling", none_draws, results, short, make.nodes, outside=best)
+
+
+def _skip_constraints(graph: ir.Graph, sampling: ir.Graph) -> None:
+    """Puts biases, penalties and masks into a branch of the branch that samples.
+
+    Args:
+        graph: The graph, which holds the constants.
+        sampling: The branch that samples.
+    """
+    logits = next(given(node.inputs[0]) for node in sampling if node.op_type == "ScatterElements")
+    head, make = Builder(graph), Builder(graph)
+    edits = head("Squeeze", [head("Shape", [graph_input(graph, _EDITED_TOKENS)], start=2, end=3)])
+    none = head("Equal", [edits, integers(graph, "scalar_zero", 0)])
+    sampling.insert_before(sampling[0], head.nodes)
+    same = {"constrained": make("Identity", [logits])}
+    results = {"constrained": value_named(sampling, "sampled/constrained")}
+    branch(sampling, "constraints", none, results, same, make.nodes, outside=logits)
 
 
 def _skip_search(graph: ir.Graph, sampling: ir.Graph) -> None:

@@ -189,11 +189,8 @@ class EngineBuilder:
     def _add_profile(self, config: Any, profile: Profile) -> None:
         shapes = self._builder.create_optimization_profile()
         for spec in self.bundle.inputs:
-            ends = []
-            for batch, sequence, draws in zip(profile.batch, profile.sequence, profile.draws, strict=True):
-                sizes = {"batch": batch, "sequence": sequence, "draws": draws, "capacity": self.options.limits.capacity}
-                ends.append(fixed_shape(spec, sizes))
-            shapes.set_shape(spec.name, *ends)
+            capacity = {"capacity": self.options.limits.capacity}
+            shapes.set_shape(spec.name, *(fixed_shape(spec, capacity | sizes) for sizes in profile.sizes))
         if config.add_optimization_profile(shapes) < 0:
             raise build_error(self.log.errors, ())
 

@@ -48,7 +48,7 @@ def check_network(trt: Any, network: Any, bundle: Bundle, capacity: int) -> None
 def _as_network_tensor(trt: Any, spec: TensorSpec, capacity: int) -> tuple[str, Any, tuple[int, ...]]:
     kinds = {
         "int64": trt.int64, "bool": trt.bool, "float32": trt.float32, "float16": trt.float16,
-        "bfloat16": trt.bfloat16,
+        "bfloat16": trt.bfloat16, "uint8": trt.uint8,
     }  # fmt: skip
     shape = tuple(size if isinstance(size, int) else capacity if size == "capacity" else -1 for size in spec.shape)
     return spec.name, kinds[spec.dtype], shape

@@ -177,6 +177,7 @@ class Bundle:
         acceptance: Acceptance estimates of the tree's nodes.
         heads: The heads; None without heads.
         sampling: Whether requests may sample and ask for log probabilities. Otherwise all requests are greedy.
+        constraints: Whether requests may have biases, penalties and grammars.
         tree_name: The tree's name.
         files: Size and digest of each of the bundle's files, by name.
         producer: Versions of the software that made the bundle, by name.
@@ -199,6 +200,7 @@ class Bundle:
     acceptance: Acceptance
     heads: HeadFacts | None = None
     sampling: bool = True
+    constraints: bool = True
     tree_name: str = ""
     files: Mapping[str, FileFacts] = field(default_factory=dict)
     producer: Mapping[str, str] = field(default_factory=dict)
@@ -254,7 +256,13 @@ class Bundle:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The graph's inputs according to the contract."""
-        return step_inputs(self.states, vocab_size=self.model.vocab_size, dtype=self.dtype, sampling=self.sampling)
+        return step_inputs(
+            self.states,
+            vocab_size=self.model.vocab_size,
+            dtype=self.dtype,
+            sampling=self.sampling,
+            constraints=self.constraints,
+        )
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -277,6 +285,7 @@ class Bundle:
             "matrices": [asdict(facts) for facts in self.matrices],
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
+            "constraints": self.constraints,
             "acceptance_rules": list(self.acceptance_rules),
             "tree": {"name": self.tree_name, "paths": self.tree.paths},
             "acceptance": msgspec.to_builtins(self.acceptance),
@@ -327,6 +336,7 @@ class _Description(msgspec.Struct):
     states: States | None = None
     heads: HeadFacts | None = None
     sampling: bool = False
+    constraints: bool = False
     end_tokens: tuple[EndToken, ...] = ()
     generation: dict[Name, Any] = msgspec.field(default_factory=dict)
     acceptance_rules: tuple[Name, ...] = ("exact", "typical")
@@ -360,6 +370,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         acceptance=acceptance,
         heads=heads,
         sampling=description.sampling,
+        constraints=description.constraints,
         tree_name=description.tree.name,
         files=description.files,
         producer=description.producer,

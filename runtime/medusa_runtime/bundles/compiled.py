@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -67,12 +67,23 @@ class Profile:
         batch: Rows, B.
         sequence: New tokens per row, S.
         draws: Tokens for which a row has random numbers, W.
+        edits: Tokens per row whose logits may change, P.
+        masks: Nodes per row with a mask of allowed tokens, A.
     """
 
     name: Name
     batch: Range
     sequence: Range
     draws: Range = (0, 0, 0)
+    edits: Range = (0, 0, 0)
+    masks: Range = (0, 0, 0)
+
+    @property
+    def sizes(self) -> list[dict[str, int]]:
+        """The smallest, the usual and the largest sizes, each by the names of dimensions in the graph's contract."""
+        names = [field.name for field in fields(self) if field.name != "name"]
+        ranges = [getattr(self, name) for name in names]
+        return [dict(zip(names, sizes, strict=True)) for sizes in zip(*ranges, strict=True)]
 
 
 @dataclass(frozen=True)

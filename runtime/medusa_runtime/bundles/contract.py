@@ -1,11 +1,11 @@
-"""The graph contract: names, shapes and types of the step's inputs and outputs (version 4).
+"""The graph contract: names, shapes and types of the step's inputs and outputs (version 5).
 
 Names of dimensions: B is the batch size, S the number of new tokens, C the cache capacity, T the number of nodes of
 the tree, M its depth, N the number of heads of a state, d their size. ``docs/contract.md`` explains every input and
 output.
 
 Version 1 had no sampling: it equals version 3 without sampling. Version 2 drew each token with one random number.
-Version 3 had caches of one shape, and one tensor of pending entries for all of them.
+Version 3 had caches of one shape, and one tensor of pending entries for all of them. Version 4 had no constraints.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from medusa_runtime.bundles.states import State, groups_of
 
-CONTRACT_VERSION = 4
+CONTRACT_VERSION = 5
 MAX_TOP_K = 256  # the most tokens that top-k sampling may keep
+MAX_EDITS = 8192  # the most edited tokens per row of a compiled engine
+MASK_BITS = 8  # tokens per byte of a mask of allowed tokens
 RACE_BLOCK = 256  # tokens per block of the vocabulary: a draw chooses a block first, then a token of that block
 
 
@@ -66,13 +68,40 @@ POLICY_INPUTS = (
 )
 
 
+# The inputs that hold a row's penalties.
+PENALTY_INPUTS = (
+    TensorSpec("repetition_penalty", "float32", ("batch", 1, 1)),
+    TensorSpec("frequency_penalty", "float32", ("batch", 1, 1)),
+    TensorSpec("presence_penalty", "float32", ("batch", 1, 1)),
+)
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Bytes of a mask of allowed tokens, which has a bit for each token of the vocabulary, the lowest first."""
+    return -(-vocab_size // MASK_BITS)
+
+
 def sampling_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
     """The inputs that a graph with sampling has in addition."""
     exponentials = TensorSpec("exponentials", "float32", ("batch", "draws", numbers_per_draw(vocab_size)))
     return (exponentials, *POLICY_INPUTS)
 
 
-def step_inputs(states: Sequence[State], *, vocab_size: int, dtype: str, sampling: bool) -> tuple[TensorSpec, ...]:
+def constraint_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
+    """The inputs that a graph with constraints has in addition."""
+    return (
+        TensorSpec("edit_tokens", "int64", ("batch", 1, "edits")),
+        TensorSpec("edit_bias", "float32", ("batch", 1, "edits")),
+        TensorSpec("edit_count", "float32", ("batch", 1, "edits")),
+        TensorSpec("edit_seen", "float32", ("batch", 1, "edits")),
+        *PENALTY_INPUTS,
+        TensorSpec("allowed_tokens", "uint8", ("batch", "masks", mask_bytes(vocab_size))),
+    )
+
+
+def step_inputs(
+    states: Sequence[State], *, vocab_size: int, dtype: str, sampling: bool, constraints: bool
+) -> tuple[TensorSpec, ...]:
     """The inputs of a step graph, in order.
 
     Args:
@@ -80,6 +109,7 @@ def step_inputs(states: Sequence[State], *, vocab_size: int, dtype: str, samplin
         vocab_size: Size of the vocabulary.
         dtype: Type of weights and caches.
         sampling: Whether the graph can sample. Otherwise it is greedy.
+        constraints: Whether the graph takes biases, penalties and masks of allowed tokens.
     """
     return (
         TensorSpec("input_ids", "int64", ("batch", "sequence")),
@@ -87,6 +117,7 @@ def step_inputs(states: Sequence[State], *, vocab_size: int, dtype: str, samplin
         TensorSpec("is_prefill", "bool", ("batch",)),
         TensorSpec("cache_lengths", "int64", ("batch",)),
         *(sampling_inputs(vocab_size) if sampling else ()),
+        *(constraint_inputs(vocab_size) if constraints else ()),
         *pending_specs(states, dtype),
         *(TensorSpec(state.past, dtype, cache_shape(state)) for state in states),
     )

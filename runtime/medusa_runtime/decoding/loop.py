@@ -297,11 +297,12 @@ class DecodeLoop(Endings):
             self._retry(job)
 
     def _can_step_ahead(self, jobs: Sequence[Job]) -> bool:
-        """True if the next step need not wait for this one: one request runs alone, and nothing is looked up."""
+        """True if the next step need not wait for this one: one request runs alone, without lookup and constraints."""
         if self._in_flight:
             return True
-        looks_up = jobs[0].sequence.looks_up and self.runner.deepest_hit > 0
-        return len(jobs) == len(self.scheduler.running) == 1 and not looks_up
+        sequence = jobs[0].sequence
+        needs_host = sequence.is_constrained or (sequence.looks_up and self.runner.deepest_hit > 0)
+        return len(jobs) == len(self.scheduler.running) == 1 and not needs_host
 
     def _decode_ahead(self, job: Job) -> None:
         """Runs a decoding step of the only request, and submits the one after it, unless another request waits."""
@@ -333,6 +334,9 @@ class DecodeLoop(Endings):
     def _deliver(self, job: Job, emitted: Sequence[int], logprobs: Sequence[float] | None) -> None:
         try:
             chunk = job.sequence.accept(emitted, logprobs)
+        except RequestError as error:
+            self.end(job, error)
+            return
         except Exception as error:  # noqa: BLE001  # a tokenizer that fails ends its own request only
             failure = RequestError(f"The tokens of this request can't be made text: {error!r}.")
             failure.__cause__ = error

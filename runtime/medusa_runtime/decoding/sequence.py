@@ -8,6 +8,9 @@ from typing import Any, Self, TypeGuard, Unpack, cast
 import numpy as np
 
 from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.constraints.grammar import GrammarWalk
+from medusa_runtime.constraints.options import Constraints
+from medusa_runtime.constraints.row import RowConstraints
 from medusa_runtime.decoding.lookup import TokenLookup
 from medusa_runtime.errors import ContextLengthError, RequestError
 from medusa_runtime.request import Chunk, GenerationOptions, GenerationResult, Prompt, Stats
@@ -88,12 +91,18 @@ class TokenSequence:
         sampling = _check_sampling(bundle, options.get("sampling"), logprobs)
         shown_tokens = _token_ids(bundle, "shown_token_ids", options.get("shown_token_ids", ()))
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids, shown_ids=shown_tokens) if tokenizer else None
-        drawn = not sampling.greedy or logprobs
-        draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size) if drawn else None
+        constraints = _constraints(bundle, tokenizer, options.get("constraints"), prompt_ids, stop_ids)
+        drawn = not sampling.greedy or logprobs or constraints is not None
+        draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size, constraints) if drawn else None
         lookup = check_flag("lookup", options.get("lookup", True))
         # Typical acceptance accepts tokens that are merely likely, so that lookup would make the text repeat itself.
         index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
         return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index)
+
+    @property
+    def is_constrained(self) -> bool:
+        """True if the request demands something of its tokens, so that a step needs the text up to its root."""
+        return self.draws is not None and self.draws.constraints is not None
 
     @property
     def is_prefilling(self) -> bool:
@@ -146,6 +155,8 @@ class TokenSequence:
                 reason = "stop"
         self.finish_reason = reason
         self.token_ids += tokens
+        if self.draws is not None and self.draws.constraints is not None:
+            self.draws.constraints.extend(tokens)
         if self._lookup is not None:
             self._lookup.extend(tokens)
         self.stats.completion_tokens = len(self.token_ids)
@@ -206,6 +217,38 @@ def _check_sampling(bundle: Bundle, sampling: object, logprobs: bool) -> Samplin
         what = "give log probabilities" if chosen.greedy else "sample"
         raise RequestError(f"This bundle is greedy only and can't {what}: export it with sampling.")
     return chosen
+
+
+def _constraints(
+    bundle: Bundle,
+    tokenizer: Tokenizer | None,
+    given: object,
+    prompt_ids: Sequence[int],
+    stop_ids: frozenset[int],
+) -> RowConstraints | None:
+    """The constraints of a request; None if it demands nothing."""
+    if given is not None and not isinstance(given, Constraints):
+        raise RequestError(f"constraints is {shown(given)}: give Constraints(presence_penalty=…), or None.")
+    if given is None or given.are_none:
+        return None
+    if not bundle.constraints:
+        raise RequestError("This bundle knows no constraints: export it again, and not as greedy only.")
+    vocab_size = bundle.model.vocab_size
+    largest = max((*given.logit_bias, *given.banned_token_ids), default=0)
+    if largest >= vocab_size:
+        raise RequestError(f"The constraints name token {shown(largest)}: token ids go up to {vocab_size - 1}.")
+    walk = None
+    if given.grammar is not None:
+        if tokenizer is None:
+            raise RequestError("A grammar needs a tokenizer, and this bundle has none.")
+        ends = bundle.model.eos_token_ids or sorted(stop_ids)
+        if not ends:
+            raise RequestError(
+                "A grammar needs a token that ends the text, and the model has none: use stop_token_ids."
+            )
+        walk = GrammarWalk(given.grammar, tokenizer.description, vocab_size, ends)
+    end_ids = stop_ids.union(bundle.model.eos_token_ids)
+    return RowConstraints(given, prompt_ids, end_ids, vocab_size, bundle.tree, walk)
 
 
 def check_tree_size(bundle: Bundle, tree_size: object) -> int:

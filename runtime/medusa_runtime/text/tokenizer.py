@@ -115,6 +115,11 @@ class Tokenizer:
         """Number of tokens, the added ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def description(self) -> str:
+        """The tokenizer as the text of ``tokenizer.json``."""
+        return str(self._backend.to_str())
+
     @property
     def eos_token_id(self) -> int | None:
         """Id of the token that ends a text; None if the tokenizer names none."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_runtime import Bundle, BundleError, MedusaEngine, MedusaService
+from medusa_runtime import Bundle, BundleError, Constraints, MedusaEngine, MedusaService, RequestError
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH
@@ -37,6 +37,16 @@ def test_an_engine_answers_as_then(bundle: Bundle, chunk: int) -> None:
         for size in (1, 3, 8, 9):
             result = engine.generate(PROMPT, max_new_tokens=len(TOKENS), tree_size=size, prefill_chunk=chunk)
             assert list(result.token_ids) == TOKENS
+
+
+def test_constraints_are_refused(bundle: Bundle) -> None:
+    assert bundle.sampling
+    assert not bundle.constraints
+    with (
+        MedusaEngine.load(bundle.folder, threads=1) as engine,
+        pytest.raises(RequestError, match="knows no constraints: export it again"),
+    ):
+        engine.generate(PROMPT, constraints=Constraints(presence_penalty=1.0))
 
 
 @pytest.mark.parametrize("graph", [None, GRAPH])

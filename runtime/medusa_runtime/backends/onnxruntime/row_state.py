@@ -16,6 +16,7 @@ from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Bound
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import fixed_shape, pending_specs
+from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -59,7 +60,10 @@ class RowState:
         self.path: NDArray[np.int64] | None = None
         if "accepted_path" in outputs:
             self.path = self._bind(np.zeros(tokens, np.int64), output="accepted_path")
-        self._sampling = SamplingRows(rows) if bundle.sampling else None
+        self._sampling: SamplingRows | None = None
+        if bundle.sampling:
+            constraints = ConstraintRows(rows, bundle.model.vocab_size) if bundle.constraints else None
+            self._sampling = SamplingRows(rows, constraints)
         logprobs = None
         if self._sampling is not None:
             logprobs = self._bind(np.zeros(tokens, np.float32), output="logprobs")
@@ -96,6 +100,8 @@ class RowState:
         Returns:
             The inputs that have another width in each step, [B, width, …], by name. All others are in ``bound``.
         """
+        # First of all, as a grammar may replace drafts.
+        drawn = {} if self._sampling is None else self._write_sampling(self._sampling, size, prompts, rows)
         ids = self._of_width("input_ids", size, np.int64)
         for row in rows:
             prompt = prompts.get(row)
@@ -107,13 +113,21 @@ class RowState:
                 ids[row, len(prompt) :] = 0
             self.is_prefill[row] = prompt is not None
             self._num_tokens[row] = size if prompt is None else len(prompt)
-        if self._sampling is None:
-            return {"input_ids": ids}
-        width = self._sampling.width(size, prompts, rows)
+        return {"input_ids": ids, **drawn}
+
+    def _write_sampling(
+        self, sampling: SamplingRows, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
+    ) -> dict[str, NDArray[Any]]:
+        """Writes random numbers and constraints; gives the inputs that have another width in each step."""
+        width = sampling.width(size, prompts, rows)
         exponentials = self._of_width("exponentials", width, np.float32)
         if width:
-            self._sampling.write(exponentials, self.lengths, prompts)
-        return {"input_ids": ids, "exponentials": exponentials}
+            sampling.write(exponentials, self.lengths, prompts)
+        if sampling.constraints is None:
+            return {"exponentials": exponentials}
+        drawn = min(size, self._bundle.tree.size, width)
+        constrained = sampling.constraints.of_step(drawn, prompts, rows, lambda: self.drafts)
+        return {"exponentials": exponentials, **constrained}
 
     def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:
         """An array for one width: the same one each time for the widths of trees, a new one for chunks of a prompt."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.tensorrt.buffers import ID, Buffers, Submitted
+from medusa_runtime.backends.tensorrt.choices import ChoiceSizes, DeviceChoices
 from medusa_runtime.backends.tensorrt.cuda import Cuda, Stream
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, import_tensorrt
 from medusa_runtime.backends.tensorrt.loading import LoadedEngine, load_engine
@@ -30,7 +31,7 @@ from medusa_runtime.errors import (
     OutOfDeviceMemoryError,
     RequestError,
 )
-from medusa_runtime.sampling import Draws, SamplingRows
+from medusa_runtime.sampling import Draws
 
 _log = logging.getLogger(__name__)
 _LARGER_CHUNKS = ", or build the engine with a larger 'medusa-export trt --max-prefill'"
@@ -95,11 +96,11 @@ class TensorRTBackend:
         self._lengths = np.zeros(rows, np.int64)  # exact once all steps are collected
         self._drafts_shown = False  # True while the host's drafts count, not the device's
         self._idle_shown: tuple[int, ...] | None = None  # rows that sit out as the device knows; None after a prefill
-        self._sampling = SamplingRows(rows) if bundle.sampling else None
-        self._sampling_changed = True  # since it was stored on the device
+        self._choices: DeviceChoices | None = None
         try:
             self._slots = self._buffers.allocate(IN_FLIGHT)
-            self._pin_sampling()
+            if bundle.sampling:
+                self._choices = DeviceChoices(bundle, rows, self._buffers, self._stream)
         except BackendError as error:
             with contextlib.suppress(BackendError):
                 self.close()
@@ -110,15 +111,6 @@ class TensorRTBackend:
                 f"({memory.words(rows)}): take fewer rows (gpu_memory chooses them), or build it again with a smaller "
                 f"'medusa-export trt --max-seq-len'. {error}"
             ) from error
-
-    def _pin_sampling(self) -> None:
-        """Gives what rows sample with memory that the device can copy from by itself."""
-        if self._sampling is not None:
-            spec = self._buffers.specs["exponentials"]
-            self._exponentials = self._buffers.pin(self._buffers.shape(spec), np.float32)
-            for name, array in self._sampling.inputs.items():
-                self._sampling.inputs[name] = self._buffers.pin(array.shape, array.dtype)
-                self._sampling.inputs[name][:] = array
 
     @property
     def name(self) -> str:
@@ -219,13 +211,10 @@ class TensorRTBackend:
         self._stream.synchronize(doing)
 
     def assign(self, row: int, draws: Draws | None) -> None:
-        if self._sampling is None:
-            if draws is not None:
-                raise BackendError("This engine's bundle is greedy only: it can't sample.")
-            return
-        self._stream.synchronize("changing how a row samples")  # the device may still read the old values
-        self._sampling.assign(row, draws)
-        self._sampling_changed = True
+        if self._choices is not None:
+            self._choices.assign(row, draws)
+        elif draws is not None:
+            raise BackendError("This engine's bundle is greedy only: it can't sample.")
 
     def step(
         self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
@@ -249,19 +238,19 @@ class TensorRTBackend:
 
     def _launch(self, size: int, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...]) -> None:
         """Puts a step into the stream. A failure may leave all rows changed."""
+        doing = f"running a step of {size} tokens over {self._rows} rows"
+        sizes = self._store_choices(size, prompts, idle, doing)
         if self._drafts_shown:
             self._stream.upload(
                 self._buffers.address["next_input_ids"], self._buffers.drafts, "storing the drafted trees"
             )
             self._drafts_shown = False
-        doing = f"running a step of {size} tokens over {self._rows} rows"
-        width = self._store_sampling(size, prompts, idle, doing)
         if idle:
             self._keep_drafts(doing)
         if prompts:
-            self._prefill(size, width, prompts, idle, doing)
+            self._prefill(size, sizes, prompts, idle, doing)
         else:
-            self._decode(size, width, idle, doing)
+            self._decode(size, sizes, idle, doing)
         for row in idle:
             self._restore_draft(row, doing)
         slot = self._slots[self._next_slot]
@@ -313,39 +302,29 @@ class TensorRTBackend:
                 f"{self._limits.capacity} slots. {REBUILD.removesuffix('.')} and a larger --max-seq-len."
             )
 
-    def _store_sampling(
+    def _store_choices(
         self, size: int, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...], doing: str
-    ) -> int:
-        """Stores what rows sample with on the device; gives the number of tokens per row that may be drawn.
-
-        The random numbers are for all places that a step may reach, even if the step before it has not been collected.
-        A number that a step in flight may still read keeps its place and its value.
-        """
+    ) -> ChoiceSizes:
+        """Stores what rows sample with on the device."""
+        if self._choices is None:
+            return ChoiceSizes()
         rows = [row for row in range(self._rows) if row not in idle]
-        if self._sampling is None or not self._sampling.width(size, prompts, rows):
-            return 0
         least = self._lengths.copy()
         for step in self._submitted:
             for row, added in step.added.items():
                 least[row] += added
-        self._sampling.write(self._exponentials, least, prompts)
-        self._stream.upload(self._buffers.address["exponentials"], self._exponentials, doing)
-        if self._sampling_changed:
-            for name, array in self._sampling.inputs.items():
-                self._stream.upload(self._buffers.address[name], array, doing)
-            self._sampling_changed = False
-        return self._buffers.draws
+        return self._choices.store(size, prompts, rows, least, lambda: self.drafts, doing)
 
-    def _decode(self, size: int, width: int, idle: tuple[int, ...], doing: str) -> None:
+    def _decode(self, size: int, sizes: ChoiceSizes, idle: tuple[int, ...], doing: str) -> None:
         if self._idle_shown != idle:
             self._idle_shown = None
             sits_out = [row in idle for row in range(self._rows)]
             self._buffers.upload_flags([0 if out else size for out in sits_out], sits_out, doing)
             self._idle_shown = idle
-        self._steps.decode(size, width, doing)
+        self._steps.decode(size, sizes, doing)
 
     def _prefill(
-        self, size: int, width: int, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...], doing: str
+        self, size: int, sizes: ChoiceSizes, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...], doing: str
     ) -> None:
         """Rows in ``prompts`` take their chunk, idle rows no tokens, all others their drafted tree."""
         chunks = {**prompts, **dict.fromkeys(idle, ())}
@@ -365,7 +344,7 @@ class TensorRTBackend:
             if row not in chunks:
                 target, source = address["input_ids"] + row * size * ID.itemsize, address["next_input_ids"] + row * tree
                 self._stream.copy(target, source, min(size * ID.itemsize, tree), doing)
-        self._steps.prefill(size, width, doing)
+        self._steps.prefill(size, sizes, doing)
 
     def _keep_drafts(self, doing: str) -> None:
         """Copies all drafted trees to where no step writes."""

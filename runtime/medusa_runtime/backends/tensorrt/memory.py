@@ -9,7 +9,7 @@ import numpy as np
 
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import CompiledEngine, EngineLimits
-from medusa_runtime.bundles.contract import TensorSpec, fixed_shape
+from medusa_runtime.bundles.contract import MAX_EDITS, TensorSpec, fixed_shape
 from medusa_runtime.errors import OutOfDeviceMemoryError, RequestError
 from medusa_runtime.sampling import draws_ahead
 
@@ -23,6 +23,8 @@ def largest_shape(spec: TensorSpec, bundle: Bundle, limits: EngineLimits, rows: 
         "capacity": limits.capacity,
         "sequence": limits.max_prefill,
         "draws": draws_ahead(bundle.tree),
+        "edits": MAX_EDITS,
+        "masks": bundle.tree.size,
     }
     return fixed_shape(spec, sizes)
 

@@ -6,11 +6,12 @@ The contexts that were used last are kept, ``MOST_CONTEXTS`` of them, or fewer w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from medusa_runtime.backends.tensorrt.buffers import ID, Buffers
+from medusa_runtime.backends.tensorrt.choices import ChoiceSizes
 from medusa_runtime.backends.tensorrt.cuda import Graph, Stream
 from medusa_runtime.backends.tensorrt.loading import LoadedEngine
 from medusa_runtime.bundles.bundle import Bundle
@@ -65,8 +66,8 @@ class EngineSteps:
     ) -> None:
         self._loaded, self._buffers, self._stream, self._bundle = loaded, buffers, stream, bundle
         self._rows, self._capacity, self._captures = rows, capacity, capture
-        # By size, and numbers to draw with; the one that was used last is the last one.
-        self._decoders: dict[tuple[int, int], _Decoder] = {}
+        # By size, and what tokens are chosen with; the one that was used last is the last one.
+        self._decoders: dict[tuple[int, ChoiceSizes], _Decoder] = {}
         self._capturing = False
         self._prefiller: Any = None
         pending = [group.pending for group in bundle.state_groups if group.pending is not None]
@@ -76,22 +77,24 @@ class EngineSteps:
     @property
     def uncaptured(self) -> dict[tuple[int, int], str]:
         """Why some steps are launched one by one, by tree size and numbers to draw with."""
-        return {key: decoder.refused for key, decoder in self._decoders.items() if decoder.refused}
+        return {
+            (size, sizes.draws): decoder.refused for (size, sizes), decoder in self._decoders.items() if decoder.refused
+        }
 
-    def decode(self, size: int, width: int, doing: str) -> None:
+    def decode(self, size: int, sizes: ChoiceSizes, doing: str) -> None:
         """Verifies the first ``size`` nodes of each drafted tree.
 
         Args:
             size: S.
-            width: Tokens per row to draw (W).
+            sizes: Sizes of the inputs for sampling and constraints.
             doing: The action that this is part of, for the message of a failure.
         """
-        decoder = self._decoders.pop((size, width), None)
+        decoder = self._decoders.pop((size, sizes), None)
         if decoder is None:
             while len(self._decoders) >= MOST_CONTEXTS:
                 self._drop_oldest(doing)
-            decoder = _Decoder(self._context_with_room(_DECODE, size, width, doing, eager=True))
-        self._decoders[size, width] = decoder
+            decoder = _Decoder(self._context_with_room(_DECODE, size, sizes, doing, eager=True))
+        self._decoders[size, sizes] = decoder
         if self._captures and decoder.graph is None and decoder.warm and not decoder.refused:
             self._capture(decoder, size, doing)
         if decoder.graph is not None:
@@ -136,24 +139,21 @@ class EngineSteps:
         if decoder.graph is not None:
             decoder.graph.close()
 
-    def _context_with_room(self, profile: int, size: int, width: int, doing: str, *, eager: bool) -> Any:
+    def _context_with_room(self, profile: int, size: int, sizes: ChoiceSizes, doing: str, *, eager: bool) -> Any:
         """A new context; gives up others, the oldest first, while there is no memory for it."""
         while True:
             try:
-                return self._context(profile, size, width, eager=eager)
+                return self._context(profile, size, sizes, eager=eager)
             except OutOfDeviceMemoryError:
                 if not self._decoders:
                     raise
                 self._drop_oldest(doing)
 
-    def prefill(self, size: int, width: int, doing: str) -> None:
+    def prefill(self, size: int, sizes: ChoiceSizes, doing: str) -> None:
         """Runs a step whose token ids, [B, size], are in ``input_ids`` already; arguments as for ``decode``."""
         if self._prefiller is None:
-            self._prefiller = self._context_with_room(_PREFILL, size, width, doing, eager=False)
-        self._set_input_shape(self._prefiller, "input_ids", (self._rows, size), doing)
-        if "exponentials" in self._buffers.specs:
-            shape = fixed_shape(self._buffers.specs["exponentials"], {"batch": self._rows, "draws": width})
-            self._set_input_shape(self._prefiller, "exponentials", shape, doing)
+            self._prefiller = self._context_with_room(_PREFILL, size, sizes, doing, eager=False)
+        self._set_shapes(self._prefiller, size, sizes, doing)
         self._execute(self._prefiller, doing)
 
     def _execute(self, context: Any, doing: str) -> None:
@@ -165,21 +165,24 @@ class EngineSteps:
             size = buffers.size(buffers.specs[target])
             self._stream.copy(buffers.address[target], buffers.address[source], size, doing)
 
-    def _context(self, profile: int, size: int, width: int, *, eager: bool) -> Any:
+    def _context(self, profile: int, size: int, sizes: ChoiceSizes, *, eager: bool) -> Any:
         """An execution context for steps of a size, with everything bound."""
         doing = f"preparing steps of {size} tokens over {self._rows} rows"
         context = self._loaded.new_context(eager=eager)
         if not self._agrees(context.set_optimization_profile_async, profile, self._stream.handle):
             raise self._failure(f"TensorRT failed while {doing}, at profile {profile}: {self._loaded.words()}")
-        sizes = {"batch": self._rows, "sequence": size, "draws": width, "capacity": self._capacity}
-        for spec in self._bundle.inputs:
-            self._set_input_shape(context, spec.name, fixed_shape(spec, sizes), doing)
+        self._set_shapes(context, size, sizes, doing)
         for name, address in self._buffers.address.items():
             if not self._agrees(context.set_tensor_address, name, address):
                 raise self._failure(f"TensorRT failed while {doing}, at the address of {name}: {self._loaded.words()}")
         context.set_device_memory(self._buffers.scratch, self._buffers.scratch_size)
         self._stream.synchronize(doing)
         return context
+
+    def _set_shapes(self, context: Any, size: int, sizes: ChoiceSizes, doing: str) -> None:
+        free = {"batch": self._rows, "sequence": size, "capacity": self._capacity, **asdict(sizes)}
+        for spec in self._bundle.inputs:
+            self._set_input_shape(context, spec.name, fixed_shape(spec, free), doing)
 
     def _set_input_shape(self, context: Any, name: str, shape: tuple[int, ...], doing: str) -> None:
         if not self._agrees(context.set_input_shape, name, shape):

@@ -1,0 +1,87 @@
+"""The constraints of one request while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medusa_runtime.bundles.contract import MASK_BITS, mask_bytes
+from medusa_runtime.bundles.tree import Tree
+from medusa_runtime.constraints.edits import EditedTokens, Edits
+from medusa_runtime.constraints.grammar import GrammarWalk
+from medusa_runtime.constraints.options import Constraints
+
+NO_PENALTIES = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+ALL_TOKENS = 255  # a byte of a mask with all bits set
+
+
+class RowConstraints:
+    """The constraints of a request, and what they have to know of its text so far.
+
+    Args:
+        constraints: The constraints.
+        prompt_ids: The tokens of the prompt.
+        end_token_ids: The tokens that end the answer.
+        vocab_size: Size of the vocabulary.
+        tree: The draft tree.
+        walk: Follows the grammar; None without one.
+    """
+
+    def __init__(
+        self,
+        constraints: Constraints,
+        prompt_ids: Sequence[int],
+        end_token_ids: Collection[int],
+        vocab_size: int,
+        tree: Tree,
+        walk: GrammarWalk | None = None,
+    ) -> None:
+        self._constraints = constraints
+        self._edits = EditedTokens(constraints, prompt_ids)
+        self._walk = walk
+        self._parents, self._depths = tree.parents.tolist(), tree.depths
+        self._early = constraints.min_new_tokens  # tokens before which no end token is allowed
+        self._no_end = np.full(mask_bytes(vocab_size), ALL_TOKENS, np.uint8)
+        for token in end_token_ids:
+            self._no_end[token // MASK_BITS] &= ~np.uint8(1 << token % MASK_BITS)
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """The row's values of the graph's inputs for penalties."""
+        return {name: getattr(self._constraints, name) for name in NO_PENALTIES}
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Takes note of tokens that the answer grows by.
+
+        Raises:
+            RequestError: The grammar does not allow them, or became too complex.
+        """
+        self._edits.extend(tokens)
+        self._early = max(self._early - len(tokens), 0)
+        if self._walk is not None:
+            self._walk.extend(tokens)
+
+    def edits(self, drafted: Sequence[int]) -> Edits:
+        """The edited tokens of a step that verifies the tokens ``drafted``, besides the root."""
+        return self._edits.of_step(drafted)
+
+    def masks(self, nodes: NDArray[np.int64]) -> NDArray[np.uint8] | None:
+        """The tokens that are allowed after each node, a bit per token; None if all are.
+
+        Args:
+            nodes: [S], the token of each node, the root's first. A draft that the grammar forbids is replaced here
+                where the grammar leaves one token only.
+
+        Returns:
+            [S, ⌈V / 8⌉]. What it says of nodes that can't be accepted means nothing.
+        """
+        if self._walk is None and not self._early:
+            return None
+        if self._walk is None:
+            masks = np.full((len(nodes), len(self._no_end)), ALL_TOKENS, np.uint8)
+        else:
+            masks = self._walk.masks(nodes, self._parents)
+        masks[self._depths[: len(nodes)] < self._early] &= self._no_end
+        return masks
