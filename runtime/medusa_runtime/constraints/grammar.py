@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.bundles.contract import mask_bytes
-from medusa_runtime.errors import MedusaError, RequestError
+from medusa_runtime.errors import RequestError
 
 MAX_GRAMMAR_BYTES = 2**20
 _ANY_OBJECT = {"type": "object"}
@@ -179,5 +179,5 @@ def _matcher_class() -> Any:
     try:
         from llguidance import LLMatcher
     except ImportError as error:
-        raise MedusaError("Grammars need llguidance: install it with pip install 'medusa-export[grammar]'.") from error
+        raise RequestError("Grammars need llguidance: install it with pip install 'medusa-export[grammar]'.") from error
     return LLMatcher

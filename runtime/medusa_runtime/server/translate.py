@@ -11,27 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_runtime.request import RequestOptions
 from medusa_runtime.sampling import SamplingParams
+from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.errors import ApiError, unsupported
 from medusa_runtime.server.schema.base import Body, SamplingFields
 
 if TYPE_CHECKING:
     from medusa_runtime.service import MedusaService
 
-_PENALTIES = "This server does not change logits: leave it out."
-_GRAMMARS = "This server has no grammars: leave it out."
 _STORED = "This server stores nothing: send the whole conversation."
 _OTHER = "This server does not serve it: leave it out."
 
 # Fields by name: the values that change nothing, and why others are refused.
 _NEUTRAL: dict[str, tuple[Sequence[Any], str]] = {
-    "min_tokens": ((0,), _PENALTIES),
-    "presence_penalty": ((0,), _PENALTIES),
-    "frequency_penalty": ((0,), _PENALTIES),
-    "repetition_penalty": ((1,), _PENALTIES),
-    "logit_bias": (({},), _PENALTIES),
-    "response_format": (({"type": "text"},), _GRAMMARS),
-    "tool_choice": (("none", "auto"), "Calls can't be forced without grammars: use 'auto' or 'none'."),
-    "text": (({}, {"format": {"type": "text"}}), _GRAMMARS),
+    "tool_choice": (("none", "auto"), "Calls can't be forced: use 'auto' or 'none'."),
     "functions": ((), "Use 'tools'."),
     "function_call": ((), "Use 'tool_choice'."),
     "modalities": ((["text"],), "This server answers with text."),
@@ -79,10 +71,12 @@ def request_options(
         timeout: Seconds after which the request ends.
 
     Raises:
+        ApiError: A format or a bias can't be served.
         RequestError: A value is out of range.
     """
     options: RequestOptions = {
         "sampling": sampling_params(service, body, index),
+        "constraints": constraints_of(body),
         "logprobs": logprobs,
         "ignore_eos": bool(body.ignore_eos),
         "timeout": timeout,

@@ -112,10 +112,12 @@ def test_parts_of_text_and_fields_without_effect(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "status", "code", "param"),
     [
-        ({"presence_penalty": 0.5}, 400, "unsupported_parameter", "presence_penalty"),
-        ({"logit_bias": {"5": 1.0}}, 400, "unsupported_parameter", "logit_bias"),
-        ({"min_tokens": 3}, 400, "unsupported_parameter", "min_tokens"),
-        ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+        ({"presence_penalty": 5}, 400, "invalid_value", "presence_penalty"),
+        ({"logit_bias": {"5": 101.0}}, 400, "invalid_value", "logit_bias"),
+        ({"logit_bias": {"five": 1.0}}, 400, "invalid_value", "logit_bias"),
+        ({"response_format": {"type": "yaml"}}, 400, "invalid_value", "response_format"),
+        ({"response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
+        ({"structured_outputs": {"regex": 5}}, 400, "invalid_value", "structured_outputs"),
         ({"tool_choice": "required"}, 400, "unsupported_parameter", "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
         ({"top_logprobs": 2, "logprobs": True}, 400, "unsupported_parameter", "top_logprobs"),

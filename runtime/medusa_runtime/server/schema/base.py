@@ -61,18 +61,19 @@ class SamplingFields(Body):
 class CompletionFields(SamplingFields):
     """Fields that chat completions and completions share.
 
-    The fields from ``min_tokens`` on change logits. They are read, and refused unless they have no effect.
-
     Attributes:
         n: Number of answers to each prompt.
         stop: A string that ends the answer, or several. They are not part of it.
         max_tokens: The most tokens of an answer. Default for chats: what fits.
         stream_options: Options of the stream.
-        min_tokens: 0.
-        presence_penalty: 0.
-        frequency_penalty: 0.
-        repetition_penalty: 1.
-        logit_bias: Empty.
+        min_tokens: Tokens before which no end token is allowed.
+        presence_penalty: Is subtracted from the logits of tokens that the answer holds.
+        frequency_penalty: Is subtracted once for each time that the answer holds a token.
+        repetition_penalty: Divides positive logits of tokens that prompt or answer hold, and multiplies others.
+        logit_bias: Numbers from -100 to 100 that are added to logits, by token id.
+        response_format: The format of the answer: ``text``, ``json_object`` or ``json_schema``.
+        structured_outputs: A format as vLLM has it: an object with one of ``json`` (a schema), ``regex``, ``choice`` (a
+            list of texts) and ``grammar`` (Lark or GBNF).
     """
 
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -84,3 +85,5 @@ class CompletionFields(SamplingFields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: JsonObject | None = None
+    structured_outputs: JsonObject | None = None

@@ -75,7 +75,6 @@ class ChatRequest(CompletionFields):
         parallel_tool_calls: If false, the answer has one tool call at most.
         chat_template_kwargs: Variables of the chat template, such as ``enable_thinking``.
         reasoning_effort: Is given to the chat template under this name.
-        response_format: ``{"type": "text"}``. Other formats need grammars.
         functions: Is refused: use ``tools``.
         function_call: Is refused: use ``tool_choice``.
         modalities: ``["text"]``.
@@ -94,7 +93,6 @@ class ChatRequest(CompletionFields):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: JsonObject | None = None
     reasoning_effort: str | None = None
-    response_format: JsonObject | None = None
     functions: JsonValue = None
     function_call: JsonValue = None
     modalities: Items[str] | None = None

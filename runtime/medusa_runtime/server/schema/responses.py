@@ -44,9 +44,9 @@ class ResponsesRequest(SamplingFields):
         instructions: A system message before the input.
         max_output_tokens: The most tokens of the answer. Default: what fits.
         tools: The functions that the model may call.
-        tool_choice: ``none`` or ``auto``, the default. The others need grammars.
+        tool_choice: ``none`` or ``auto``, the default.
         parallel_tool_calls: If false, the answer has one tool call at most.
-        text: ``{"format": {"type": "text"}}``. Other formats need grammars.
+        text: The format of the answer: ``text``, ``json_object`` or ``json_schema``.
         reasoning: Its ``effort`` is given to the chat template as ``reasoning_effort``.
         chat_template_kwargs: Variables of the chat template.
         truncation: ``disabled``.
