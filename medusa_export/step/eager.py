@@ -139,7 +139,7 @@ class EagerBackend:
                 )
             )
         self._caches, self._pending = output.present, output.next_pending
-        self._lengths = output.next_cache_lengths.cpu()
+        self._lengths.copy_(output.next_cache_lengths)  # in place, as a caller may hold the array
         taking_part = [row for row in range(self._rows) if row not in idle]
         self._drafts[taking_part] = output.next_input_ids.cpu().numpy()[taking_part]
         self.output = output
