@@ -186,7 +186,10 @@ def compare_rewritten(exported: Bundle, tmp_path: Path) -> None:
 def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray]:
     """Inputs of a step of two rows, of which one prefills, or both do beyond the tree; so many numbers to draw with."""
     rng = np.random.default_rng(size)
-    sizes = {"batch": 2, "capacity": LIMITS.capacity, "sequence": size, "draws": draws}
+    edits, masks = (9, min(size, TREE.size)) if draws else (0, 0)
+    sizes = {
+        "batch": 2, "capacity": LIMITS.capacity, "sequence": size, "draws": draws, "edits": edits, "masks": masks
+    }  # fmt: skip
     feed = {}
     for spec in bundle.inputs:
         shape = [part if isinstance(part, int) else sizes[part] for part in spec.shape]
@@ -199,6 +202,11 @@ def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray
     if "exponentials" not in feed:
         return feed
     feed["exponentials"] = rng.standard_exponential(feed["exponentials"].shape, np.float32)
+    feed["edit_tokens"][:] = rng.permutation(101)[:edits]
+    feed["edit_count"] = rng.integers(0, 3, feed["edit_count"].shape).astype(np.float32)
+    feed["edit_seen"] = np.minimum(feed["edit_count"], 1)
+    feed["repetition_penalty"] = np.full((2, 1, 1), 1.3, np.float32)
+    feed["allowed_tokens"] = rng.integers(0, 256, feed["allowed_tokens"].shape, np.uint8)
     rows = [SamplingParams(temperature=0.8, top_k=20, top_p=0.9).row_inputs(), GREEDY.row_inputs()]
     feed |= {name: np.array([row[name] for row in rows], feed[name].dtype) for name in rows[0]}
     return feed
@@ -214,7 +222,7 @@ def test_plain_decoding_and_one_row_build(stock: Stock) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampling", "most"), [(True, 1.17), (False, 1.11)])
+@pytest.mark.parametrize(("sampling", "most"), [(True, 1.18), (False, 1.11)])
 def test_smollm2_is_built_within_its_bounds(
     smollm2_gguf: str, smollm2_heads: Path, tmp_path: Path, sampling: bool, most: float
 ) -> None:
