@@ -23,6 +23,7 @@ def test_folders_are_kept_until_what_makes_them_changes(tmp_path: Path, monkeypa
         (tmp_path / f"run{number}").mkdir()
         return Stock.beside(tmp_path / f"run{number}").folder("name", fill, keep=keep)
 
+    monkeypatch.delenv("MEDUSA_TEST_STOCK", raising=False)
     assert of_a_new_run() != of_a_new_run()
     assert len(made) == 2
     monkeypatch.setenv("MEDUSA_TEST_STOCK", str(tmp_path / "kept"))

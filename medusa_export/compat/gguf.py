@@ -1,6 +1,8 @@
 """gguf: a file is parsed once, and fast, while transformers loads it.
 
-Tried with gguf 0.19.0 and transformers 5.23.0; without a model, also with transformers 5.17.0.
+Tried with gguf 0.19.0 and transformers 5.23.0.
+
+They were also tried with transformers 5.17.0, but on no model.
 
 Without these patches a GGUF file still loads, to the same model, but slowly:
 

@@ -31,7 +31,8 @@ def test_a_bundle_of_the_model_itself_is_as_close_as_rounding_allows(
     assert close.same_choice == 1
     assert found.bundles[0].heads is None
 
-    samples = samples_of(str(tiny_model_folder), [data], [], max_length=512, limit=5, on_progress=lambda _: None)
+    options = {"limit": 5, "text_only": False, "on_progress": lambda _: None}
+    samples = samples_of(str(tiny_model_folder), [data], [], max_length=512, **options)
     model, losses = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32), []
     for sample in samples:
         ids, answer = torch.tensor([sample.input_ids]), torch.tensor([sample.is_label])
@@ -47,7 +48,8 @@ def test_a_bundle_of_the_model_itself_is_as_close_as_rounding_allows(
 def test_plain_text_is_cut_into_pieces_whose_tokens_count_all(tiny_model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("A very good text about prompts. " * 9, encoding="utf-8")
-    samples = samples_of(str(tiny_model_folder), [], [path], max_length=16, limit=None, on_progress=lambda _: None)
+    options = {"limit": None, "text_only": False, "on_progress": lambda _: None}
+    samples = samples_of(str(tiny_model_folder), [], [path], max_length=16, **options)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     assert [token for sample in samples for token in sample.input_ids] == tokenizer(path.read_text())["input_ids"]
     assert all(sample.is_label == [False] + [True] * (len(sample.is_label) - 1) for sample in samples)

@@ -34,7 +34,8 @@ def _read() -> dict[str, dict[str, list[str]]]:
 
 
 RECORD = _read()
-USED = {member for member in RECORD if member.split(".")[-1] in tensorrt_api.used_names()}
+NAMES = tensorrt_api.used_names()
+USED = {member for member in RECORD if member.split(".")[-1] in NAMES}
 # The code asks for these before it uses them, or uses them for TensorRT-RTX only.
 RTX_ONLY = {
     "BuilderFlag.REQUIRE_USER_ALLOCATION", "ComputeCapability", "DynamicShapesKernelSpecializationStrategy",
