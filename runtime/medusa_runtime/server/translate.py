@@ -108,16 +108,17 @@ def sampling_params(service: MedusaService, body: SamplingFields, index: int) ->
 def check_top_logprobs(service: MedusaService, body: SamplingFields, field: str, number: int) -> None:
     """Refuses a request for more log probabilities than the graph gives.
 
-    The graph gives that of the chosen token. In a greedy answer this is the most likely token.
+    The graph gives that of the chosen token. In a greedy answer without constraints this is the most likely token.
 
     Raises:
         ApiError: More is asked for.
     """
-    if number > 1 or (number == 1 and not is_greedy(service, body)):
+    is_best = is_greedy(service, body) and constraints_of(body) is None
+    if number > 1 or (number == 1 and not is_best):
         raise unsupported(
             field,
             "The graph gives the log probability of the chosen token alone: use 0, or 1 for greedy answers "
-            "(temperature 0), whose chosen token is the most likely one.",
+            "(temperature 0, no constraints), whose chosen token is the most likely one.",
         )
 
 

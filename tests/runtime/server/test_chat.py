@@ -122,6 +122,7 @@ def test_parts_of_text_and_fields_without_effect(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
         ({"top_logprobs": 2, "logprobs": True}, 400, "unsupported_parameter", "top_logprobs"),
         ({"top_logprobs": 1, "logprobs": True, "temperature": 1}, 400, "unsupported_parameter", "top_logprobs"),
+        ({"top_logprobs": 1, "logprobs": True, "presence_penalty": 1}, 400, "unsupported_parameter", "top_logprobs"),
         ({"top_logprobs": 1}, 400, "invalid_value", "top_logprobs"),
         ({"colour": "red"}, 400, "unknown_parameter", "colour"),
         ({"messages": []}, 400, "invalid_value", "messages"),
