@@ -12,15 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from medusa_runtime.bundles.contract import MASK_BITS
-
-# For all bits of the 256 values of a byte: -inf if the bit is 0, and 0 if it is 1. TensorRT has no operators for bits.
-_BITS = np.unpackbits(np.arange(2**MASK_BITS, dtype=np.uint8), bitorder="little")
-_REFUSED = np.where(_BITS == 1, 0, -np.inf).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -81,4 +76,13 @@ def _refused(masks: Tensor, vocab_size: int) -> Tensor:
     """What masks [B, A, ⌈V / 8⌉] add to logits, [B, A, V]: -inf for forbidden tokens, and 0 for all others."""
     token = torch.arange(vocab_size)
     bits = masks.long().index_select(2, token // MASK_BITS) * MASK_BITS + token % MASK_BITS
-    return torch.tensor(_REFUSED)[bits]
+    return _refused_bits()[bits]
+
+
+def _refused_bits() -> Tensor:
+    """For all bits of the 256 values of a byte, [2048]: -inf if the bit is 0, and 0 if it is 1.
+
+    TensorRT has no operators for bits. The table is a constant of the graph.
+    """
+    byte, weight = torch.arange(2**MASK_BITS).unsqueeze(1), 2 ** torch.arange(MASK_BITS)
+    return torch.where(byte // weight % 2 > 0, 0.0, -torch.inf).flatten()

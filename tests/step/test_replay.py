@@ -15,6 +15,7 @@ from medusa_export.step.fused import FUSED, fused_attention
 from medusa_export.step.replay import ReplayedSteps
 from medusa_export.step.sampling import SamplingInputs, draw
 from medusa_export.step.step import StepInputs
+from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, sampling_inputs
 from support.decoding import TREE, greedy, make_step, random_heads
 from support.tiny_models import tiny_model
 
@@ -33,6 +34,15 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
+def zeros_to_draw_with(draws: int) -> SamplingInputs:
+    """Inputs of zeros for a row that draws tokens after ``draws`` nodes, under constraints."""
+    sizes = {"batch": 1, "draws": draws, "edits": draws, "masks": draws}
+    specs = (*sampling_inputs(101), *constraint_inputs(101))
+    return SamplingInputs.of(
+        [torch.zeros(fixed_shape(spec, sizes), dtype=getattr(torch, spec.dtype)) for spec in specs]
+    )
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "cohere2", "qwen2_moe"])
 @pytest.mark.parametrize("draws", [0, 9])
 def test_a_step_touches_no_other_device_and_reads_no_value(family: str, draws: int) -> None:
@@ -41,7 +51,7 @@ def test_a_step_touches_no_other_device_and_reads_no_value(family: str, draws: i
     step = make_step(model, random_heads(model)).to("meta")
     with torch.device("meta"), torch.no_grad(), OneDevice():
         lengths = torch.zeros(1, dtype=torch.int64)
-        floats = [torch.zeros(1) for _ in range(4)]
+        sampling = zeros_to_draw_with(draws)
         step(
             StepInputs(
                 input_ids=torch.zeros(1, 9, dtype=torch.int64),
@@ -53,7 +63,7 @@ def test_a_step_touches_no_other_device_and_reads_no_value(family: str, draws: i
                     torch.zeros(1, heads, TREE.max_depth, size)
                     for heads, size in (state.shape for state in step.states)
                 ],
-                sampling=SamplingInputs(torch.zeros(1, draws, 257), torch.zeros(1), lengths, *floats),
+                sampling=sampling,
             )
         )
 
@@ -62,13 +72,8 @@ def test_draws_touch_no_other_device() -> None:
     """``draw`` is one operator of a step, whose inside the test of steps doesn't see."""
     with torch.device("meta"), torch.no_grad(), OneDevice():
         whole = torch.zeros(1, 9, dtype=torch.int64)
-        given = SamplingInputs(
-            torch.zeros(1, 9, 257),
-            torch.zeros(1),
-            torch.zeros(1, dtype=torch.int64),
-            *(torch.zeros(1) for _ in range(4)),
-        )
-        draw(torch.zeros(1, 9, 101), whole, whole, torch.zeros(9, dtype=torch.int64), given)
+        ancestors = torch.zeros(9, 9)
+        draw(torch.zeros(1, 9, 101), whole, torch.zeros(9, dtype=torch.int64), ancestors, zeros_to_draw_with(9))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
