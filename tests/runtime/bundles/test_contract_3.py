@@ -40,7 +40,6 @@ def test_an_engine_answers_as_then(bundle: Bundle, chunk: int) -> None:
 
 
 def test_constraints_are_refused(bundle: Bundle) -> None:
-    assert bundle.sampling
     assert not bundle.constraints
     with (
         MedusaEngine.load(bundle.folder, threads=1) as engine,

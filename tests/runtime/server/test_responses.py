@@ -72,7 +72,7 @@ def test_items_become_messages() -> None:
     ("fields", "code", "param"),
     [
         ({"previous_response_id": "resp_1"}, "unsupported_parameter", "previous_response_id"),
-        ({"text": {"format": {"type": "json_object"}}}, "unsupported_parameter", "text"),
+        ({"text": {"format": {"type": "yaml"}}}, "invalid_value", "text"),
         ({"top_logprobs": 1}, "unsupported_parameter", "top_logprobs"),
         ({"background": True}, "unsupported_parameter", "background"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_value", None),
