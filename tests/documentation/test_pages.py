@@ -79,7 +79,9 @@ heads=scripts/smollm2_heads
 exported="onnx $(scripts/smollm2.sh) --heads $heads --calibration $heads/calibration.json -o bundle"
 unset heads
 medusa-export() {
-  if [ "$*" = "$exported" ]; then cp -rl "$EXPORTED" bundle; else command medusa-export "$@"; fi
+  if [ "$*" = "$exported" ]; then cp -rl "$EXPORTED" bundle
+  elif [ $BASHPID != $$ ]; then exec medusa-export "$@"  # a job: kill ends it, not a shell around it
+  else command medusa-export "$@"; fi
 }
 """
 
