@@ -19,6 +19,8 @@ from medusa_export.step.step import MedusaStep
 
 # Traced graphs name a weight of the step by its name in the step behind this.
 PREFIX = "step."
+# The end of the name of a weight that is stored transposed.
+TURNED = ".T"
 
 Readers = Mapping[str, Callable[[], Tensor]]
 
@@ -170,6 +172,11 @@ class LazyWeight(ir.LazyTensor):
         self.is_table = is_table
         self.blocks = blocks
         self.parts = parts
+
+    def transposed(self) -> LazyWeight:
+        """The transpose of a matrix, of the same role. It is made when it is read."""
+        rows, columns = self.shape.numpy()
+        return LazyWeight(f"{self.name}{TURNED}", lambda: self.read().T, (columns, rows), self.torch_dtype, self.role)
 
 
 def _in_stacks(

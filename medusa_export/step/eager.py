@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medusa_export.step.sampling import SamplingInputs
+from medusa_export.step.states import pending_by_state
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, pending_specs, sampling_inputs
 from medusa_runtime.bundles.slots import SlotLayout
-from medusa_runtime.bundles.states import groups_of
 from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -87,7 +87,7 @@ class EagerBackend:
     def truncate(self, row: int, length: int) -> None:
         if self._pending and length:
             newest = int(self._lengths[row])
-            for cache, pending in zip(self._caches, self._pending_by_state(), strict=True):
+            for cache, pending in zip(self._caches, pending_by_state(self._step.states, self._pending), strict=True):
                 cache[row, :, self._slots.pending(newest)] = pending[row]
                 pending[row] = cache[row, :, self._slots.pending(length)]
         self._lengths[row] = length
@@ -99,15 +99,6 @@ class EagerBackend:
             cache[row, :, self._slots.slot(length) :] = 0
         for pending in self._pending:
             pending[row, :, : self._slots.before_first(length)] = 0
-
-    def _pending_by_state(self) -> list[Tensor]:
-        """The pending entries of each state, as views; empty without a margin."""
-        views = {
-            state.name: view
-            for group, pending in zip(groups_of(self._step.states), self._pending, strict=False)
-            for state, view in zip(group.states, pending.chunk(len(group.states), dim=1), strict=True)
-        }
-        return [views[state.name] for state in self._step.states] if views else []
 
     def assign(self, row: int, draws: Draws | None) -> None:
         self._sampling.assign(row, draws)
@@ -134,7 +125,7 @@ class EagerBackend:
                     is_prefill=is_prefill.to(self._device),
                     cache_lengths=self._lengths.to(self._device),
                     past=self._caches,
-                    pending=self._pending_by_state(),
+                    pending=pending_by_state(self._step.states, self._pending),
                     sampling=sampling,
                 )
             )

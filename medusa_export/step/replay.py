@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from medusa_export.step.sampling import SamplingInputs
+from medusa_export.step.states import pending_by_state
 from medusa_export.step.step import MedusaStep, StepInputs
 from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, pending_specs, sampling_inputs
-from medusa_runtime.bundles.states import groups_of
 
 # Steps that run before one is captured: libraries take their memory and choose their kernels in them.
 _WARM_UP = 2
@@ -122,7 +122,7 @@ class ReplayedSteps:
                     is_prefill=torch.full((1,), prefill, dtype=torch.bool),
                     cache_lengths=self.lengths,
                     past=self._caches,
-                    pending=self._pending_by_state(),
+                    pending=pending_by_state(self._step.states, self._pending),
                     sampling=self._no_draws() if self._step.sampling else None,
                 )
             )
@@ -134,15 +134,6 @@ class ReplayedSteps:
 
     def _copy_to_host(self) -> None:
         self._read.copy_(self._emitted, non_blocking=self._pinned)
-
-    def _pending_by_state(self) -> list[Tensor]:
-        """The pending entries of each state, as views."""
-        views = {
-            state.name: view
-            for group, pending in zip(groups_of(self._step.states), self._pending, strict=False)
-            for state, view in zip(group.states, pending.chunk(len(group.states), dim=1), strict=True)
-        }
-        return [views[state.name] for state in self._step.states] if views else []
 
     def _no_draws(self) -> SamplingInputs:
         """The sampling inputs of a greedy row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from medusa_export.step.adapters import adapted, only_shapes_from_length
 from medusa_export.step.attention import ATTENTION_NAME, StepCache, attending
 from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.masks import MaskKind, StepMasks
-from medusa_runtime.bundles.states import State, pending_name
+from medusa_runtime.bundles.states import State, groups_of, pending_name
 
 _ROLES = ("key", "value")
 
@@ -136,6 +137,21 @@ def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
         if id(key) in writers and reader is not None:
             writers[id(key)].readers.add(reader)
     return _states(probe.written, margin)
+
+
+def pending_by_state(states: Sequence[State], pending: Sequence[Tensor]) -> list[Tensor]:
+    """The pending entries of each state, as views; empty without a margin.
+
+    Args:
+        states: The states.
+        pending: The pending entries of each group of states, [B, n · num_heads, M, head_dim]; empty without a margin.
+    """
+    views = {
+        state.name: view
+        for group, entries in zip(groups_of(states), pending, strict=False)
+        for state, view in zip(group.states, entries.chunk(len(group.states), dim=1), strict=True)
+    }
+    return [views[state.name] for state in states] if views else []
 
 
 def _states(written: dict[int, _Written], margin: int) -> tuple[State, ...]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_export.graph.rewrites.block_weights import OFFSETS
-from medusa_export.graph.rewrites.turned_linears import TURNED
-from medusa_export.graph.weights import PREFIX
+from medusa_export.graph.weights import PREFIX, TURNED
 from medusa_export.models.blocks import BlockWeight
 from medusa_export.models.float8 import FLOAT8, Float8Weight
 from medusa_export.step.step import MedusaStep

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -65,20 +64,11 @@ class LayOutLinears(Rewrite):
             products = _products_of(weight)
             if not products:
                 continue
-            source = weight_of(weight)
-            rows, columns = source.shape.numpy()
-            turned = LazyWeight(
-                f"{weight.name}.T", partial(_transposed, source), (columns, rows), source.torch_dtype, source.role
-            )
-            stored = register(graph, turned)
+            stored = register(graph, weight_of(weight).transposed())
             for product in products:
                 product.replace_input_with(1, stored)
             count += len(products)
         return count
-
-
-def _transposed(weight: LazyWeight) -> torch.Tensor:
-    return weight.read().T
 
 
 def _merge(graph: ir.Graph, source: ir.Value, members: list[_Product]) -> None:

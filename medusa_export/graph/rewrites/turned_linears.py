@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import onnx_ir as ir
-import torch
 
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, replace
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.graph.weights import LazyWeight, register
 
-# The end of the name of a weight that is stored transposed.
-TURNED = ".T"
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 
@@ -51,15 +46,7 @@ def _turn(graph: ir.Graph, product: ir.Node) -> None:
     source, value, bias = (given(value) for value in product.inputs)
     weight = value.const_value
     assert isinstance(weight, LazyWeight)
-    columns, rows = weight.shape.numpy()
-    turned = LazyWeight(
-        f"{weight.name}{TURNED}", partial(_transposed, weight), (rows, columns), weight.torch_dtype, weight.role
-    )
     build = Builder(graph, product.name or "")
-    transposed = build("Transpose", [register(graph, turned)], perm=[1, 0])
+    transposed = build("Transpose", [register(graph, weight.transposed())], perm=[1, 0])
     build("Add", [build("MatMul", [source, transposed]), bias])
     replace(product.outputs[0], build.nodes)
-
-
-def _transposed(weight: LazyWeight) -> torch.Tensor:
-    return weight.read().T.contiguous()
