@@ -42,7 +42,7 @@ def nodes_elsewhere(bundle: Bundle, provider: str = CUDA) -> dict[str, int]:
 
 
 def parsed(log: str, provider: str) -> dict[str, int]:
-    """What ``nodes_elsewhere`` returns, from the log of a session that was opened."""
+    """Counts nodes and copies as ``nodes_elsewhere`` does, in the log of a session that was opened."""
     counts: Counter[str] = Counter()
     place = ""
     for line in log.splitlines():

@@ -137,7 +137,7 @@ def _norms_of(module: nn.Module) -> list[nn.Module]:
 
 
 class _Notes:
-    """What hooks note about the inputs of a decoder layer's linear layers. Layers of one input share their sums."""
+    """Hooks that note the inputs of a decoder layer's linear layers. Layers of one input share their sums."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ penalties those of the text and of the drafted tree. What a penalty does to a to
 The host counts the text up to the root. The step adds what occurs between the root and each node. So every node has the
 logits that plain decoding would have after the same tokens.
 
-Without edited tokens and without a mask nothing here computes anything.
+A step in which no token is drawn has no nodes to constrain, so nothing here computes anything then.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def constrained(logits: Tensor, nodes: Tensor, ancestors: Tensor, given: Constra
 
 
 def _refused(masks: Tensor, vocab_size: int) -> Tensor:
-    """What masks [B, A, ⌈V / 8⌉] add to logits, [B, A, V]: -inf for forbidden tokens, and 0 for all others."""
+    """Turns masks [B, A, ⌈V / 8⌉] into numbers to add to logits, [B, A, V]: -inf for forbidden tokens, 0 for others."""
     token = torch.arange(vocab_size)
     bits = masks.long().index_select(2, token // MASK_BITS) * MASK_BITS + token % MASK_BITS
     return _refused_bits()[bits]

@@ -38,7 +38,8 @@ class EagerBackend:
         self._lengths = torch.zeros(rows, dtype=torch.int64)
         self._caches: list[Tensor] = []
         self._drafts = np.zeros((rows, step.tree.size), np.int64)
-        self._sampling = SamplingRows(rows, ConstraintRows(rows, step.vocab_size) if step.sampling else None)
+        constraints = ConstraintRows(rows, step.vocab_size, step.tree.size) if step.sampling else None
+        self._sampling = SamplingRows(rows, constraints)
         dtype = str(step.model.dtype).removeprefix("torch.")
         self._pending = [
             torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=step.model.dtype, device=self._device)
@@ -143,8 +144,7 @@ class EagerBackend:
         exponentials = np.ones(shape, np.float32)
         self._sampling.write(exponentials, self._lengths.numpy(), prompts)
         assert self._sampling.constraints is not None
-        drawn = min(size, self._step.tree.size, width)
-        constrained = self._sampling.constraints.of_step(drawn, prompts, range(self._rows), lambda: self._drafts)
+        constrained = self._sampling.constraints.of_step(size, width, prompts, range(self._rows), lambda: self._drafts)
         arrays = {"exponentials": exponentials, **self._sampling.inputs, **constrained}
         specs = (*sampling_inputs(self._step.vocab_size), *constraint_inputs(self._step.vocab_size))
         return SamplingInputs.of([torch.from_numpy(arrays[spec.name].copy()).to(self._device) for spec in specs])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import MAX_TOP_K, PENALTY_INPUTS, POLICY_INPUTS, fixed_shape, numbers_per_draw
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.constraints.row import NO_PENALTIES, RowConstraints
@@ -189,6 +190,19 @@ class SamplingRows:
         self._draws: list[Draws | None] = [None] * rows
         for row in range(rows):
             self.assign(row, None)
+
+    @classmethod
+    def of(cls, bundle: Bundle, rows: int, *, rounds_up: bool = False) -> Self:
+        """The inputs of a bundle's graph, which can sample.
+
+        Args:
+            bundle: The bundle.
+            rows: Number of rows.
+            rounds_up: As for ``ConstraintRows``.
+        """
+        vocab_size, tree_size = bundle.model.vocab_size, bundle.tree.size
+        constraints = ConstraintRows(rows, vocab_size, tree_size, rounds_up=rounds_up) if bundle.constraints else None
+        return cls(rows, constraints)
 
     def assign(self, row: int, draws: Draws | None) -> None:
         """Sets how a row draws from its next step on.

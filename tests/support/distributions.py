@@ -22,11 +22,11 @@ FALSE_ALARM = 1e-6  # the error rate of each test of a distribution; their seeds
 def sampling_inputs_of(exponentials: NDArray[np.floating], params: SamplingParams, vocab_size: int) -> SamplingInputs:
     """The inputs of a batch of rows that draw alike, each with its own numbers, and without constraints."""
     rows = len(exponentials)
-    constraints = ConstraintRows(rows, vocab_size)
+    constraints = ConstraintRows(rows, vocab_size, 1)
     made = SamplingRows(rows, constraints)
     for row in range(rows):
         made.assign(row, Draws(params, 0, 1))
-    none = constraints.of_step(1, {}, (), lambda: np.zeros((rows, 1), np.int64))
+    none = constraints.of_step(1, 1, {}, (), lambda: np.zeros((rows, 1), np.int64))
     arrays = {"exponentials": exponentials.astype(np.float32), **made.inputs, **none}
     specs = (*sampling_inputs(vocab_size), *constraint_inputs(vocab_size))
     return SamplingInputs.of([torch.from_numpy(arrays[spec.name]) for spec in specs])

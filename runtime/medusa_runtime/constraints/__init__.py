@@ -1,1 +1,1 @@
-"""What a request demands of its tokens besides the model's choice: biases, bans, penalties and grammars."""
+"""Constraints of requests on the tokens of their answers: biases, bans, penalties and grammars."""

@@ -21,11 +21,13 @@ class ConstraintRows:
     Args:
         rows: Number of rows.
         vocab_size: Size of the vocabulary.
+        tree_size: Nodes of the tree (T).
         rounds_up: True if the number of edited tokens is rounded up to a power of two, so that steps have few shapes.
     """
 
-    def __init__(self, rows: int, vocab_size: int, *, rounds_up: bool = False) -> None:
+    def __init__(self, rows: int, vocab_size: int, tree_size: int, *, rounds_up: bool = False) -> None:
         self._rows, self._bytes, self._rounds_up = rows, mask_bytes(vocab_size), rounds_up
+        self._tree_size = tree_size
         self._of_row: list[RowConstraints | None] = [None] * rows
         self._unused = [self._arrays(0, masks) for masks in (0, 1)]
 
@@ -35,7 +37,8 @@ class ConstraintRows:
 
     def of_step(
         self,
-        drawn: int,
+        size: int,
+        width: int,
         prompts: Mapping[int, Sequence[int]],
         rows: Sequence[int],
         drafts: Callable[[], NDArray[np.int64]],
@@ -43,13 +46,15 @@ class ConstraintRows:
         """The inputs that depend on the text of each row, by name.
 
         Args:
-            drawn: Nodes per row that tokens are drawn after (U).
+            size: Tokens per row of the step (S).
+            width: Tokens per row that have random numbers (W).
             prompts: Chunks of prompts, by row.
             rows: The rows of the step.
             drafts: Gives the tree of each row, [rows, T]. Drafts that a grammar forbids may be replaced there. It is
                 called only if a row has constraints.
         """
         constrained = {row: given for row in rows if (given := self._of_row[row]) is not None}
+        drawn = min(size, self._tree_size, width)
         if not constrained:
             return self._unused[drawn > 0]
         masks, nodes = {}, drafts()

@@ -245,10 +245,10 @@ class DecodeLoop(Endings):
             result = self.runner.decode(rows, size, hits, chunks)
             tokens.append(sum(map(len, chunks.values())))
         parts = [(job, job.row, chunks[job.row]) for job in prefilling if job.row is not None]
-        silent = [job for job in decoding if not result.count[_rows([job])[0]]]
+        silent = [job for job, row in zip(decoding, rows, strict=True) if not result.count[row]]
         silent_parts = [part for part in parts if not result.count[part[1]]]
-        for job, _, chunk in parts:
-            if not any(job is silent_part[0] for silent_part in silent_parts):
+        for job, row, chunk in parts:
+            if result.count[row]:
                 self._take_in(job, chunk, result)
         for job in decoding:
             if job not in silent:

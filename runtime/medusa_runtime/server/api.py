@@ -1,4 +1,4 @@
-"""What all endpoints share: the service, the settings, and threads that prepare requests beside the event loop."""
+"""The base of all endpoints: the service, the settings, and threads that prepare requests beside the event loop."""
 
 from __future__ import annotations
 

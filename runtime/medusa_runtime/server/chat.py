@@ -11,6 +11,7 @@ from typing import Self
 
 from medusa_runtime.server.api import Api, Asked
 from medusa_runtime.server.chat_prompt import chat_prompt
+from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.errors import ApiError
 from medusa_runtime.server.generation import Delta, Generation
 from medusa_runtime.server.logprobs import chat_logprobs
@@ -73,7 +74,8 @@ class ChatJob:
         if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: set it to true.", "invalid_value", param="top_logprobs")
         check_answers(settings.most_answers, 1, request.n)
-        check_top_logprobs(service, request, "top_logprobs", request.top_logprobs or 0)
+        constraints = constraints_of(request)
+        check_top_logprobs(service, request, constraints, "top_logprobs", request.top_logprobs or 0)
         prompt = chat_prompt(
             service.tokenizer,
             api.form,
@@ -92,6 +94,7 @@ class ChatJob:
             options = request_options(
                 service,
                 request,
+                constraints,
                 index=index,
                 logprobs=bool(request.logprobs),
                 timeout=settings.request_seconds,

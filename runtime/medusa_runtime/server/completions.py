@@ -11,6 +11,7 @@ from typing import Self, cast
 
 from medusa_runtime.errors import RequestError
 from medusa_runtime.server.api import Api, Asked
+from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.errors import unsupported
 from medusa_runtime.server.generation import Delta, Generation
 from medusa_runtime.server.logprobs import completion_logprobs
@@ -58,7 +59,8 @@ class CompletionJob:
         settings, service = api.settings, api.service
         check_model(settings.names, request.model)
         check_served(request, but=["prompt"])
-        check_top_logprobs(service, request, "logprobs", request.logprobs or 0)
+        constraints = constraints_of(request)
+        check_top_logprobs(service, request, constraints, "logprobs", request.logprobs or 0)
         if request.best_of not in (None, request.n or 1):
             raise unsupported("best_of", "Answers are not ranked: use n.")
         if request.echo and request.logprobs is not None:
@@ -74,6 +76,7 @@ class CompletionJob:
                 options = request_options(
                     service,
                     request,
+                    constraints,
                     index=index,
                     logprobs=request.logprobs is not None,
                     timeout=settings.request_seconds,

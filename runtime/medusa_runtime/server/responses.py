@@ -13,6 +13,7 @@ from medusa_runtime.errors import RequestError
 from medusa_runtime.server.api import Api, Asked
 from medusa_runtime.server.chat import template_variables
 from medusa_runtime.server.chat_prompt import chat_prompt
+from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.generation import Generation
 from medusa_runtime.server.output.parts import Part as OutputPart
 from medusa_runtime.server.response_events import Item, ResponseEvents, items_of
@@ -76,7 +77,9 @@ class ResponseJob:
             most_prompt=settings.max_prompt_tokens,
             field="input",
         )
-        options = request_options(service, request, index=0, logprobs=False, timeout=settings.request_seconds)
+        options = request_options(
+            service, request, constraints_of(request), index=0, logprobs=False, timeout=settings.request_seconds
+        )
         options["max_new_tokens"] = most
         options["shown_token_ids"] = api.form.shown_token_ids
         parser = api.form.parser(prompt.text, prompt.tool_names, one_call=request.parallel_tool_calls is False)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from medusa_runtime.constraints.options import Constraints
 from medusa_runtime.request import RequestOptions
 from medusa_runtime.sampling import SamplingParams
-from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.errors import ApiError, unsupported
 from medusa_runtime.server.schema.base import Body, SamplingFields
 
@@ -59,24 +59,30 @@ def check_served(body: Body, *, but: Sequence[str] = ()) -> None:
 
 
 def request_options(
-    service: MedusaService, body: SamplingFields, *, index: int, logprobs: bool, timeout: float | None
+    service: MedusaService,
+    body: SamplingFields,
+    constraints: Constraints | None,
+    *,
+    index: int,
+    logprobs: bool,
+    timeout: float | None,
 ) -> RequestOptions:
     """The options of one of the answers that a request asks for, without its length and stop strings.
 
     Args:
         service: The service that answers.
         body: The request.
+        constraints: The constraints of all its answers (``constraints_of``).
         index: Index of the answer. With a seed, each answer has a seed of its own.
         logprobs: True if the answer needs log probabilities.
         timeout: Seconds after which the request ends.
 
     Raises:
-        ApiError: A format or a bias can't be served.
         RequestError: A value is out of range.
     """
     options: RequestOptions = {
         "sampling": sampling_params(service, body, index),
-        "constraints": constraints_of(body),
+        "constraints": constraints,
         "logprobs": logprobs,
         "ignore_eos": bool(body.ignore_eos),
         "timeout": timeout,
@@ -105,7 +111,9 @@ def sampling_params(service: MedusaService, body: SamplingFields, index: int) ->
     )
 
 
-def check_top_logprobs(service: MedusaService, body: SamplingFields, field: str, number: int) -> None:
+def check_top_logprobs(
+    service: MedusaService, body: SamplingFields, constraints: Constraints | None, field: str, number: int
+) -> None:
     """Refuses a request for more log probabilities than the graph gives.
 
     The graph gives that of the chosen token. In a greedy answer without constraints this is the most likely token.
@@ -113,7 +121,7 @@ def check_top_logprobs(service: MedusaService, body: SamplingFields, field: str,
     Raises:
         ApiError: More is asked for.
     """
-    is_best = is_greedy(service, body) and constraints_of(body) is None
+    is_best = is_greedy(service, body) and constraints is None
     if number > 1 or (number == 1 and not is_best):
         raise unsupported(
             field,

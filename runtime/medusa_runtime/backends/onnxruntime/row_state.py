@@ -16,7 +16,6 @@ from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Bound
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import fixed_shape, pending_specs
-from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -60,10 +59,7 @@ class RowState:
         self.path: NDArray[np.int64] | None = None
         if "accepted_path" in outputs:
             self.path = self._bind(np.zeros(tokens, np.int64), output="accepted_path")
-        self._sampling: SamplingRows | None = None
-        if bundle.sampling:
-            constraints = ConstraintRows(rows, bundle.model.vocab_size) if bundle.constraints else None
-            self._sampling = SamplingRows(rows, constraints)
+        self._sampling = SamplingRows.of(bundle, rows) if bundle.sampling else None
         logprobs = None
         if self._sampling is not None:
             logprobs = self._bind(np.zeros(tokens, np.float32), output="logprobs")
@@ -125,8 +121,7 @@ class RowState:
             sampling.write(exponentials, self.lengths, prompts)
         if sampling.constraints is None:
             return {"exponentials": exponentials}
-        drawn = min(size, self._bundle.tree.size, width)
-        constrained = sampling.constraints.of_step(drawn, prompts, rows, lambda: self.drafts)
+        constrained = sampling.constraints.of_step(size, width, prompts, rows, lambda: self.drafts)
         return {"exponentials": exponentials, **constrained}
 
     def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:

@@ -130,7 +130,7 @@ class TensorRTBackend:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """As of the last step in flight, for which this waits. Without one, the array shows later changes."""
+        """Committed entries of each row, [rows]; waits for steps in flight. Without one, it shows later changes."""
         if not self._submitted:
             return self._lengths
         lengths = self._lengths.copy()
@@ -306,9 +306,9 @@ class TensorRTBackend:
         self, size: int, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...], doing: str
     ) -> ChoiceSizes:
         """Stores what rows sample with on the device."""
-        if self._choices is None:
-            return ChoiceSizes()
         rows = [row for row in range(self._rows) if row not in idle]
+        if self._choices is None or not self._choices.draws_in(size, prompts, rows):
+            return ChoiceSizes()
         least = self._lengths.copy()
         for step in self._submitted:
             for row, added in step.added.items():

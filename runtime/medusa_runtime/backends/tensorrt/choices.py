@@ -1,4 +1,4 @@
-"""What rows choose their tokens with, on the device: sampling parameters, random numbers and constraints."""
+"""The inputs that rows choose their tokens with, in device memory: sampling parameters, random numbers, constraints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from medusa_runtime.backends.tensorrt.buffers import Buffers
 from medusa_runtime.backends.tensorrt.cuda import Stream
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import MAX_EDITS
-from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -47,9 +46,8 @@ class DeviceChoices:
     """
 
     def __init__(self, bundle: Bundle, rows: int, buffers: Buffers, stream: Stream) -> None:
-        self._bundle, self._rows, self._buffers, self._stream = bundle, rows, buffers, stream
-        constraints = ConstraintRows(rows, bundle.model.vocab_size, rounds_up=True)
-        self._sampling = SamplingRows(rows, constraints if bundle.constraints else None)
+        self._buffers, self._stream = buffers, stream
+        self._sampling = SamplingRows.of(bundle, rows, rounds_up=True)
         self._changed = True  # since the values of rows were stored on the device
         self._stored: Mapping[str, NDArray[Any]] | None = None  # the constraints on the device
         self._staged: dict[str, NDArray[np.uint8]] = {}  # the memory that they are copied from
@@ -60,10 +58,14 @@ class DeviceChoices:
             self._sampling.inputs[name][:] = array
 
     def assign(self, row: int, draws: Draws | None) -> None:
-        """As ``Backend.assign``."""
+        """Sets how a row draws its tokens from its next step on, as ``Backend.assign`` does."""
         self._stream.synchronize("changing how a row samples")  # the device may still read the old values
         self._sampling.assign(row, draws)
         self._changed = True
+
+    def draws_in(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> bool:
+        """True if a row draws tokens in a step of ``size`` tokens, with these chunks of prompts, of these rows."""
+        return self._sampling.width(size, prompts, rows) > 0
 
     def store(
         self,
@@ -74,10 +76,11 @@ class DeviceChoices:
         drafts: Callable[[], NDArray[np.int64]],
         doing: str,
     ) -> ChoiceSizes:
-        """Stores what the rows of a step choose with on the device.
+        """Stores the inputs that the rows of a step choose their tokens with on the device.
 
-        The random numbers are for all places that the step may reach, even if the step before it has not been
-        collected. A number that a step in flight may still read keeps its place and its value.
+        Call it for steps that draw (``draws_in``). The random numbers are for all places that the step may reach, even
+        if the step before it has not been collected. A number that a step in flight may still read keeps its place and
+        its value.
 
         Args:
             size: Tokens per row of the step (S).
@@ -87,8 +90,6 @@ class DeviceChoices:
             drafts: Gives the drafted trees [B, T] in host memory, where a grammar may replace drafts.
             doing: The action that this is part of, for the message of a failure.
         """
-        if not self._sampling.width(size, prompts, rows):
-            return ChoiceSizes()
         self._sampling.write(self._exponentials, lengths, prompts)
         self._stream.upload(self._buffers.address["exponentials"], self._exponentials, doing)
         if self._changed:
@@ -99,8 +100,7 @@ class DeviceChoices:
         constraints = self._sampling.constraints
         if constraints is None:
             return ChoiceSizes(draws)
-        drawn = min(size, self._bundle.tree.size)
-        given = constraints.of_step(drawn, prompts, rows, drafts)
+        given = constraints.of_step(size, draws, prompts, rows, drafts)
         edits, masks = given["edit_tokens"].shape[2], given["allowed_tokens"].shape[1]
         if edits > MAX_EDITS:
             raise BackendError(f"The constraints name {edits} tokens, and an engine takes {MAX_EDITS} per row.")
