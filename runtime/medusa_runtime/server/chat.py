@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Self
@@ -15,18 +15,23 @@ from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.errors import ApiError
 from medusa_runtime.server.generation import Delta, Generation
 from medusa_runtime.server.logprobs import chat_logprobs
-from medusa_runtime.server.output.parts import Call
+from medusa_runtime.server.output.parts import Arguments, Call
 from medusa_runtime.server.schema.answers import (
+    CalledFunction,
     ChatChunk,
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    FinishReason,
+    FunctionDelta,
     ToolCall,
+    ToolCallDelta,
 )
 from medusa_runtime.server.schema.base import JsonObject
 from medusa_runtime.server.schema.chat import ChatRequest
 from medusa_runtime.server.streaming import Event
+from medusa_runtime.server.tool_choice import ToolChoice
 from medusa_runtime.server.translate import (
     check_answers,
     check_model,
@@ -45,6 +50,7 @@ class ChatJob:
         api: What all endpoints share.
         request: The request.
         generation: The answers.
+        choice: Which functions it may or must call.
         id: Identifier of the answer.
         created: Unix time of the request.
     """
@@ -52,6 +58,7 @@ class ChatJob:
     api: Api
     request: ChatRequest
     generation: Generation
+    choice: ToolChoice
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -74,17 +81,17 @@ class ChatJob:
         if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: set it to true.", "invalid_value", param="top_logprobs")
         check_answers(settings.most_answers, 1, request.n)
-        constraints = constraints_of(request)
-        check_top_logprobs(service, request, constraints, "top_logprobs", request.top_logprobs or 0)
+        choice = ToolChoice.of(request.tool_choice, request.tools or (), parallel=request.parallel_tool_calls)
         prompt = chat_prompt(
             service.tokenizer,
             api.form,
             request.messages,
             max_tokens=service.max_tokens,
-            tools=request.tools,
-            tool_choice=str(request.tool_choice),
+            tools=choice.tools,
             variables=template_variables(request.chat_template_kwargs, request.reasoning_effort),
         )
+        constraints = choice.constrained(api.form, prompt, constraints_of(request))
+        check_top_logprobs(service, request, constraints, "top_logprobs", request.top_logprobs or 0)
         asked_for = request.max_completion_tokens or request.max_tokens
         most = new_tokens(
             service, len(prompt.token_ids), asked_for, most_prompt=settings.max_prompt_tokens, field="messages"
@@ -102,9 +109,8 @@ class ChatJob:
             options["max_new_tokens"] = most
             options["stop"] = request.stop or ()
             options["shown_token_ids"] = api.form.shown_token_ids
-            parser = api.form.parser(prompt.text, prompt.tool_names, one_call=request.parallel_tool_calls is False)
-            answers.append(Asked(0, prompt.token_ids, options, parser))
-        return cls(api, request, api.submit(client, answers))
+            answers.append(Asked(0, prompt.token_ids, options, choice.parser(api.form, prompt)))
+        return cls(api, request, api.submit(client, answers), choice)
 
     @property
     def stream(self) -> bool:
@@ -124,7 +130,7 @@ class ChatJob:
                     "index": delta.choice.index,
                     "message": self._message(delta),
                     "logprobs": self._logprobs(delta),
-                    "finish_reason": delta.finish_reason or "stop",
+                    "finish_reason": self._finish_reason(delta) or "stop",
                 }
                 for delta in deltas
             ],
@@ -159,7 +165,7 @@ class ChatJob:
                     "index": index,
                     "delta": added,
                     "logprobs": None if delta is None else self._logprobs(delta),
-                    "finish_reason": delta.finish_reason if delta else None,
+                    "finish_reason": self._finish_reason(delta) if delta else None,
                 }
             ],
         }
@@ -189,18 +195,34 @@ class ChatJob:
             added["content"] = delta.content
         if delta.reasoning:
             added["reasoning_content"] = delta.reasoning
-        if delta.calls:
-            first = delta.choice.calls - len(delta.calls)
-            added["tool_calls"] = [
-                {"index": number, **self._tool_call(call)} for number, call in enumerate(delta.calls, start=first)
-            ]
+        if calls := list(self._call_deltas(delta)):
+            added["tool_calls"] = calls
         return added
 
+    def _call_deltas(self, delta: Delta) -> Iterator[ToolCallDelta]:
+        """The calls that begin, and further arguments of calls."""
+        index = delta.choice.calls - sum(isinstance(part, Call) for part in delta.parts) - 1
+        for part in delta.parts:
+            if isinstance(part, Call):
+                index += 1
+                function: FunctionDelta = {"name": part.name, "arguments": part.arguments}
+                yield {"index": index, "id": self._call_id(), "type": "function", "function": function}
+            elif isinstance(part, Arguments):
+                yield {"index": index, "function": {"arguments": part.text}}
+
+    def _finish_reason(self, delta: Delta) -> FinishReason | None:
+        """Why the answer has ended. As in OpenAI's API, a call of the one function that must be called is ``stop``."""
+        reason = delta.finish_reason
+        return "stop" if reason == "tool_calls" and self.choice.name is not None else reason
+
     def _tool_call(self, call: Call) -> ToolCall:
+        function: CalledFunction = {"name": call.name, "arguments": call.arguments}
+        return {"id": self._call_id(), "type": "function", "function": function}
+
+    def _call_id(self) -> str:
         form = self.api.form.tools
         length = form.id_length if form else 0
-        name = secrets.token_hex(length // 2 + 1)[:length] if length else f"call_{secrets.token_hex(12)}"
-        return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        return secrets.token_hex(length // 2 + 1)[:length] if length else f"call_{secrets.token_hex(12)}"
 
 
 def template_variables(given: JsonObject | None, effort: str | None) -> JsonObject:

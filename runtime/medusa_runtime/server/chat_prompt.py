@@ -40,7 +40,6 @@ def chat_prompt(
     *,
     max_tokens: int,
     tools: Sequence[Tool] | None = None,
-    tool_choice: str | None = None,
     variables: JsonObject | None = None,
     opens_answer: bool = True,
 ) -> ChatPrompt:
@@ -52,7 +51,6 @@ def chat_prompt(
         messages: The messages.
         max_tokens: The most tokens that the model holds.
         tools: The functions that the model may call.
-        tool_choice: ``none`` if it may call none.
         variables: Further variables of the chat template.
         opens_answer: Whether the chat ends with the opening of the next answer.
 
@@ -65,7 +63,7 @@ def chat_prompt(
     given: dict[str, Any] = dict(variables or {})
     for name in sorted(_OWN_VARIABLES & given.keys()):
         raise RequestError(f"chat_template_kwargs has {name!r}, which other fields of the request set: leave it out.")
-    if tools and tool_choice != "none":
+    if tools:
         if form.tools is None:
             raise unsupported(
                 "tools", "The model's chat template shows no format of tool calls that this server reads: leave it out."

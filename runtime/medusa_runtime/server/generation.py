@@ -12,7 +12,7 @@ from typing import Self
 from medusa_runtime.errors import MedusaError
 from medusa_runtime.handle import RequestHandle
 from medusa_runtime.request import Chunk, GenerationResult, Stats
-from medusa_runtime.server.output.parts import Call, Content, OutputParser, Part, Reasoning
+from medusa_runtime.server.output.parts import Arguments, Call, Content, OutputParser, Part, Reasoning
 from medusa_runtime.server.schema.answers import FinishReason, Usage
 
 
@@ -95,8 +95,14 @@ class Delta:
 
     @property
     def calls(self) -> list[Call]:
-        """Its tool calls."""
-        return [part for part in self.parts if isinstance(part, Call)]
+        """Its tool calls. Those of a complete answer are whole."""
+        found: list[Call] = []
+        for part in self.parts:
+            if isinstance(part, Call):
+                found.append(part)
+            elif isinstance(part, Arguments) and found:
+                found[-1] = Call(found[-1].name, found[-1].arguments + part.text)
+        return found
 
     @property
     def finish_reason(self) -> FinishReason | None:

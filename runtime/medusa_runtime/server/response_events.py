@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from medusa_runtime.server.output.parts import Call, Content, Part, Reasoning
+from medusa_runtime.server.output.parts import Arguments, Call, Content, Part, Reasoning
 
-_KINDS: dict[type, Literal["message", "reasoning", "function_call"]] = {
+Kind = Literal["message", "reasoning", "function_call"]
+
+_KINDS: dict[type, Kind] = {
     Content: "message",
     Reasoning: "reasoning",
     Call: "function_call",
+    Arguments: "function_call",
 }
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
@@ -29,7 +32,7 @@ class Item:
         call_id: Identifier of the function call.
     """
 
-    kind: Literal["message", "reasoning", "function_call"]
+    kind: Kind
     text: str = ""
     name: str = ""
     id: str = ""
@@ -105,13 +108,16 @@ class ResponseEvents:
         if isinstance(part, Call):
             yield from self._end()
             yield from self._begin(Item(kind, part.arguments, part.name))
-            yield self._of_item("response.function_call_arguments.delta", delta=part.arguments)
-            yield from self._end()
+            if part.arguments:
+                yield self._of_item("response.function_call_arguments.delta", delta=part.arguments)
             return
         if not self._open or self.items[-1].kind != kind:
             yield from self._end()
             yield from self._begin(Item(kind))
         self.items[-1].text += part.text
+        if kind == "function_call":
+            yield self._of_item("response.function_call_arguments.delta", delta=part.text)
+            return
         facts = {"content_index": 0, "delta": part.text}
         if kind == "message":
             yield self._of_item("response.output_text.delta", **facts, logprobs=[])

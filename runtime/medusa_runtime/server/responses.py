@@ -20,6 +20,7 @@ from medusa_runtime.server.response_events import Item, ResponseEvents, items_of
 from medusa_runtime.server.schema.chat import Function, FunctionCall, Message, MessageToolCall, Tool
 from medusa_runtime.server.schema.responses import InputItem, ResponsesRequest
 from medusa_runtime.server.streaming import Event
+from medusa_runtime.server.tool_choice import ToolChoice
 from medusa_runtime.server.translate import (
     check_model,
     check_served,
@@ -58,16 +59,17 @@ class ResponseJob:
         check_model(settings.names, request.model)
         check_served(request)
         effort = (request.reasoning or {}).get("effort")
+        tools = [
+            Tool(type="function", function=Function(**tool.model_dump(exclude={"type"})))
+            for tool in request.tools or ()
+        ]
+        choice = ToolChoice.of(request.tool_choice, tools, parallel=request.parallel_tool_calls)
         prompt = chat_prompt(
             service.tokenizer,
             api.form,
             messages_of(request),
             max_tokens=service.max_tokens,
-            tools=[
-                Tool(type="function", function=Function(**tool.model_dump(exclude={"type"})))
-                for tool in request.tools or ()
-            ],
-            tool_choice=str(request.tool_choice),
+            tools=choice.tools,
             variables=template_variables(request.chat_template_kwargs, effort if isinstance(effort, str) else None),
         )
         most = new_tokens(
@@ -77,12 +79,13 @@ class ResponseJob:
             most_prompt=settings.max_prompt_tokens,
             field="input",
         )
+        constraints = choice.constrained(api.form, prompt, constraints_of(request))
         options = request_options(
-            service, request, constraints_of(request), index=0, logprobs=False, timeout=settings.request_seconds
+            service, request, constraints, index=0, logprobs=False, timeout=settings.request_seconds
         )
         options["max_new_tokens"] = most
         options["shown_token_ids"] = api.form.shown_token_ids
-        parser = api.form.parser(prompt.text, prompt.tool_names, one_call=request.parallel_tool_calls is False)
+        parser = choice.parser(api.form, prompt)
         return cls(api, request, api.submit(client, [Asked(0, prompt.token_ids, options, parser)]))
 
     @property

@@ -23,7 +23,6 @@ _OTHER = "This server does not serve it: leave it out."
 
 # Fields by name: the values that change nothing, and why others are refused.
 _NEUTRAL: dict[str, tuple[Sequence[Any], str]] = {
-    "tool_choice": (("none", "auto"), "Calls can't be forced: use 'auto' or 'none'."),
     "functions": ((), "Use 'tools'."),
     "function_call": ((), "Use 'tool_choice'."),
     "modalities": ((["text"],), "This server answers with text."),

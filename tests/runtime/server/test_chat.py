@@ -118,7 +118,7 @@ def test_parts_of_text_and_fields_without_effect(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "yaml"}}, 400, "invalid_value", "response_format"),
         ({"response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
         ({"structured_outputs": {"regex": 5}}, 400, "invalid_value", "structured_outputs"),
-        ({"tool_choice": "required"}, 400, "unsupported_parameter", "tool_choice"),
+        ({"tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
         ({"top_logprobs": 2, "logprobs": True}, 400, "unsupported_parameter", "top_logprobs"),
         ({"top_logprobs": 1, "logprobs": True, "temperature": 1}, 400, "unsupported_parameter", "top_logprobs"),

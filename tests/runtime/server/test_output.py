@@ -10,18 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_runtime import MedusaError
+from medusa_runtime.server.output import hermes, llama3, mistral
+from medusa_runtime.server.output.call_form import CallForm, ForcedCallParser
 from medusa_runtime.server.output.formats import TOOL_FORMATS, ChatFormat
 from medusa_runtime.server.output.harmony import HarmonyParser
 from medusa_runtime.server.output.hermes import HermesParser
 from medusa_runtime.server.output.llama3 import Llama3Parser
 from medusa_runtime.server.output.mistral import MistralParser
-from medusa_runtime.server.output.parts import Call, Content, OutputParser, PlainParser, Reasoning
+from medusa_runtime.server.output.parts import Arguments, Call, Content, OutputParser, PlainParser, Reasoning
 from medusa_runtime.server.output.reasoning import ReasoningParser, Trimmer
 from medusa_runtime.text.tokenizer import Tokenizer
 from support.chat_templates import PUBLISHED
 from support.tiny_tokenizer import make_tokenizer
 
-Part = Content | Reasoning | Call
+Part = Content | Reasoning | Call | Arguments
 Make = Callable[[], OutputParser]
 
 MAKERS: dict[str, Make] = {
@@ -31,6 +33,7 @@ MAKERS: dict[str, Make] = {
     "harmony": lambda: Trimmer(HarmonyParser()),
     "think": lambda: ReasoningParser(PlainParser(), is_open=False),
     "open think": lambda: ReasoningParser(Trimmer(HermesParser()), is_open=True),
+    "forced": lambda: ForcedCallParser(hermes.CALLS, ["look", "go"]),
 }
 LOOK, GO = Call("look", '{"at": "sky"}'), Call("go", "{}")
 _LOOK = '{"name": "look", "arguments": {"at": "sky"}}'
@@ -79,7 +82,10 @@ def parts_of(make: Make, pieces: list[str]) -> list[Part]:
     found: list[Part] = []
     for part in [*(part for piece in pieces for part in parser.feed(piece)), *parser.finish()]:
         last = found[-1] if found else None
-        if isinstance(part, Call) or type(part) is not type(last):
+        if isinstance(part, Arguments):
+            assert isinstance(last, Call)
+            found[-1] = Call(last.name, last.arguments + part.text)
+        elif isinstance(part, Call) or type(part) is not type(last):
             found.append(part)
         else:
             assert not isinstance(last, Call) and last is not None
@@ -113,6 +119,19 @@ def test_one_call_is_left_if_calls_may_not_be_parallel() -> None:
     assert parts_of(lambda: Trimmer(HermesParser(), one_call=True), [text]) == [LOOK]
 
 
+@pytest.mark.parametrize("form", [hermes.CALLS, llama3.CALLS, mistral.CALLS, mistral.LIST_CALLS])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_forced_calls_are_read_while_they_come(form: CallForm, size: int) -> None:
+    arguments = '{"at": "s}\\"ky", "in": [{}, "["]}'
+    calls = [form.head('lo"ok') + arguments + form.end, form.head("go") + "{}" + form.end]
+    text = form.opening + form.before + (form.between or "").join(calls) + form.after
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    expected: list[Part] = [Call('lo"ok', arguments), Call("go", "{}")]
+    assert parts_of(lambda: ForcedCallParser(form, ['lo"ok', "go"]), pieces) == expected
+    cut = text[: text.index("s}") + 1]  # the most tokens of the answer came first
+    assert parts_of(lambda: ForcedCallParser(form, ['lo"ok', "go"]), [cut]) == [Call('lo"ok', '{"at": "s')]
+
+
 def tokenizer_with(template: str) -> Tokenizer:
     return Tokenizer(make_tokenizer().backend_tokenizer, chat_templates={"default": template})
 
@@ -121,7 +140,8 @@ def tokenizer_with(template: str) -> Tokenizer:
     ("template", "expected"),
     [
         ("{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}x", "hermes"),
-        ("{% if tools %}{{ tools | tojson }} [TOOL_CALLS]{% endif %}x", "mistral"),
+        ("{% if tools %}{{ tools | tojson }} [TOOL_CALLS]{% endif %}x", "mistral-list"),
+        ("{% if tools %}{{ tools | tojson }} [TOOL_CALLS]f[ARGS]{}{% endif %}x", "mistral"),
         ('{% if tools %}{{ tools | tojson }} {"name": "f", "parameters": {}}{% endif %}x', "llama3"),
         ("{% if tools %}{{ tools | tojson }} <tool_call><function=f>{% endif %}x", None),
         ("<tool_call> without tools", None),

@@ -5,12 +5,20 @@ A tool format is added by a module with ``MARKS`` and a parser, and a line in ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from medusa_runtime.constraints.grammar import Grammar
 from medusa_runtime.errors import MedusaError
 from medusa_runtime.server.output import harmony, hermes, llama3, mistral, reasoning
+from medusa_runtime.server.output.call_form import (
+    CallableTool,
+    CallForm,
+    ForcedCallParser,
+    ReasoningForm,
+    calls_grammar,
+)
 from medusa_runtime.server.output.parts import OutputParser, PlainParser
 from medusa_runtime.server.output.reasoning import Trimmer
 from medusa_runtime.text.tokenizer import Tokenizer
@@ -25,6 +33,7 @@ class ToolFormat:
     Attributes:
         marks: The marks in the text. Those that are special tokens are shown in it.
         parser: Makes the parser of an answer, given the names of the functions.
+        calls: How forced calls are written.
         sign: A part of the chat templates that use the format.
         id_length: Characters of the ids of calls, where a template checks them; 0 for OpenAI's form.
         always: True if answers without tools have the format, too.
@@ -32,6 +41,7 @@ class ToolFormat:
 
     marks: Sequence[str]
     parser: Callable[[Collection[str]], OutputParser]
+    calls: CallForm
     sign: str
     id_length: int = 0
     always: bool = False
@@ -39,10 +49,17 @@ class ToolFormat:
 
 # The first format whose sign is in the template is the model's.
 TOOL_FORMATS = {
-    "harmony": ToolFormat(harmony.MARKS, lambda _: harmony.HarmonyParser(), harmony.CHANNEL, always=True),
-    "hermes": ToolFormat(hermes.MARKS, lambda _: hermes.HermesParser(), hermes.OPEN),
-    "mistral": ToolFormat(mistral.MARKS, lambda _: mistral.MistralParser(), mistral.OPEN, id_length=9),
-    "llama3": ToolFormat(llama3.MARKS, llama3.Llama3Parser, '"parameters":'),
+    "harmony": ToolFormat(
+        harmony.MARKS, lambda _: harmony.HarmonyParser(), harmony.CALLS, harmony.CHANNEL, always=True
+    ),
+    "hermes": ToolFormat(hermes.MARKS, lambda _: hermes.HermesParser(), hermes.CALLS, hermes.OPEN),
+    "mistral": ToolFormat(
+        mistral.MARKS, lambda _: mistral.MistralParser(), mistral.CALLS, mistral.ARGUMENTS, id_length=9
+    ),
+    "mistral-list": ToolFormat(
+        mistral.MARKS, lambda _: mistral.MistralParser(), mistral.LIST_CALLS, mistral.OPEN, id_length=9
+    ),
+    "llama3": ToolFormat(llama3.MARKS, llama3.Llama3Parser, llama3.CALLS, '"parameters":'),
 }
 # A part of templates whose calls have the marks of hermes, but XML between them.
 _XML_CALLS = "<function="
@@ -56,12 +73,12 @@ class ChatFormat:
     Attributes:
         tools: The format of its tool calls; None if it has none that is known.
         thinks: True if its answers may begin with reasoning between ``<think>`` and ``</think>``.
-        shown_token_ids: The marks that are special tokens.
+        marks: Ids of the marks that are special tokens, by their text. They are shown in the answer's text.
     """
 
     tools: ToolFormat | None
     thinks: bool
-    shown_token_ids: tuple[int, ...]
+    marks: Mapping[str, int]
 
     @classmethod
     def of(
@@ -91,22 +108,57 @@ class ChatFormat:
         thinks = reasoning_format == "think" or (reasoning_format == "auto" and reasoning.CLOSE in templates)
         marks = [*(found.marks if found else ()), *(reasoning.MARKS if thinks else ())]
         special = tokenizer.special_tokens if tokenizer else {}
-        return cls(found, thinks, tuple(special[mark] for mark in marks if mark in special))
+        return cls(found, thinks, {mark: special[mark] for mark in marks if mark in special})
 
-    def parser(self, prompt: str, names: Collection[str] | None, *, one_call: bool = False) -> OutputParser:
+    @property
+    def shown_token_ids(self) -> tuple[int, ...]:
+        """The marks that are special tokens."""
+        return tuple(self.marks.values())
+
+    def parser(
+        self, prompt: str, names: Collection[str] | None, *, one_call: bool = False, forced: bool = False
+    ) -> OutputParser:
         """The parser of an answer to a chat.
 
         Args:
             prompt: The rendered chat.
             names: Names of the functions that the model may call; None if it may call none.
             one_call: If True, all calls behind the first are left out.
+            forced: If True, the answer follows the grammar of ``calls``, without other text.
         """
         inner: OutputParser = PlainParser()
-        if self.tools is not None and (names is not None or self.tools.always):
+        if forced and self.tools is not None and not self.tools.always:
+            inner = ForcedCallParser(self.tools.calls, names or ())
+        elif self.tools is not None and (names is not None or self.tools.always):
             inner = Trimmer(self.tools.parser(names or ()), one_call=one_call)
         if not self.thinks:
             return inner
-        return reasoning.ReasoningParser(inner, is_open=prompt.rstrip().endswith(reasoning.OPEN))
+        return reasoning.ReasoningParser(inner, is_open=reasoning.is_open(prompt))
+
+    def calls(
+        self, prompt: str, tools: Sequence[CallableTool], *, one_call: bool = False, may_answer: bool = False
+    ) -> Grammar:
+        """The grammar of an answer that calls functions. Reasoning may come before the calls.
+
+        Args:
+            prompt: The rendered chat.
+            tools: The functions that may be called.
+            one_call: If True, there is one call at most.
+            may_answer: If True, the answer may be text without calls, or have text before the calls.
+
+        Raises:
+            RequestError: A schema is no JSON object.
+        """
+        assert self.tools is not None, "the chat was rendered with tools"
+        thought: ReasoningForm | None = None
+        if self.tools.always:
+            thought = harmony.REASONING
+        elif self.thinks:
+            begin = "" if reasoning.is_open(prompt) else reasoning.OPEN
+            thought = ReasoningForm(begin, reasoning.CLOSE, gap="\n\n")
+        return calls_grammar(
+            self.tools.calls, tools, self.marks, reasoning=thought, one_call=one_call, may_answer=may_answer
+        )
 
 
 def _renders_tools(tokenizer: Tokenizer) -> bool:

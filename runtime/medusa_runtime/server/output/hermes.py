@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from medusa_runtime.server.output.call_form import CallForm
 from medusa_runtime.server.output.parts import Content, Part, Text, call_of, parsed
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MARKS = (OPEN, CLOSE)
+CALLS = CallForm(
+    opening=OPEN,
+    begin='\n{"name": "',
+    middle='", "arguments": ',
+    end="}\n" + CLOSE,
+    between="\n" + OPEN,
+)
 
 
 class HermesParser:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 
+from medusa_runtime.server.output.call_form import CallForm
 from medusa_runtime.server.output.parts import Content, Part, Text, call_of
 
 TAG = "<|python_tag|>"
 MARKS = (TAG,)
+CALLS = CallForm(begin='{"name": "', middle='", "parameters": ', end="}", between="; ")
 
 
 class Llama3Parser:

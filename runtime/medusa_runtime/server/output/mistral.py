@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from medusa_runtime.server.output.call_form import CallForm
 from medusa_runtime.server.output.parts import Call, Content, Part, Text, call_of, parsed
 
 OPEN, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 MARKS = (OPEN, ARGUMENTS, CALL_ID)
+LIST_CALLS = CallForm(
+    opening=OPEN, before="[", begin='{"name": "', middle='", "arguments": ', end="}", between=", ", after="]"
+)
+CALLS = CallForm(opening=OPEN, begin="", middle=ARGUMENTS, between=OPEN, quotes=False)
 
 
 class MistralParser:

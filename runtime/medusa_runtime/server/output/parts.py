@@ -24,18 +24,25 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Call:
-    """A complete tool call.
+    """A tool call, or the beginning of one.
 
     Attributes:
         name: Name of the function.
-        arguments: Its arguments in JSON.
+        arguments: Its arguments in JSON. ``Arguments`` parts behind it have more of them.
     """
 
     name: str
     arguments: str
 
 
-Part = Content | Reasoning | Call
+@dataclass(frozen=True)
+class Arguments:
+    """More of the arguments of the last call."""
+
+    text: str
+
+
+Part = Content | Reasoning | Call | Arguments
 
 
 class OutputParser(Protocol):

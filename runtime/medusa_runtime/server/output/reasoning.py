@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from medusa_runtime.server.output.parts import Content, OutputParser, Part, Reasoning, Text
+from medusa_runtime.server.output.parts import Arguments, Content, OutputParser, Part, Reasoning, Text
 
 OPEN, CLOSE = "<think>", "</think>"
 MARKS = (OPEN, CLOSE)
+
+
+def is_open(prompt: str) -> bool:
+    """True if a prompt ends inside of reasoning."""
+    return prompt.rstrip().endswith(OPEN)
 
 
 class ReasoningParser:
@@ -106,7 +111,7 @@ class Trimmer:
                 continue
             if not isinstance(part, Reasoning):
                 self._space = ""
-                self._calls += 1
+                self._calls += not isinstance(part, Arguments)
                 if self._one_call and self._calls > 1:
                     continue
             yield part

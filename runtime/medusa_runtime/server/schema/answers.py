@@ -63,12 +63,27 @@ class CalledFunction(TypedDict):
 
 
 class ToolCall(TypedDict):
-    """A tool call. A stream has its index."""
+    """A tool call."""
 
-    index: NotRequired[int]
     id: str
     type: Literal["function"]
     function: CalledFunction
+
+
+class FunctionDelta(TypedDict):
+    """What a chunk adds to a call: the function's name at its beginning, and arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """What a chunk adds to a tool call. The first one has its id."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
 
 
 class ChatMessage(TypedDict):
@@ -107,7 +122,7 @@ class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
     reasoning_content: str
-    tool_calls: list[ToolCall]
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkChoice(TypedDict):

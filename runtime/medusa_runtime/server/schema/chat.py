@@ -71,7 +71,7 @@ class ChatRequest(CompletionFields):
         logprobs: If true, the answer has the log probability of each token.
         top_logprobs: Number of most likely tokens to give for each place. Above 0 only for greedy answers, and then 1.
         tools: The functions that the model may call.
-        tool_choice: ``none`` or ``auto``, the default. The others need grammars.
+        tool_choice: ``none``, ``auto``, which is the default, ``required``, a function, or allowed tools.
         parallel_tool_calls: If false, the answer has one tool call at most.
         chat_template_kwargs: Variables of the chat template, such as ``enable_thinking``.
         reasoning_effort: Is given to the chat template under this name.

@@ -44,7 +44,7 @@ class ResponsesRequest(SamplingFields):
         instructions: A system message before the input.
         max_output_tokens: The most tokens of the answer. Default: what fits.
         tools: The functions that the model may call.
-        tool_choice: ``none`` or ``auto``, the default.
+        tool_choice: ``none``, ``auto``, which is the default, ``required``, a function, or allowed tools.
         parallel_tool_calls: If false, the answer has one tool call at most.
         text: The format of the answer: ``text``, ``json_object`` or ``json_schema``.
         reasoning: Its ``effort`` is given to the chat template as ``reasoning_effort``.

@@ -1,0 +1,186 @@
+"""Forced tool calls: a grammar makes any model write them in its format, with valid arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import openai
+import pytest
+
+from medusa_runtime import MedusaService
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.server.prometheus import ServerMetrics
+from medusa_runtime.server.settings import Settings
+from medusa_runtime.text.tokenizer import Tokenizer
+from support.servers import running
+from support.stock import Stock
+from support.tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
+
+LOOK = {
+    "type": "object",
+    "properties": {"at": {"enum": ["sky", "sea"]}, "times": {"type": "integer", "minimum": 1, "maximum": 20}},
+    "required": ["at", "times"],
+    "additionalProperties": False,
+}
+SCHEMAS = {"look": LOOK, "go": {"type": "object", "properties": {}, "additionalProperties": False}}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "look", "parameters": LOOK}},
+    {"type": "function", "function": {"name": "go"}},
+]
+GO: Any = {"type": "function", "function": {"name": "go"}}
+CHAT: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Where?"}], "tools": TOOLS, "max_tokens": 150}
+
+
+@contextmanager
+def served(service: MedusaService, form: str) -> Iterator[openai.OpenAI]:
+    settings = Settings(bundle=Path("tiny"), model_names=("tiny",), tool_format=form)
+    with (
+        running(service, ServerMetrics("tiny"), settings) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60, _strict_response_validation=True) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def service(stock: Stock) -> Iterator[MedusaService]:
+    """A service of a tiny random model that knows all bytes, with an end token."""
+    bundle = stock.export(vocab_size=257).bundle
+    bundle = replace(bundle, model=replace(bundle.model, eos_token_ids=(0,)))
+    backend = OnnxRuntimeBackend(bundle, rows=3, threads=1)
+    tokenizer = Tokenizer(make_tokenizer(257).backend_tokenizer, chat_templates={"default": CHAT_TEMPLATE})
+    with MedusaService(bundle, backend, tokenizer, tree_size=8) as service:
+        yield service
+
+
+@pytest.fixture(scope="module", params=["hermes", "llama3", "mistral", "mistral-list"])
+def client(request: pytest.FixtureRequest, service: MedusaService) -> Iterator[openai.OpenAI]:
+    with served(service, request.param) as client:
+        yield client
+
+
+def check(call: Any, *names: str) -> None:
+    assert call.name in names
+    jsonschema_rs.validate(SCHEMAS[call.name], json.loads(call.arguments))
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 1, "seed": 1, "n": 3}], ids=["greedy", "seeds"])
+@pytest.mark.parametrize(("choice", "names"), [("required", ["look", "go"]), (GO, ["go"])], ids=["any", "one"])
+def test_an_answer_has_the_forced_call(
+    client: openai.OpenAI, fields: dict[str, Any], choice: Any, names: list[str]
+) -> None:
+    asked = CHAT | fields | {"tool_choice": choice, "parallel_tool_calls": False}
+    answer = client.chat.completions.create(**asked)
+    expected = []
+    for found in answer.choices:
+        assert found.finish_reason == ("tool_calls" if choice == "required" else "stop")
+        assert found.message.content is None
+        (call,) = found.message.tool_calls or []
+        assert call.type == "function"
+        check(call.function, *names)
+        expected.append((call.function.name, call.function.arguments))
+    streamed = [["", ""] for _ in answer.choices]
+    pieces = 0
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for part in chunk.choices:
+            for delta in part.delta.tool_calls or []:
+                assert delta.index == 0 and delta.function is not None
+                assert (delta.id is None) == (delta.function.name is None)
+                streamed[part.index][0] += delta.function.name or ""
+                streamed[part.index][1] += delta.function.arguments or ""
+                pieces += 1
+    assert [tuple(call) for call in streamed] == expected
+    assert pieces >= 2 * len(expected)
+
+
+def test_several_calls_are_allowed_unless_they_may_not_be_parallel(client: openai.OpenAI) -> None:
+    fields = CHAT | {"tool_choice": "required", "temperature": 1, "n": 3}
+    for seed in range(3):
+        for found in client.chat.completions.create(**fields, seed=seed).choices:
+            for call in found.message.tool_calls or []:
+                assert call.type == "function"
+                if found.finish_reason != "length":
+                    check(call.function, "look", "go")
+
+
+def test_a_call_that_is_cut_has_the_arguments_so_far(client: openai.OpenAI) -> None:
+    fields = CHAT | {"temperature": 0, "tool_choice": {"type": "function", "function": {"name": "look"}}}
+    whole = client.chat.completions.create(**fields).choices[0].message.tool_calls
+    (choice,) = client.chat.completions.create(**fields | {"max_tokens": 45}).choices
+    assert choice.finish_reason == "length" and whole is not None and whole[0].type == "function"
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function" and call.function.arguments
+    assert whole[0].function.arguments.startswith(call.function.arguments)
+
+
+def test_allowed_tools_leave_out_the_others(client: openai.OpenAI) -> None:
+    choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [GO]}}
+    fields = CHAT | {"temperature": 0, "tool_choice": choice, "parallel_tool_calls": False}
+    (call,) = client.chat.completions.create(**fields).choices[0].message.tool_calls or []
+    assert call.type == "function"
+    check(call.function, "go")
+
+
+def test_responses_stream_the_arguments_of_a_forced_call(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "strict": True, **tool["function"]} for tool in TOOLS]
+    fields: Any = {"model": "tiny", "input": "Where?", "tools": tools, "temperature": 0, "max_output_tokens": 150}
+    fields["tool_choice"] = {"type": "function", "name": "look"}
+    (item,) = client.responses.create(**fields).output
+    assert item.type == "function_call"
+    check(item, "look")
+    events = list(client.responses.create(**fields, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert len(deltas) > 1 and "".join(deltas) == item.arguments
+    last = events[-1]
+    assert last.type == "response.completed"
+    (streamed,) = last.response.output
+    assert streamed.type == "function_call" and (streamed.name, streamed.arguments) == ("look", item.arguments)
+
+
+def test_strict_tools_leave_text_free_and_bind_calls(client: openai.OpenAI) -> None:
+    """A random model writes text; where its text is pushed to be a call, the call is valid."""
+    strict: Any = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    for seed in range(2):
+        fields = CHAT | {"tools": strict, "temperature": 1, "seed": seed, "max_tokens": 60}
+        message = client.chat.completions.create(**fields).choices[0].message
+        for call in message.tool_calls or []:
+            assert call.type == "function"
+            check(call.function, "look", "go")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_choice": "any"}, "expected 'none', 'auto', 'required'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "fly"}}}, "names the function 'fly'"),
+        ({"tool_choice": {"type": "function"}}, "expected 'none', 'auto', 'required'"),
+        ({"tool_choice": "required", "tools": []}, "there are no tools"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{}]}}}, "no function"),
+    ],
+)
+def test_other_choices_are_refused(client: openai.OpenAI, fields: Any, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.chat.completions.create(**CHAT | fields)
+    assert caught.value.param == "tool_choice"
+
+
+@pytest.mark.slow
+def test_a_real_model_calls_what_it_must_in_the_form_of_hermes(smollm2_bundle: Path) -> None:
+    with (
+        MedusaService.load(smollm2_bundle, rows=3, tree_size=8) as service,
+        served(service, "hermes") as client,
+    ):
+        for fields in ({"temperature": 0}, {"temperature": 1, "seed": 5, "n": 3}):
+            for choice, names in (("required", ["look", "go"]), (GO, ["go"])):
+                answer = client.chat.completions.create(**CHAT | fields | {"tool_choice": choice})
+                for found in answer.choices:
+                    calls = found.message.tool_calls or []
+                    assert calls
+                    for call in calls if found.finish_reason != "length" else calls[:-1]:
+                        assert call.type == "function"
+                        check(call.function, *names)
