@@ -47,10 +47,10 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
 
 def _grammar(body: Body) -> Grammar | None:
     """The grammar of the format that a request asks for: OpenAI's fields, and ``structured_outputs`` of vLLM."""
-    text = getattr(body, "text", None) or {}
+    text = getattr(body, "text", None)
     formats = {
         "response_format": getattr(body, "response_format", None),
-        "text": text.get("format"),
+        "text": None if text is None else text.format,
         "structured_outputs": getattr(body, "structured_outputs", None),
     }
     asked = {field: value for field, value in formats.items() if value is not None and value != {"type": "text"}}

@@ -58,7 +58,7 @@ class ResponseJob:
         settings, service = api.settings, api.service
         check_model(settings.names, request.model)
         check_served(request)
-        effort = (request.reasoning or {}).get("effort")
+        effort = request.reasoning.effort if request.reasoning else None
         tools = [
             Tool(type="function", function=Function(**tool.model_dump(exclude={"type"})))
             for tool in request.tools or ()
@@ -70,7 +70,7 @@ class ResponseJob:
             messages_of(request),
             max_tokens=service.max_tokens,
             tools=choice.tools,
-            variables=template_variables(request.chat_template_kwargs, effort if isinstance(effort, str) else None),
+            variables=template_variables(request.chat_template_kwargs, effort),
         )
         most = new_tokens(
             service,
@@ -137,10 +137,10 @@ class ResponseJob:
             "output": [item.answer(status) for item in items],
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
             "store": False,
             "temperature": 0.0 if is_greedy(self.api.service, request) else request.temperature or 1.0,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (request.text and request.text.format) or {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": [
                 {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}

@@ -73,6 +73,8 @@ def test_items_become_messages() -> None:
     [
         ({"previous_response_id": "resp_1"}, "unsupported_parameter", "previous_response_id"),
         ({"text": {"format": {"type": "yaml"}}}, "invalid_value", "text"),
+        ({"text": {"tone": "dry"}}, "unknown_parameter", "text.tone"),
+        ({"reasoning": {"effort": "low", "sum": "x"}}, "unknown_parameter", "reasoning.sum"),
         ({"top_logprobs": 1}, "unsupported_parameter", "top_logprobs"),
         ({"background": True}, "unsupported_parameter", "background"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_value", None),

@@ -36,6 +36,21 @@ class ResponseTool(Body):
     strict: bool | None = None
 
 
+class ResponseText(Body):
+    """The format of a response's text. Its verbosity has no effect."""
+
+    format: JsonObject | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(Body):
+    """Options of the reasoning. Only ``effort`` has an effect."""
+
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
 class ResponsesRequest(SamplingFields):
     """A request for a response.
 
@@ -65,8 +80,8 @@ class ResponsesRequest(SamplingFields):
     tools: Items[ResponseTool] | None = None
     tool_choice: str | JsonObject | None = None
     parallel_tool_calls: bool | None = None
-    text: JsonObject | None = None
-    reasoning: JsonObject | None = None
+    text: ResponseText | None = None
+    reasoning: Reasoning | None = None
     chat_template_kwargs: JsonObject | None = None
     truncation: str | None = None
     previous_response_id: str | None = None
