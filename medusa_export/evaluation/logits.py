@@ -114,9 +114,13 @@ def _expected(model: PreTrainedModel, ids: Tensor, start: int) -> Iterator[tuple
 
 def _take_in(backend: OnnxRuntimeBackend, group: _Group, bundle: Bundle) -> None:
     """Empties all rows, and takes in the tokens before the group's start."""
-    backend.reserve(bundle.slots.capacity(group.ids.shape[1], SHARED_CHUNK))
+    length, limit = group.ids.shape[1], bundle.model.most_tokens(group.start)
+    if length > limit:
+        raise VerificationError(f"A text has {length} tokens, but this model takes at most {limit}: shorten the texts.")
+    backend.reserve(bundle.slots.capacity(length, SHARED_CHUNK))
     for row in range(backend.rows):
         backend.reset(row)
+        backend.set_long(row, bundle.model.is_long(group.start))
     for first in range(0, group.start, SHARED_CHUNK):
         chunks = group.ids[:, first : min(first + SHARED_CHUNK, group.start)]
         backend.step(chunks.shape[1], dict(enumerate(chunks.tolist())))

@@ -171,6 +171,7 @@ def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
         dtype=_dtype(step),
         sampling=step.sampling,
         constraints=step.sampling,
+        takes_long=step.short_positions is not None,
     )
 
 

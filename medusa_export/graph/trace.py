@@ -147,6 +147,7 @@ class _TracedStep(nn.Module):
         num_tokens: Tensor,
         is_prefill: Tensor,
         cache_lengths: Tensor,
+        is_long: Tensor | None,
         sampling: dict[str, Tensor] | None,
         past: list[Tensor],
         pending: list[Tensor],
@@ -157,6 +158,7 @@ class _TracedStep(nn.Module):
                 num_tokens=num_tokens,
                 is_prefill=is_prefill,
                 cache_lengths=cache_lengths,
+                is_long=is_long,
                 past=[past[group] for group in self._group_of],
                 pending=[pending[group] for group in self._group_of] if pending else [],
                 sampling=None if sampling is None else SamplingInputs.of(list(sampling.values())),
@@ -183,12 +185,13 @@ def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
         "num_tokens": torch.ones(batch, dtype=torch.int64),
         "is_prefill": torch.zeros(batch, dtype=torch.bool),
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
+        "is_long": None if step.short_positions is None else torch.zeros(batch, dtype=torch.bool),
         "sampling": sampling,
         "past": [torch.zeros(batch, heads, capacity, size, dtype=dtype) for heads, size in shapes],
         "pending": [torch.zeros(batch, heads, margin, size, dtype=dtype) for heads, size in shapes if margin],
     }
     dynamic = torch.export.Dim.DYNAMIC
-    free: dict[str, Any] = {name: {0: dynamic} for name in example}
+    free: dict[str, Any] = {name: None if value is None else {0: dynamic} for name, value in example.items()}
     free["input_ids"] = {0: dynamic, 1: dynamic}
     free["sampling"] = None if sampling is None else free_sizes(step.vocab_size)
     free["past"] = [{0: dynamic, 2: dynamic} for _ in example["past"]]

@@ -7,7 +7,7 @@ observed (``step.states``), not checked here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,6 +23,8 @@ _ADAPTED = frozenset({"bloom", "mpt", "falcon", "gptj", "gpt_neo", "codegen"})
 _ADAPTED_EXPERTS = frozenset({"DbrxExperts", "Step3p7Experts", "Llama4TextExperts", "JetMoeParallelExperts"})
 # The length that models with ALiBi are exported for where their configuration gives none.
 _ALIBI_POSITIONS = 2048
+# Classes of rotary embeddings that look at the length in code of their own, too.
+_OWN_LENGTHS = frozenset({"PhimoeRotaryEmbedding"})
 # Names that configurations have for the longest sequence.
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 
@@ -71,8 +73,9 @@ def several_models(name: str) -> str:
 def max_positions(model: PreTrainedModel) -> int:
     """The length of the longest sequence that a model takes, in tokens.
 
-    For rotary embeddings that depend on the length (``dynamic``, ``longrope``) it is the original length, up to which
-    they are the same for all sequences. Beyond it transformers computes a sequence with other frequencies than before.
+    For rotary embeddings that depend on the length (``dynamic``, and ``longrope`` of a kind that ``short_positions``
+    does not know) it is the original length, up to which they are the same for all sequences. Beyond it transformers
+    computes a sequence with other frequencies than before.
 
     Raises:
         ExportError: The model's configuration does not say.
@@ -83,11 +86,33 @@ def max_positions(model: PreTrainedModel) -> int:
         found = _ALIBI_POSITIONS
     if found is None:
         raise ExportError("The model's config has no max_position_embeddings: add it to config.json.")
-    original = getattr(config, "original_max_position_embeddings", None)
+    if short_positions(model) is not None:
+        return found
     for parameters in _ropes(config):
         if is_length_dependent(parameters["rope_type"]):
-            found = min(found, parameters.get("original_max_position_embeddings") or original or found)
+            found = min(found, _original_length(config, parameters) or found)
     return found
+
+
+def short_positions(model: PreTrainedModel) -> int | None:
+    """The longest prompt, in tokens, with the first of a model's two sets of rotary frequencies (``longrope``).
+
+    transformers computes all of a longer sequence with the second set. None if the model has one set.
+    """
+    config = model.config.get_text_config()
+    kinds = [
+        (type(module).__name__, module.rope_type)
+        for module in model.modules()
+        if is_length_dependent(getattr(module, "rope_type", None))
+    ]
+    if not kinds or any(kind != "longrope" or name in _OWN_LENGTHS for name, kind in kinds):
+        return None
+    return _original_length(config, config.rope_parameters)
+
+
+def _original_length(config: PreTrainedConfig, parameters: Mapping[str, Any]) -> int | None:
+    found: int | None = parameters.get("original_max_position_embeddings")
+    return found or getattr(config, "original_max_position_embeddings", None)
 
 
 def is_length_dependent(rope_type: object) -> bool:

@@ -38,6 +38,7 @@ class EagerBackend:
         self._lengths = torch.zeros(rows, dtype=torch.int64)
         self._caches: list[Tensor] = []
         self._drafts = np.zeros((rows, step.tree.size), np.int64)
+        self._is_long = torch.zeros(rows, dtype=torch.bool)
         constraints = ConstraintRows(rows, step.vocab_size, step.tree.size) if step.sampling else None
         self._sampling = SamplingRows(rows, constraints)
         dtype = str(step.model.dtype).removeprefix("torch.")
@@ -104,6 +105,9 @@ class EagerBackend:
     def assign(self, row: int, draws: Draws | None) -> None:
         self._sampling.assign(row, draws)
 
+    def set_long(self, row: int, is_long: bool) -> None:
+        self._is_long[row] = is_long
+
     def step(
         self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None
     ) -> StepResult:
@@ -125,6 +129,7 @@ class EagerBackend:
                     num_tokens=num_tokens.to(self._device),
                     is_prefill=is_prefill.to(self._device),
                     cache_lengths=self._lengths.to(self._device),
+                    is_long=None if self._step.short_positions is None else self._is_long.to(self._device),
                     past=self._caches,
                     pending=pending_by_state(self._step.states, self._pending),
                     sampling=sampling,

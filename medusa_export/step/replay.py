@@ -43,6 +43,7 @@ class ReplayedSteps:
         dtype = step.model.dtype
         with self.device:
             self.lengths = torch.zeros(1, dtype=torch.int64)
+            self._is_long = torch.zeros(1, dtype=torch.bool)
             self._drafts = torch.zeros(1, step.tree.size, dtype=torch.int64)
             self._caches = [
                 torch.zeros(1, heads, capacity, size, dtype=dtype)
@@ -60,6 +61,7 @@ class ReplayedSteps:
     def prefill(self, prompt: Sequence[int], *, chunk: int = 512) -> list[int]:
         """Takes in a prompt from the start of the row, and returns the first token of the answer."""
         self.lengths.zero_()
+        self._is_long.fill_(len(prompt) > (self._step.short_positions or len(prompt)))
         for first in range(0, len(prompt), chunk):
             ids = torch.tensor([list(prompt[first : first + chunk])], device=self.device)
             self._advance(ids, prefill=True)
@@ -121,6 +123,7 @@ class ReplayedSteps:
                     num_tokens=torch.full((1,), ids.shape[1], dtype=torch.int64),
                     is_prefill=torch.full((1,), prefill, dtype=torch.bool),
                     cache_lengths=self.lengths,
+                    is_long=None if self._step.short_positions is None else self._is_long,
                     past=self._caches,
                     pending=pending_by_state(self._step.states, self._pending),
                     sampling=self._no_draws() if self._step.sampling else None,

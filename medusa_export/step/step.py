@@ -23,6 +23,7 @@ from medusa_export.common.errors import ExportError
 from medusa_export.compat.transformers import experts_function
 from medusa_export.heads.base import Draft, DraftHeads, DraftInputs
 from medusa_export.heads.sizes import sym_min
+from medusa_export.models.supported import short_positions
 from medusa_export.step.acceptance.path import deepest_confirmed
 from medusa_export.step.acceptance.registry import rules_named
 from medusa_export.step.acceptance.rule import AcceptanceRule, VerifiedNodes, judge
@@ -52,6 +53,7 @@ class StepInputs:
         past: The cache of each state, [B, num_heads, C, head_dim].
         pending: The last M committed entries of each state, [B, num_heads, M, head_dim]; empty if M is 0.
         sampling: The sampling parameters and numbers of each row; None in a step that is greedy only.
+        is_long: [B] boolean, True in rows of long requests; None if the model has one set of rotary frequencies.
     """
 
     input_ids: Tensor
@@ -61,6 +63,7 @@ class StepInputs:
     past: Sequence[Tensor]
     pending: Sequence[Tensor] = ()
     sampling: SamplingInputs | None = None
+    is_long: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class MedusaStep(nn.Module):
 
     Attributes:
         states: The model's states.
+        short_positions: The longest prompt with the first of two sets of rotary frequencies; None if the model has one.
         kernels: The functions that write to caches and attend. Only a step that isn't traced may have others.
     """
 
@@ -151,6 +155,7 @@ class MedusaStep(nn.Module):
         if not self.rules:
             raise ExportError("A step without sampling has no acceptance rule left: give 'exact' too.")
         reset_frequencies(model)
+        self.short_positions = short_positions(model)
         self.states = observed_states(model, tree.max_depth)
         self.tables = TreeTables(tree, self.num_heads)
         self._last_position = _end_of_table(model)
@@ -224,7 +229,7 @@ class MedusaStep(nn.Module):
         verified = torch.arange(sym_min(given.input_ids.shape[1], self.tree.size))
         last = (given.num_tokens - 1).clamp(min=0)
         rows = torch.where(given.is_prefill.unsqueeze(1), last.unsqueeze(1), verified)
-        logits, hidden = self._run_model(given.input_ids, slots.positions, cache, rows)
+        logits, hidden = self._run_model(given.input_ids, slots.positions, cache, rows, given.is_long)
 
         tokens, sampled = given.input_ids.index_select(1, verified), None
         if given.sampling is not None:
@@ -233,7 +238,9 @@ class MedusaStep(nn.Module):
         chosen = logits.argmax(-1) if sampled is None else sampled.chosen
         return VerifiedNodes(tokens, logits, chosen, self.tables, given.sampling, sampled), hidden
 
-    def _run_model(self, input_ids: Tensor, positions: Tensor, cache: StepCache, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_model(
+        self, input_ids: Tensor, positions: Tensor, cache: StepCache, rows: Tensor, is_long: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Runs the model's own forward.
 
         Returns:
@@ -251,7 +258,11 @@ class MedusaStep(nn.Module):
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_rows)
         cache.shows_length = only_shapes_from_length(self.model)
         try:
-            with adapted(self.model), attending(cache.masks, self.kernels), experts_function(self.model, EXPERTS_NAME):
+            with (
+                adapted(self.model, is_long),
+                attending(cache.masks, self.kernels),
+                experts_function(self.model, EXPERTS_NAME),
+            ):
                 output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         finally:
             hook.remove()

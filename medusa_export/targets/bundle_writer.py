@@ -17,7 +17,7 @@ from medusa_export.graph.export import StepGraph
 from medusa_export.models.checkpoints import save_tokenizer
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings
-from medusa_export.models.supported import max_positions
+from medusa_export.models.supported import max_positions, short_positions
 from medusa_export.step.step import MedusaStep
 from medusa_export.targets.onnxruntime.derive import derive_graphs
 from medusa_runtime.bundles.bundle import (
@@ -55,6 +55,7 @@ def model_facts(model: PreTrainedModel, name: str, eos_token_ids: tuple[int, ...
         vocab_size=model.get_output_embeddings().weight.shape[0],
         max_positions=max_positions(model),
         eos_token_ids=eos_token_ids,
+        short_positions=short_positions(model),
     )
 
 

@@ -17,7 +17,7 @@ from medusa_export.step.step import MedusaStep, StepOutput
 from medusa_export.verification.checks import Check, Tolerances
 from medusa_export.verification.oracle import oracle_tree
 from medusa_export.verification.reference import Prompt
-from medusa_runtime.backends.base import Backend, StepResult, can_give_outputs
+from medusa_runtime.backends.base import Backend, StepResult, can_give_outputs, can_set_long
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
 
@@ -120,16 +120,10 @@ class StepChecks:
 
     def _scenario(self, prompts: Sequence[Prompt], size: int, chunk: int, rng: np.random.Generator) -> None:
         """Prefills in chunks, then decodes with drafts that are right down to chosen depths."""
-        depth, slots = self._tree.max_depth, self._bundle.slots
+        depth = self._tree.max_depth
         left = [list(prompt.ids) for prompt in prompts]
         emitted: list[list[int]] = [[] for _ in prompts]
-        for backend in (self._compiled, self._eager):
-            longest = max(map(len, left))
-            widest = max(size, min(chunk, longest))
-            emitted_at_most = STEPS_PER_SCENARIO * slots.most_committed
-            backend.reserve(slots.capacity(longest + emitted_at_most, widest + self._tree.size))
-            for row in range(self._rows):
-                backend.reset(row)
+        self._begin([len(prompt.ids) for prompt in prompts], size, chunk)
         for _ in range(STEPS_PER_SCENARIO + -(-max(map(len, left)) // chunk)):
             parts = {row: rest[:chunk] for row, rest in enumerate(left) if rest}
             width = max([size, *(len(part) for part in parts.values())])
@@ -155,6 +149,18 @@ class StepChecks:
                     if row not in parts:
                         self._accepted[count] += 1
                     emitted[row] += output.tokens[row, :count].tolist()
+
+    def _begin(self, lengths: Sequence[int], size: int, chunk: int) -> None:
+        """Empties the rows of both backends for prompts of these lengths, and makes room."""
+        slots, longest = self._bundle.slots, max(lengths)
+        widest = max(size, min(chunk, longest))
+        needed = slots.capacity(longest + STEPS_PER_SCENARIO * slots.most_committed, widest + self._tree.size)
+        for backend in (self._compiled, self._eager):
+            backend.reserve(needed)
+            for row, length in enumerate(lengths):
+                backend.reset(row)
+                if can_set_long(backend):
+                    backend.set_long(row, self._bundle.model.is_long(length))
 
     def _next_node(self, size: int, rng: np.random.Generator) -> int:
         """Chooses the node that the next draft is right down to, at random from the depth that was chosen least."""

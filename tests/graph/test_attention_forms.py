@@ -14,7 +14,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from medusa_export.compat.transformers import attention_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, StepFacts
 from medusa_export.models.checkpoints import load_model
-from medusa_export.models.supported import check_supported, max_positions
+from medusa_export.models.supported import check_supported, max_positions, short_positions
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.step.alibi import bloom_slopes, mpt_slopes
 from medusa_export.step.attention import ATTENTION_NAME
@@ -167,16 +167,41 @@ def test_sampled_text_is_the_same_for_all_trees(gemma4: Exported) -> None:
 
 
 @pytest.mark.slow
-def test_a_longer_text_than_the_short_frequencies_hold_for_is_refused(stock: Stock) -> None:
-    """transformers computes it with other frequencies from the first token beyond that length on."""
+def test_long_requests_have_frequencies_of_their_own(stock: Stock) -> None:
+    """A prompt beyond the original length is computed with the long frequencies, whole, as transformers does."""
     model = tiny_model("phi3_longrope")
-    assert max_positions(model) == 128 < model.config.max_position_embeddings
+    assert (short_positions(model), max_positions(model)) == (128, 512)
     bundle = stock.export("phi3_longrope", sampling=False).bundle
-    expected = greedy(model, PROMPTS[0], 91)
+    short, long = [(3 * i * i + i) % 101 for i in range(127)], [(3 * i * i + i) % 101 for i in range(140)]
+    prompts = {91: PROMPTS[0], 1: short, 40: long, 20: [*long[:135], 7]}
+    expected = {count: greedy(model, prompt, count) for count, prompt in prompts.items()}
+    for graph in (None, bundle.graph):
+        for chunk in (7, 64):
+            backend = OnnxRuntimeBackend(bundle, rows=3, threads=1, graph=graph)
+            with MedusaService(bundle, backend, None, prefill_chunk=chunk) as service:
+                handles = {count: service.submit(prompt, max_new_tokens=count) for count, prompt in prompts.items()}
+                assert {count: list(handle.result(60).token_ids) for count, handle in handles.items()} == expected
+                again = service.submit(long, max_new_tokens=40).result(60)  # after a short one that begins with it
+                assert list(again.token_ids) == expected[40]
+                assert service.submit(short, max_new_tokens=1).result(60).stats.cached_tokens < 127
     with MedusaEngine.load(bundle.folder, threads=1) as engine:
-        assert list(engine.generate(PROMPTS[0], max_new_tokens=91).token_ids) == expected
-        with pytest.raises(RequestError, match="128"):
-            engine.generate([1] * 129, max_new_tokens=1)
+        for size in (1, 3, 9):
+            assert list(engine.generate(long, max_new_tokens=40, tree_size=size).token_ids) == expected[40]
+        with pytest.raises(RequestError, match="cross 128 tokens"):
+            engine.generate(PROMPTS[0], max_new_tokens=92)
+        with pytest.raises(RequestError, match="exceed the 512 tokens"):
+            engine.generate(long, max_new_tokens=400)
+
+
+def test_steps_of_long_and_short_rows() -> None:
+    model = tiny_model("phi3_longrope")
+    prompts = [[(3 * i * i + i) % 101 for i in range(140)], PROMPTS[0]]
+    expected = [greedy(model, prompt, 24) for prompt in prompts]
+    backend = EagerBackend(make_step(model, random_heads(model)), rows=2)
+    backend.set_long(0, True)
+    for size, chunk in zip(SIZES, (200, 7, 16, 7), strict=True):
+        result = decode(backend, TREE, prompts, expected, size=size, chunk=chunk, count=24)
+        assert result.tokens == expected, (size, chunk)
 
 
 @pytest.mark.parametrize("heads", [1, 4, 6, 8, 12])

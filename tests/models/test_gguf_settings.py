@@ -17,7 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from medusa_export.common.errors import CheckpointError, ModelNotSupportedError
 from medusa_export.models.checkpoints import load_model, load_tokenizer, save_tokenizer
-from medusa_export.models.gguf.settings import Metadata, apply_settings
+from medusa_export.models.gguf.metadata import Metadata
+from medusa_export.models.gguf.settings import apply_settings
+from medusa_export.models.supported import short_positions
 from medusa_runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
 from support.gguf_files import write_gguf
 from support.tiny_models import SLIDING_WINDOW, tiny_config, tiny_model
@@ -209,10 +211,39 @@ def test_positions_scaled_twice_are_refused(tmp_path: Path) -> None:
     assert "twice" in refusal(write_gguf(tmp_path / "tiny.gguf", model, {"rope.scaling.factor": 2.0}, tensors=factors))
 
 
-def test_longrope_is_named(tmp_path: Path) -> None:
-    model = tiny_model("phi3", vocab_size=VOCAB, partial_rotary_factor=1.0)
-    factors = {f"rope_factors_{kind}.weight": np.ones(8, np.float32) for kind in ("long", "short")}
-    assert "'longrope'" in refusal(write_gguf(tmp_path / "tiny.gguf", model, tensors=factors))
+FACTORS: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 20,
+    "short_factor": [1.0, 1.5] * 4,
+    "long_factor": [2.0, 3.0] * 4,
+    "attention_factor": 1.25,
+}
+LONGROPE: dict[str, Any] = {"rope_parameters": FACTORS, "original_max_position_embeddings": 20}
+LONGROPE_KEYS = {"rope.scaling.original_context_length": 20, "rope.scaling.attn_factor": 1.25}
+
+
+def longrope_factors(size: int = 8) -> dict[str, np.ndarray]:
+    return {
+        f"rope_factors_{kind}.weight": np.array(FACTORS[f"{kind}_factor"][:size], np.float32)
+        for kind in ("long", "short")
+    }
+
+
+def test_longrope_has_both_sets_of_factors(tmp_path: Path) -> None:
+    model = tiny_model("phi3", vocab_size=VOCAB, partial_rotary_factor=1.0, **LONGROPE)
+    file = write_gguf(tmp_path / "tiny.gguf", model, LONGROPE_KEYS, tensors=longrope_factors())
+    loaded = load(file)
+    assert short_positions(loaded) == 20
+    for prompt in (PROMPT, PROMPT[:, :20]):
+        torch.testing.assert_close(loaded(prompt).logits, model(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_longrope_without_all_its_numbers_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("phi3", vocab_size=VOCAB, partial_rotary_factor=1.0, **LONGROPE)
+    words = "scales positions by LongRoPE, but lacks"
+    assert words in refusal(write_gguf(tmp_path / "a.gguf", model, LONGROPE_KEYS, tensors=longrope_factors(4)))
+    assert words in refusal(write_gguf(tmp_path / "b.gguf", model, tensors=longrope_factors()))
 
 
 def ggml_angles(written: dict[str, Any], factors: np.ndarray | None, position: int) -> tuple[np.ndarray, float]:
@@ -270,7 +301,9 @@ def test_positions_are_rotated_as_llama_cpp_rotates_them(
             written["rope.scaling.attn_factor"] = 1.0
     values = {"general.architecture": "llama"} | {f"llama.{key}": value for key, value in written.items()}
     config = tiny_config("llama")
-    config = apply_settings(config, Metadata("a.gguf", values, frozenset(), factors))
+    config = apply_settings(
+        config, Metadata("a.gguf", values, frozenset(), {} if factors is None else {"rope_freqs.weight": factors})
+    )
     cosine, sine = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[37]]))
     angles, scale = ggml_angles(written, factors, 37)
     np.testing.assert_allclose(cosine[0, 0, :8].numpy(), scale * np.cos(angles), atol=2e-4)

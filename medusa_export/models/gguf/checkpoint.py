@@ -30,7 +30,8 @@ from medusa_export.models.checkpoint import (
     left_in_files,
 )
 from medusa_export.models.files import GGUF_MAGIC, Place
-from medusa_export.models.gguf.settings import Metadata, apply_settings, check_readable
+from medusa_export.models.gguf.metadata import Metadata
+from medusa_export.models.gguf.settings import apply_settings, check_readable
 from medusa_export.models.gguf.tensors import stored_tensors, unread_tensors
 from medusa_export.models.gguf.tokenizer import complete_tokenizer
 

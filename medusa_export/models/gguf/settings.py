@@ -5,7 +5,7 @@ head that is rotated, caps on logits, windows, the tokens that end a turn. This 
 architecture, knows that it changes nothing, or refuses it by name:
 
 * ``Architecture.direct``: the value is that of a setting;
-* ``_ROTARY``, ``_END_TOKENS`` and ``Architecture.own``: this module has a rule, after llama.cpp's;
+* ``ROTARY_KEYS``, ``_END_TOKENS`` and ``Architecture.own``: this module has a rule, after llama.cpp's;
 * ``_HARMLESS``: the key does not change the result;
 * ``_NEUTRAL``: the key is accepted with a value that switches its feature off;
 * any other key under the architecture's name is refused.
@@ -13,19 +13,15 @@ architecture, knows that it changes nothing, or refuses it by name:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import LlamaConfig, PreTrainedConfig
 
-from medusa_export.common.errors import CheckpointError, ModelNotSupportedError
-
-ROPE_FREQS = "rope_freqs.weight"
-_LONGROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
+from medusa_export.common.errors import CheckpointError
+from medusa_export.models.gguf.metadata import Metadata
+from medusa_export.models.gguf.rotary import ROTARY_KEYS, apply_rotary
 
 _SIZES = {
     "context_length": "max_position_embeddings",
@@ -40,22 +36,6 @@ _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _REQUIRED = ("context_length", "block_count", "embedding_length", "attention.head_count")
 
-_ROTARY = frozenset(
-    {
-        "attention.key_length",
-        "attention.value_length",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scale_linear",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.attn_factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.yarn_ext_factor",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-    }
-)
 _HARMLESS = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
 # Values that switch a feature off, by key.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -80,7 +60,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 # Tokens at which llama.cpp stops: the ends of a text, of a turn, and of a message that calls a tool.
 _END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _OTHER_TOKENS = {"bos_token_id": "tokenizer.ggml.bos_token_id", "pad_token_id": "tokenizer.ggml.padding_token_id"}
-_TOKENIZER = (*_END_TOKENS, *_OTHER_TOKENS.values(), "tokenizer.ggml.model")
 
 
 @dataclass(frozen=True)
@@ -143,50 +122,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """The metadata of a GGUF file, and the names of its tensors.
-
-    Attributes:
-        source: The file, for messages.
-        values: The value of each key; of the tokenizer's keys only those of ``_TOKENIZER``.
-        tensors: The names of the tensors.
-        rope_freqs: The divisor of each frequency, [rotated // 2]; None if the file has no such tensor.
-    """
-
-    source: str
-    values: Mapping[str, Any]
-    tensors: frozenset[str]
-    rope_freqs: NDArray[np.float32] | None = None
-    architecture: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "architecture", str(self.values.get("general.architecture")))
-
-    @classmethod
-    def of(cls, source: str, reader: Any) -> Metadata:
-        """Reads the metadata of a file that ``gguf.GGUFReader`` opened."""
-        values = {key: entry.contents() for key, entry in reader.fields.items() if not key.startswith("tokenizer.")}
-        values |= {key: reader.fields[key].contents() for key in _TOKENIZER if key in reader.fields}
-        factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE_FREQS), None)
-        return cls(
-            source,
-            values,
-            frozenset(tensor.name for tensor in reader.tensors),
-            None if factors is None else np.array(factors, np.float32).reshape(-1),
-        )
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a key of the architecture."""
-        return self.values.get(f"{self.architecture}.{name}", default)
-
-    def error(self, words: str) -> CheckpointError:
-        """An error about this file."""
-        return CheckpointError(
-            f"The GGUF file {self.source} {words}. Give the model's folder in Hugging Face's layout instead."
-        )
-
-
 def check_readable(metadata: Metadata) -> None:
     """Refuses a file that holds no model, a part of one, or a model of an architecture without rules here.
 
@@ -205,7 +140,7 @@ def check_readable(metadata: Metadata) -> None:
     if metadata.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise metadata.error(f"is of the architecture {metadata.architecture!r}; those that can be read are {known}")
-    for key in (*ARCHITECTURES[metadata.architecture].direct, *_ROTARY):
+    for key in (*ARCHITECTURES[metadata.architecture].direct, *ROTARY_KEYS):
         value = metadata.get(key)
         if isinstance(value, list):
             raise metadata.error(f"has a {metadata.architecture}.{key} for each layer: {_short(value)}")
@@ -238,7 +173,7 @@ def apply_settings(config: PreTrainedConfig, metadata: Metadata) -> PreTrainedCo
         if hasattr(config, setting):
             setattr(config, setting, tensor in metadata.tensors)
     if architecture.rotary:
-        _apply_rotary(config, metadata, architecture)
+        apply_rotary(config, metadata, may_rotate_part=architecture.rotary_part)
     special = _SPECIAL.get(metadata.architecture)
     if special is not None:
         special(config, metadata)
@@ -255,7 +190,7 @@ _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias
 
 def _check_keys(metadata: Metadata, architecture: Architecture) -> None:
     prefix = f"{metadata.architecture}."
-    rotary = _ROTARY if architecture.rotary else frozenset()
+    rotary = ROTARY_KEYS if architecture.rotary else frozenset()
     known = {*architecture.direct, *architecture.own, *rotary, *_HARMLESS}
     for key, value in metadata.values.items():
         name = key.removeprefix(prefix)
@@ -269,84 +204,6 @@ def _check_keys(metadata: Metadata, architecture: Architecture) -> None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
-
-
-def _apply_rotary(config: Any, metadata: Metadata, architecture: Architecture) -> None:
-    """Sets the size of heads, the part of a head that is rotated, the frequencies, and their scaling."""
-    for tensor in _LONGROPE:
-        if tensor in metadata.tensors:
-            raise ModelNotSupportedError("rotary embeddings that change with the length of the sequence ('longrope')")
-    head_dim = metadata.get("attention.key_length", config.hidden_size // config.num_attention_heads)
-    if metadata.get("attention.value_length", head_dim) != head_dim:
-        raise ModelNotSupportedError("keys and values of more than one size")
-    config.head_dim = head_dim
-    rotated = metadata.get("rope.dimension_count", head_dim)
-    if rotated != head_dim and not architecture.rotary_part:
-        raise metadata.error(f"rotates {rotated} of {head_dim} channels of a head (rope.dimension_count)")
-    parameters = {"rope_theta": float(metadata.get("rope.freq_base", 10000.0)), **_scaling(metadata, rotated)}
-    if architecture.rotary_part:
-        part = rotated / head_dim
-        # transformers rounds the product down.
-        parameters["partial_rotary_factor"] = part if int(head_dim * part) == rotated else math.nextafter(part, 2)
-    config.rope_parameters = parameters
-
-
-def _scaling(metadata: Metadata, rotated: int) -> dict[str, Any]:
-    """The scaling of positions, as ``rope_parameters`` without the base frequency."""
-    factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0)) or 1.0)
-    kind = metadata.get("rope.scaling.type", "linear")
-    attention = float(metadata.get("rope.scaling.attn_factor", 1.0))
-    if kind not in ("none", "linear", "yarn", "longrope"):
-        raise metadata.error(f"scales positions in a way that isn't known here (rope.scaling.type {kind!r})")
-    if kind == "longrope":
-        raise ModelNotSupportedError("rotary embeddings that change with the length of the sequence ('longrope')")
-    if attention != 1 and kind != "yarn":
-        raise metadata.error(f"says rope.scaling.attn_factor = {attention} for {kind!r} positions")
-    scaled = kind != "none" and factor != 1
-    if metadata.rope_freqs is not None and not np.all(metadata.rope_freqs == 1):
-        if scaled:
-            raise metadata.error(f"scales positions twice, by rope.scaling and by {ROPE_FREQS}")
-        return _llama3(metadata, rotated)
-    if not scaled:
-        return {"rope_type": "default"}
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    extrapolation = metadata.get("rope.scaling.yarn_ext_factor", 1.0)
-    if extrapolation not in (1.0, -1.0):  # below 0 is 'as usual'
-        raise metadata.error(f"says rope.scaling.yarn_ext_factor = {extrapolation}; only 1 can be kept")
-    # transformers' attention_factor is the whole product; llama.cpp multiplies its factor by the second term.
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": int(
-            metadata.get("rope.scaling.original_context_length") or metadata.get("context_length")
-        ),
-        "attention_factor": attention * (1 + 0.1 * math.log(factor)) if factor > 1 else attention,
-        "beta_fast": float(metadata.get("rope.scaling.yarn_beta_fast", 32.0)),
-        "beta_slow": float(metadata.get("rope.scaling.yarn_beta_slow", 1.0)),
-    }
-
-
-def _llama3(metadata: Metadata, rotated: int) -> dict[str, Any]:
-    """The settings of Llama 3.1's scaling from which a file's ``rope_freqs`` were computed."""
-    given = metadata.rope_freqs
-    assert given is not None
-    if len(given) != rotated // 2:
-        raise metadata.error(f"has {len(given)} factors in {ROPE_FREQS} for {rotated // 2} frequencies")
-    theta = float(metadata.get("rope.freq_base", 10000.0))
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2) / rotated)
-    factor, low, high = float(given.max()), 1.0, 4.0  # all published models have these two
-    for original in (2**exponent for exponent in range(4, 24)):
-        smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-        if np.allclose(1 / ((1 - smooth) / factor + smooth), given, rtol=1e-5, atol=0):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    raise metadata.error(f"divides frequencies by factors that aren't those of Llama 3.1's scaling ({ROPE_FREQS})")
 
 
 def _gemma2(config: Any, metadata: Metadata) -> None:

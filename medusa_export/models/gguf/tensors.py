@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from medusa_export.compat.gguf import release_pages
 from medusa_export.models.blocks import BlockWeight
 from medusa_export.models.gguf.blocks import BLOCK_KINDS, BlockKind
-from medusa_export.models.gguf.settings import ARCHITECTURES, ROPE_FREQS, Architecture
+from medusa_export.models.gguf.metadata import ROPE_FACTORS
+from medusa_export.models.gguf.settings import ARCHITECTURES, Architecture
 from medusa_export.models.packed import StoredBlocks
 
 # Kinds of numbers that are stored as they are, by gguf's names.
@@ -31,8 +32,8 @@ _NUMBERS = ("F16", "BF16", "F32", "F64")
 # Rows that are dequantized at once.
 _ROWS = 1024
 
-# llama.cpp ignores the second too.
-_NO_WEIGHTS = (ROPE_FREQS, ".attn_rot_embd")
+# llama.cpp ignores the last too.
+_NO_WEIGHTS = (*ROPE_FACTORS, ".attn_rot_embd")
 
 
 def architecture_of(reader: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.compat.transformers import calls_attention_interface, using_attention
@@ -18,7 +18,7 @@ from medusa_export.step.adapters.attention import attention_adapter
 from medusa_export.step.adapters.experts import experts_adapter
 from medusa_export.step.adapters.latent import latent_adapter
 from medusa_export.step.adapters.replacement import Replacement, replaced
-from medusa_export.step.adapters.rotary import rotary_adapter
+from medusa_export.step.adapters.rotary import rotary_adapter, rows_of_two_lengths
 from medusa_export.step.attention import ATTENTION_NAME
 
 # Models that compute nothing but shapes, and biases that an adapter replaces, from the length of the cache.
@@ -39,9 +39,16 @@ def only_shapes_from_length(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def adapted(model: PreTrainedModel) -> Iterator[None]:
-    """Makes a model fit a step while the block lasts."""
+def adapted(model: PreTrainedModel, is_long: Tensor | None = None) -> Iterator[None]:
+    """Makes a model fit a step while the block lasts.
+
+    Args:
+        model: The model.
+        is_long: [B] boolean, True in rows of long requests; None if the model has one set of rotary frequencies.
+    """
     with ExitStack() as stack:
+        for replacement in [] if is_long is None else list(rows_of_two_lengths(model, is_long)):
+            stack.enter_context(replaced(replacement))
         for module in model.modules():
             for adapter in _ADAPTERS:
                 for replacement in adapter(module):

@@ -2,7 +2,8 @@
 
 1. Rotary embeddings of Llama 4 and DeepSeek V2 are products of complex numbers, which ONNX does not have. They are
    computed with pairs of numbers.
-2. Rotary embeddings of the kinds ``dynamic`` and ``longrope`` look at the largest position of a batch. They keep to the
+2. Rotary embeddings of the kinds ``dynamic`` and ``longrope`` look at the largest position of a batch. With `longrope`
+   each row takes the frequencies of long or of short requests, as the step's inputs say. All others keep to the
    frequencies of sequences of up to the original length, which is the limit of such a model
    (``models.supported.max_positions``).
 3. Llama 4 scales queries by positions that it takes from the length of the cache. Our attention function scales them by
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from medusa_export.models.supported import is_length_dependent
-from medusa_export.step.adapters.replacement import Replacement
+from medusa_export.step.adapters.replacement import Replacement, replaced
 
 # Classes of rotary embeddings with complex numbers, and the axis of the heads in the states that they rotate.
 _COMPLEX = {"Llama4TextRotaryEmbedding": 2, "DeepseekV2RotaryEmbedding": 1}
@@ -40,6 +42,30 @@ def rotary_adapter(module: nn.Module) -> Iterator[Replacement]:
         yield Replacement(module, "attn_temperature_tuning", False)
         if not part.use_rope:
             yield Replacement(module, "query_scale", partial(_llama4_scale, module))
+
+
+def rows_of_two_lengths(model: PreTrainedModel, is_long: Tensor) -> Iterator[Replacement]:
+    """Replaces rotary embeddings with two sets of frequencies by ones that choose between them in each row.
+
+    Args:
+        model: A model with ``short_positions``.
+        is_long: [B] boolean, True in rows of long requests.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            yield Replacement(module, "forward", partial(_of_two_lengths, module, is_long))
+
+
+def _of_two_lengths(rotary: Any, is_long: Tensor, states: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    """Cosines and sines of a rotary embedding [B, S, d], by the frequencies of each row's request."""
+    original = rotary.config.rope_parameters["original_max_position_embeddings"]
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, states.device, seq_len=original + 1)
+    tables = []
+    for frequencies in (long, rotary.original_inv_freq):
+        with replaced(Replacement(rotary, "inv_freq", frequencies)):
+            tables.append(type(rotary).forward(rotary, states, position_ids))
+    chosen = is_long.view(-1, 1, 1)
+    return tuple(torch.where(chosen, one, other) for one, other in zip(*tables, strict=True))
 
 
 def reset_frequencies(model: PreTrainedModel) -> None:

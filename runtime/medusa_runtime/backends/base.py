@@ -12,6 +12,7 @@ whether a backend has it:
 ``CopiesRows``     ``can_copy_rows``      A row takes over the first entries of another one.
 ``GivesOutputs``   ``can_give_outputs``   Values inside the graph can be read after a step.
 ``FixedCapacity``  ``has_fixed_capacity`` A request that is too long is refused before it waits for a row.
+``LongRows``       ``can_set_long``       Rows of long requests take rotary frequencies of their own.
 =================  =====================  ==============================================================
 """
 
@@ -235,6 +236,20 @@ class CopiesRows(Backend, Protocol):
         ...
 
 
+class LongRows(Backend, Protocol):
+    """A backend that runs bundles whose model has other rotary frequencies for long requests."""
+
+    def set_long(self, row: int, is_long: bool) -> None:
+        """Sets which frequencies a row takes from its next step on: those of long requests, or as at first the others.
+
+        The entries that the row keeps must be of the same kind.
+
+        Raises:
+            BackendError: The device failed.
+        """
+        ...
+
+
 class GivesOutputs(Backend, Protocol):
     """A backend that was opened with names of further outputs of its graph, and keeps their values after a step."""
 
@@ -268,6 +283,11 @@ def can_move_rows(backend: Backend) -> TypeGuard[MovesRows]:
 def can_copy_rows(backend: Backend) -> TypeGuard[CopiesRows]:
     """True if a backend has ``copy``."""
     return hasattr(backend, "copy")
+
+
+def can_set_long(backend: Backend) -> TypeGuard[LongRows]:
+    """True if a backend has ``set_long``."""
+    return hasattr(backend, "set_long")
 
 
 def can_give_outputs(backend: Backend) -> TypeGuard[GivesOutputs]:

@@ -262,6 +262,7 @@ class Bundle:
             dtype=self.dtype,
             sampling=self.sampling,
             constraints=self.constraints,
+            takes_long=self.model.short_positions is not None,
         )
 
     @property

@@ -99,8 +99,18 @@ def constraint_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
     )
 
 
+# The input that chooses a row's rotary frequencies, of a model with others for long requests.
+IS_LONG = TensorSpec("is_long", "bool", ("batch",))
+
+
 def step_inputs(
-    states: Sequence[State], *, vocab_size: int, dtype: str, sampling: bool, constraints: bool
+    states: Sequence[State],
+    *,
+    vocab_size: int,
+    dtype: str,
+    sampling: bool,
+    constraints: bool,
+    takes_long: bool = False,
 ) -> tuple[TensorSpec, ...]:
     """The inputs of a step graph, in order.
 
@@ -110,12 +120,14 @@ def step_inputs(
         dtype: Type of weights and caches.
         sampling: Whether the graph can sample. Otherwise it is greedy.
         constraints: Whether the graph takes biases, penalties and masks of allowed tokens.
+        takes_long: Whether rows of long requests have rotary frequencies of their own.
     """
     return (
         TensorSpec("input_ids", "int64", ("batch", "sequence")),
         TensorSpec("num_tokens", "int64", ("batch",)),
         TensorSpec("is_prefill", "bool", ("batch",)),
         TensorSpec("cache_lengths", "int64", ("batch",)),
+        *((IS_LONG,) if takes_long else ()),
         *(sampling_inputs(vocab_size) if sampling else ()),
         *(constraint_inputs(vocab_size) if constraints else ()),
         *pending_specs(states, dtype),

@@ -26,7 +26,13 @@ States = Annotated[tuple[State, ...], Meta(min_length=1, max_length=4096)]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes and end tokens of the base model."""
+    """The sizes and end tokens of the base model.
+
+    Attributes:
+        max_positions: Tokens of the longest sequence.
+        short_positions: Prompts of more tokens are long: all of the request is computed with other rotary frequencies
+            (LongRoPE). None if the model has one set of frequencies.
+    """
 
     name: Name
     model_type: Name
@@ -35,6 +41,17 @@ class ModelFacts:
     vocab_size: VocabSize
     max_positions: Positions
     eos_token_ids: tuple[TokenId, ...] = ()
+    short_positions: Positions | None = None
+
+    def is_long(self, prompt_tokens: int) -> bool:
+        """True if a request with a prompt of this length takes the frequencies of long ones."""
+        return self.short_positions is not None and prompt_tokens > self.short_positions
+
+    def most_tokens(self, prompt_tokens: int) -> int:
+        """The most tokens of prompt and answer. A short request may not become a long one while it is answered."""
+        if self.short_positions is None or self.is_long(prompt_tokens):
+            return self.max_positions
+        return self.short_positions
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class DecodeLoop(Endings):
         sequence.stats.queue_seconds = job.admitted - job.submitted
         with self._blamed_on(job):
             self._room.admit(sequence.most_tokens)
-            self.runner.admit(row, admission.source, admission.shared)
+            self.runner.admit(row, admission.source, admission.shared, is_long=sequence.is_long)
             self.backend.assign(row, sequence.draws)
 
     def _arranged(self) -> tuple[list[list[Job]], int]:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.backends.base import Backend, StepResult, StepsAhead, can_copy_rows, can_move_rows, can_step_ahead
+from medusa_runtime.backends.base import (
+    Backend,
+    StepResult,
+    StepsAhead,
+    can_copy_rows,
+    can_move_rows,
+    can_set_long,
+    can_step_ahead,
+)
 from medusa_runtime.backends.shield import shielded
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.retry import retried
@@ -88,6 +96,7 @@ class StepRunner:
             self.room = SharedRoom(bundle, backend, sizes)
         self.in_flight = StepsInFlight(backend) if can_step_ahead(backend) else None
         self._copier = backend if can_copy_rows(backend) else None
+        self._long_rows = backend if bundle.model.short_positions is not None and can_set_long(backend) else None
 
     @property
     def copies(self) -> bool:
@@ -146,17 +155,22 @@ class StepRunner:
         """
         return max(chunk, min(self._bundle.drafting_size, self._sizes.outlook([*beside, row])))
 
-    def admit(self, row: int, source: int, shared: int) -> None:
+    def admit(self, row: int, source: int, shared: int, *, is_long: bool) -> None:
         """Begins a request in a row, with the first entries of its own last text or of another row.
 
         Args:
             row: The row.
             source: The row whose entries it reuses.
             shared: Number of these entries.
+            is_long: True if the request takes the rotary frequencies of long ones.
 
         Raises:
-            BackendError: There is no memory, or the backend failed.
+            BackendError: There is no memory, the backend failed, or it knows no long requests.
         """
+        if self._long_rows is not None:
+            self._long_rows.set_long(row, is_long)
+        elif is_long:
+            raise BackendError("This backend knows no rotary frequencies of long requests: give a shorter prompt.")
         self._sizes.choice.begin(row)
         if source == row:
             self._truncate(row, shared)

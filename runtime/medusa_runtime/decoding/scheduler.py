@@ -8,7 +8,8 @@ It is bookkeeping only, without threads, clocks or a backend, so that its laws c
 - of the rows that prefill, those with the highest priority take turns.
 
 A free row keeps the entries of its last request. The next request in that row keeps the entries of the tokens that
-both begin with. If another row shares more tokens with a new request, its entries are copied.
+both begin with. If another row shares more tokens with a new request, its entries are copied. Long and short requests
+share no entries, as their rotary frequencies differ.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ class Scheduler:
         self.running: dict[int, Job] = {}
         self.waiting: list[Job] = []
         self._held: list[Sequence[int]] = [()] * rows  # tokens whose entries a free row still has
+        self._is_long: list[bool] = [False] * rows  # whether a row's entries are those of a long request
         self._freed: list[int] = [0] * rows  # when each row became free
         self._turns = itertools.count(1)
 
@@ -149,7 +151,7 @@ class Scheduler:
             del self.waiting[0]
             job.row, job.turn = row, next(self._turns)
             self.running[row] = job
-            self._held[row] = ()
+            self._held[row], self._is_long[row] = (), job.sequence.is_long
             job.sequence.prefilled = job.sequence.stats.cached_tokens = shared
             yield Admission(job, source, shared)
 
@@ -158,7 +160,10 @@ class Scheduler:
         prompt = job.sequence.prompt_ids
         # The last token of a prompt is always computed, as the first token of the answer follows from it.
         shared = [
-            _common(prompt[:-1], self._tokens(row)[: lengths[row]] if lengths[row] else ()) for row in range(self.rows)
+            _common(prompt[:-1], self._tokens(row)[: lengths[row]])
+            if lengths[row] and self._is_long[row] == job.sequence.is_long
+            else 0
+            for row in range(self.rows)
         ]
         free = [row for row in range(self.rows) if row not in self.running]
         source = max(range(self.rows) if self._copies else free, key=lambda row: (shared[row], row in free))

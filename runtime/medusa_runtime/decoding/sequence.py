@@ -33,6 +33,7 @@ class TokenSequence:
         draws: The numbers that the row draws tokens with; None if it is greedy and needs no log probabilities.
         logprobs: If True, log probabilities are kept.
         lookup: Finds lookup hits in prompt and completion; None if the request does without.
+        is_long: True if the request takes the rotary frequencies of long ones.
 
     Attributes:
         prefilled: Tokens of the prompt that the cache holds.
@@ -40,6 +41,7 @@ class TokenSequence:
         finish_reason: ``stop`` or ``length`` once the completion has ended, None before.
         draws: The numbers that the row draws tokens with; None if it draws none.
         stats: Figures of the request.
+        is_long: True if the request takes the rotary frequencies of long ones.
     """
 
     def __init__(
@@ -51,8 +53,11 @@ class TokenSequence:
         draws: Draws | None = None,
         logprobs: bool = False,
         lookup: TokenLookup | None = None,
+        *,
+        is_long: bool = False,
     ) -> None:
         self.prompt_ids = prompt_ids
+        self.is_long = is_long
         self.max_new_tokens = max_new_tokens
         self.prefilled = 0
         self.token_ids: list[int] = []
@@ -97,7 +102,8 @@ class TokenSequence:
         lookup = check_flag("lookup", options.get("lookup", True))
         # Typical acceptance accepts tokens that are merely likely, so that lookup would make the text repeat itself.
         index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
-        return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index)
+        is_long = bundle.model.is_long(len(prompt_ids))
+        return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index, is_long=is_long)
 
     @property
     def is_constrained(self) -> bool:
@@ -201,12 +207,19 @@ def _token_ids(bundle: Bundle, name: str, asked_for: object) -> frozenset[int]:
 
 
 def _check_length(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> None:
-    limit = bundle.model.max_positions
-    if prompt_tokens + max_new_tokens > limit:
+    limit = bundle.model.most_tokens(prompt_tokens)
+    if prompt_tokens + max_new_tokens <= limit:
+        return
+    if limit < bundle.model.max_positions:
         raise ContextLengthError(
-            f"The prompt's {prompt_tokens} tokens and {shown(max_new_tokens)} new ones exceed the {limit} tokens that "
-            "this model holds. Shorten the prompt or lower max_new_tokens."
+            f"The prompt's {prompt_tokens} tokens and {shown(max_new_tokens)} new ones cross {limit} tokens, where "
+            "this model changes its rotary frequencies. Lower max_new_tokens, shorten the prompt, or give one of more "
+            f"than {limit} tokens."
         )
+    raise ContextLengthError(
+        f"The prompt's {prompt_tokens} tokens and {shown(max_new_tokens)} new ones exceed the {limit} tokens that "
+        "this model holds. Shorten the prompt or lower max_new_tokens."
+    )
 
 
 def _check_sampling(bundle: Bundle, sampling: object, logprobs: bool) -> SamplingParams:

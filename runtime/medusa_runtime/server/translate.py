@@ -175,11 +175,12 @@ def new_tokens(
     if most_prompt is not None and prompt_tokens > most_prompt:
         message = f"The prompt has {prompt_tokens} tokens, but this server takes {most_prompt}: shorten it."
         raise ApiError(400, message, "context_length_exceeded", param=field)
-    left = service.max_tokens - prompt_tokens
+    most = min(service.max_tokens, service.bundle.model.most_tokens(prompt_tokens))
+    left = most - prompt_tokens
     if left < 1 or (asked_for is not None and asked_for > left):
         answer = "the answer has no room" if asked_for is None else f"{asked_for} tokens of the answer don't fit"
         message = (
-            f"This model's maximum context length is {service.max_tokens} tokens. The prompt has {prompt_tokens}, and "
+            f"This model's maximum context length is {most} tokens. The prompt has {prompt_tokens}, and "
             f"{answer}: shorten the prompt or ask for a shorter answer."
         )
         raise ApiError(400, message, "context_length_exceeded", param=field)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Bound
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.bundles.contract import fixed_shape, pending_specs
+from medusa_runtime.bundles.contract import IS_LONG, fixed_shape, pending_specs
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -38,6 +38,7 @@ class RowState:
         pending: Pending entries of each group of states, [B, n·N, M, d]; empty if they aren't kept here.
         path: The nodes that the last step accepted, [B, M + 1]; None if the graph keeps them to itself.
         is_prefill: The rows that took in a chunk in the last step, [B].
+        is_long: The rows of long requests, [B].
     """
 
     def __init__(
@@ -49,6 +50,9 @@ class RowState:
         tokens = (rows, bundle.slots.most_committed)
         self.is_prefill = self._bind(np.zeros(rows, np.bool_), input_name="is_prefill")
         self._num_tokens = self._bind(np.zeros(rows, np.int64), input_name="num_tokens")
+        self.is_long = np.zeros(rows, np.bool_)
+        if bundle.model.short_positions is not None:
+            self._bind(self.is_long, input_name=IS_LONG.name)
         self.lengths = self._bind_state(np.zeros(rows, np.int64), "cache_lengths", "next_cache_lengths")
         self.drafts = self._bind_state(np.zeros((rows, bundle.tree.size), np.int64), None, "next_input_ids")
         self.pending: list[NDArray[Any]] = []

@@ -74,6 +74,9 @@ class SessionBackend:
     def assign(self, row: int, draws: Draws | None) -> None:
         self._state.assign(row, draws)
 
+    def set_long(self, row: int, is_long: bool) -> None:
+        self._state.is_long[row] = is_long
+
     def extra_output(self, name: str) -> NDArray[Any]:
         value: NDArray[Any] = self._extra[name].numpy()
         return value[np.argsort(self._order)] if len(value) else value  # a plain step computes some for no rows

@@ -24,6 +24,7 @@ from medusa_runtime.backends.tensorrt.memory import DeviceMemory, memory_budget
 from medusa_runtime.backends.tensorrt.steps import EngineSteps
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
+from medusa_runtime.bundles.contract import IS_LONG
 from medusa_runtime.errors import (
     BackendError,
     DeviceLostError,
@@ -215,6 +216,15 @@ class TensorRTBackend:
             self._choices.assign(row, draws)
         elif draws is not None:
             raise BackendError("This engine's bundle is greedy only: it can't sample.")
+
+    def set_long(self, row: int, is_long: bool) -> None:
+        buffers = self._buffers
+        if IS_LONG.name in buffers.address and buffers.is_long[row] != is_long:
+            self._settle()
+            buffers.is_long[row] = is_long
+            doing = f"choosing the rotary frequencies of row {row}"
+            self._stream.upload(buffers.address[IS_LONG.name], buffers.is_long, doing)
+            self._stream.synchronize(doing)
 
     def step(
         self, size: int, prompts: Mapping[int, Sequence[int]] | None = None, rows: Sequence[int] | None = None

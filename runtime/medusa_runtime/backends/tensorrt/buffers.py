@@ -93,6 +93,7 @@ class Buffers:
         ids: Pinned, [B, max_prefill].
         num_tokens: Pinned, [B].
         is_prefill: Pinned, [B].
+        is_long: Pinned, [B].
         drafts: Pinned, [B, T].
         length: Pinned, [1].
         draws: Tokens per row whose random numbers are uploaded for a step (W).
@@ -142,6 +143,7 @@ class Buffers:
         self.ids = self.pin((rows, self._limits.max_prefill), ID)
         self.num_tokens = self.pin((rows,), ID)
         self.is_prefill = self.pin((rows,), np.bool_)
+        self.is_long = self.pin((rows,), np.bool_)
         self.drafts = self.pin((rows, self._bundle.tree.size), ID)
         self.length = self.pin((1,), ID)
         for _ in range(in_flight):
