@@ -27,6 +27,7 @@ from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from medusa_runtime.bundles.states import State
 from support.decoding import TREE, decode, greedy, make_step, random_heads
+from support.rig import CPU, rig_of
 from support.stock import Exported, Stock
 from support.tiny_models import FORMS, SEEDS, families, tiny_model
 
@@ -167,7 +168,7 @@ def test_sampled_text_is_the_same_for_all_trees(gemma4: Exported) -> None:
 
 
 @pytest.mark.slow
-def test_long_requests_have_frequencies_of_their_own(stock: Stock) -> None:
+def test_long_requests_have_frequencies_of_their_own(stock: Stock, tmp_path: Path) -> None:
     """A prompt beyond the original length is computed with the long frequencies, whole, as transformers does."""
     model = tiny_model("phi3_longrope")
     assert (short_positions(model), max_positions(model)) == (128, 512)
@@ -175,15 +176,16 @@ def test_long_requests_have_frequencies_of_their_own(stock: Stock) -> None:
     short, long = [(3 * i * i + i) % 101 for i in range(127)], [(3 * i * i + i) % 101 for i in range(140)]
     prompts = {91: PROMPTS[0], 1: short, 40: long, 20: [*long[:135], 7]}
     expected = {count: greedy(model, prompt, count) for count, prompt in prompts.items()}
-    for graph in (None, bundle.graph):
-        for chunk in (7, 64):
-            backend = OnnxRuntimeBackend(bundle, rows=3, threads=1, graph=graph)
-            with MedusaService(bundle, backend, None, prefill_chunk=chunk) as service:
-                handles = {count: service.submit(prompt, max_new_tokens=count) for count, prompt in prompts.items()}
-                assert {count: list(handle.result(60).token_ids) for count, handle in handles.items()} == expected
-                again = service.submit(long, max_new_tokens=40).result(60)  # after a short one that begins with it
-                assert list(again.token_ids) == expected[40]
-                assert service.submit(short, max_new_tokens=1).result(60).stats.cached_tokens < 127
+    for kind in (CPU, "stand-in-4"):
+        with (
+            rig_of(kind, bundle, tmp_path) as rig,
+            MedusaService(bundle, rig.backend(), None, prefill_chunk=7) as service,
+        ):
+            handles = {count: service.submit(prompt, max_new_tokens=count) for count, prompt in prompts.items()}
+            assert {count: list(handle.result(60).token_ids) for count, handle in handles.items()} == expected
+            again = service.submit(long, max_new_tokens=40).result(60)  # after a short one that begins with it
+            assert list(again.token_ids) == expected[40]
+            assert service.submit(short, max_new_tokens=1).result(60).stats.cached_tokens < 127
     with MedusaEngine.load(bundle.folder, threads=1) as engine:
         for size in (1, 3, 9):
             assert list(engine.generate(long, max_new_tokens=40, tree_size=size).token_ids) == expected[40]
