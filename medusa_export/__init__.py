@@ -3,6 +3,7 @@
 Each function does what the command of the same kind does, and returns its result:
 
 * ``export`` compiles a model with heads to a bundle, ``build_engine`` a bundle to a TensorRT engine;
+* ``write_triton_repository`` writes a model of Triton Inference Server that answers with a bundle;
 * ``verify`` checks a bundle against PyTorch, ``bench`` measures its speed, ``quality`` what its quantization costs;
 * ``quantize`` rounds a model's weights with GPTQ;
 * ``activations`` measures the ranges of a model's activations, for exports that round them;
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from medusa_export.quantization.quantize import quantize
     from medusa_export.targets.export import export
     from medusa_export.targets.tensorrt.build import build_engine
+    from medusa_export.targets.triton import write_triton_repository
     from medusa_export.training.activations import activations
     from medusa_export.training.calibrate import calibrate
     from medusa_export.training.distill import distill
@@ -127,6 +129,7 @@ _MODULES = {
     "time_tree": "medusa_export.trees.timing",
     "train": "medusa_export.training.train",
     "verify": "medusa_export.verification.verify",
+    "write_triton_repository": "medusa_export.targets.triton",
 }
 
 __all__ = [
@@ -189,6 +192,7 @@ __all__ = [
     "time_tree",
     "train",
     "verify",
+    "write_triton_repository",
 ]
 
 # Functions that need more than the extra ``export`` installs.

@@ -17,6 +17,7 @@ COMMANDS = {
     "trt": "Compile a bundle to a TensorRT engine.",
     "generate": "Answer a prompt with a bundle.",
     "serve": "Serve a bundle over HTTP with OpenAI's API.",
+    "triton": "Write a model of Triton Inference Server that answers with a bundle.",
     "inspect": "Show what is in a bundle.",
     "verify": "Check a bundle against PyTorch.",
     "distill": "Have a model write training data for its heads.",

@@ -8,11 +8,12 @@ site() { NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet; }  # the variable 
 
 # Each of these uses at most one CPU, so they run side by side. The first that fails ends the script.
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-lint & mypy & site & scripts/smollm2.sh > /dev/null &
-for _ in 1 2 3 4; do wait -n; done
+lint & mypy & site & scripts/smollm2.sh > /dev/null & scripts/triton.sh > /dev/null &
+for _ in 1 2 3 4 5; do wait -n; done
 
 MEDUSA_SMOLLM2_GGUF=$(scripts/smollm2.sh)
-export MEDUSA_SMOLLM2_GGUF
+MEDUSA_TRITON=$(scripts/triton.sh)
+export MEDUSA_SMOLLM2_GGUF MEDUSA_TRITON
 # A run of part of the tests keeps the bundles that it exports for later runs (tests/support/stock.py).
 [ $# = 0 ] || export MEDUSA_TEST_STOCK="${MEDUSA_TEST_STOCK-$PWD/.cache/stock}"
 # Each worker starts with its own part of the tests: fewer fixtures are made twice or waited for.

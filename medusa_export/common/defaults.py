@@ -20,6 +20,9 @@ FLAVOR = "auto"
 MAX_BATCH = 4  # rows
 OPT_LEVEL = 3
 
+# Services
+SERVICE_ROWS = 4
+
 # Verification
 VERIFIED_TOKENS = 32  # per prompt
 PREFILL_CHUNKS = (512, 5)  # tokens
