@@ -8,7 +8,8 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
 * ``quiet_tracing``: torch.onnx prints progress, and the three libraries log remarks on each weight. Without it all that
   is on the terminal.
 * ``export_program``: torch keeps the shapes of each operation that it traced, to find them again for equal inputs. With
-  free dimensions, to find a shape again costs more than to compute it. Without it, an export takes a tenth longer.
+  free dimensions, to find a shape again costs more than to compute it. It also keeps a stack trace of each operation,
+  which nothing reads. Without it, an export takes a tenth longer.
 * ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
   Ours has a few of them, and each is another name of one that has, or its form in place. It traces the program once
   more, to write casts out where torch casts by itself. Casts change no shape and no type of a result, so those that are
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import config as fx_config
 from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -84,8 +86,13 @@ def export_program(
     """
     from torch._dynamo import config  # noqa: PLC0415  it takes a second to import, and torch.export needs it anyway
 
-    with config.patch(fake_tensor_cache_enabled=False):
-        return torch.export.export(module, args, dict(kwargs), dynamic_shapes=free, strict=False)
+    traces = fx_config.do_not_emit_stack_traces
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        with config.patch(fake_tensor_cache_enabled=False):
+            return torch.export.export(module, args, dict(kwargs), dynamic_shapes=free, strict=False)
+    finally:
+        fx_config.do_not_emit_stack_traces = traces
 
 
 @contextlib.contextmanager

@@ -38,6 +38,12 @@ def _load_extensions() -> None:
             ) from error
 
 
+def _tidy(model: ir.Model) -> None:
+    """Removes unused nodes, which would count among the readers of a value, and sorts the others."""
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+
+
 class Pipeline:
     """An ordered list of rewrites.
 
@@ -87,7 +93,9 @@ class Pipeline:
             self._rewrites.remove(rewrite)
 
     def run(self, model: ir.Model, step: StepFacts) -> dict[str, int]:
-        """Applies all rewrites to a graph in place. After each, unused nodes are removed and the others are sorted.
+        """Applies all rewrites to a graph in place.
+
+        First, and after each rewrite that changed something, unused nodes are removed and the others are sorted.
 
         Args:
             model: The graph. After an error it may be half rewritten: discard it.
@@ -100,6 +108,7 @@ class Pipeline:
             RewriteError: A rewrite failed, or its precondition is not met. It names the rewrite.
         """
         counts = {}
+        _tidy(model)
         for rewrite in self.rewrites:
             counts[rewrite.name] = self._apply(rewrite, model, step)
         model.opset_imports.update(self._domains)
@@ -109,8 +118,8 @@ class Pipeline:
     def _apply(self, rewrite: type[Rewrite], model: ir.Model, step: StepFacts) -> int:
         try:
             result = rewrite(step)(model)
-            passes.RemoveUnusedNodesPass()(model)  # unused nodes would count among the readers of a value
-            passes.TopologicalSortPass()(model)
+            if result.modified:
+                _tidy(model)
         except NotApplicableError as error:
             raise RewriteError(self.name, rewrite.name, f"can't be applied: {error}") from error
         # A rewrite is any code, of any extension.
