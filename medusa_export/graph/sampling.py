@@ -37,12 +37,12 @@ def _traced(vocab_size: int, dtype: torch.dtype) -> ir.Graph:
         torch.zeros(batch, size, vocab_size, dtype=dtype),
         torch.zeros(batch, size, dtype=torch.int64),
         torch.zeros(size, dtype=torch.int64),
-        torch.zeros(size, size),
+        torch.zeros(1, size, size),
         *given.values(),
     )
     dynamic = torch.export.Dim.DYNAMIC
     rows, grid = {0: dynamic}, {0: dynamic, 1: dynamic}
-    free = (grid, grid, rows, grid, tuple(free_sizes(vocab_size).values()))
+    free = (grid, grid, rows, {1: dynamic, 2: dynamic}, tuple(free_sizes(vocab_size).values()))
     with torch.no_grad(), quiet_tracing():
         program = export_program(_Drawings(), example, {}, free)
         model = translate(program)

@@ -19,9 +19,10 @@ from medusa_export.common.errors import ExportError, ModelNotSupportedError, fir
 from medusa_export.compat.onnxscript import fold_constants, unread_sources
 from medusa_export.compat.torch import export_program, quiet_tracing, tracing_once
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
+from medusa_export.step.constraints import refused_bits
 from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
-from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, sampling_inputs
+from medusa_runtime.bundles.contract import MASK_BITS, constraint_inputs, fixed_shape, mask_bytes, sampling_inputs
 from medusa_runtime.bundles.states import groups_of
 
 OPSET_VERSION = 24
@@ -93,6 +94,16 @@ def _translations() -> dict[Any, Any]:
         kept = onnx_op.Where(onnx_op.Greater(scaled, end), scaled, none)
         return onnx_op.ReduceMin(kept, axis)
 
+    def refused(masks: Any, vocab_size: int) -> Any:
+        whole = onnx_op.Constant(value_ints=[0, 0, MASK_BITS * mask_bytes(vocab_size)])
+        table = onnx_op.Constant(value=onnx.numpy_helper.from_array(refused_bits().numpy()))
+        numbers = onnx_op.Gather(table, onnx_op.Cast(masks, to=onnx.TensorProto.INT32))
+        padded = onnx_op.Reshape(numbers, whole)
+        if vocab_size % MASK_BITS == 0:
+            return padded
+        begin, end, axis = (onnx_op.Constant(value_ints=[number]) for number in (0, vocab_size, 2))
+        return onnx_op.Slice(padded, begin, end, axis)
+
     ops = torch.ops.medusa_export
     return {
         ops.cache_scatter.default: cache_scatter,
@@ -100,6 +111,7 @@ def _translations() -> dict[Any, Any]:
         ops.expert_products.default: expert_products,
         ops.draw_nodes.default: draw_nodes,
         ops.nucleus_end.default: nucleus_end,
+        ops.refused.default: refused,
         ops.layer_boundary.default: layer_boundary,
         ops.decoder_layer.default: decoder_layer,
         ops.concat_blocks.default: concat_blocks,

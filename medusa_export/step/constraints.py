@@ -57,7 +57,7 @@ def constrained(logits: Tensor, nodes: Tensor, ancestors: Tensor, given: Constra
     Args:
         logits: [B, U, V] fp32, of the base model.
         nodes: [B, U], the token of each node.
-        ancestors: [U, U] fp32, 1 at [n, m] where node m is n or between the root and n, and 0 elsewhere.
+        ancestors: [1, U, U] fp32, 1 at [0, n, m] where node m is n or between the root and n, and 0 elsewhere.
         given: The constraints.
     """
     node = nodes.unsqueeze(2)
@@ -69,20 +69,29 @@ def constrained(logits: Tensor, nodes: Tensor, ancestors: Tensor, given: Constra
     value = torch.where(given.edit_seen + drafted > 0, repeated, value)
     count = given.edit_count + drafted
     value = value - given.frequency_penalty * count - given.presence_penalty * count.clamp(max=1)
-    return logits.scatter(2, index, value) + _refused(given.allowed_tokens, logits.shape[2])
+    mask: Tensor = refused(given.allowed_tokens, logits.shape[2])
+    return logits.scatter(2, index, value) + mask
 
 
-def _refused(masks: Tensor, vocab_size: int) -> Tensor:
-    """Turns masks [B, A, ⌈V / 8⌉] into numbers to add to logits, [B, A, V]: -inf for forbidden tokens, 0 for others."""
-    token = torch.arange(vocab_size)
-    bits = masks.long().index_select(2, token // MASK_BITS) * MASK_BITS + token % MASK_BITS
-    return _refused_bits()[bits]
+@torch.library.custom_op("medusa_export::refused", mutates_args=())
+def refused(masks: Tensor, vocab_size: int) -> Tensor:
+    """Turns masks [B, A, ⌈V / 8⌉] into numbers to add to logits, [B, A, V]: -inf for forbidden tokens, 0 for others.
 
-
-def _refused_bits() -> Tensor:
-    """For all bits of the 256 values of a byte, [2048]: -inf if the bit is 0, and 0 if it is 1.
-
-    TensorRT has no operators for bits. The table is a constant of the graph.
+    A traced ``flatten`` reads sizes at run time, in up to 30 layers of TensorRT. So ``graph.trace`` writes this out.
     """
-    byte, weight = torch.arange(2**MASK_BITS).unsqueeze(1), 2 ** torch.arange(MASK_BITS)
-    return torch.where(byte // weight % 2 > 0, 0.0, -torch.inf).flatten()
+    return refused_bits(masks.device)[masks.int()].flatten(2)[..., :vocab_size].contiguous()
+
+
+@refused.register_fake
+def _(masks: Tensor, vocab_size: int) -> Tensor:
+    return masks.new_empty(*masks.shape[:2], vocab_size, dtype=torch.float32)
+
+
+def refused_bits(device: torch.device | None = None) -> Tensor:
+    """For the 8 bits of each value of a byte, [256, 8]: -inf if the bit is 0, and 0 if it is 1.
+
+    TensorRT has no operators for bits.
+    """
+    byte = torch.arange(2**MASK_BITS, device=device).unsqueeze(1)
+    weight = 2 ** torch.arange(MASK_BITS, device=device)
+    return torch.where(byte // weight % 2 > 0, 0.0, -torch.inf)

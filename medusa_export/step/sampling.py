@@ -147,7 +147,7 @@ def sample(
             logits.index_select(1, first),
             nodes.index_select(1, first),
             parents.index_select(0, first),
-            ancestors.float().index_select(0, first).index_select(1, first),
+            ancestors.float().unsqueeze(0).index_select(1, first).index_select(2, first),
             own.tensors(),
         )
     )
@@ -174,7 +174,7 @@ def draw(logits: Tensor, nodes: Tensor, parents: Tensor, ancestors: Tensor, give
         logits: [B, U, V], of the base model after each node.
         nodes: [B, U], the token of each node.
         parents: [U], the parent of each node.
-        ancestors: [U, U] fp32, 1 at [n, m] where node m is n or between the root and n, and 0 elsewhere.
+        ancestors: [1, U, U] fp32, 1 at [0, n, m] where node m is n or between the root and n, and 0 elsewhere.
         given: The inputs for sampling; ``exponentials`` are those of each node, [B, U, blocks + 256].
     """
     logits = logits.float()

@@ -72,7 +72,7 @@ def test_draws_touch_no_other_device() -> None:
     """``draw`` is one operator of a step, whose inside the test of steps doesn't see."""
     with torch.device("meta"), torch.no_grad(), OneDevice():
         whole = torch.zeros(1, 9, dtype=torch.int64)
-        ancestors = torch.zeros(9, 9)
+        ancestors = torch.zeros(1, 9, 9)
         draw(torch.zeros(1, 9, 101), whole, torch.zeros(9, dtype=torch.int64), ancestors, zeros_to_draw_with(9))
 
 

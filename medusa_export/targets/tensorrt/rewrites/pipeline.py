@@ -12,11 +12,13 @@ from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rewrite import StepFacts
 from medusa_export.targets.tensorrt.rewrites.block_weights import SignBlockWeights
 from medusa_export.targets.tensorrt.rewrites.capacity import FreezeCapacity
+from medusa_export.targets.tensorrt.rewrites.clips import SpellOutClips
 from medusa_export.targets.tensorrt.rewrites.heads import SplitHeadsLast
+from medusa_export.targets.tensorrt.rewrites.indices import NarrowIndices
 from medusa_export.targets.tensorrt.rewrites.parts import PickParts
 from medusa_export.targets.tensorrt.rewrites.prefixes import LookUpPrefixes
 from medusa_export.targets.tensorrt.rewrites.query_groups import FoldQueryGroups
-from medusa_export.targets.tensorrt.rewrites.ranks import BroadcastConstants
+from medusa_export.targets.tensorrt.rewrites.ranks import BroadcastConstants, RaiseRanks
 from medusa_export.targets.tensorrt.rewrites.rms_norms import SpellOutRmsNorms
 from medusa_export.targets.tensorrt.rewrites.soft_caps import SpellOutSoftCaps
 from medusa_runtime.bundles.bundle import WEIGHTS, Bundle
@@ -29,9 +31,12 @@ TENSORRT = Pipeline(
     FoldQueryGroups,
     SpellOutSoftCaps,
     SpellOutRmsNorms,
+    SpellOutClips,
     PickParts,
-    BroadcastConstants,
     LookUpPrefixes,
+    BroadcastConstants,
+    RaiseRanks,
+    NarrowIndices,
 )
 
 

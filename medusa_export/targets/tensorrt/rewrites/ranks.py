@@ -1,7 +1,8 @@
-"""Give constants the rank of the values that they meet."""
+"""Give constants and values the rank of the values that they meet."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from medusa_export.graph.rewrites.building import initializer
@@ -11,6 +12,51 @@ _ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Min", "Max", "Where", "And", "Or"),
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
 )
+
+
+class RaiseRanks(Rewrite):
+    """Gives values the rank of those that they meet.
+
+    1. A value of free size that meets one of a higher rank gets axes in front by ``Unsqueeze``.
+
+    TensorRT's parser reads its shape at run time and reshapes it, in 5 layers.
+    """
+
+    name = "raise_ranks"
+
+    def apply(self, model: ir.Model) -> int:
+        raised: dict[tuple[ir.Value, int], ir.Value] = {}
+        nodes = [node for node in model.graph if node.domain == "" and node.op_type in (*_ELEMENTWISE, "MatMul")]
+        return sum(_raise_inputs(model.graph, node, raised) for node in nodes)
+
+
+def _raise_inputs(graph: ir.Graph, node: ir.Node, raised: dict[tuple[ir.Value, int], ir.Value]) -> int:
+    """Raises the inputs of one node; returns their number. ``raised`` holds values by their source and rank."""
+    shapes = [value.shape for value in node.inputs if value is not None and value.shape is not None]
+    if len(shapes) < len(node.inputs):
+        return 0
+    rank, count = max(map(len, shapes)), 0
+    for index, (value, shape) in enumerate(zip(node.inputs, shapes, strict=True)):
+        missing = rank - len(shape)
+        if value is None or missing == 0 or all(isinstance(size, int) for size in shape):
+            continue
+        if node.op_type == "MatMul" and len(shape) < 2:
+            continue
+        if (value, rank) not in raised:
+            raised[value, rank] = _raised(graph, value, missing, node)
+        node.replace_input_with(index, raised[value, rank])
+        count += 1
+    return count
+
+
+def _raised(graph: ir.Graph, value: ir.Value, missing: int, before: ir.Node) -> ir.Value:
+    axes = initializer(graph, f"first_{missing}_axes", np.arange(missing))
+    unsqueeze = ir.node("Unsqueeze", [value, axes], name=f"{value.name}/{missing}_axes_more")
+    graph.insert_before(before, unsqueeze)
+    result = unsqueeze.outputs[0]
+    assert value.shape is not None
+    result.type, result.shape = value.type, ir.Shape([1] * missing + list(value.shape))
+    return result
 
 
 class BroadcastConstants(Rewrite):
