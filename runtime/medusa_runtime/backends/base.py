@@ -13,6 +13,7 @@ whether a backend has it:
 ``GivesOutputs``   ``can_give_outputs``   Values inside the graph can be read after a step.
 ``FixedCapacity``  ``has_fixed_capacity`` A request that is too long is refused before it waits for a row.
 ``LongRows``       ``can_set_long``       Rows of long requests take rotary frequencies of their own.
+``LimitsEdits``    ``limits_edits``       A request whose constraints name too many tokens ends alone.
 =================  =====================  ==============================================================
 """
 
@@ -270,6 +271,15 @@ class FixedCapacity(Backend, Protocol):
         ...
 
 
+class LimitsEdits(Backend, Protocol):
+    """A backend whose steps take a limited number of edited tokens per row."""
+
+    @property
+    def max_edits(self) -> int:
+        """The most tokens per row whose logits constraints may change (P). It never changes."""
+        ...
+
+
 def can_step_ahead(backend: Backend) -> TypeGuard[StepsAhead]:
     """True if a backend has ``submit`` and ``collect``."""
     return hasattr(backend, "submit")
@@ -298,3 +308,8 @@ def can_give_outputs(backend: Backend) -> TypeGuard[GivesOutputs]:
 def has_fixed_capacity(backend: Backend) -> TypeGuard[FixedCapacity]:
     """True if a backend has ``check_capacity``."""
     return hasattr(backend, "check_capacity")
+
+
+def limits_edits(backend: Backend) -> TypeGuard[LimitsEdits]:
+    """True if a backend has ``max_edits``."""
+    return hasattr(backend, "max_edits")

@@ -49,6 +49,10 @@ class EditedTokens:
                 place = self._of(token)
                 self._values[_SEEN, place] = 1
 
+    def most(self, drafted: int) -> int:
+        """The most edited tokens that a step can have which verifies ``drafted`` tokens besides the root."""
+        return len(self._place) + (drafted if self._has_penalties else 0)
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Takes note of tokens that the answer grows by."""
         for token in tokens if self._has_penalties else ():

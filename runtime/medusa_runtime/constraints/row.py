@@ -12,6 +12,7 @@ from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.constraints.edits import EditedTokens, Edits
 from medusa_runtime.constraints.grammar import GrammarWalk
 from medusa_runtime.constraints.options import Constraints
+from medusa_runtime.errors import RequestError
 
 NO_PENALTIES = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 ALL_TOKENS = 255  # a byte of a mask with all bits set
@@ -41,6 +42,7 @@ class RowConstraints:
         self._constraints = constraints
         self._edits = EditedTokens(constraints, prompt_ids)
         self._walk = walk
+        self._most_edits: int | None = None
         self._parents, self._depths = tree.parents.tolist(), tree.depths
         self._early = constraints.min_new_tokens  # tokens before which no end token is allowed
         self._no_end = np.full(mask_bytes(vocab_size), ALL_TOKENS, np.uint8)
@@ -52,13 +54,24 @@ class RowConstraints:
         """The row's values of the graph's inputs for penalties."""
         return {name: getattr(self._constraints, name) for name in NO_PENALTIES}
 
+    def limit_edits(self, most: int) -> None:
+        """Sets the most edited tokens that a step of the request may have.
+
+        Raises:
+            RequestError: The next step may have more.
+        """
+        self._most_edits = most
+        self._check_edits()
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Takes note of tokens that the answer grows by.
 
         Raises:
-            RequestError: The grammar does not allow them, or became too complex.
+            RequestError: The grammar does not allow them, or became too complex. Or there are more edited tokens now
+                than a step may have.
         """
         self._edits.extend(tokens)
+        self._check_edits()
         self._early = max(self._early - len(tokens), 0)
         if self._walk is not None:
             self._walk.extend(tokens)
@@ -85,3 +98,12 @@ class RowConstraints:
             masks = self._walk.masks(nodes, self._parents)
         masks[self._depths[: len(nodes)] < self._early] &= self._no_end
         return masks
+
+    def _check_edits(self) -> None:
+        count = self._edits.most(len(self._parents) - 1)
+        if self._most_edits is not None and count > self._most_edits:
+            raise RequestError(
+                f"The constraints change the logits of {count:,} different tokens: of those with a bias or a ban, and "
+                f"with penalties of those in the text and the draft tree. This backend takes {self._most_edits:,}. "
+                "Name fewer tokens, shorten the text, or ask for no penalties."
+            )

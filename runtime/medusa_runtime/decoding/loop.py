@@ -21,7 +21,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-from medusa_runtime.backends.base import Backend, StepResult
+from medusa_runtime.backends.base import Backend, StepResult, limits_edits
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.chunks import PromptChunks
 from medusa_runtime.decoding.endings import Endings
@@ -104,16 +104,19 @@ class DecodeLoop(Endings):
             self._decode(jobs)
 
     def check(self, sequence: TokenSequence, tree_size: TreeSize) -> None:
-        """Refuses a request that can't fit into the backend's caches. Any thread may call it at any time.
+        """Refuses a request that the backend has no room for. Any thread may call it at any time.
 
         Args:
             sequence: The tokens of the request.
             tree_size: The tree size of its steps.
 
         Raises:
-            RequestError: The request is too long; the message says by how much.
+            RequestError: The request is too long, or its constraints name too many tokens; the message says by how
+                much.
         """
         self._room.check(sequence.most_tokens, self.sizes.most(tree_size))
+        if limits_edits(self.backend):
+            sequence.limit_edits(self.backend.max_edits)
 
     def most_tokens(self, tree_size: TreeSize) -> int | None:
         """The most tokens of prompt and answer that fit into the backend's caches; None if the caches grow.

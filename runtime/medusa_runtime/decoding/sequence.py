@@ -110,6 +110,11 @@ class TokenSequence:
         """True if the request demands something of its tokens, so that a step needs the text up to its root."""
         return self.draws is not None and self.draws.constraints is not None
 
+    def limit_edits(self, most: int) -> None:
+        """Sets the most tokens whose logits the request's constraints may change, as ``RowConstraints`` does."""
+        if self.draws is not None and self.draws.constraints is not None:
+            self.draws.constraints.limit_edits(most)
+
     @property
     def is_prefilling(self) -> bool:
         """True while some of the prompt is not in the cache yet."""

@@ -24,7 +24,7 @@ from medusa_runtime.backends.tensorrt.memory import DeviceMemory, memory_budget
 from medusa_runtime.backends.tensorrt.steps import EngineSteps
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
-from medusa_runtime.bundles.contract import IS_LONG
+from medusa_runtime.bundles.contract import IS_LONG, MAX_EDITS
 from medusa_runtime.errors import (
     BackendError,
     DeviceLostError,
@@ -166,6 +166,10 @@ class TensorRTBackend:
                 f"The engine's caches have {self._limits.capacity} slots per row, but this takes {capacity}. Ask for "
                 f"less, or build the engine with 'medusa-export trt --max-seq-len {capacity}'."
             )
+
+    @property
+    def max_edits(self) -> int:
+        return MAX_EDITS
 
     def reset(self, row: int) -> None:
         self._settle()
