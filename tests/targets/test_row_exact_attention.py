@@ -272,6 +272,37 @@ def test_engine_and_service_keep_trees_within_a_panel(rows: int, kind: str, stoc
         assert engine.backend.across == []
 
 
+class Capacities(OnnxRuntimeBackend):
+    """Keeps the capacity of each step."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle, threads=1)
+        self.of_steps: list[int] = []
+
+    def _run(self, binding: Binding, order: list[int], size: int, capacity: int) -> None:
+        self.of_steps.append(capacity)
+        super()._run(binding, order, size, capacity)
+
+
+def test_the_caches_of_one_row_grow_with_its_text(stock: Stock) -> None:
+    """Attention by panels reads free slots, too. ``GroupQueryAttention`` does not, so its room is made at once."""
+    by_panels, fused = exported(stock, "grouped"), stock.export("llama").bundle
+    prompts = [random_tokens(by_panels, length).tolist() for length in (20, 150, 30)]
+    with MedusaEngine(by_panels, Capacities(by_panels), None) as engine:
+        backend = engine.backend
+        assert isinstance(backend, Capacities)
+        for prompt in prompts:
+            backend.of_steps.clear()
+            engine.generate(prompt, max_new_tokens=200, tree_size=4)
+            assert backend.of_steps == sorted(backend.of_steps)
+            assert backend.of_steps[0] <= 1.25 * (len(prompt) + by_panels.slots.margin) + PANEL
+            assert backend.of_steps[-1] >= len(prompt) + 200
+    with MedusaEngine(fused, Capacities(fused), None) as engine:
+        engine.generate(prompts[0], max_new_tokens=200, tree_size=4)
+        assert isinstance(engine.backend, Capacities)
+        assert len(set(engine.backend.of_steps)) == 1
+
+
 class Counted(OnnxRuntimeBackend):
     """Keeps the numbers of rows of products, and follows a rule whatever the processor."""
 

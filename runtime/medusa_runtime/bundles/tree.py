@@ -111,7 +111,7 @@ class Tree:
         """Number of nodes, the root included (T)."""
         return len(self.paths) + 1
 
-    @property
+    @cached_property
     def max_depth(self) -> int:
         """Depth of the deepest node (M); the root has depth 0."""
         return max((len(path) for path in self.paths), default=0)

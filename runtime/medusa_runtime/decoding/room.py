@@ -1,7 +1,8 @@
 """Room in the caches: which rows step together, and the slots that their steps need.
 
 There are two kinds of backends. Some move rows, so that those that step together are neighbours and others cost
-nothing (``MovedRoom``). On all others each step runs over all rows (``SharedRoom``).
+nothing (``MovedRoom``). On all others each step runs over all rows (``SharedRoom``). The only row of a backend gets its
+room at the start of a request (``SharedRoom``), or as it grows if attention reads free slots, too (``GrownRoom``).
 """
 
 from __future__ import annotations
@@ -174,6 +175,29 @@ class SharedRoom(Room):
     def fitting(self, size: int) -> int:
         longest = self.longest(range(self._backend.rows))
         return max(1, min(size, self._backend.capacity - self._slots.capacity(longest)))
+
+
+class GrownRoom(SharedRoom):
+    """Room for the only row of a backend that moves rows: it grows with the row.
+
+    It is for graphs in which attention reads all slots, the free ones included.
+    """
+
+    def __init__(self, bundle: Bundle, backend: MovesRows, sizes: TreeSizes) -> None:
+        super().__init__(bundle, backend, sizes)
+        self._mover = backend
+
+    def admit(self, tokens: int) -> None:
+        """Does nothing: the row is given room as it grows."""
+
+    def make(self, rows: Sequence[int], size: int) -> int:
+        return self._mover.arrange([0], self._slots.capacity(self.longest([0]), size))
+
+    def is_crowded(self, size: int) -> bool:
+        return False
+
+    def fitting(self, size: int) -> int:
+        return size
 
 
 class MovedRoom(Room):

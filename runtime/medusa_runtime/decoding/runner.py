@@ -20,7 +20,7 @@ from medusa_runtime.backends.base import (
 from medusa_runtime.backends.shield import shielded
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.retry import retried
-from medusa_runtime.decoding.room import MovedRoom, Room, SharedRoom
+from medusa_runtime.decoding.room import GrownRoom, MovedRoom, Room, SharedRoom
 from medusa_runtime.decoding.tree_choice import TreeSizes
 from medusa_runtime.errors import BackendError, DeviceLostError, DoubtfulRowsError
 from medusa_runtime.tuning import MOST_SCORES, SHARED_CHUNK
@@ -89,11 +89,7 @@ class StepRunner:
         self.backend = backend = shielded(backend)
         self._bundle = bundle
         self._sizes = sizes
-        self.room: Room
-        if backend.rows > 1 and can_move_rows(backend):
-            self.room = MovedRoom(bundle, backend, sizes)
-        else:
-            self.room = SharedRoom(bundle, backend, sizes)
+        self.room = _room(bundle, backend, sizes)
         self.in_flight = StepsInFlight(backend) if can_step_ahead(backend) else None
         self._copier = backend if can_copy_rows(backend) else None
         self._long_rows = backend if bundle.model.short_positions is not None and can_set_long(backend) else None
@@ -288,6 +284,15 @@ class StepRunner:
             return all(map(np.array_equal, before, self._state(rows)))
         except BackendError:
             return False
+
+
+def _room(bundle: Bundle, backend: Backend, sizes: TreeSizes) -> Room:
+    if not can_move_rows(backend):
+        return SharedRoom(bundle, backend, sizes)
+    if backend.rows > 1:
+        return MovedRoom(bundle, backend, sizes)
+    # Attention by panels reads the whole capacity; other graphs for one row read the filled slots.
+    return (SharedRoom if bundle.panel is None else GrownRoom)(bundle, backend, sizes)
 
 
 def _doubtful(rows: Sequence[int], error: BackendError) -> DoubtfulRowsError:

@@ -144,7 +144,7 @@ class RowStore:
         """Brings rows together, with room for at least ``capacity`` slots in each; all rows keep their entries.
 
         A new block has a quarter more than needed, if there is memory for that, so that rows seldom move. Rows leave a
-        block that has more than twice what they need.
+        block that has more than twice what they need. The only row of a store leaves one that is larger than a new one.
 
         Args:
             rows: The rows.
@@ -156,7 +156,7 @@ class RowStore:
         """
         self._drop_outdated_growths()
         window = self.window(rows)
-        if window is None or not _fits(window.block, capacity):
+        if window is None or not self._fits(window.block, capacity):
             self.changes += 1
             block = self._fitting(rows, capacity)
             if block is not None:
@@ -181,7 +181,7 @@ class RowStore:
         """
         self._drop_outdated_growths()
         window = self.window(rows)
-        if (window is not None and _fits(window.block, capacity)) or self._fitting(rows, capacity) is not None:
+        if (window is not None and self._fits(window.block, capacity)) or self._fitting(rows, capacity) is not None:
             return True
         if not any(self._lengths[row] for row in rows):
             return True
@@ -212,7 +212,7 @@ class RowStore:
         for block in self.blocks:
             inside = sum(block.holds(row) for row in rows)
             room = inside + sum(self._is_vacant(row, rows) for row in block.rows)
-            if _fits(block, capacity) and room >= len(rows) and inside > most:
+            if self._fits(block, capacity) and room >= len(rows) and inside > most:
                 best, most = block, inside
         return best
 
@@ -250,7 +250,7 @@ class RowStore:
     def _growth_of(self, rows: Sequence[int], capacity: int, *, exact: bool = False) -> Growth:
         """The growth towards a block for these rows; a new one if there is none, or none that fits."""
         key = frozenset(rows)
-        if key not in self._growths or not _fits(self._growths[key].block, capacity):
+        if key not in self._growths or not self._fits(self._growths[key].block, capacity):
             # A row can move to one place only.
             self._growths = {other: growth for other, growth in self._growths.items() if not other & key}
             self._drop_empty()
@@ -328,6 +328,12 @@ class RowStore:
             f"There is no memory for {needed} slots in each of {places} rows: the caches take {size / 2**20:,.0f} MiB."
         ) from failure
 
+    def _fits(self, block: Block, capacity: int) -> bool:
+        """True if a block has enough slots, and not so much more than enough that steps would lose time on them."""
+        alone = len(self._lengths) == 1
+        most = rounded_capacity(capacity + capacity // 4) if alone else 2 * capacity + SPARE_SLOTS
+        return capacity <= block.capacity <= most
+
     def _gather(self, block: Block, rows: Sequence[int]) -> None:
         """Moves rows into a block, and there beside each other."""
         for row in rows:
@@ -374,8 +380,3 @@ class RowStore:
             for there, here in zip(new.caches, old.caches, strict=True):
                 there[:, after, :, :end] = here[:, before, :, :end]
             self.moved += length
-
-
-def _fits(block: Block, capacity: int) -> bool:
-    """True if a block has enough slots, and not so much more than enough that steps would lose time on them."""
-    return capacity <= block.capacity <= 2 * capacity + SPARE_SLOTS
