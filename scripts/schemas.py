@@ -8,8 +8,10 @@ The suites are folders of JSON files: a schema per file, as JSONSchemaBench has 
 - the greedy answer without the schema, to compare tokens per step.
 
 Every answer that ends by itself must be valid. Lines that the file of results has are not computed again.
+Without a bundle, a tiny random model answers.
 
-    scripts/schemas.py bundle jsonschemabench/data JSON-Schema-Test-Suite/tests/draft2020-12 --results schemas.jsonl
+    scripts/schemas.py jsonschemabench/data JSON-Schema-Test-Suite/tests/draft2020-12 --results tiny.jsonl
+    scripts/schemas.py jsonschemabench/data --bundle bundle --results smollm2.jsonl
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
+from tiny_bundle import bundle_folder
 
 from medusa_runtime import Constraints, GenerationResult, Grammar, MedusaEngine, RequestError, SamplingParams
 
@@ -58,34 +61,32 @@ def drawn(folders: Sequence[Path], count: int, seed: int) -> list[tuple[str, Any
     return found
 
 
-def checked(engine: MedusaEngine, schema: dict[str, Any], tokens: int, seeds: Sequence[int]) -> dict[str, Any]:
+def checked(
+    engine: MedusaEngine, schema: dict[str, Any], tokens: int, tree_size: int, seeds: Sequence[int]
+) -> dict[str, Any]:
     """What the answers under a schema have shown, as a JSON object.
 
     Args:
         engine: The engine.
         schema: The schema.
         tokens: The most tokens of an answer.
+        tree_size: Nodes of the tree.
         seeds: Seeds of the sampled answers.
     """
     try:
         constraints = Constraints(grammar=Grammar.json_schema(schema))
         chat = [{"role": "user", "content": f"Give an example of JSON that this schema allows:\n{json.dumps(schema)}"}]
 
-        def answer(
-            tree_size: int, seed: int | None = None, given: Constraints | None = constraints
-        ) -> GenerationResult:
+        def answer(size: int, seed: int | None = None, given: Constraints | None = constraints) -> GenerationResult:
             sampling = None if seed is None else SamplingParams(temperature=1.0, seed=seed)
-            return engine.generate(
-                chat, max_new_tokens=tokens, tree_size=tree_size, sampling=sampling, constraints=given
-            )
+            return engine.generate(chat, max_new_tokens=tokens, tree_size=size, sampling=sampling, constraints=given)
 
         plain = answer(1)
     except RequestError as error:
         return {"refused": str(error)}
-    whole = engine.bundle.tree.size
-    tree = answer(whole)
-    sampled = [answer(whole, seed) for seed in seeds]
-    free = answer(whole, given=None)
+    tree = answer(tree_size)
+    sampled = [answer(tree_size, seed) for seed in seeds]
+    free = answer(tree_size, given=None)
     return {
         "same": plain.token_ids == tree.token_ids,
         "answers": [facts(schema, result) for result in (plain, tree, *sampled)],
@@ -135,11 +136,12 @@ def reason(message: str) -> str:
 def main() -> None:
     """Runs all schemas and prints what they have shown."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("bundle", type=Path, help="The bundle, with a tokenizer and a chat template.")
     parser.add_argument("suites", nargs="+", type=Path, help="Folders of schemas.")
+    parser.add_argument("--bundle", type=Path, help="The bundle. Default: a tiny random model.")
     parser.add_argument("--results", type=Path, required=True, help="File that gets a line per schema.")
     parser.add_argument("--count", type=int, default=200, help="Schemas, as many of each suite. Default: 200.")
     parser.add_argument("--tokens", type=int, default=96, help="The most tokens of an answer. Default: 96.")
+    parser.add_argument("--tree-size", type=int, default=8, help="Nodes of the tree. Default: 8.")
     parser.add_argument("--samples", type=int, default=2, help="Sampled answers per schema. Default: 2.")
     parser.add_argument("--seed", type=int, default=0, help="Chooses the schemas. Default: 0.")
     arguments = parser.parse_args()
@@ -148,13 +150,17 @@ def main() -> None:
     lines = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
     known = {line["name"] for line in lines}
     with (
-        MedusaEngine.load(arguments.bundle, threads=1, measure=False) as engine,
+        bundle_folder(arguments.bundle, tokenizer=True, all_bytes=True) as folder,
+        MedusaEngine.load(folder, threads=1, measure=False) as engine,
         arguments.results.open("a", encoding="utf-8") as file,
     ):
         for name, schema in chosen:
             if name in known:
                 continue
-            line = {"name": name, **checked(engine, schema, arguments.tokens, range(arguments.samples))}
+            line = {
+                "name": name,
+                **checked(engine, schema, arguments.tokens, arguments.tree_size, range(arguments.samples)),
+            }
             file.write(json.dumps(line) + "\n")
             file.flush()
             lines.append(line)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 
 @contextmanager
-def bundle_folder(folder: Path | None, *, tokenizer: bool = False) -> Iterator[Path]:
+def bundle_folder(folder: Path | None, *, tokenizer: bool = False, all_bytes: bool = False) -> Iterator[Path]:
     """A context manager with the folder of the bundle to run: the given one, or a tiny one that is removed afterwards.
 
     Args:
         folder: The bundle that the user gave; None for a tiny one.
         tokenizer: Whether the tiny bundle has a tokenizer.
+        all_bytes: Whether its tokens are all bytes, and one that ends a text.
     """
     if folder is not None:
         yield folder
@@ -27,9 +28,11 @@ def bundle_folder(folder: Path | None, *, tokenizer: bool = False) -> Iterator[P
     from support.tiny_tokenizer import make_tokenizer  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as scratch:
-        model = tiny_model("llama")
+        vocabulary = {"vocab_size": 257} if all_bytes else {}
+        ends = {"eos_token_id": 0} if all_bytes else {}
+        model = tiny_model("llama", **vocabulary, **ends)
         step = make_step(model, random_heads(model))
         exported = export(
-            step, Path(scratch) / "bundle", tokenizer=make_tokenizer() if tokenizer else None, trained=True
+            step, Path(scratch) / "bundle", tokenizer=make_tokenizer(**vocabulary) if tokenizer else None, trained=True
         )
         yield exported.folder

@@ -139,8 +139,30 @@ class RequestHandle(Closeable):
         try:
             await event.wait()
         finally:
-            with self._changed:
-                self._listeners.remove(notify)
+            self.unlisten(notify)
+
+    def listen(self, notify: Callable[[], None]) -> None:
+        """Has a function called for each chunk and for the end, in the service's thread.
+
+        Args:
+            notify: The function. It must return at once. It is also called now, for what has come already.
+        """
+        with self._changed:
+            self._listeners.append(notify)
+        notify()
+
+    def unlisten(self, notify: Callable[[], None]) -> None:
+        """Ends what ``listen`` began."""
+        with self._changed:
+            self._listeners.remove(notify)
+
+    def take(self) -> list[Chunk]:
+        """Takes the chunks that wait, which may be none, without waiting for others."""
+        self.check_process()
+        with self._changed:
+            chunks = list(self._chunks)
+            self._chunks.clear()
+            return chunks
 
     def put(self, chunk: Chunk) -> None:
         """Receives the next chunk from the service."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from medusa_runtime.errors import MedusaError
 from medusa_runtime.handle import RequestHandle
 from medusa_runtime.request import Chunk, GenerationResult, Stats
 from medusa_runtime.server.output.parts import Arguments, Call, Content, OutputParser, Part, Reasoning
@@ -36,20 +36,26 @@ class Choice:
     reasoning_tokens: int = 0
     calls: int = 0
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """Yields what each step adds. The last one has the result."""
-        async for chunk in self.handle:
-            parts = self._fed(chunk)
-            yield Delta(self, parts, chunk.token_ids, chunk.logprobs)
-        result = await self.handle.aresult()
-        yield Delta(self, self._counted(self.parser.finish()), result=result)
+    def ready(self) -> Iterator[Delta]:
+        """Yields what has come since the last call: the steps' additions in one, and the end with the result.
+
+        Raises:
+            MedusaError: The answer ended with an error.
+        """
+        has_ended = self.handle.done  # before the chunks are taken, as none comes behind the end
+        chunks = self.handle.take()
+        if chunks:
+            parts = [part for chunk in chunks for part in self._fed(chunk)]
+            token_ids = [token for chunk in chunks for token in chunk.token_ids]
+            logprobs = [value for chunk in chunks for value in chunk.logprobs or ()]
+            yield Delta(self, parts, token_ids, None if chunks[0].logprobs is None else logprobs)
+        if has_ended:
+            yield Delta(self, self._counted(self.parser.finish()), result=self.handle.result(0))
 
     async def whole(self) -> Delta:
         """The complete answer."""
-        parts: list[Part] = []
-        async for chunk in self.handle:
-            parts += self._fed(chunk)
         result = await self.handle.aresult()
+        parts = [part for chunk in self.handle.take() for part in self._fed(chunk)]
         parts += self._counted(self.parser.finish())
         return Delta(self, parts, result.token_ids, result.logprobs, result)
 
@@ -131,7 +137,7 @@ class Generation:
         return [await choice.whole() for choice in self.choices]
 
     async def deltas(self, quiet_seconds: float) -> AsyncGenerator[Delta | None]:
-        """Yields what steps add to the answers, as it comes.
+        """Yields what steps add to the answers, as it comes. Steps that came meanwhile are in one.
 
         Args:
             quiet_seconds: Seconds without a step after which None is yielded.
@@ -139,32 +145,31 @@ class Generation:
         Raises:
             MedusaError: An answer ended with an error.
         """
-        queue: asyncio.Queue[Delta | MedusaError] = asyncio.Queue(maxsize=len(self.choices))
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-        async def follow(choice: Choice) -> None:
-            try:
-                async for delta in choice.deltas():
-                    await queue.put(delta)
-            except MedusaError as error:
-                await queue.put(error)
+        def notify() -> None:
+            if not changed.is_set():  # then the loop will look at all answers, and need not be woken for each
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits in it
+                    loop.call_soon_threadsafe(changed.set)
 
-        tasks = [asyncio.create_task(follow(choice)) for choice in self.choices]
-        left = len(tasks)
-        try:
+        left = list(self.choices)
+        with ExitStack() as stack:
+            for choice in left:
+                choice.handle.listen(notify)
+                stack.callback(choice.handle.unlisten, notify)
             while left:
                 try:
                     async with asyncio.timeout(quiet_seconds):
-                        found = await queue.get()
+                        await changed.wait()
                 except TimeoutError:
                     yield None
                     continue
-                if isinstance(found, MedusaError):
-                    raise found
-                left -= found.result is not None
-                yield found
-        finally:
-            for task in tasks:
-                task.cancel()
+                changed.clear()  # before the answers are read, so that no change is missed
+                for choice in tuple(left):
+                    for delta in choice.ready():
+                        if delta.result is not None:
+                            left.remove(choice)
+                        yield delta
 
     @property
     def usage(self) -> Usage:

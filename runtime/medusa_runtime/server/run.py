@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -110,6 +111,10 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
                 timeout_keep_alive=_IDLE_SECONDS,
                 lifespan="on",
             )
+            # Objects that last as long as the server need not be looked at again. Looking at them holds up the event
+            # loop for a tenth of a second.
+            gc.collect()
+            gc.freeze()
             address = listener.getsockname()
             _log.info("Listening", extra={"facts": {"host": address[0], "port": address[1]}})
             asyncio.run(DrainingServer(config, service, settings.drain_seconds).serve([listener]))

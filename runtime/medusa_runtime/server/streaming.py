@@ -17,6 +17,8 @@ _log = logging.getLogger(__name__)
 KEEP_ALIVE = ": keep-alive\n\n"
 DONE = "data: [DONE]\n\n"
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
 # The JSON object of an event; None for a comment.
 Event = Mapping[str, object] | None
 
@@ -29,7 +31,7 @@ def event(data: Mapping[str, object], *, named: bool = False) -> str:
         named: If True, the event has the object's ``type`` as its name.
     """
     name = f"event: {data['type']}\n" if named else ""
-    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return f"{name}data: {_ENCODER.encode(data)}\n\n"
 
 
 class EventStream(StreamingResponse):

@@ -1,0 +1,78 @@
+"""The answers of a request while they come: what waits is given out in one piece, in order, and to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+
+import pytest
+
+from medusa_runtime import BackendError, Chunk, GenerationResult, MedusaError, RequestHandle, Stats
+from medusa_runtime.server.generation import Choice, Delta, Generation
+from medusa_runtime.server.output.parts import PlainParser
+
+
+def generation(count: int) -> Generation:
+    handles = [RequestHandle(Stats(), lambda _: None) for _ in range(count)]
+    choices = [Choice(index, 0, handle, PlainParser()) for index, handle in enumerate(handles)]
+    return Generation(choices, ExitStack())
+
+
+def end(handle: RequestHandle, text: str) -> None:
+    handle.end(GenerationResult(text, (), "stop", handle.stats))
+
+
+def test_steps_that_wait_are_given_out_in_one() -> None:
+    async def run() -> None:
+        made = generation(1)
+        handle = made.choices[0].handle
+        for number in range(3):
+            handle.put(Chunk(str(number), (number,), (-1.0 * number,)))
+        deltas = made.deltas(60)
+        delta = await anext(deltas)
+        assert delta is not None
+        assert (delta.content, [*delta.token_ids], [*(delta.logprobs or ())]) == ("012", [0, 1, 2], [0, -1, -2])
+        handle.put(Chunk("3", (3,)))
+        end(handle, "0123")
+        rest = [delta async for delta in deltas]
+        assert ["" if delta is None else delta.content for delta in rest] == ["3", ""]
+        assert rest[-1] is not None and rest[-1].result is not None
+
+    asyncio.run(run())
+
+
+def test_answers_of_one_request_come_as_they_are_and_quiet_time_is_told() -> None:
+    async def run() -> None:
+        made = generation(2)
+        first, second = (choice.handle for choice in made.choices)
+        deltas = made.deltas(0.01)
+        assert await anext(deltas) is None
+        second.put(Chunk("b", (1,)))
+        end(second, "b")
+        first.put(Chunk("a", (1,)))
+        found: list[Delta] = []
+        while len(found) < 3:
+            if (delta := await anext(deltas)) is not None:
+                found.append(delta)
+        assert sorted((delta.choice.index, delta.content) for delta in found) == [(0, "a"), (1, ""), (1, "b")]
+        end(first, "a")
+        last = [delta async for delta in deltas if delta is not None]
+        assert [delta.choice.index for delta in last] == [0] and last[0].result is not None
+
+    asyncio.run(run())
+
+
+def test_an_error_comes_behind_the_steps_before_it() -> None:
+    async def run() -> None:
+        made = generation(1)
+        handle = made.choices[0].handle
+        handle.put(Chunk("a", (1,)))
+        failure: MedusaError = BackendError("lost")
+        handle.end(failure)
+        deltas = made.deltas(60)
+        delta = await anext(deltas)
+        assert delta is not None and delta.content == "a"
+        with pytest.raises(BackendError, match="lost"):
+            await anext(deltas)
+
+    asyncio.run(run())
