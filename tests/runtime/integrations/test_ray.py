@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ from ray import serve  # noqa: E402
 from medusa_runtime.integrations.ray import app  # noqa: E402
 
 ROWS = 2
+LONG: dict[str, object] = {"max_tokens": 220, "n": 4 * ROWS, "stream": True}  # runs while a test does something else
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,11 @@ def engine(tiny_bundle: Bundle) -> Iterator[MedusaEngine]:
 
 def asked(prompt: str, **fields: object) -> dict[str, object]:
     return {"prompt": prompt, "temperature": 0, "max_tokens": 24, "ignore_eos": True, **fields}
+
+
+def test_a_missing_bundle_is_reported_before_anything_starts() -> None:
+    with pytest.raises(MedusaError, match="There is no bundle at /nowhere"):
+        app({"bundle": "/nowhere"})
 
 
 def test_answers_are_those_of_the_engine(web: httpx.Client, engine: MedusaEngine) -> None:
@@ -118,9 +125,30 @@ def test_errors_have_the_shape_of_the_api(web: httpx.Client) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (status, code), path
 
 
+def test_figures_of_replicas_are_among_those_of_ray(web: httpx.Client) -> None:
+    (node,) = ray.nodes()
+    page = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 40
+    while "ray_vllm_generation_tokens_total{" not in (found := httpx.get(page).text):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert 'model_name="tiny"' in found and 'application="medusa"' in found
+
+
+def kill(replica: str) -> None:
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::medusa#Replica#{replica}", namespace="serve"))
+
+
 def test_requests_are_answered_after_a_replica_has_died(web: httpx.Client, engine: MedusaEngine) -> None:
-    victim = web.get("/health/ready").headers["x-replica"]
-    ray.kill(ray.get_actor(f"SERVE_REPLICA::medusa#Replica#{victim}", namespace="serve"))
+    with web.stream("POST", "/v1/completions", json=asked("the dog", **LONG)) as response:
+        assert response.headers.get_list("x-request-id")[1:] == []
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        victim = response.headers["x-replica"]
+        kill(victim)
+        *_, error, done = lines
+    assert done == "data: [DONE]"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "service_unavailable"
     for number in range(12):
         prompt = f"the cat {number}"
         answer = web.post("/v1/completions", json=asked(prompt))
@@ -129,6 +157,13 @@ def test_requests_are_answered_after_a_replica_has_died(web: httpx.Client, engin
         assert answer.json()["choices"][0]["text"] == engine.generate(prompt, max_new_tokens=24, ignore_eos=True).text
 
 
-def test_a_missing_bundle_is_reported_before_anything_starts() -> None:
-    with pytest.raises(MedusaError, match="There is no bundle at /nowhere"):
-        app({"bundle": "/nowhere"})
+def test_requests_that_run_end_before_their_replica_does(web: httpx.Client) -> None:
+    """The last test: it takes the application away."""
+    with web.stream("POST", "/v1/completions", json=asked("the mat", **LONG)) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        deleting = threading.Thread(target=serve.delete, args=("medusa",))
+        deleting.start()
+        *_, last, done = lines
+    deleting.join()
+    assert done == "data: [DONE]" and json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 
-import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
@@ -15,8 +13,6 @@ from medusa_runtime.integrations.ray.options import Scaling, absolute, read_argu
 from medusa_runtime.integrations.ray.replica import Replica
 from medusa_runtime.integrations.ray.router import PrefixRouter
 from medusa_runtime.server.settings import Settings
-
-_log = logging.getLogger(__name__)
 
 # Seconds after the drain in which a replica closes its service before Ray kills it.
 _CLOSE_SECONDS = 5.0
@@ -49,7 +45,6 @@ def build_app(settings: Settings, scaling: Scaling = Scaling()) -> serve.Applica
     settings = absolute(settings)
     if settings.threads is None:
         settings = dataclasses.replace(settings, threads=scaling.cpus)
-    _warn_of_few(scaling)
     replica = serve.deployment(Replica).options(
         name="Replica",
         ray_actor_options={"num_cpus": scaling.cpus, "num_gpus": scaling.gpus},
@@ -76,20 +71,3 @@ def build_app(settings: Settings, scaling: Scaling = Scaling()) -> serve.Applica
         graceful_shutdown_wait_loop_s=0.5,
     )
     return ingress.bind(replica.bind(settings), settings, scaling)
-
-
-def _warn_of_few(scaling: Scaling) -> None:
-    """Warns if the cluster has too few CPUs or GPUs for the replicas. Some clusters get further nodes on demand."""
-    if not ray.is_initialized():
-        return
-    has = ray.cluster_resources()
-    for name, each in (("CPU", scaling.cpus), ("GPU", scaling.gpus)):
-        needed = each * scaling.min_replicas
-        if needed > has.get(name, 0):
-            _log.warning(
-                "%d replicas need %d %ss, but the cluster has %g: replicas that don't fit wait for a node.",
-                scaling.min_replicas,
-                needed,
-                name,
-                has.get(name, 0),
-            )

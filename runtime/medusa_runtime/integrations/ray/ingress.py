@@ -10,12 +10,14 @@ from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_runtime.integrations.ray.options import Scaling
 from medusa_runtime.integrations.ray.prefix import prompt_start
 from medusa_runtime.server.errors import ApiError
 from medusa_runtime.server.settings import Settings
+from medusa_runtime.server.streaming import DONE, event
 
 _SENT = ("type", "asgi", "http_version", "method", "scheme", "path", "query_string", "headers", "client", "server")
 # Endpoints whose answer tells of one replica.
@@ -72,21 +74,43 @@ class Passing:
             raise ApiError(404, "Each replica has metrics of its own: see those of Ray.", "unknown_url")
         start = await asyncio.to_thread(prompt_start, body, self._prefix_bytes)
         for attempt in (1, 2):
-            answer, begun = self._replicas.answer.remote(sent, body, start=start), False
+            answer = self._replicas.answer.remote(sent, body, start=start)
+            begun: Message | None = None
             try:
                 async for message in answer:
-                    begun = True
+                    begun = begun or _without_id(message)
                     await send(message)
                 return
             except BackPressureError as error:
                 raise _busy("The queue is full: try again later.", 429) from error
             except (ActorDiedError, ActorUnavailableError) as error:
-                if begun:
-                    raise
+                dead = _busy("The replica of this request has died: try again.", 503)
+                if begun is not None:
+                    await _break_off(begun, dead, send)
+                    return
                 if attempt == 2:
-                    raise _busy("The replica of this request has died: try again.", 503) from error
+                    raise dead from error
             finally:
                 answer.cancel()
+
+
+def _without_id(start: Message) -> Message:
+    """The start of an answer without its id, as Ray's proxy adds a header with the same one."""
+    del MutableHeaders(scope=start)["x-request-id"]
+    return start
+
+
+async def _break_off(start: Message, error: ApiError, send: Send) -> None:
+    """Ends an answer that has begun and can't go on. A stream gets the error as its last event.
+
+    Args:
+        start: The first message of the answer.
+        error: The error.
+        send: Sends a message to the client.
+    """
+    is_stream = Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
+    text = event(error.answer) + DONE if is_stream else ""
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
 
 
 def _busy(message: str, status: int) -> ApiError:

@@ -14,6 +14,7 @@ from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 
 from medusa_runtime.errors import ServiceClosedError
+from medusa_runtime.integrations.ray.metrics import RayMetrics
 from medusa_runtime.server.app import make_app
 from medusa_runtime.server.logs import set_up_logs
 from medusa_runtime.server.prometheus import ServerMetrics
@@ -53,6 +54,8 @@ class Replica:
         lifespan = LifespanOn(Config(self._app, log_config=None))
         await lifespan.startup()
         self._ends.push_async_callback(lifespan.shutdown)
+        reporting = asyncio.create_task(RayMetrics(metrics.registry).report_loop())
+        self._ends.callback(reporting.cancel)
 
     async def answer(
         self, scope: Mapping[str, Any], body: bytes, *, start: bytes | None = None
