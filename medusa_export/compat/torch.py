@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -39,16 +40,23 @@ aten = torch.ops.aten
 _OTHER_NAMES: dict[Any, Any] = {  # operations, and the names under which torch.onnx translates them
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.detach_.default: aten.detach.default,  # it changes no value
     aten.reshape.default: aten.view.default,  # takes a size of 0 as it is, where reshape's translation doesn't
     aten.to.dtype: aten._to_copy.default,
     aten.to.dtype_layout: aten._to_copy.default,
     aten.to.device: aten._to_copy.default,
 }
-_IN_PLACE: dict[Any, Any] = {  # operations that change their first argument, and those that give a new tensor
+_ARITHMETIC: dict[Any, Any] = {  # operations that change their first argument, and those that give a new tensor
     aten.add_.Tensor: aten.add.Tensor,
     aten.div_.Tensor: aten.div.Tensor,
     aten.mul_.Tensor: aten.mul.Tensor,
     aten.sub_.Tensor: aten.sub.Tensor,
+}
+_IN_PLACE: dict[Any, Any] = {  # with those that give a tensor of the type of their first argument
+    **_ARITHMETIC,
+    aten.clamp_.default: aten.clamp.default,
+    aten.scatter_.src: aten.scatter.src,
+    aten.scatter_.value: aten.scatter.value,
 }
 _CHECKS = {aten._assert_tensor_metadata.default}  # torch.onnx removes them
 # Operations whose translation computes shapes in the graph, where their decomposition doesn't.
@@ -138,7 +146,8 @@ def _promote(promoter: Any, node: torch.fx.Node) -> Any:
 def _is_ready(operation: Any, translated: Container[object]) -> bool:
     """Returns True if ``torch.onnx.export`` can translate an operation of a traced program without decomposing it."""
     if isinstance(operation, torch._ops.OpOverload):
-        return _OTHER_NAMES.get(operation, operation) in translated and not operation._schema.is_mutable
+        changes = operation._schema.is_mutable and operation not in _OTHER_NAMES
+        return _OTHER_NAMES.get(operation, operation) in translated and not changes
     return not isinstance(operation, torch._ops.HigherOrderOperator)
 
 
@@ -146,21 +155,30 @@ def _is_alone(node: torch.fx.Node) -> bool:
     """Returns True if an operation in place may give a new tensor: nothing shares the one that it changes."""
     if node.target not in _IN_PLACE:
         return False
-    changed, other = node.args
-    given: Any = other.meta["val"] if isinstance(other, torch.fx.Node) else other
+    changed, *others = node.args
     if not isinstance(changed, torch.fx.Node) or (changed.target not in _IN_PLACE and not _is_new(changed)):
         return False
-    value = changed.meta["val"]
     return (
         not node.kwargs
-        and torch.result_type(value, given) == value.dtype
+        and (node.target not in _ARITHMETIC or _keeps_type(changed, others[0]))
         and all(user is node or (user < node and _is_new(user)) for user in changed.users)
     )
 
 
+def _keeps_type(changed: torch.fx.Node, other: Any) -> bool:
+    """Returns True if the result of an operation with another value has the type of the tensor that it changes."""
+    value: Any = changed.meta["val"]
+    result = torch.result_type(value, other.meta["val"] if isinstance(other, torch.fx.Node) else other)
+    return bool(result == value.dtype)
+
+
 def _is_new(node: torch.fx.Node) -> bool:
-    """Returns True if the result of an operation shares no memory with an argument."""
+    """Returns True if the result of an operation shares no memory with an argument or with another result."""
     operation = node.target
+    if operation is operator.getitem:  # one of several results
+        source, index = node.args
+        assert isinstance(source, torch.fx.Node)
+        return _is_new(source) and all(user is node or user.args != (source, index) for user in source.users)
     return isinstance(operation, torch._ops.OpOverload) and not any(
         result.alias_info for result in operation._schema.returns
     )

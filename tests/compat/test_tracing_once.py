@@ -44,7 +44,31 @@ class _AloneInPlace(nn.Module):
         twice = changed * 2
         changed *= x
         changed /= 3
-        return changed - twice
+        found = (
+            torch.zeros_like(x)
+            .scatter_(1, x.argmax(1, keepdim=True), 1)
+            .scatter_(1, x.argmin(1, keepdim=True), x[:, :1])
+        )
+        return (changed - twice).clamp_(-2, 2) + found
+
+
+class _ResultInPlace(nn.Module):
+    """Changes one of the results of an operation, as routers of experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, places = torch.topk(x, 2)
+        values /= values.sum(dim=-1, keepdim=True)
+        return values.detach_() + places
+
+
+class _ResultTwiceInPlace(nn.Module):
+    """Changes a result that has a second name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.topk(x, 2)
+        values, again = found[0], found[0].view(-1)
+        values /= values.sum(dim=-1, keepdim=True)
+        return values + again.view_as(values)
 
 
 class _SharedInPlace(nn.Module):
@@ -116,6 +140,8 @@ def test_types_are_promoted_as_by_a_second_trace(monkeypatch: pytest.MonkeyPatch
         (_Renamed(), 0),
         (_Empty(), 0),
         (_AloneInPlace(), 0),
+        (_ResultInPlace(), 0),
+        (_ResultTwiceInPlace(), 1),
         (_SharedInPlace(), 1),
         (_NarrowInPlace(), 1),
         (_InPlace(), 1),
