@@ -55,6 +55,9 @@ DEEPEST_LOOKUP = 8
 # Earlier places in the text that are compared, the latest first.
 PLACES = 16
 
+# Accepted tokens per expected one, before any are counted. Calibration promises more than texts of other kinds hold.
+FIRST_ACCURACY = 0.8
+
 # A tree is used only if it promises this much more speed than plain decoding: measured step times are no more exact.
 LEAST_GAIN = 0.03
 

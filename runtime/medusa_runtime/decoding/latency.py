@@ -79,7 +79,7 @@ def _by_size(table: Table) -> dict[int, float]:
 
 def candidate_sizes(largest: int) -> list[int]:
     """The tree sizes to measure, up to the largest: small ones are closer together."""
-    return [size for size in (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128) if size < largest] + [largest]
+    return [size for size in (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128) if size < largest] + [largest]
 
 
 def _key(bundle: Bundle, backend: Backend, rows: int) -> str:

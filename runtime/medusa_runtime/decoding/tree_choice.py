@@ -3,8 +3,9 @@
 The bundle has an acceptance estimate for each node: one for steps with a lookup hit, one for steps without. But texts
 differ. So accepted tokens are counted, for both kinds of steps, over all requests and for each request. The counts give
 one factor, called accuracy here: accepted tokens per expected one. The estimate of a node at depth d is multiplied by
-the factor to the power of d. Requests that are hard to draft for take longest and run alone in the end. That is why
-each request has counts of its own.
+the factor to the power of d. It begins below 1, because the tree was chosen by the same estimates, which makes them too
+high. Requests that are hard to draft for take longest and run alone in the end. That is why each request has counts of
+its own.
 
 Plain steps draft nothing. While they are chosen the counts fade, so that trees are tried again later.
 """
@@ -22,7 +23,7 @@ from medusa_runtime.bundles.bundle import Acceptance
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.decoding.latency import LatencyTable
 from medusa_runtime.request import TreeSize
-from medusa_runtime.tuning import LEAST_GAIN
+from medusa_runtime.tuning import FIRST_ACCURACY, LEAST_GAIN
 
 
 @dataclass
@@ -46,7 +47,7 @@ class AcceptanceCount:
         self.accepted = self.fading * self.accepted + accepted
         self.expected = self.fading * self.expected + expected
 
-    def accuracy(self, beforehand: float = 1.0) -> float:
+    def accuracy(self, beforehand: float = FIRST_ACCURACY) -> float:
         """Accepted tokens per expected one; ``beforehand`` is the value without any count."""
         return (self.accepted + self.prior * beforehand) / (self.expected + self.prior)
 
