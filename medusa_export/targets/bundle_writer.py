@@ -34,6 +34,9 @@ from medusa_runtime.bundles.model_facts import ModelFacts
 from medusa_runtime.errors import BundleError
 from medusa_runtime.text.tokenizer import Tokenizer
 
+# Weights are mapped into memory: each begins at a multiple of this many bytes, a page.
+_PAGE = 4096
+
 
 def model_facts(model: PreTrainedModel, name: str, eos_token_ids: tuple[int, ...]) -> ModelFacts:
     """Returns the facts about a model that the runtime needs.
@@ -145,7 +148,15 @@ def _write_graphs(graph: StepGraph, folder: Path, on_progress: OnProgress) -> di
         written += tensor.nbytes
 
     # Reads, converts and writes one weight after the other.
-    ir.save(graph.model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_THRESHOLD, callback=count)
+    ir.save(
+        graph.model,
+        folder / GRAPH,
+        external_data=WEIGHTS,
+        size_threshold_bytes=EXTERNAL_THRESHOLD,
+        callback=count,
+        alignment=_PAGE,
+        align_threshold=0,
+    )
     task.reach(written)
     on_progress(Progress("writing graphs"))
     return {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}

@@ -263,3 +263,5 @@ def test_no_step_transposes_a_weight(
         assert transposed_weights(as_loaded(exported.bundle, graph, tmp_path)) == []
     stored = onnx.load(exported.bundle.graph, load_external_data=False).graph.initializer
     assert sum(sorted(tensor.dims) == [64, 101] for tensor in stored) == (1 if tied else 2)
+    places = [int(entry.value) for tensor in stored for entry in tensor.external_data if entry.key == "offset"]
+    assert places and all(place % 4096 == 0 for place in places)
