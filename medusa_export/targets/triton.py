@@ -18,9 +18,14 @@ _CONFIG = "config.pbtxt"
 _VERSION = "1"
 _BUNDLE = "bundle"
 
-_MODEL = '''"""Serves the bundle in this folder. Needs: pip install 'medusa-export[server]' in Triton's Python."""
+_MODEL = '''\
+"""Serves the bundle in this folder."""
 
-from medusa_runtime.integrations.triton import TritonPythonModel
+try:
+    from medusa_runtime.integrations.triton import TritonPythonModel
+except ModuleNotFoundError as error:
+    message = f"{error.name} is not installed: run pip install 'medusa-export[server]' in the Python that Triton uses."
+    raise ModuleNotFoundError(message, name=error.name) from error
 
 __all__ = ["TritonPythonModel"]
 '''

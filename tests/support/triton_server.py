@@ -55,7 +55,14 @@ def running(repository: Path, scratch: Path) -> Iterator[str]:
     }
     port = free_port()
     command = [server / "bin" / "tritonserver", f"--model-repository={repository}", f"--backend-directory={backends}"]
-    options = [f"--http-port={port}", "--http-address=127.0.0.1", "--allow-grpc=false", "--allow-metrics=false"]
+    control = ["--model-control-mode=explicit", "--load-model=*"]
+    options = [
+        *control,
+        f"--http-port={port}",
+        "--http-address=127.0.0.1",
+        "--allow-grpc=false",
+        "--allow-metrics=false",
+    ]
     log = scratch / "triton.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -40,9 +40,10 @@ def web(tiny_bundle: Bundle) -> Iterator[httpx.Client]:
                 "model_names": "tiny",
                 "rows": str(ROWS),
                 "max_body": "9999",
+                "max_queue": "8",
             }
-            serve.run(app({**arguments, "min_replicas": "2", "max_replicas": "2"}), name="medusa")
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as web:
+            serve.run(app({**arguments, "min_replicas": "2", "max_replicas": "2"}), name="medusa", route_prefix="/llm")
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}/llm", timeout=60) as web:
                 yield web
         finally:
             serve.shutdown()
@@ -94,15 +95,30 @@ def test_prompts_with_the_same_start_go_to_the_same_replica(web: httpx.Client) -
     assert len(set(places)) == 2
 
 
-def test_a_start_that_many_share_fills_the_other_replica_too(web: httpx.Client) -> None:
-    async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=web.base_url, timeout=60) as client:
-            body = asked("the cat sat on the mat", max_tokens=100)
-            return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(3 * ROWS)))
+def at_a_time(web: httpx.Client, number: int) -> list[httpx.Response]:
+    """Answers to a number of requests with the same prompt, all sent at once."""
 
-    answers = asyncio.run(ask())
+    async def ask() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=number)
+        async with httpx.AsyncClient(base_url=web.base_url, timeout=60, limits=limits) as client:
+            body = asked("the cat sat on the mat", max_tokens=100)
+            return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(number)))
+
+    return asyncio.run(ask())
+
+
+def test_a_start_that_many_share_fills_the_other_replica_too(web: httpx.Client) -> None:
+    answers = at_a_time(web, 3 * ROWS)
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.headers["x-replica"] for answer in answers}) == 2
+
+
+def test_a_full_queue_is_reported_as_by_one_server(web: httpx.Client) -> None:
+    answers = at_a_time(web, 40)  # 8 run or wait in the replicas, 8 in the ingress
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded" and refused.headers["retry-after"] == "1"
+    assert len({answer.text for answer in answers if answer.status_code == 429}) == 1
 
 
 def test_a_client_that_leaves_ends_its_request(web: httpx.Client) -> None:

@@ -92,6 +92,9 @@ def test_outputs_follow_the_conventions_of_the_backend_for_vllm(web: httpx.Clien
 def test_parameters_may_be_text_and_several_answers_come_side_by_side(web: httpx.Client, engine: MedusaEngine) -> None:
     body = asked("the cat", parameters={"temperature": "0", "max_tokens": "24", "n": "2"})
     assert web.post(f"{MODEL}/generate", json=body).json()["text_output"] == [answer(engine, "the cat")] * 2
+    as_request_parameters = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    found = web.post(f"{MODEL}/generate", json={"text_input": "the cat", "parameters": as_request_parameters}).json()
+    assert found["text_output"] == "the cat" + answer(engine, "the cat")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,17 @@ def test_a_client_that_leaves_ends_its_request(web: httpx.Client, scratch: Path)
     while "A client cancelled its request." not in (scratch / "triton.log").read_text(errors="replace"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_requests_that_run_end_before_the_model_does(web: httpx.Client) -> None:
+    """The last test with this server: it takes the model away."""
+    body = asked("the mat", parameters={"max_tokens": 220, "n": 6}, stream=True, return_finish_reason=True)
+    with web.stream("POST", f"{MODEL}/generate_stream", json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        assert web.post("/v2/repository/models/tiny/unload").status_code == 200
+        *_, last = lines
+    assert json.loads(last.removeprefix("data: "))["finish_reason"] == ["length"] * 6
 
 
 def test_a_bundle_that_is_gone_is_named_when_the_model_is_loaded(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -90,8 +90,9 @@ class Passing:
                     return
                 if attempt == 2:
                     raise dead from error
-            finally:
+            except BaseException:  # the client has left; to cancel an answer that failed raises its error again
                 answer.cancel()
+                raise
 
 
 def _without_id(start: Message) -> Message:
