@@ -138,6 +138,7 @@ def test_a_loaded_model_exports_like_its_folder(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_loaded_heads_and_a_tree_and_what_a_user_should_know(tiny_model_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     heads = MedusaHeads.fresh(2, model.get_output_embeddings())
@@ -215,6 +216,7 @@ def test_bench(tiny_bundle: Bundle) -> None:
         medusa_export.bench(tiny_bundle.folder, tree_sizes=[10])
 
 
+@pytest.mark.slow
 def test_build_engine(tiny_bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     reports = Reports()

@@ -20,6 +20,7 @@ from support.decoding import random_heads
 from support.tiny_models import tiny_model
 
 
+@pytest.mark.slow
 def test_a_bundle_of_the_model_itself_is_as_close_as_rounding_allows(
     untrained_bundle: Bundle, tiny_model_folder: Path, data: Path
 ) -> None:

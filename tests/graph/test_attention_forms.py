@@ -96,7 +96,8 @@ def test_states_are_observed() -> None:
     assert [(state.kind, state.shape) for state in latent] == [("latent", (1, 16)), ("latent", (1, 8))] * 2
 
 
-@pytest.mark.parametrize("form", ["gemma4", *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["gemma4", *COMPILED])
 def test_bundles_decode_as_transformers(stock: Stock, form: str) -> None:
     seed = SEEDS.get(form, 0)
     expected = [greedy(tiny_model(form, seed), prompt, COUNT) for prompt in PROMPTS]
@@ -113,11 +114,12 @@ def test_bundles_decode_as_transformers(stock: Stock, form: str) -> None:
             assert result.tokens == expected[:rows], (graph, size, chunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "one_row", "several_rows"),
     [
         ("granite_swa", ("gather_sinks", "fuse_group_query_attention"), ("write_new_entries_only",)),
-        pytest.param("deepseek_v2", *[("absorb_latent_expansion",)] * 2, marks=pytest.mark.slow),
+        ("deepseek_v2", *[("absorb_latent_expansion",)] * 2),
     ],
 )
 def test_sinks_and_latent_caches_have_derived_graphs(
@@ -157,6 +159,7 @@ def test_a_service_moves_and_copies_states_of_all_shapes(gemma4: Exported) -> No
             assert list(again.result(60).token_ids) == expected[10:30]
 
 
+@pytest.mark.slow
 def test_sampled_text_is_the_same_for_all_trees(gemma4: Exported) -> None:
     with MedusaEngine.load(gemma4.bundle.folder, threads=1) as engine:
         sampling = SamplingParams(temperature=0.8, top_k=20, seed=3)

@@ -112,6 +112,7 @@ def test_every_matrix_of_heads_is_stored(tmp_path: Path) -> None:
     assert failed(verify(bundle, step)) == set()
 
 
+@pytest.mark.slow
 def test_untransposed_weights_are_stored_in_integers(tmp_path: Path) -> None:
     """Those of GPT-2's layers, which are [K, N]."""
     model = tiny_model("gpt2")

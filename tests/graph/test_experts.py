@@ -81,6 +81,7 @@ def test_stacks_of_experts_are_read_once(folder: Path, tmp_path: Path) -> None:
     assert all(readers_of[name] == 1 for name in stored if name.startswith(prefix))
 
 
+@pytest.mark.slow
 def test_blocks_of_a_file_are_kept(tmp_path: Path) -> None:
     """A file holds two matrices per expert, which are one in the model, and a third."""
     opened = open_model(

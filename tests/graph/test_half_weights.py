@@ -70,6 +70,7 @@ def test_verify_computes_with_the_stored_numbers(bundle: Bundle, model_folder: P
     assert "stored weights" in {check.name for check in outcome.checks}
 
 
+@pytest.mark.slow
 def test_a_number_beyond_the_range_of_fp16_is_refused(model_folder: Path, tmp_path: Path) -> None:
     model = tiny_model("qwen3")
     with torch.no_grad():

@@ -248,6 +248,7 @@ def test_export_says_where_sources_disagree_and_inspect_shows_them(exported: Exp
     assert "# (3), by the chat template" in shown
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_its_template_does(exported: Exported) -> None:
     """In the engine, in transformers as verify runs it, and by verify."""
     with MedusaEngine.load(exported.bundle.folder, threads=1) as engine:

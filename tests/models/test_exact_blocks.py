@@ -174,6 +174,7 @@ def kinds_of(model: LoadedModel, types: WeightTypes) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_symmetric_blocks_are_asked_for(tmp_path: Path) -> None:
     model = opened(quantized_gguf(Kind.Q4_1)(tmp_path / "model"), torch.float32)
     kept = kinds_of(model, WeightTypes.all("int4"))
@@ -182,6 +183,7 @@ def test_symmetric_blocks_are_asked_for(tmp_path: Path) -> None:
     assert rounded["layers"] == rounded["lm_head"] == {"int4, blocks of 32 with scales"}
 
 
+@pytest.mark.slow
 def test_the_facts_say_that_eight_bits_are_kept(tmp_path: Path) -> None:
     model = opened(quantized_gguf(Kind.Q8_0)(tmp_path / "model"), torch.float32)
     kinds = kinds_of(model, WeightTypes(layers="int4", lm_head="int4", block_size=16))

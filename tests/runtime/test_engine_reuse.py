@@ -82,7 +82,7 @@ def test_another_prompt_reuses_what_both_begin_with(
     engine.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:4], pytest.param("eager", marks=pytest.mark.slow)])
 def test_a_turn_after_a_stop_in_the_middle_of_a_step(
     tiny_bundle: Bundle, opened: Opener, fresh: Callable[..., tuple[int, ...]], kind: str
 ) -> None:

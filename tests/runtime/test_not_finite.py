@@ -79,6 +79,7 @@ def test_a_rejected_draft_that_overflows_changes_nothing(
     assert graph == ONNXRUNTIME_GRAPH or backend.silent  # a plain step reads no later nodes
 
 
+@pytest.mark.slow
 def test_drafts_that_overflow_change_no_drawn_text(poisoned: Exported) -> None:
     sampling = SamplingParams(temperature=0.9, top_k=20, seed=4)
     texts = []

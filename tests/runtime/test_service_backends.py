@@ -54,7 +54,7 @@ def opened(tiny_bundle: Bundle, machine: Machine, stock: Stock) -> Opener:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [1, 4, 9])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(9, marks=pytest.mark.slow)])
 def test_requests_side_by_side_answer_as_alone(
     tiny_bundle: Bundle, engine: MedusaEngine, opened: Opener, kind: str, size: int
 ) -> None:

@@ -69,21 +69,22 @@ def cpu_backend(bundle: Bundle) -> OnnxRuntimeBackend:
 
 
 CALLS = ["step", "arrange", "approach", "copy", "assign", "reset", "lengths", "drafts"]
+ERRORS = [  # each kind before the call, and one of them after it, too
+    (BackendError("broken"), "before"),
+    *(
+        pytest.param(*way, marks=pytest.mark.slow)
+        for way in (
+            (BackendError("broken"), "after"),
+            (MemoryError(), "before"),
+            (RuntimeError("odd"), "before"),
+            (StopIteration(), "before"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(
-    "error",
-    [
-        BackendError("broken"),
-        *(
-            pytest.param(error, marks=pytest.mark.slow)
-            for error in (MemoryError(), RuntimeError("odd"), StopIteration())
-        ),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize(("error", "when"), ERRORS, ids=repr)
 def test_a_call_that_fails_now_and_then(
     tiny_bundle: Bundle, engine: MedusaEngine, name: str, error: Exception, when: str
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_token_without_weight_is_never_drawn() -> None:
     assert draw(logits, unlikely, SamplingParams(top_p=0.5)).tolist() == [301]
 
 
+@pytest.mark.slow
 def test_rounding_changes_few_draws() -> None:
     """Logits that are off by a thousandth, a flat distribution of many tokens: nearly all draws are the same."""
     logits = torch.randn(20_000, generator=torch.Generator().manual_seed(0))

@@ -86,6 +86,7 @@ def test_emitted_tokens_have_the_joint_distribution_of_the_model(
     assert p_value(counts, joint_distribution(small_bundle, prompt, 3, params)) > FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_a_bias_towards_drafts_is_seen(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Accepting what typical acceptance allows is no exact sampling: the test above must see that."""
     backend = OnnxRuntimeBackend(small_bundle, rows=8, threads=1)

@@ -20,6 +20,7 @@ from support.tiny_models import tiny_model
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 
 
+@pytest.mark.slow
 def test_greedy_only_leaves_sampling_out(stock: Stock) -> None:
     expected = tuple(greedy(tiny_model("llama"), PROMPT, 20))
     bundle = stock.export(sampling=False).bundle

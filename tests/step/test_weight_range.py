@@ -42,6 +42,7 @@ def opened(folder: Path, dtype: torch.dtype) -> MedusaStep:
     return make_step(load_model(str(folder), dtype=dtype), None, Tree())
 
 
+@pytest.mark.slow
 def test_an_export_checks_weights(tmp_path: Path) -> None:
     result = export(saved(tmp_path / "model", 1e6), tmp_path / "bundle", "--no-heads", "--dtype", "fp16")
     assert result.exit_code == 1

@@ -55,9 +55,10 @@ def test_blocks_with_minima_are_stored_exactly(tmp_path: Path) -> None:
     assert next(check for check in verified.checks if check.name == CHECK).figures["largest_error"] < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("desc_act", "weights", "kind"),
-    [(True, "int4", " with desc_act"), pytest.param(False, None, "", marks=pytest.mark.slow)],
+    [(True, "int4", " with desc_act"), (False, None, "")],
 )
 def test_matrices_that_are_dequantized_are_counted(
     desc_act: bool, weights: str | None, kind: str, tmp_path: Path

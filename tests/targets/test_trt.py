@@ -112,6 +112,7 @@ def test_which_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
         import_tensorrt("tensorrt-rtx")
 
 
+@pytest.mark.slow
 def test_a_timing_cache(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a flavor that measures does with one; TensorRT-RTX, in its place here, has the same calls and ignores it."""
     library = libraries.TensorRTLibrary("tensorrt", import_tensorrt("tensorrt-rtx").trt)

@@ -127,6 +127,7 @@ def integer_bundle(stock: Stock) -> Bundle:
     return Bundle.load(stock.folder("integers-for-tensorrt", fill))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Polygraphy's figures, of zeros
 def test_signed_integers_change_no_result(integer_bundle: Bundle, tmp_path: Path) -> None:
     compare_rewritten(integer_bundle, tmp_path)
@@ -135,6 +136,7 @@ def test_signed_integers_change_no_result(integer_bundle: Bundle, tmp_path: Path
     assert "INT4" in kinds and not kinds & {"UINT4", "UINT8", "INT8"}
 
 
+@pytest.mark.slow
 def test_integers_build_for_gpus_that_have_them(integer_bundle: Bundle) -> None:
     library = import_tensorrt("tensorrt-rtx")
     builder = EngineBuilder(library, integer_bundle, BuildOptions(LIMITS, TARGETS, opt_level=0))

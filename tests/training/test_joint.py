@@ -233,7 +233,7 @@ def test_hidden_states_computed_in_each_epoch(tiny_model_folder: Path, talks: Pa
     assert figures[-1]["eval_loss"] < figures[0]["eval_loss"]
 
 
-@pytest.mark.parametrize("begun", ["online", "cached"])
+@pytest.mark.parametrize("begun", [pytest.param("online", marks=pytest.mark.slow), "cached"])
 def test_a_training_continues_in_the_way_that_it_began(
     tiny_model_folder: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
 ) -> None:

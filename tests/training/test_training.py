@@ -271,7 +271,8 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(cut, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip_a_byte, cut])
 def test_damaged_files_of_a_training_are_found(
     data: Path, tiny_model_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_wrong_mask_bit_is_caught(copy: Path, step: MedusaStep) -> None:
     assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
 
 
+@pytest.mark.slow
 def test_a_wrong_position_is_caught(copy: Path, step: MedusaStep) -> None:
     def change(model: onnx.ModelProto) -> None:
         tables = [
@@ -98,6 +99,7 @@ def test_a_wrong_position_is_caught(copy: Path, step: MedusaStep) -> None:
     assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
 
 
+@pytest.mark.slow
 def test_a_wrong_commit_index_is_caught(copy: Path, step: MedusaStep) -> None:
     def change(model: onnx.ModelProto) -> None:
         node = next(node for node in model.graph.node if "next_pending_0" in node.output)

@@ -314,7 +314,7 @@ def test_failures_of_a_step_name_it(machine: Machine) -> None:
         backend.step(5)
 
 
-@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("right", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_verify_tells_a_right_engine_from_a_wrong_one(
     tiny_bundle: Bundle,
     tiny_engine: CompiledEngine,
