@@ -300,7 +300,7 @@ def test_the_caches_of_one_row_grow_with_its_text(stock: Stock) -> None:
             backend.of_steps.clear()
             engine.generate(prompt, max_new_tokens=200, tree_size=4)
             assert backend.of_steps == sorted(backend.of_steps)
-            assert backend.of_steps[0] <= 1.25 * (len(prompt) + by_panels.slots.margin) + PANEL
+            assert backend.of_steps[0] < 2 * (len(prompt) + by_panels.slots.margin) + PANEL
             assert backend.of_steps[-1] >= len(prompt) + 200
     with MedusaEngine(fused, Capacities(fused), None) as engine:
         engine.generate(prompts[0], max_new_tokens=200, tree_size=4)

@@ -191,7 +191,10 @@ class GrownRoom(SharedRoom):
         """Does nothing: the row is given room as it grows."""
 
     def make(self, rows: Sequence[int], size: int) -> int:
-        return self._mover.arrange([0], self._slots.capacity(self.longest([0]), size))
+        needed, capacity = self._slots.capacity(int(self._backend.lengths[0]), size), self._backend.capacity
+        if capacity // 2 < needed <= capacity:  # most steps: looking further would take time
+            return 0
+        return self._mover.arrange([0], needed)
 
     def is_crowded(self, size: int) -> bool:
         return False
