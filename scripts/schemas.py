@@ -23,6 +23,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def drawn(folders: Sequence[Path], count: int, seed: int) -> list[tuple[str, Any
 
 
 def checked(
-    engine: MedusaEngine, schema: dict[str, Any], tokens: int, tree_size: int, seeds: Sequence[int]
+    engine: MedusaEngine, schema: dict[str, Any], tokens: int, tree_size: int, seeds: Sequence[int], *, one_line: bool
 ) -> dict[str, Any]:
     """What the answers under a schema have shown, as a JSON object.
 
@@ -72,9 +73,10 @@ def checked(
         tokens: The most tokens of an answer.
         tree_size: Nodes of the tree.
         seeds: Seeds of the sampled answers.
+        one_line: As ``Grammar.json_schema`` takes it.
     """
     try:
-        constraints = Constraints(grammar=Grammar.json_schema(schema))
+        constraints = Constraints(grammar=Grammar.json_schema(schema, one_line=one_line))
         chat = [{"role": "user", "content": f"Give an example of JSON that this schema allows:\n{json.dumps(schema)}"}]
 
         def answer(size: int, seed: int | None = None, given: Constraints | None = constraints) -> GenerationResult:
@@ -100,7 +102,7 @@ def facts(schema: dict[str, Any], result: GenerationResult) -> dict[str, Any]:
     if result.finish_reason != "stop":
         return {"ended": False}
     try:
-        jsonschema_rs.validate(schema, json.loads(result.text))
+        jsonschema_rs.validate(schema, json.loads(result.text, parse_float=Decimal))  # floats end at 1e308
     except (ValueError, jsonschema_rs.ValidationError) as error:
         return {"ended": True, "valid": False, "text": result.text, "error": str(error)[:300]}
     return {"ended": True, "valid": True}
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="The most tokens of an answer. Default: 96.")
     parser.add_argument("--tree-size", type=int, default=8, help="Nodes of the tree. Default: 8.")
     parser.add_argument("--samples", type=int, default=2, help="Sampled answers per schema. Default: 2.")
+    parser.add_argument("--one-line", action="store_true", help="Fix the white space, as the server does.")
     parser.add_argument("--seed", type=int, default=0, help="Chooses the schemas. Default: 0.")
     arguments = parser.parse_args()
     chosen = drawn(arguments.suites, arguments.count, arguments.seed)

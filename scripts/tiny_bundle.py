@@ -16,7 +16,7 @@ def bundle_folder(folder: Path | None, *, tokenizer: bool = False, all_bytes: bo
     Args:
         folder: The bundle that the user gave; None for a tiny one.
         tokenizer: Whether the tiny bundle has a tokenizer.
-        all_bytes: Whether its tokens are all bytes, and one that ends a text.
+        all_bytes: Whether its tokens are all bytes, and one that ends a text. Its texts may then be longer, too.
     """
     if folder is not None:
         yield folder
@@ -29,8 +29,8 @@ def bundle_folder(folder: Path | None, *, tokenizer: bool = False, all_bytes: bo
 
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = {"vocab_size": 257} if all_bytes else {}
-        ends = {"eos_token_id": 0} if all_bytes else {}
-        model = tiny_model("llama", **vocabulary, **ends)
+        more = {"eos_token_id": 0, "max_position_embeddings": 4096} if all_bytes else {}
+        model = tiny_model("llama", **vocabulary, **more)
         step = make_step(model, random_heads(model))
         exported = export(
             step, Path(scratch) / "bundle", tokenizer=make_tokenizer(**vocabulary) if tokenizer else None, trained=True

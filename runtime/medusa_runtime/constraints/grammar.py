@@ -19,6 +19,9 @@ from medusa_runtime.errors import RequestError
 
 MAX_GRAMMAR_BYTES = 2**20
 _ANY_OBJECT = {"type": "object"}
+# A key of llguidance in a schema: white space as Python's ``json.dumps`` writes it. Where white space is free, a small
+# model may add it without end.
+ONE_LINE = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 _VOCABULARIES, _GRAMMARS = 4, 64  # kept for further requests
 
 
@@ -37,11 +40,12 @@ class Grammar:
             raise RequestError(f"A grammar must be a text of at most {MAX_GRAMMAR_BYTES:,} bytes.")
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | str) -> Self:
+    def json_schema(cls, schema: Mapping[str, Any] | str, *, one_line: bool = False) -> Self:
         """Any JSON that a schema allows.
 
         Args:
             schema: The JSON schema, as an object or as its text.
+            one_line: If True, the only white space between values is one space behind each comma and colon.
 
         Raises:
             RequestError: It is no JSON object.
@@ -53,12 +57,14 @@ class Grammar:
             raise RequestError(f"The JSON schema can't be read: {error}. Give an object, or its text.") from error
         if not isinstance(known, dict):
             raise RequestError(f"The JSON schema is a {type(known).__name__}: expected an object.")
+        if one_line:
+            text = json.dumps(ONE_LINE | known)
         return cls(_matcher_class().grammar_from_json_schema(text))
 
     @classmethod
-    def json_object(cls) -> Self:
-        """Any JSON object."""
-        return cls.json_schema(_ANY_OBJECT)
+    def json_object(cls, *, one_line: bool = False) -> Self:
+        """Any JSON object. ``one_line`` is as in ``json_schema``."""
+        return cls.json_schema(_ANY_OBJECT, one_line=one_line)
 
     @classmethod
     def regex(cls, pattern: str) -> Self:

@@ -69,12 +69,12 @@ def _of_format(value: Any) -> Grammar:
     """The grammar of a ``response_format``, or of the ``format`` of a response's text."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "json_object":
-        return Grammar.json_object()
+        return Grammar.json_object(one_line=True)
     if kind == "json_schema":
         schema = value.get("json_schema", value).get("schema")
         if not isinstance(schema, Mapping):
             raise RequestError("A format of type 'json_schema' needs a 'schema', which is an object.")
-        return Grammar.json_schema(schema)
+        return Grammar.json_schema(schema, one_line=True)
     raise RequestError(f"The format has the type {kind!r}: expected 'text', 'json_object' or 'json_schema'.")
 
 
@@ -84,7 +84,7 @@ def _structured(value: Any) -> Grammar:
         raise RequestError("structured_outputs must have one of 'json', 'regex', 'choice' and 'grammar'.")
     ((kind, source),) = value.items()
     if kind == "json":
-        return Grammar.json_schema(source)
+        return Grammar.json_schema(source, one_line=True)
     if kind == "choice" and isinstance(source, list) and source and all(isinstance(choice, str) for choice in source):
         return Grammar.lark("start: " + " | ".join(map(json.dumps, source)))
     if kind == "regex" and isinstance(source, str):

@@ -47,7 +47,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
     ("fields", "grammar"),
     [
         ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, Grammar.json_object()),
+        ({"response_format": {"type": "json_object"}}, Grammar.json_object(one_line=True)),
         (
             {
                 "response_format": {
@@ -55,9 +55,9 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
                     "json_schema": {"name": "x", "strict": True, "schema": SCHEMA},
                 }
             },
-            Grammar.json_schema(SCHEMA),
+            Grammar.json_schema(SCHEMA, one_line=True),
         ),
-        ({"structured_outputs": {"json": SCHEMA}}, Grammar.json_schema(SCHEMA)),
+        ({"structured_outputs": {"json": SCHEMA}}, Grammar.json_schema(SCHEMA, one_line=True)),
         ({"structured_outputs": {"regex": "a+"}}, Grammar.regex("a+")),
         ({"structured_outputs": {"choice": ["yes", 'n"o']}}, Grammar.lark('start: "yes" | "n\\"o"')),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, Grammar.lark('start: "a"')),
@@ -73,7 +73,7 @@ def test_the_format_of_a_response_becomes_a_grammar() -> None:
     text = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
     constraints = constraints_of(ResponsesRequest.model_validate({"input": "Hi", "text": text}))
     assert constraints is not None
-    assert constraints.grammar == Grammar.json_schema(SCHEMA)
+    assert constraints.grammar == Grammar.json_schema(SCHEMA, one_line=True)
 
 
 def test_a_grammar_needs_an_end_token(client: openai.OpenAI) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medusa_runtime.constraints.grammar import Grammar
+from medusa_runtime.constraints.grammar import ONE_LINE, Grammar
 from medusa_runtime.server.output.parts import Arguments, Call, Part
 
-# JSON as chat templates write it. Where white space is free, a small model may add it without end.
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Calls in one answer. A small model may repeat a call without end.
+_MOST_CALLS = 8
 _NO_ARGUMENTS: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 
 
@@ -105,10 +105,10 @@ def calls_grammar(
 
     rules = ["TEXT: /(.|\\n)*/", "call: " + " | ".join(f"call_{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
-        schema = {**(_NO_ARGUMENTS if tool.schema is None else tool.schema), "type": "object", "x-guidance": _LAYOUT}
+        schema = {**(_NO_ARGUMENTS if tool.schema is None else tool.schema), "type": "object", **ONE_LINE}
         head, end = _text(form.head(tool.name), marks), _text(form.end, marks)
         rules.append(f"call_{number}: {head} %json {json.dumps(schema)} {end}")
-    further = "" if one_call or form.between is None else f"({_text(form.between, marks)} call)*"
+    further = "" if one_call or form.between is None else f"({_text(form.between, marks)} call){{0,{_MOST_CALLS - 1}}}"
     rules.append(f"calls: {_text(form.before, marks)} call {further} {_text(form.after, marks)}")
     answer = f"{_text(form.opening, marks)} calls"
     if may_answer and form.content:
