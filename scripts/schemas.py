@@ -62,32 +62,30 @@ def drawn(folders: Sequence[Path], count: int, seed: int) -> list[tuple[str, Any
     return found
 
 
-def checked(
-    engine: MedusaEngine, schema: dict[str, Any], tokens: int, tree_size: int, seeds: Sequence[int], *, one_line: bool
-) -> dict[str, Any]:
+def checked(engine: MedusaEngine, schema: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """What the answers under a schema have shown, as a JSON object.
 
     Args:
         engine: The engine.
         schema: The schema.
-        tokens: The most tokens of an answer.
-        tree_size: Nodes of the tree.
-        seeds: Seeds of the sampled answers.
-        one_line: As ``Grammar.json_schema`` takes it.
+        arguments: The command line's arguments.
     """
+    tree_size = arguments.tree_size
     try:
-        constraints = Constraints(grammar=Grammar.json_schema(schema, one_line=one_line))
+        constraints = Constraints(grammar=Grammar.json_schema(schema, one_line=arguments.one_line))
         chat = [{"role": "user", "content": f"Give an example of JSON that this schema allows:\n{json.dumps(schema)}"}]
 
         def answer(size: int, seed: int | None = None, given: Constraints | None = constraints) -> GenerationResult:
             sampling = None if seed is None else SamplingParams(temperature=1.0, seed=seed)
-            return engine.generate(chat, max_new_tokens=tokens, tree_size=size, sampling=sampling, constraints=given)
+            return engine.generate(
+                chat, max_new_tokens=arguments.tokens, tree_size=size, sampling=sampling, constraints=given
+            )
 
         plain = answer(1)
     except RequestError as error:
         return {"refused": str(error)}
     tree = answer(tree_size)
-    sampled = [answer(tree_size, seed) for seed in seeds]
+    sampled = [answer(tree_size, seed) for seed in range(arguments.samples)]
     free = answer(tree_size, given=None)
     return {
         "same": plain.token_ids == tree.token_ids,
@@ -160,10 +158,7 @@ def main() -> None:
         for name, schema in chosen:
             if name in known:
                 continue
-            line = {
-                "name": name,
-                **checked(engine, schema, arguments.tokens, arguments.tree_size, range(arguments.samples)),
-            }
+            line = {"name": name, **checked(engine, schema, arguments)}
             file.write(json.dumps(line) + "\n")
             file.flush()
             lines.append(line)
