@@ -289,9 +289,8 @@ def test_a_killed_distillation_continues(tiny_model_folder: Path, tmp_path: Path
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert CliRunner().invoke(main, arguments(whole)).exit_code == 0
-    for parts in (1, 9):
-        run_and_kill(arguments(broken), lambda: len(list((broken / "answers").glob("0*.jsonl"))) >= parts)  # noqa: B023
-        assert not (broken / "train.jsonl").exists()
+    run_and_kill(arguments(broken), lambda: len(list((broken / "answers").glob("0*.jsonl"))) >= 5)
+    assert not (broken / "train.jsonl").exists()
     assert CliRunner().invoke(main, arguments(broken)).exit_code == 0
     for name in ("train.jsonl", "heldout.jsonl"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
@@ -316,15 +315,23 @@ def test_a_killed_training_continues(tiny_model_folder: Path, talks: Path, tmp_p
             assert (found["epoch"], found["eval_loss"]) == pytest.approx((expected["epoch"], expected["eval_loss"]))
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_model_folder: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training by both stages of Medusa-2 that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert CliRunner().invoke(main, train(tiny_model_folder, talks, out, "--recipe", "medusa2")).exit_code == 0
+    return out
+
+
 @pytest.mark.slow
-def test_a_training_killed_between_its_stages_continues(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
+def test_a_training_killed_between_its_stages_continues(
+    tiny_model_folder: Path, talks: Path, whole: Path, tmp_path: Path
+) -> None:
     """LoRA's initial weights don't depend on random numbers that the process drew before."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for out in (whole, broken):
-        if out is broken:
-            shutil.copytree(whole / "checkpoints", broken / "checkpoints")
-            shutil.copy(whole / SETTINGS, broken)
-        assert CliRunner().invoke(main, train(tiny_model_folder, talks, out, "--recipe", "medusa2")).exit_code == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(whole / "checkpoints", broken / "checkpoints")
+    shutil.copy(whole / SETTINGS, broken)
+    assert CliRunner().invoke(main, train(tiny_model_folder, talks, broken, "--recipe", "medusa2")).exit_code == 0
     for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
@@ -367,7 +374,7 @@ with processes.main_first():
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
+def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, whole: Path, tmp_path: Path) -> None:
     # accelerate starts several processes only for GPUs. So GPUs are requested, and then not used.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher = [*launch, "-m", "medusa_export"]
@@ -378,8 +385,6 @@ def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, tmp_
     assert done.stdout.count("Accuracy on held-out prompts") == 1
     figures = history(tmp_path / "out", "training")
     assert figures[-1]["eval_loss"] < figures[0]["eval_loss"]
-    alone = CliRunner().invoke(main, train(tiny_model_folder, talks, tmp_path / "alone", "--recipe", "medusa2"))
-    assert alone.exit_code == 0
     # Held-out figures before the first step don't depend on the number of processes.
-    first, other = history(tmp_path / "alone", "training")[0], figures[0]
+    first, other = history(whole, "training")[0], figures[0]
     assert other["eval_head1_top10"] == pytest.approx(first["eval_head1_top10"])
