@@ -129,7 +129,6 @@ def test_a_client_that_leaves_ends_its_request(web: httpx.Client, scratch: Path)
 
 
 def test_requests_that_run_end_before_the_model_does(web: httpx.Client) -> None:
-    """The last test with this server: it takes the model away."""
     body = asked("the mat", parameters={"max_tokens": 220, "n": 6}, stream=True, return_finish_reason=True)
     with web.stream("POST", f"{MODEL}/generate_stream", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
@@ -137,6 +136,7 @@ def test_requests_that_run_end_before_the_model_does(web: httpx.Client) -> None:
         assert web.post("/v2/repository/models/tiny/unload").status_code == 200
         *_, last = lines
     assert json.loads(last.removeprefix("data: "))["finish_reason"] == ["length"] * 6
+    assert web.post("/v2/repository/models/tiny/load").status_code == 200  # for the other tests
 
 
 def test_a_bundle_that_is_gone_is_named_when_the_model_is_loaded(tiny_bundle: Bundle, tmp_path: Path) -> None:

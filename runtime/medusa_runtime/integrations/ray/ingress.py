@@ -1,4 +1,4 @@
-"""The ingress: receives HTTP requests, and passes each to the replica that Ray's router chooses."""
+"""The ingress: receives HTTP requests, and forwards each to the replica that Ray's router chooses."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SENT = ("type", "asgi", "http_version", "method", "scheme", "path", "query_stri
 _OF_ONE = ("/metrics", "/status")
 
 
-class Passing:
-    """The ingress's ASGI application: passes requests to replicas.
+class Forwarder:
+    """The ingress's ASGI application: forwards requests to replicas.
 
     Args:
         replicas: The handle of the replicas.
@@ -43,7 +43,7 @@ class Passing:
             await _live(receive, send)
             return
         try:
-            await self._pass_on(scope, await self._body(receive), send)
+            await self._forward(scope, await self._body(receive), send)
         except ApiError as error:
             await error.response(scope, receive, send)
 
@@ -63,8 +63,8 @@ class Passing:
             more = message.get("more_body", False)
         return b"".join(parts)
 
-    async def _pass_on(self, scope: Scope, body: bytes, send: Send) -> None:
-        """Passes a request to a replica, and its answer to the client.
+    async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
+        """Forwards a request to a replica, and its answer to the client.
 
         Raises:
             ApiError: All replicas are full, or the replica died before it answered, twice.
@@ -137,7 +137,7 @@ class Ingress:
     """
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings, scaling: Scaling) -> None:
-        self._app = Passing(replicas, settings.max_body, scaling.prefix_bytes)
+        self._app = Forwarder(replicas, settings.max_body, scaling.prefix_bytes)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application. Ray asks for it once the object is made."""

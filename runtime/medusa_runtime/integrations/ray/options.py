@@ -20,7 +20,7 @@ class Scaling:
         max_replicas: The most replicas. Ray starts more when the requests per replica exceed its rows.
         cpus: CPUs that Ray reserves for each replica, and threads of its steps unless ``threads`` is set.
         gpus: GPUs of each replica: 1 for a compiled engine.
-        ingresses: Processes that receive requests and pass them to replicas.
+        ingresses: Processes that receive requests and forward them to replicas.
         prefix_bytes: Bytes at the start of a prompt that choose its replica.
     """
 

@@ -24,7 +24,7 @@ from medusa_runtime.service import MedusaService
 
 
 class Replica:
-    """Answers HTTP requests that an ingress passes on.
+    """Answers HTTP requests that an ingress forwards.
 
     Ray stops to send requests to a replica before it ends it, and waits for those that run. This is the drain.
 
