@@ -35,7 +35,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out exhaustive tests, unless ``-m`` names them."""
+    """Starts long tests first, so that no worker waits for one at the end.
+
+    Leaves out exhaustive tests, unless ``-m`` names them.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if "exhaustive" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]

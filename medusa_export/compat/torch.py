@@ -13,12 +13,14 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
 * ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
   Ours has a few of them, and each is another name of one that has, or its form in place. It traces the program once
   more, to write casts out where torch casts by itself. Casts change no shape and no type of a result, so those that are
-  known hold. Without it, an export of a small model takes twice as long.
+  known hold. It also reads the signatures of all its translations each time; here they are read once. Without it, an
+  export of a small model takes twice as long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import operator
@@ -30,7 +32,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import config as fx_config
-from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
+from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration, _schemas
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -127,11 +129,17 @@ def tracing_once() -> Iterator[None]:
 
     _fx_passes.decompose_with_registry = decompose_if_needed
     promoter.run_node = _promote
+    signature = _schemas.op_signature_from_function
+    _schemas.op_signature_from_function = _signature
     try:
         yield
     finally:
         _fx_passes.decompose_with_registry = decompose
         promoter.run_node = run_node
+        _schemas.op_signature_from_function = signature
+
+
+_signature = functools.cache(_schemas.op_signature_from_function)
 
 
 def _promote(promoter: Any, node: torch.fx.Node) -> Any:

@@ -5,6 +5,7 @@ The other layers are marks. ``medusa_export.graph.layers`` replaces them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
     return values.Op(values.Opset(MARK_DOMAIN, 1), name, schema)
 
 
+@functools.cache
 def _translations() -> dict[Any, Any]:
     """The functions that translate our custom ops to ONNX, by op."""
     onnx_op = values.Opset("", OPSET_VERSION)

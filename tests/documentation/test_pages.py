@@ -98,6 +98,7 @@ def script_of(page: Path) -> str:
     return "\n".join(parts)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif("MEDUSA_SMOLLM2_GGUF" not in os.environ, reason="MEDUSA_SMOLLM2_GGUF is not set")
 @pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])

@@ -36,6 +36,7 @@ def gpu_check() -> Any:
     return load_script("gpu_check")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_stage_runs_without_a_gpu(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dry run with small sizes. One stage has a process of its own, under its time limit; the others run here."""

@@ -225,6 +225,7 @@ def test_plain_decoding_and_one_row_build(stock: Stock) -> None:
     assert EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, options).build().data.nbytes > 100_000
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "most"), [(True, 1.18), (False, 1.11)])
 def test_smollm2_is_built_within_its_bounds(

@@ -278,6 +278,7 @@ def run_and_kill(arguments: list[str], ready: Any) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_distillation_continues(tiny_model_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -296,6 +297,7 @@ def test_a_killed_distillation_continues(tiny_model_folder: Path, tmp_path: Path
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_training_continues(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     options = ("--recipe", "medusa2", "--joint-epochs", 3)
@@ -373,6 +375,7 @@ with processes.main_first():
     assert (tmp_path / "flag").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, whole: Path, tmp_path: Path) -> None:
     # accelerate starts several processes only for GPUs. So GPUs are requested, and then not used.

@@ -243,6 +243,7 @@ def test_fresh_heads_are_made_again() -> None:
     assert all((a == b).all() for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_decodes_with_large_trees(smollm2_gguf: str, smollm2_bundle: Path, smollm2_heads: Path) -> None:
     """The tutorial's command, which runs as a test, compares all steps. Its whole answers are those of small trees."""
