@@ -39,4 +39,4 @@ def read_fields(kind: type[T], given: Mapping[str, object]) -> T:
 
 
 def _parts(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

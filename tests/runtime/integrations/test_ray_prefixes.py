@@ -60,6 +60,12 @@ def test_arguments_are_read_as_text_and_as_values() -> None:
     assert scaling == Scaling(max_replicas=3, cpus=2)
 
 
+def test_keys_come_from_the_environment_unless_arguments_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_API_KEYS", "one, two,")
+    assert read_arguments({"bundle": "b"})[0].api_keys == ("one", "two")
+    assert read_arguments({"bundle": "b", "api_keys": ["three"]})[0].api_keys == ("three",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

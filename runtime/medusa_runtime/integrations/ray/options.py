@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Scaling:
 
 
 def read_arguments(arguments: Mapping[str, object]) -> tuple[Settings, Scaling]:
-    """The options in the arguments of an application.
+    """The options in the arguments of an application, and API keys in ``MEDUSA_API_KEYS`` as for a server.
 
     Args:
         arguments: Values by name, as text or in their own type. Lists may be text with commas.
@@ -57,6 +58,7 @@ def read_arguments(arguments: Mapping[str, object]) -> tuple[Settings, Scaling]:
         raise SettingError("The bundle is missing: add bundle=FOLDER to the arguments.")
     scaling = {name: arguments[name] for name in arguments.keys() & names_of(Scaling)}
     settings = {name: arguments[name] for name in arguments.keys() - scaling.keys()}
+    settings.setdefault("api_keys", os.environ.get("MEDUSA_API_KEYS", ""))  # arguments are shown by Ray
     return read_fields(Settings, settings), read_fields(Scaling, scaling)
 
 
