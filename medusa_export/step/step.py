@@ -323,7 +323,8 @@ class MedusaStep(nn.Module):
 
 def _gather(blocks: Tensor, source: Tensor) -> Tensor:
     batch, heads, length, head_dim = blocks.shape
-    rows = torch.arange(batch * heads).view(batch, heads, 1) * length + source.unsqueeze(1)
+    head = torch.arange(batch).view(batch, 1, 1) * heads + torch.arange(heads).unsqueeze(1)  # one range for all lookups
+    rows = head * length + source.unsqueeze(1)
     gathered: Tensor = blocks.reshape(-1, head_dim)[rows]
     return gathered
 

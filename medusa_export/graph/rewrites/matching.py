@@ -20,6 +20,12 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return tensor.numpy() if tensor is not None and tensor.size <= LARGEST_INSPECTED else None
 
 
+def holds(value: ir.Value | None, number: int) -> bool:
+    """True if a value is a constant that holds this number only."""
+    known = constant(value)
+    return known is not None and known.size == 1 and int(known.reshape(())) == number
+
+
 def only_user(value: ir.Value) -> ir.Node | None:
     """The one node that reads a value; None if there are several, or if the value is an output of the graph."""
     uses = list(value.uses())

@@ -31,9 +31,9 @@ class NarrowIndices(Rewrite):
 def _narrow(graph: ir.Graph, gather: ir.Node, narrow: dict[ir.Value, ir.Value]) -> bool:
     """Replaces the indices of one gather. ``narrow`` holds indices of 32 bits by those of 64."""
     data, index = gather.inputs
-    if data is None or index is None or index.dtype != ir.DataType.INT64:
+    if data is None or index is None or index.dtype != ir.DataType.INT64 or data.dtype == ir.DataType.INT64:
         return False
-    if index.const_value is None and data.dtype in (None, ir.DataType.INT64):
+    if data.dtype is None and index.const_value is None:
         return False
     if index not in narrow:
         narrow[index] = _in_32_bits(graph, index, gather)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medusa_export.graph.rewrites.building import initializer
-from medusa_export.graph.rewrites.matching import constant, producer, replace
+from medusa_export.graph.rewrites.matching import constant, holds, producer, replace
 from medusa_export.graph.rewrites.rewrite import Rewrite
 
 
@@ -26,7 +26,7 @@ class LookUpPrefixes(Rewrite):
         ranges = {
             node.inputs[1]: node.outputs[0]
             for node in model.graph
-            if node.op_type == "Range" and _is(node.inputs[0], 0) and _is(node.inputs[2], 1)
+            if node.op_type == "Range" and holds(node.inputs[0], 0) and holds(node.inputs[2], 1)
         }
         slices = [node for node in model.graph if node.op_type == "Slice" and len(node.inputs) >= 4]
         return sum(_look_up(model.graph, node, ranges) for node in slices)
@@ -38,7 +38,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, ranges: dict[ir.Value | None, ir.Va
     axis, step = constant(axes), node.inputs[4] if len(node.inputs) == 5 else None
     if table is None or table.shape is None or axis is None or axis.size != 1:
         return False
-    if not (_is(begin, 0) and (step is None or _is(step, 1))):
+    if not (holds(begin, 0) and (step is None or holds(step, 1))):
         return False
     rows = _rows_up_to(graph, end, table.shape[int(axis[0])], ranges)
     if rows is None:
@@ -63,9 +63,3 @@ def _rows_up_to(
         return None
     bounds = [bound for value in limit.inputs if (bound := constant(value)) is not None]
     return ranges.get(limit.outputs[0]) if any(int(bound) <= length for bound in bounds) else None
-
-
-def _is(value: ir.Value | None, number: int) -> bool:
-    """Whether a value is a constant that holds this number only."""
-    known = constant(value)
-    return known is not None and known.size == 1 and int(known.reshape(())) == number
