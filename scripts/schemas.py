@@ -23,7 +23,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +99,15 @@ def facts(schema: dict[str, Any], result: GenerationResult) -> dict[str, Any]:
     if result.finish_reason != "stop":
         return {"ended": False}
     try:
-        jsonschema_rs.validate(schema, json.loads(result.text, parse_float=Decimal))  # floats end at 1e308
+        jsonschema_rs.validate(schema, json.loads(result.text, parse_float=finite))
     except (ValueError, jsonschema_rs.ValidationError) as error:
         return {"ended": True, "valid": False, "text": result.text, "error": str(error)[:300]}
     return {"ended": True, "valid": True}
+
+
+def finite(text: str) -> float:
+    """A number of JSON as the nearest finite float: the validator takes others for null."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
 
 
 def report(lines: Sequence[dict[str, Any]]) -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from medusa_runtime import MedusaService
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from medusa_runtime.server.output.call_form import closed_schema
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
 from medusa_runtime.text.tokenizer import Tokenizer
@@ -167,6 +168,17 @@ def test_other_choices_are_refused(client: openai.OpenAI, fields: Any, message: 
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         client.chat.completions.create(**CHAT | fields)
     assert caught.value.param == "tool_choice"
+
+
+def test_arguments_that_a_schema_does_not_name_are_left_out() -> None:
+    """A small model would otherwise think them up without end."""
+    inner = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    schema: dict[str, Any] = {"properties": {"a": inner, "b": {"items": inner}}, "required": ["a"]}
+    closed = {**inner, "additionalProperties": False}
+    expected = {"properties": {"a": closed, "b": {"items": closed}}, "required": ["a"], "additionalProperties": False}
+    assert closed_schema(schema) == expected
+    for more in ({"additionalProperties": {}}, {"required": ["c"]}, {"anyOf": [inner]}, {"minProperties": 1}):
+        assert closed_schema({**inner, **more}) == {**inner, **more}
 
 
 @pytest.mark.slow

@@ -13,6 +13,26 @@ from medusa_runtime.server.output.parts import Arguments, Call, Part
 
 # Calls in one answer. A small model may repeat a call without end.
 _MOST_CALLS = 8
+# Keys of a schema that may speak of properties that it does not name.
+_FURTHER = frozenset(
+    [
+        "additionalProperties",
+        "patternProperties",
+        "unevaluatedProperties",
+        "propertyNames",
+        "minProperties",
+        "dependentRequired",
+        "dependentSchemas",
+        "dependencies",
+        "$ref",
+        "$dynamicRef",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "not",
+        "if",
+    ]
+)
 _NO_ARGUMENTS: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 
 
@@ -105,7 +125,8 @@ def calls_grammar(
 
     rules = ["TEXT: /(.|\\n)*/", "call: " + " | ".join(f"call_{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
-        schema = {**(_NO_ARGUMENTS if tool.schema is None else tool.schema), "type": "object", **ONE_LINE}
+        schema = _NO_ARGUMENTS if tool.schema is None else closed_schema(tool.schema)
+        schema = {**schema, "type": "object", **ONE_LINE}
         head, end = _text(form.head(tool.name), marks), _text(form.end, marks)
         rules.append(f"call_{number}: {head} %json {json.dumps(schema)} {end}")
     further = "" if one_call or form.between is None else f"({_text(form.between, marks)} call){{0,{_MOST_CALLS - 1}}}"
@@ -125,6 +146,24 @@ def calls_grammar(
         thought = f"{_text(reasoning.begin, marks)} thought {_text(reasoning.gap, marks)}"
         start = f"({thought})? answer" if reasoning.begin else f"{thought} answer"
     return Grammar.lark("\n".join([f"start: {start}", *rules]))
+
+
+def closed_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema whose objects have no properties besides those it names, where it says nothing of others.
+
+    It allows less than the schema. A small model may otherwise think up properties without end.
+    """
+    found = dict(schema)
+    properties, items = schema.get("properties"), schema.get("items")
+    if isinstance(properties, Mapping):
+        found["properties"] = {
+            name: closed_schema(part) if isinstance(part, Mapping) else part for name, part in properties.items()
+        }
+        if not _FURTHER & schema.keys() and {*schema.get("required", ())} <= properties.keys():
+            found["additionalProperties"] = False
+    if isinstance(items, Mapping):
+        found["items"] = closed_schema(items)
+    return found
 
 
 def _text(text: str, marks: Mapping[str, int]) -> str:
