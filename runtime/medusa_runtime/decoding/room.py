@@ -14,7 +14,7 @@ from medusa_runtime.backends.base import Backend, MovesRows, has_fixed_capacity
 from medusa_runtime.bundles.bundle import GRAPH, WEIGHTS, Bundle
 from medusa_runtime.decoding.tree_choice import TreeSizes
 from medusa_runtime.errors import BackendError
-from medusa_runtime.tuning import CACHE_TO_WEIGHTS, MOVED_AT_ONCE
+from medusa_runtime.tuning import CACHE_TO_WEIGHTS, CAPACITY_STEP, MOVED_AT_ONCE
 
 
 class Room(ABC):
@@ -192,7 +192,7 @@ class GrownRoom(SharedRoom):
 
     def make(self, rows: Sequence[int], size: int) -> int:
         needed, capacity = self._slots.capacity(int(self._backend.lengths[0]), size), self._backend.capacity
-        if capacity // 2 < needed <= capacity:  # most steps: looking further would take time
+        if 0 <= capacity - needed <= capacity // 4 + CAPACITY_STEP:  # most steps: looking further would take time
             return 0
         return self._mover.arrange([0], needed)
 

@@ -108,6 +108,7 @@ class RowStore:
         self.changes = 0
         self._growths: dict[frozenset[int], Growth] = {}
         self._lengths = lengths
+        self._is_alone = len(lengths) == 1
         self._groups = tuple(groups)
         self._num_states = sum(count for count, _, _ in groups)
         self._margin = margin
@@ -144,7 +145,8 @@ class RowStore:
         """Brings rows together, with room for at least ``capacity`` slots in each; all rows keep their entries.
 
         A new block has a quarter more than needed, if there is memory for that, so that rows seldom move. Rows leave a
-        block that has more than twice what they need. The only row of a store leaves one that is larger than a new one.
+        block that has more than twice what they need. The only row of a store gets and keeps little more than it needs:
+        attention may read all of it in each step, and moving one row is cheap.
 
         Args:
             rows: The rows.
@@ -314,7 +316,7 @@ class RowStore:
 
     def _allocated(self, places: int, needed: int, *, exact: bool = False) -> Block:
         failure = None
-        for capacity in (needed,) if exact else (needed + needed // 4, needed):
+        for capacity in (needed,) if exact or self._is_alone else (needed + needed // 4, needed):
             slots = rounded_capacity(capacity)
             shapes = [(count, places, heads, slots, size) for count, heads, size in self._groups]
             try:
@@ -330,8 +332,7 @@ class RowStore:
 
     def _fits(self, block: Block, capacity: int) -> bool:
         """True if a block has enough slots, and not so much more than enough that steps would lose time on them."""
-        alone = len(self._lengths) == 1
-        most = rounded_capacity(capacity + capacity // 4) if alone else 2 * capacity + SPARE_SLOTS
+        most = rounded_capacity(capacity + capacity // 4) if self._is_alone else 2 * capacity + SPARE_SLOTS
         return capacity <= block.capacity <= most
 
     def _gather(self, block: Block, rows: Sequence[int]) -> None:
