@@ -17,10 +17,10 @@ class PickParts(Rewrite):
 
     1. Parts along the heads of [B, N, S, d] are gathered by the numbers of their heads.
     2. Equal parts along the last axis of [B, S, H] get an axis of their own first, and are gathered by number.
-    3. The only part that is read, along the last axis of [B, S, H], is gathered by the numbers of its columns.
 
     TensorRT's parser makes 4 to 7 layers of each part that it slices out, and one of a gather. The kernels are the
-    same, since TensorRT fuses either.
+    same, since TensorRT fuses either. Rule 2 also holds for tables of cosines, of which one half is read: a gather of
+    its columns would be one layer less, but TensorRT-RTX can't build Qwen2 in fp16 with it.
 
     Precondition: ``SplitHeadsLast`` has run.
     """
@@ -41,9 +41,8 @@ def _pick(graph: ir.Graph, split: ir.Node) -> bool:
     bounds = list(pairwise(np.cumsum([0, *sizes]).tolist()))
     read = [index for index, part in enumerate(split.outputs) if part.uses()]
     add = Builder(graph, split.name or "split")
-    if (rank == 4 and axis == 1) or (rank == 3 and axis in (2, -1) and len(read) == 1):
-        name = "heads" if rank == 4 else "columns"
-        picks = {i: initializer(graph, f"{name}_{bounds[i][0]}_{bounds[i][1]}", np.arange(*bounds[i])) for i in read}
+    if rank == 4 and axis == 1:
+        picks = {i: initializer(graph, f"heads_{bounds[i][0]}_{bounds[i][1]}", np.arange(*bounds[i])) for i in read}
     elif rank == 3 and axis in (2, -1) and len(set(sizes)) == 1:
         apart = initializer(graph, f"in_{len(sizes)}_parts", np.array([0, 0, len(sizes), -1], np.int64))
         source, axis = add("Reshape", [source, apart], allowzero=0), 2
