@@ -128,7 +128,8 @@ def test_the_families_of_the_issue_are_here() -> None:
     assert set(named.split()) <= set(SUPPORTED_FAMILIES)
 
 
-@pytest.mark.parametrize("name", families("gpt2", others=("llama",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_answers_to_the_end_of_the_context(stock: Stock, name: str) -> None:
     """Nodes and padding may have positions beyond it, for which GPT-2's table has no row."""
     bundle = stock.export(name, sampling=False, max_position_embeddings=64).bundle

@@ -246,7 +246,7 @@ def as_loaded(bundle: Bundle, graph: str, target: Path) -> onnx.GraphProto:
     ("family", "options", "tied"),  # options as in other tests, which share these bundles
     [
         ("llama", {}, False),
-        ("gpt2", {"sampling": False, "max_position_embeddings": 64}, True),
+        pytest.param("gpt2", {"sampling": False, "max_position_embeddings": 64}, True, marks=pytest.mark.slow),
         pytest.param("qwen3", {"sampling": False}, True, marks=pytest.mark.slow),
     ],
 )

@@ -50,6 +50,7 @@ def test_the_weights_are_those_of_the_model_up_to_rounding(quantized: Path) -> N
         assert least <= distance <= most, name
 
 
+@pytest.mark.slow
 def test_a_bundle_stores_the_integers_of_the_checkpoint(quantized: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MedusaWarning)

@@ -18,7 +18,10 @@ from support.on_host import OnnxRuntimeOnHost
 from support.stock import Stock
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
-KINDS = ("onnxruntime", "standard graph", "onnxruntime-cuda", "tensorrt-rtx", "eager")
+KINDS: tuple[Any, ...] = (
+    *("onnxruntime", "standard graph", "onnxruntime-cuda", "tensorrt-rtx"),
+    pytest.param("eager", marks=pytest.mark.slow),
+)
 Opener = Callable[[str], Backend]
 
 
@@ -82,7 +85,7 @@ def test_another_prompt_reuses_what_both_begin_with(
     engine.close()
 
 
-@pytest.mark.parametrize("kind", [*KINDS[:4], pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_turn_after_a_stop_in_the_middle_of_a_step(
     tiny_bundle: Bundle, opened: Opener, fresh: Callable[..., tuple[int, ...]], kind: str
 ) -> None:

@@ -46,16 +46,26 @@ def run(program: str, folder: Path, *, timeout: float = 60) -> subprocess.Comple
     [
         ("time.sleep(0.05)", 0),
         ("next(handles[0]); sys.exit(3)", 3),
-        ("time.sleep(0.02); raise ValueError('mine')", 1),
+        pytest.param("time.sleep(0.02); raise ValueError('mine')", 1, marks=pytest.mark.slow),
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); os.kill(os.getpid(), signal.SIGTERM)", 5),
         ("stream = service.stream([9] * 300, max_new_tokens=200); next(stream)", 0),
-        ("service.submit([9] * 300, on_chunk=lambda _: time.sleep(0.001)); handles[0].result()", 0),
-        ("threading.Thread(target=handles[5].result, daemon=True).start()", 0),
+        pytest.param(
+            "service.submit([9] * 300, on_chunk=lambda _: time.sleep(0.001)); handles[0].result()",
+            0,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("threading.Thread(target=handles[5].result, daemon=True).start()", 0, marks=pytest.mark.slow),
         ("threading.Thread(target=lambda: print(len(handles[5].result().token_ids))).start()", 0),
-        ("asyncio.run(asyncio.wait_for(service.agenerate([9] * 300), 0.01))", 1),
-        ("threading.Thread(target=MedusaEngine.load, args=sys.argv[1:], daemon=True).start()", 0),
-        ("other = MedusaService.load(sys.argv[1], threads=2); other.submit([8] * 300)", 0),
-        ("service.close()", 0),
+        pytest.param("asyncio.run(asyncio.wait_for(service.agenerate([9] * 300), 0.01))", 1, marks=pytest.mark.slow),
+        pytest.param(
+            "threading.Thread(target=MedusaEngine.load, args=sys.argv[1:], daemon=True).start()",
+            0,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "other = MedusaService.load(sys.argv[1], threads=2); other.submit([8] * 300)", 0, marks=pytest.mark.slow
+        ),
+        pytest.param("service.close()", 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_program_that_ends_while_a_service_works(tiny_bundle: Bundle, ending: str, code: int) -> None:
@@ -71,9 +81,17 @@ def test_a_program_that_ends_while_a_service_works(tiny_bundle: Bundle, ending: 
     ("ending", "code"),
     [
         ("threading.Thread(target=work, daemon=True).start(); time.sleep(0.2)", 0),
-        ("threading.Thread(target=work, daemon=True).start(); time.sleep(0.2); sys.exit(4)", 4),
+        pytest.param(
+            "threading.Thread(target=work, daemon=True).start(); time.sleep(0.2); sys.exit(4)",
+            4,
+            marks=pytest.mark.slow,
+        ),
         ("stream = engine.stream([5] * 300, max_new_tokens=100); next(stream)", 0),
-        ("[threading.Thread(target=work, daemon=True).start() for _ in range(4)]; time.sleep(0.2)", 0),
+        pytest.param(
+            "[threading.Thread(target=work, daemon=True).start() for _ in range(4)]; time.sleep(0.2)",
+            0,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_program_that_ends_while_an_engine_works(tiny_bundle: Bundle, ending: str, code: int) -> None:

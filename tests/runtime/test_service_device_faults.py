@@ -100,6 +100,7 @@ def test_a_call_of_cuda_that_fails_now_and_then(
         machine.cuda.graphs.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("name", TENSORRT_CALLS)
 def test_a_call_of_tensorrt_that_fails_now_and_then(

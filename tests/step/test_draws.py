@@ -15,7 +15,7 @@ from medusa_runtime.sampling import Draws
 from support.distributions import FALSE_ALARM, draw, log_probabilities, many, p_value, processed, with_a_chance
 
 
-@pytest.mark.parametrize("vocab_size", [5, pytest.param(256, marks=pytest.mark.slow), 700])
+@pytest.mark.parametrize("vocab_size", [5, *(pytest.param(size, marks=pytest.mark.slow) for size in (256, 700))])
 @pytest.mark.parametrize(
     "params",
     [

@@ -191,6 +191,7 @@ def history(out: Path, name: str) -> list[dict[str, float]]:
     return [entry for entry in json.loads((out / "training.json").read_text())[name] if "eval_loss" in entry]
 
 
+@pytest.mark.slow
 def test_medusa2(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = train(tiny_model_folder, talks, out, "--recipe", "medusa2", "--joint-epochs", 3)

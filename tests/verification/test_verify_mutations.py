@@ -111,6 +111,7 @@ def test_a_wrong_commit_index_is_caught(copy: Path, step: MedusaStep) -> None:
     assert "model.onnx: logits" in failed(verify(edit(copy, change), step))
 
 
+@pytest.mark.slow
 def test_a_wrong_derived_graph_is_caught(copy: Path, step: MedusaStep) -> None:
     path = copy / "model.onnxruntime.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -123,6 +124,7 @@ def test_a_wrong_derived_graph_is_caught(copy: Path, step: MedusaStep) -> None:
     assert "model.onnx: logits" not in wrong
 
 
+@pytest.mark.slow
 def test_a_wrong_draw_is_caught(copy: Path, step: MedusaStep) -> None:
     path = copy / "model.onnxruntime.onnx"
     model = onnx.load(path, load_external_data=False)

@@ -103,7 +103,9 @@ def test_lengths_show_later_changes(backend: Backend) -> None:
     assert lengths[0] == 0
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 9, 12, 13, 15, 16])
+@pytest.mark.parametrize(
+    "length", [0, 9, 15, *(pytest.param(value, marks=pytest.mark.slow) for value in (1, 3, 12, 13, 16))]
+)
 def test_a_truncated_row_goes_on_with_another_text(backend: Backend, length: int) -> None:
     """The prompt of 13 tokens has been continued; the rest of the new one is prefilled behind what is kept."""
     text = list(PROMPTS[0])
@@ -124,7 +126,9 @@ def test_a_truncated_row_goes_on_with_another_text(backend: Backend, length: int
     assert other == greedy(tiny_model("llama"), PROMPTS[2], len(other))
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 9, 12, 13, 16])
+@pytest.mark.parametrize(
+    "length", [0, 9, 16, *(pytest.param(value, marks=pytest.mark.slow) for value in (1, 3, 12, 13))]
+)
 def test_a_row_takes_over_the_first_entries_of_another(backend: Backend, length: int) -> None:
     if not can_copy_rows(backend):
         pytest.skip("it copies no rows")

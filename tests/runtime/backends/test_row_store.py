@@ -105,7 +105,7 @@ class Laws(RuleBasedStateMachine):
             assert len(self.store.blocks) <= len(self.lengths) + 1
 
 
-TestLaws = Laws.TestCase
+TestLaws = pytest.mark.slow(Laws.TestCase)
 TestLaws.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 

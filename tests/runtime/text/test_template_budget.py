@@ -146,6 +146,7 @@ def exploded(names: Iterable[str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_bombs() -> None:
     assert not exploded(BOMBS.keys() - SLOW)
 

@@ -43,6 +43,7 @@ def test_no_text_has_fewer_tokens_than_its_bound(make: Callable[[], tokenizers.T
         assert bound.least_tokens(text) <= len(backend.encode(text, add_special_tokens=False).ids)
 
 
+@pytest.mark.slow
 def test_nfc_keeps_a_quarter_of_the_bytes() -> None:
     """Compares each character with the longest text that composes to it, in bytes."""
     longest: dict[str, int] = {}

@@ -276,6 +276,7 @@ def worst_cases() -> dict[str, tuple[str, str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", worst_cases())
 def test_cost_per_token_does_not_grow(case: str) -> None:
     name, token = worst_cases()[case]
