@@ -71,7 +71,8 @@ def _of_format(value: Any) -> Grammar:
     if kind == "json_object":
         return Grammar.json_object(one_line=True)
     if kind == "json_schema":
-        schema = value.get("json_schema", value).get("schema")
+        facts = value.get("json_schema", value)
+        schema = facts.get("schema") if isinstance(facts, Mapping) else None
         if not isinstance(schema, Mapping):
             raise RequestError("A format of type 'json_schema' needs a 'schema', which is an object.")
         return Grammar.json_schema(schema, one_line=True)

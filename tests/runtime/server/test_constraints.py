@@ -86,3 +86,10 @@ def test_words_of_a_choice_are_quoted() -> None:
     constraints = constraints_of(ChatRequest.model_validate({"messages": MESSAGES, **fields}))
     assert constraints is not None and constraints.grammar is not None
     assert constraints.grammar.source == r'start: "\"" | "\\" | "\n"'
+
+
+@pytest.mark.parametrize("facts", [[], 5, {}, {"schema": []}])
+def test_a_format_without_a_schema_is_refused(client: openai.OpenAI, facts: Any) -> None:
+    form: Any = {"type": "json_schema", "json_schema": facts}
+    with pytest.raises(openai.BadRequestError, match="needs a 'schema'"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form)

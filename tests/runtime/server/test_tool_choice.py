@@ -177,8 +177,24 @@ def test_arguments_that_a_schema_does_not_name_are_left_out() -> None:
     closed = {**inner, "additionalProperties": False}
     expected = {"properties": {"a": closed, "b": {"items": closed}}, "required": ["a"], "additionalProperties": False}
     assert closed_schema(schema) == expected
-    for more in ({"additionalProperties": {}}, {"required": ["c"]}, {"anyOf": [inner]}, {"minProperties": 1}):
+    for more in (
+        {"additionalProperties": {}},
+        {"required": ["c"]},
+        {"required": 5},
+        {"required": [{}]},
+        {"anyOf": [inner]},
+        {"minProperties": 1},
+    ):
         assert closed_schema({**inner, **more}) == {**inner, **more}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"required": 5, "properties": {}}, {"properties": []}, {"type": "object", "$ref": 1}]
+)
+def test_schemas_that_are_none_are_refused(client: openai.OpenAI, schema: Any) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "look", "parameters": schema}}]
+    with pytest.raises(openai.BadRequestError, match="The grammar can't be followed"):
+        client.chat.completions.create(**CHAT | {"tools": tools, "tool_choice": "required"})
 
 
 @pytest.mark.slow

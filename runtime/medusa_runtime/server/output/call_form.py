@@ -159,7 +159,9 @@ def closed_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         found["properties"] = {
             name: closed_schema(part) if isinstance(part, Mapping) else part for name, part in properties.items()
         }
-        if not _FURTHER & schema.keys() and {*schema.get("required", ())} <= properties.keys():
+        required = schema.get("required", ())
+        is_known = isinstance(required, Sequence) and all(name in [*properties] for name in required)
+        if is_known and not _FURTHER & schema.keys():
             found["additionalProperties"] = False
     if isinstance(items, Mapping):
         found["items"] = closed_schema(items)
