@@ -32,7 +32,7 @@ class Family:
     bundle: Bundle
 
 
-@pytest.fixture(scope="module", params=families("llama", "gemma3_text", others=SUPPORTED_FAMILIES))
+@pytest.fixture(scope="module", params=families("llama", others=SUPPORTED_FAMILIES))
 def family(request: pytest.FixtureRequest, stock: Stock) -> Family:
     seed = SEEDS.get(request.param, 0)
     expected = [greedy(tiny_model(request.param, seed), prompt, COUNT) for prompt in PROMPTS]

@@ -47,6 +47,7 @@ def test_rows_are_rounded_with_a_scale_of_their_own(dtype: torch.dtype) -> None:
     assert ((found.float() - weight).abs() <= weight.abs() / 14 + largest / 2**14).all()
 
 
+@pytest.mark.slow
 def test_the_standard_graph_holds_the_rounded_weights(bundle: Bundle) -> None:
     model, found = tiny_model("qwen3"), set()
     assert bundle.weights.layers == "fp8" and bundle.weights.embeddings is None
@@ -64,6 +65,7 @@ def test_the_standard_graph_holds_the_rounded_weights(bundle: Bundle) -> None:
     assert {f"model.{name}" for name in linears} <= found
 
 
+@pytest.mark.slow
 def test_onnxruntime_dequantizes_while_it_loads(bundle: Bundle, tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -74,6 +76,7 @@ def test_onnxruntime_dequantizes_while_it_loads(bundle: Bundle, tmp_path: Path) 
     assert "DequantizeLinear" not in {node.op_type for node in graph.node}
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_tree_size(bundle: Bundle) -> None:
     with MedusaEngine.load(bundle.folder, threads=1) as engine:
         plain, tree = (engine.generate(PROMPT, max_new_tokens=16, tree_size=size) for size in (1, bundle.tree.size))
@@ -87,6 +90,7 @@ def test_verify_compares_with_the_rounded_weights(bundle: Bundle, model_folder: 
     assert CHECK in {check.name for check in outcome.checks}
 
 
+@pytest.mark.slow
 def test_inspect_says_how_matrices_are_stored(bundle: Bundle) -> None:
     shown = CliRunner().invoke(main, ["inspect", str(bundle.folder)]).output
     assert "fp8, a scale per row" in shown

@@ -29,6 +29,7 @@ def bundle(model_folder: Path, stock: Stock) -> Bundle:
     return Bundle.load(stock.folder("tied-bf16", fill))
 
 
+@pytest.mark.slow
 def test_every_matrix_is_stored_in_16_bits(bundle: Bundle) -> None:
     model, found = tiny_model("qwen3"), set()
     for stored in stored_matrices(bundle):
@@ -50,6 +51,7 @@ def test_every_matrix_is_stored_in_16_bits(bundle: Bundle) -> None:
     assert stored_bits(bundle) == 16
 
 
+@pytest.mark.slow
 def test_graphs_share_the_bytes_and_derived_graphs_compute_in_fp32(bundle: Bundle) -> None:
     for name in GRAPHS:
         graph = onnx.load(bundle.folder / name, load_external_data=False).graph

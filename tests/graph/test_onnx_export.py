@@ -62,10 +62,8 @@ def test_blocks_of_many_layers_are_gathered_in_parts(tmp_path: Path, monkeypatch
     assert result.tokens == expected
 
 
-@pytest.mark.parametrize(
-    "variant",
-    ["reduced vocabulary", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two blocks", "own projection"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["reduced vocabulary", "two blocks", "own projection"])
 def test_kinds_of_heads(stock: Stock, variant: str) -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     expected = [greedy(model, PROMPT, 16)]

@@ -147,9 +147,8 @@ def stored_matrices(model: LoadedModel, kind: WeightType) -> tuple[dict[str, Ten
     return made, weights.dequantized
 
 
-@pytest.mark.parametrize(
-    "kind", ["AWQ", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("compressed int8", "Q4_0"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["AWQ", "compressed int8", "Q4_0"])
 def test_a_graph_stores_the_integers_of_the_file(kind: str, tmp_path: Path) -> None:
     """Products of one input are merged, and their blocks with them."""
     write, bits, _ = SOURCES[kind]

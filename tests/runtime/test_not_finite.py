@@ -185,6 +185,7 @@ def poison_all_but_entries(backend: Any, margin: int, values: np.ndarray) -> Non
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_what_a_row_holds_besides_its_entries_reaches_no_step(tiny_bundle: Bundle, data: st.DataObject) -> None:
     """With any values there, the step or its retry gives the result of a clean row."""
     name = data.draw(st.sampled_from([GRAPH, ONNXRUNTIME_BATCH_GRAPH]))

@@ -77,7 +77,7 @@ KINDS = {
     "int8": Kind(overrides={"num_key_value_heads": 4}, weights=WeightTypes.all("int8", block_size=32)),
 }
 # Each kind is an export.
-QUICK = ("grouped", "int4")
+QUICK = ("grouped",)
 PARAMETERS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 # Around the ends of panels: the first new entry is in slot margin + length.
 LENGTHS = (5, 57, 60, 61, 62, 64, 100, 124, 125, 127, 190)
@@ -258,7 +258,7 @@ class Watched(OnnxRuntimeBackend):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("kind", ["grouped", "int4"])
+@pytest.mark.parametrize("kind", ["grouped", pytest.param("int4", marks=pytest.mark.slow)])
 def test_engine_and_service_keep_trees_within_a_panel(rows: int, kind: str, stock: Stock) -> None:
     bundle = exported(stock, kind)
     prompts = [random_tokens(bundle, length, seed=length).tolist() for length in (9, 30, 50, 100)]
