@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from medusa_runtime import Chunk, GenerationResult, RequestHandle, SamplingParams, Stats
+from medusa_runtime.bundles.model_facts import ModelFacts
 from medusa_runtime.text.stream import TextStream
 from medusa_runtime.text.tokenizer import Tokenizer
+
+_MAX_TOKENS = 100_000
 
 
 class _Bundle:
     sampling = True
+    model = ModelFacts("scripted", "scripted", 1, 1, 257, _MAX_TOKENS)
 
 
 class ScriptedService:
@@ -20,7 +24,7 @@ class ScriptedService:
     def __init__(self, tokenizer: Tokenizer, answer: str) -> None:
         self.tokenizer = tokenizer
         self.bundle = _Bundle()
-        self.max_tokens = 100_000
+        self.max_tokens = _MAX_TOKENS
         self.state = "ready"
         self.load_figures = (0, 0)
         self.asked: list[tuple[str, dict[str, Any]]] = []
