@@ -92,17 +92,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     with contextlib.closing(_listening(host, port)) as listener:
         metrics = ServerMetrics(settings.names[0])
         tracing = SpanTracing.to_endpoint(settings.otlp_endpoint) if settings.otlp_endpoint else None
-        service = MedusaService.load(
-            settings.bundle,
-            settings.backend,
-            rows=settings.rows,
-            threads=settings.threads,
-            device=settings.device,
-            gpu_memory=settings.gpu_memory,
-            max_queue=settings.max_queue,
-            metrics=metrics,
-        )
-        with service:
+        with settings.load_service(metrics) as service:
             config = uvicorn.Config(
                 make_app(service, metrics, settings, tracing),
                 log_config=None,

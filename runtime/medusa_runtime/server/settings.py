@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_runtime.errors import MedusaError
+from medusa_runtime.metrics import Metrics
 from medusa_runtime.server.output.formats import ReasoningFormat
+from medusa_runtime.service import MedusaService
 
 
 class SettingError(MedusaError):
@@ -84,3 +86,23 @@ class Settings:
     def names(self) -> tuple[str, ...]:
         """Names of the model. Answers hold the first."""
         return self.model_names or (self.bundle.resolve().name,)
+
+    def load_service(self, metrics: Metrics | None = None) -> MedusaService:
+        """Loads the service that answers.
+
+        Args:
+            metrics: Hooks that the service calls while it runs.
+
+        Raises:
+            MedusaError: The bundle can't be served.
+        """
+        return MedusaService.load(
+            self.bundle,
+            self.backend,
+            rows=self.rows,
+            threads=self.threads,
+            device=self.device,
+            gpu_memory=self.gpu_memory,
+            max_queue=self.max_queue,
+            metrics=metrics,
+        )

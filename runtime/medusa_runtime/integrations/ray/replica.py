@@ -20,7 +20,6 @@ from medusa_runtime.server.logs import set_up_logs
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
 from medusa_runtime.server.tracing import SpanTracing
-from medusa_runtime.service import MedusaService
 
 
 class Replica:
@@ -38,17 +37,7 @@ class Replica:
         self._ends = AsyncExitStack()
         metrics = ServerMetrics(settings.names[0])
         tracing = SpanTracing.to_endpoint(settings.otlp_endpoint) if settings.otlp_endpoint else None
-        self._service = await asyncio.to_thread(
-            MedusaService.load,
-            settings.bundle,
-            settings.backend,
-            rows=settings.rows,
-            threads=settings.threads,
-            device=settings.device,
-            gpu_memory=settings.gpu_memory,
-            max_queue=settings.max_queue,
-            metrics=metrics,
-        )
+        self._service = await asyncio.to_thread(settings.load_service, metrics)
         self._ends.callback(self._service.close)
         self._app = make_app(self._service, metrics, settings, tracing)
         lifespan = LifespanOn(Config(self._app, log_config=None))

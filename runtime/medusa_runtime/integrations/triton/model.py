@@ -19,7 +19,6 @@ from medusa_runtime.server.api import Api
 from medusa_runtime.server.completions import CompletionJob
 from medusa_runtime.server.errors import api_error
 from medusa_runtime.server.settings import Settings
-from medusa_runtime.service import MedusaService
 
 # Seconds without a step after which a request looks whether its client has gone.
 _LOOK_SECONDS = 0.2
@@ -39,15 +38,7 @@ class TritonPythonModel:
             MedusaError: The bundle can't be loaded, or a parameter can't be used. Triton shows the message.
         """
         settings = _settings(args)
-        self._service = MedusaService.load(
-            settings.bundle,
-            settings.backend,
-            rows=settings.rows,
-            threads=settings.threads,
-            device=settings.device,
-            gpu_memory=settings.gpu_memory,
-            max_queue=settings.max_queue,
-        )
+        self._service = settings.load_service()
         self._api = Api(self._service, settings)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="medusa-triton", daemon=True)
