@@ -1,4 +1,4 @@
-"""Writes tiny models as GGUF files, with the layouts and names of llama.cpp's converter."""
+"""Writes tiny models as GGUF files, with the layouts and names of llama.cpp's converter, and reads them back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
+import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
+from medusa_export.common.errors import CheckpointError, ModelNotSupportedError
+from medusa_export.models.checkpoints import load_model
+
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # llama.cpp's names, where they differ
+
+
+VOCAB = 300
+PROMPT = torch.arange(24).unsqueeze(0) * 7 % 250
 
 
 def pairs(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -139,3 +148,21 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str | None) ->
     writer.add_token_merges(["a b", "1 2"])
     writer.add_eos_token_id(tokens.index("<end>"))
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def load(file: Path) -> PreTrainedModel:
+    """Loads a model from a GGUF file."""
+    return load_model(str(file), dtype=torch.float32)
+
+
+def assert_same(file: Path, expected: PreTrainedModel) -> None:
+    """Asserts that the model of a file gives the logits of another one."""
+    torch.testing.assert_close(load(file)(PROMPT).logits, expected(PROMPT).logits, rtol=1e-4, atol=1e-4)
+
+
+def refusal(file: Path) -> str:
+    """The message with which a file is refused."""
+    with pytest.raises((CheckpointError, ModelNotSupportedError)) as error:
+        load(file)
+    assert "\n" not in str(error.value)
+    return str(error.value)

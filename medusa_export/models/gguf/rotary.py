@@ -66,7 +66,9 @@ def _scaling(metadata: Metadata, rotated: int) -> dict[str, Any]:
     attention = float(metadata.get("rope.scaling.attn_factor", 1.0))
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise metadata.error(f"scales positions in a way that isn't known here (rope.scaling.type {kind!r})")
-    if kind == "longrope" or LONG_FACTORS in metadata.factors:
+    if kind == "longrope" or not metadata.factors.keys().isdisjoint((LONG_FACTORS, SHORT_FACTORS)):
+        if kind in ("linear", "yarn") and factor != 1:
+            raise metadata.error(f"scales positions twice, by rope.scaling and by {LONG_FACTORS} or {SHORT_FACTORS}")
         return _longrope(metadata, rotated, attention)
     if attention != 1 and kind != "yarn":
         raise metadata.error(f"says rope.scaling.attn_factor = {attention} for {kind!r} positions")
