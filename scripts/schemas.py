@@ -47,7 +47,7 @@ def schemas_of(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def drawn(folders: Sequence[Path], count: int, seed: int) -> list[tuple[str, Any]]:
-    """As many schemas of each suite, at random."""
+    """Draws schemas at random, as many from each suite as from the others."""
     choice = random.Random(seed)  # noqa: S311
     found = []
     for number, folder in enumerate(folders):

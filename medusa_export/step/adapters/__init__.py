@@ -47,8 +47,9 @@ def adapted(model: PreTrainedModel, is_long: Tensor | None = None) -> Iterator[N
         is_long: [B] boolean, True in rows of long requests; None if the model has one set of rotary frequencies.
     """
     with ExitStack() as stack:
-        for replacement in [] if is_long is None else list(rows_of_two_lengths(model, is_long)):
-            stack.enter_context(replaced(replacement))
+        if is_long is not None:  # first, as the adapters below hide which embeddings have two sets
+            for replacement in rows_of_two_lengths(model, is_long):
+                stack.enter_context(replaced(replacement))
         for module in model.modules():
             for adapter in _ADAPTERS:
                 for replacement in adapter(module):

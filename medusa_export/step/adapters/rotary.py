@@ -2,9 +2,9 @@
 
 1. Rotary embeddings of Llama 4 and DeepSeek V2 are products of complex numbers, which ONNX does not have. They are
    computed with pairs of numbers.
-2. Rotary embeddings of the kinds ``dynamic`` and ``longrope`` look at the largest position of a batch. With `longrope`
-   each row takes the frequencies of long or of short requests, as the step's inputs say. All others keep to the
-   frequencies of sequences of up to the original length, which is the limit of such a model
+2. Rotary embeddings of the kinds ``dynamic`` and ``longrope`` look at the largest position of a batch. With
+   ``longrope`` each row takes the frequencies of long or of short requests, as the step's inputs say. All others keep
+   to the frequencies of sequences of up to the original length, which is the limit of such a model
    (``models.supported.max_positions``).
 3. Llama 4 scales queries by positions that it takes from the length of the cache. Our attention function scales them by
    the positions of the step.

@@ -20,7 +20,7 @@ _EXPECTED = "expected 'none', 'auto', 'required', a function, or allowed tools"
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """What a request demands of calls.
+    """The calls that a request allows or demands.
 
     Attributes:
         mode: ``none`` (no call), ``auto`` (calls or text), or ``required`` (a call at least).

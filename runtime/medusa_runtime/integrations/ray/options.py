@@ -1,4 +1,4 @@
-"""How many replicas there are and what each gets, and the arguments of ``serve run``."""
+"""The number of replicas and the resources of each, and the arguments of ``serve run``."""
 
 from __future__ import annotations
 

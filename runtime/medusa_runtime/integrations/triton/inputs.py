@@ -1,4 +1,4 @@
-"""What a Triton request asks for, as the body of a completion."""
+"""The inputs of a Triton request, as the body of a completion."""
 
 from __future__ import annotations
 

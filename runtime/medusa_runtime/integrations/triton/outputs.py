@@ -19,7 +19,7 @@ from medusa_runtime.text.tokenizer import Tokenizer
 
 @dataclass
 class Answered:
-    """What one answer of a request has got.
+    """The parts of one answer that have come.
 
     Attributes:
         text: Text that no response held yet.

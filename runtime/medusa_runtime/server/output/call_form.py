@@ -1,4 +1,4 @@
-"""How a format writes tool calls, the grammar of such calls, and the parser of answers that follow it."""
+"""The form of tool calls in a format, the grammar of such calls, and the parser of answers that follow it."""
 
 from __future__ import annotations
 

@@ -71,14 +71,14 @@ class ToolCall(TypedDict):
 
 
 class FunctionDelta(TypedDict):
-    """What a chunk adds to a call: the function's name at its beginning, and arguments."""
+    """The part of a called function in a chunk: its name, at the beginning of the call, and arguments."""
 
     name: NotRequired[str]
     arguments: str
 
 
 class ToolCallDelta(TypedDict):
-    """What a chunk adds to a tool call. The first one has its id."""
+    """The part of a tool call in a chunk. The first one has its id."""
 
     index: int
     id: NotRequired[str]
@@ -117,7 +117,7 @@ class ChatCompletion(TypedDict):
 
 
 class ChatDelta(TypedDict, total=False):
-    """What a chunk adds to a message."""
+    """The part of a message in a chunk."""
 
     role: Literal["assistant"]
     content: str
@@ -126,7 +126,7 @@ class ChatDelta(TypedDict, total=False):
 
 
 class ChatChunkChoice(TypedDict):
-    """What a chunk adds to one of the answers."""
+    """The part of one of the answers in a chunk."""
 
     index: int
     delta: ChatDelta
