@@ -76,7 +76,7 @@ def compare(
         for contestant in contestants.values():
             contestant(ids[0], 8)  # first steps are slower
     with console.status(f"answering {len(ids)} prompts three times"):
-        return race(contestants, REFERENCE, ids, max_new_tokens=COMPARED_TOKENS, repeats=1)
+        return race(contestants, PLAIN, ids, max_new_tokens=COMPARED_TOKENS, repeats=1)
 
 
 def speed_table(answers: dict[str, list[list[Generation]]], kinds: list[str]) -> Table:
