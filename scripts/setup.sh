@@ -3,6 +3,9 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Some images set it. Then each process compiles torch and transformers again, which takes ten seconds.
+unset PYTHONDONTWRITEBYTECODE
+
 _extras=${MEDUSA_EXTRAS:-dev}
 _stamp=".venv/installed-$_extras"
 _wanted=$(cat pyproject.toml constraints.txt | cksum)
