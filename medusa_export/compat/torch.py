@@ -96,13 +96,22 @@ def export_program(
     """
     from torch._dynamo import config  # noqa: PLC0415  it takes a second to import, and torch.export needs it anyway
 
-    traces = fx_config.do_not_emit_stack_traces
-    fx_config.do_not_emit_stack_traces = True
+    with config.patch(fake_tensor_cache_enabled=False), _no_stack_traces():
+        return torch.export.export(module, args, dict(kwargs), dynamic_shapes=free, strict=False)
+
+
+@contextlib.contextmanager
+def _no_stack_traces() -> Iterator[None]:
+    """Lets torch.export keep no stack traces; torch 2.11 keeps none."""
+    name = "do_not_emit_stack_traces"
+    kept = getattr(fx_config, name, None)
+    if kept is not None:
+        setattr(fx_config, name, True)
     try:
-        with config.patch(fake_tensor_cache_enabled=False):
-            return torch.export.export(module, args, dict(kwargs), dynamic_shapes=free, strict=False)
+        yield
     finally:
-        fx_config.do_not_emit_stack_traces = traces
+        if kept is not None:
+            setattr(fx_config, name, kept)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from medusa_export.compat import torch as compat_torch
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path for path in (ROOT / "medusa_export" / "compat").glob("*.py") if path.name != "__init__.py")
@@ -27,3 +30,10 @@ def test_private_modules_of_libraries_are_imported_there_alone() -> None:
     for path in sorted((ROOT / "medusa_export").rglob("*.py")):
         if "compat" not in path.parts:
             assert not private.search(path.read_text()), path
+
+
+def test_a_torch_without_the_option_for_stack_traces_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 has no such option."""
+    monkeypatch.delattr("torch.fx.config.do_not_emit_stack_traces")
+    program = compat_torch.export_program(torch.nn.ReLU(), (torch.zeros(2),), {}, ())
+    assert [node.op for node in program.graph.nodes] == ["placeholder", "call_function", "output"]
