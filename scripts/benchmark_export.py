@@ -49,6 +49,22 @@ def write_model(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_heads(path: Path, count: int) -> None:
+    """Writes random fp16 heads as MEDUSA-1 has them: one residual block and an output projection for each head."""
+    config = LlamaConfig()
+    shapes = {"0.linear.weight": (config.hidden_size,) * 2, "0.linear.bias": (config.hidden_size,)}
+    shapes["1.weight"] = (config.vocab_size, config.hidden_size)
+    tensors = {
+        f"{head}.{name}": torch.empty(shape, dtype=torch.float16).normal_(std=0.02)
+        for head in range(count)
+        for name, shape in shapes.items()
+    }
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+
+
 def measured(*command: str) -> dict[str, float]:
     """Runs a command, and returns its seconds and its peak of resident memory in GB."""
     started = time.perf_counter()
@@ -63,16 +79,23 @@ def measured(*command: str) -> dict[str, float]:
 @click.command(help=__doc__)
 @click.option("--layers", default=32, show_default=True, help="Decoder layers.")
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Where to write: 30 GB at 32 layers.")
+@click.option("--heads", default=0, show_default=True, help="Heads with output projections of their own.")
+@click.option("--heads-file", type=click.Choice((".safetensors", ".pt")), default=".safetensors", show_default=True)
 @click.argument("options", nargs=-1)
-def main(layers: int, work: Path | None, options: tuple[str, ...]) -> None:
+def main(layers: int, work: Path | None, heads: int, heads_file: str, options: tuple[str, ...]) -> None:
     """Runs the benchmark."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         model, bundle = Path(folder, "model"), Path(folder, "bundle")
         write_model(model, layers)
+        with_heads = ["--no-heads"]
+        if heads:
+            file = Path(folder, f"medusa_lm_head{heads_file}")
+            write_heads(file, heads)
+            with_heads = ["--heads", str(file)]
         result = {
             "imports": measured(sys.executable, "-c", _IMPORTS),
             "export": measured(
-                sys.executable, "-m", "medusa_export", "onnx", str(model), "--no-heads", "-o", str(bundle), *options
+                sys.executable, "-m", "medusa_export", "onnx", str(model), *with_heads, "-o", str(bundle), *options
             ),
             "bundle_gb": sum(file.stat().st_size for file in bundle.iterdir()) / 1e9,
         }

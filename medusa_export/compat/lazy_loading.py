@@ -150,7 +150,7 @@ def _single(value: Any) -> Tensor:
     return tensor
 
 
-def with_placeholders(model: PreTrainedModel) -> None:
+def with_placeholders(model: nn.Module) -> None:
     """Replaces the weights of a model that are on the device ``meta`` by tensors on the CPU that take no memory.
 
     Each has one element in memory, and strides of 0. So the model can be traced, and weights that are tied stay so.

@@ -13,6 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor, nn
 
 from medusa_export.models.blocks import BlockWeight
+from medusa_export.models.checkpoint import Readers
 from medusa_export.models.packed import StoredBlocks
 from medusa_export.models.weight_types import Role
 from medusa_export.step.step import MedusaStep
@@ -21,8 +22,6 @@ from medusa_export.step.step import MedusaStep
 PREFIX = "step."
 # The end of the name of a weight that is stored transposed.
 TURNED = ".T"
-
-Readers = Mapping[str, Callable[[], Tensor]]
 
 
 def _accept(name: str, values: Tensor) -> None:
@@ -37,6 +36,7 @@ class StepWeights:
         readers: Functions that read weights of the base model that are placeholders in the step, by their names there.
         check: Called with the name in the step and the values of each weight that is read. It raises an error to
             refuse them.
+        head_readers: Functions that read weights of the heads that are placeholders in the step, by their names there.
         blocks: Weights of the base model that their file holds in blocks of integers, by their names there. A matrix in
             a stack has the stack's name, a point, and its place.
         packed: How files store weights of the base model that are dequantized when they are read, by their names there.
@@ -51,6 +51,7 @@ class StepWeights:
         readers: Readers = MappingProxyType({}),
         check: Callable[[str, Tensor], None] = _accept,
         *,
+        head_readers: Readers = MappingProxyType({}),
         blocks: Mapping[str, StoredBlocks] = MappingProxyType({}),
         packed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
@@ -62,6 +63,8 @@ class StepWeights:
         self._buffers = {f"{PREFIX}{name}": values for name, values in step.named_buffers(remove_duplicate=False)}
         # A weight that is tied to another has the reader of the other.
         known = {id(step.model.get_parameter(name)): read for name, read in readers.items()}
+        if step.heads is not None:
+            known |= {id(step.heads.get_parameter(name)): read for name, read in head_readers.items()}
         self._readers = {name: known.get(id(weight)) for name, weight in self._parameters.items()}
         own = dict(step.model.named_parameters(remove_duplicate=False))
         self._blocks = {id(own[name]): stored for name, stored in blocks.items() if name in own}

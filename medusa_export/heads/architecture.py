@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 
 import msgspec
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from medusa_export.common.errors import CheckpointError, OptionError
 from medusa_export.common.registry import Registry
 from medusa_export.heads.base import DraftHeads, HeadsConfig
+from medusa_export.heads.loaded import LoadedHeads
 from medusa_export.heads.tensors import TOKEN_MAP, HeadTensors
+from medusa_export.models.contents import read
 
 MAX_HEADS = 64
 
@@ -21,7 +24,7 @@ class HeadArchitecture:
     """A kind of heads.
 
     By default a file holds the ``state_dict`` of the heads, and their configuration as JSON. A subclass overrides
-    ``read``, ``named_tensors`` and ``config_json`` for files of another format.
+    ``open``, ``named_tensors`` and ``config_json`` for files of another format.
 
     Args:
         config_type: The class of the heads' configuration.
@@ -62,26 +65,35 @@ class HeadArchitecture:
             heads = self.heads_type(config, lm_head)
         return heads.to(dtype=lm_head.weight.dtype)
 
-    def read(self, tensors: HeadTensors, lm_head: nn.Linear) -> DraftHeads:
-        """Makes heads from a file.
+    def open(self, tensors: HeadTensors, lm_head: nn.Linear, read_lm_head: Callable[[], Tensor]) -> LoadedHeads:
+        """Makes heads whose weights stay in a file, on the device ``meta``. Their buffers are read.
 
         Args:
             tensors: The tensors of the file, all of which must be taken.
-            lm_head: The base model's output projection.
+            lm_head: The base model's output projection. Its weight may be a placeholder.
+            read_lm_head: Reads the weight of ``lm_head``.
 
         Raises:
             CheckpointError: The file is incomplete, or was made for another model.
         """
         config = self._read_config(tensors, lm_head)
-        with torch.device("meta"):  # its weights come from the file
+        with torch.device("meta"):
             heads = self.heads_type(config, lm_head)
-        weights = {}
+        weights = {name for name, _ in heads.named_parameters(remove_duplicate=False)}
+        readers, buffers = {}, {}
         for name, wanted in heads.state_dict().items():
             found = tensors.token_map(lm_head.out_features) if name == TOKEN_MAP else None
-            weights[name] = tensors.take(name, tuple(wanted.shape)) if found is None else found
+            if found is not None:
+                buffers[name] = found
+                continue
+            tensor = tensors.take(name, tuple(wanted.shape))
+            if name in weights:
+                readers[name] = partial(read, tensor)
+            else:
+                buffers[name] = read(tensor)
         tensors.check_none_left()
-        heads.load_state_dict(weights, assign=True)
-        return heads
+        heads.load_state_dict(buffers, assign=True, strict=False)
+        return LoadedHeads(heads, readers)
 
     def named_tensors(self, heads: DraftHeads, lm_head: nn.Linear | None, layout: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors to write, by name.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,9 +17,11 @@ from medusa_export.common.errors import CheckpointError, ExtensionError
 from medusa_export.compat.transformers import quiet_libraries
 from medusa_export.heads.architecture import head_architecture
 from medusa_export.heads.base import DraftHeads
+from medusa_export.heads.loaded import LoadedHeads
 from medusa_export.heads.medusa_files import select_heads
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.heads.tensors import HeadTensors
+from medusa_export.models.contents import Readable, open_contents, open_pickle
 from medusa_export.models.files import PICKLES, Place, check_file, is_hub_id, weight_map
 
 # Keys of a safetensors file's metadata, for heads of other architectures than MEDUSA's.
@@ -43,12 +45,12 @@ class StoredHeads:
     """The content of a file of heads.
 
     Attributes:
-        tensors: The tensors of the heads, by name.
+        tensors: The tensors of the heads, by name, unread.
         architecture: The name of the head architecture.
         config: The configuration of the heads as the file states it; empty for published formats.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Readable]
     architecture: str = MedusaHeads.architecture
     config: Mapping[str, object] = field(default_factory=dict)
 
@@ -63,6 +65,25 @@ def load_heads(path: str | Path, model: PreTrainedModel) -> DraftHeads:
     Raises:
         CheckpointError: The file is missing, damaged, incomplete, of no known format, or made for another model.
     """
+    return open_heads(path, model).in_memory()
+
+
+def open_heads(
+    path: str | Path, model: PreTrainedModel, read_lm_head: Callable[[], Tensor] | None = None
+) -> LoadedHeads:
+    """Loads heads as ``load_heads`` does, but leaves their weights in the file until they are asked for.
+
+    Args:
+        path: As for ``load_heads``.
+        model: The base model that the heads were trained for.
+        read_lm_head: Reads the weight of the base model's output projection; None if it is in the model's memory.
+
+    Returns:
+        The heads with placeholders, and the functions that read the weights.
+
+    Raises:
+        CheckpointError: As for ``load_heads``.
+    """
     file = _heads_file(path)
     stored = _read(file)
     lm_head = model.get_output_embeddings()
@@ -72,8 +93,9 @@ def load_heads(path: str | Path, model: PreTrainedModel) -> DraftHeads:
         architecture = head_architecture(stored.architecture)
     except ExtensionError as error:
         raise CheckpointError(f"The heads in {file} can't be read. {error}") from error
-    heads = architecture.read(HeadTensors(file, stored.tensors, stored.config), lm_head)
-    return heads.to(dtype=lm_head.weight.dtype).eval().requires_grad_(False)
+    tensors = HeadTensors(file, stored.tensors, stored.config)
+    opened = architecture.open(tensors, lm_head, read_lm_head or lm_head.weight.detach)
+    return opened.with_placeholders(lm_head.weight.dtype)
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
@@ -83,7 +105,7 @@ def stored_dtype(path: str | Path) -> torch.dtype:
         CheckpointError: As for ``load_heads``.
     """
     tensors = _read(_heads_file(path)).tensors
-    kind = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+    kind = next((tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point), None)
     if kind is None:
         raise CheckpointError(f"The heads at {path} hold integers only: give weights that are not quantized.")
     return kind
@@ -134,7 +156,7 @@ def _heads_file(source: str | Path) -> Path:
 
 
 def _read(file: Path) -> StoredHeads:
-    """Reads the heads in a file, or in the shards of an index. Other tensors of a merged checkpoint stay unread."""
+    """Finds the heads in a file, or in the shards of an index. The tensors stay unread."""
     if file.name.endswith(".index.json"):
         return StoredHeads(_read_shards(file))
     if file.suffix == ".safetensors":
@@ -144,10 +166,10 @@ def _read(file: Path) -> StoredHeads:
     raise CheckpointError(f"{file} is neither a .safetensors nor a .pt file: give a file of heads in one of the two.")
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> dict[str, Readable]:
     shards = weight_map(index)
     names = select_heads(index, shards)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Readable] = {}
     for shard in sorted({shards[name] for name in names}):
         file = index.parent / shard
         if not file.exists() and (place := _hub_place(index)) is not None:
@@ -176,25 +198,22 @@ def _hub_place(index: Path) -> Place | None:
 
 def _read_safetensors(file: Path) -> StoredHeads:
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            architecture = metadata.get(ARCHITECTURE_KEY)
-            names = select_heads(file, opened.keys()) if architecture is None else opened.keys()
-            tensors = {name: opened.get_tensor(name) for name in names}
+        opened = open_contents([file])
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{file} is not a whole safetensors file ({e}): download or copy it again.") from e
+    architecture = opened.metadata.get(ARCHITECTURE_KEY)
     if architecture is None:
-        return StoredHeads(tensors)
+        return StoredHeads({name: opened.tensors[name] for name in select_heads(file, opened.tensors)})
     try:
-        config = msgspec.json.decode(metadata.get(CONFIG_KEY, "{}"), type=dict[str, object])
+        config = msgspec.json.decode(opened.metadata.get(CONFIG_KEY, "{}"), type=dict[str, object])
     except (msgspec.MsgspecError, RecursionError) as e:
         raise CheckpointError(f"The configuration of the heads in {file} is not JSON ({e}): write them again.") from e
-    return StoredHeads(tensors, architecture, config)
+    return StoredHeads(opened.tensors, architecture, config)
 
 
-def _read_pickle(file: Path) -> dict[str, Tensor]:
+def _read_pickle(file: Path) -> Mapping[str, Readable]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = open_pickle(file)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
             f"{file} was not loaded, because its pickle asks to run code, which weights_only=True refuses, or is "
@@ -204,6 +223,4 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, AttributeError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise CheckpointError(f"{file} is not a whole PyTorch file ({reason}): download or copy it again.") from e
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{file} is not a table of named tensors: save the state_dict of the heads.")
     return {name: state[name] for name in select_heads(file, state)}

@@ -15,7 +15,8 @@ The numbers of heads and blocks are taken from the tensors: published configs ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,12 @@ from torch import Tensor, nn
 from medusa_export.common.errors import CheckpointError
 from medusa_export.heads.architecture import HeadArchitecture, register_architecture
 from medusa_export.heads.base import DraftHeads
+from medusa_export.heads.loaded import LoadedHeads
 from medusa_export.heads.modules import MedusaConfig, MedusaHeads
 from medusa_export.heads.tensors import TOKEN_MAP, HeadTensors
+from medusa_export.models.contents import Readable, read
+
+_Read = Callable[[], Tensor]
 
 _PREFIX = re.compile(r"^medusa_heads?\.")
 _BLOCK = re.compile(r"^(?:(\d+)\.(\d+)\.linear|blocks\.(\d+)\.layers\.(\d+))\.(weight|bias)$")
@@ -85,40 +90,35 @@ class _MedusaTensors:
         one_of_vllm = self._is_vllm and self._projected == {0} and self.num_heads > 1
         self._one_for_all = _COMMON if _COMMON in names else "lm_heads.0.weight" if one_of_vllm else None
 
-    def block(self, k: int, j: int, size: int) -> tuple[Tensor, Tensor]:
+    def block(self, k: int, j: int, size: int) -> tuple[Readable, Readable]:
         """Takes the weight [size, size] and the bias [size] of a residual block; 0 in a format without biases."""
         name = f"blocks.{k}.layers.{j}" if self._is_vllm else f"{k}.{j}.linear"
         weight = self.source.take(f"{name}.weight", (size, size))
-        bias = self.source.take(f"{name}.bias", (size,)) if self._has_biases else weight.new_zeros(size)
+        bias = self.source.take(f"{name}.bias", (size,)) if self._has_biases else torch.zeros(size, dtype=weight.dtype)
         return weight, bias
 
-    def condition(self, k: int, size: int) -> Tensor:
+    def condition(self, k: int, size: int) -> Readable:
         """Takes the weight [size, size] that the embedding of the next root is multiplied with."""
         return self.source.take(f"{k}.0.condition.weight", (size, size))
 
-    def projections(self, token_map: Tensor | None, lm_head: nn.Linear) -> list[nn.Parameter] | None:
+    def projections(self, token_map: Tensor | None, lm_head: nn.Linear, read_lm_head: _Read) -> list[_Read] | None:
         """Takes the projections [V', size], one per head or one for all; None if it is the ``lm_head``."""
         if self._one_for_all is None and self._projected:
             own = "lm_heads.{k}.weight" if self._is_vllm else "{k}.{n}.weight"
             names = [own.format(k=k, n=self.num_layers) for k in range(self.num_heads)]
-            return [nn.Parameter(self._projection(name, token_map, lm_head)) for name in names]
+            return [self._projection(name, token_map, lm_head) for name in names]
         if self._one_for_all is not None:
-            weight = self._projection(self._one_for_all, token_map, lm_head)
-        elif token_map is not None:
-            weight = lm_head.weight.detach()[token_map]
-        else:
-            return None
-        if token_map is None and torch.equal(weight.to(lm_head.weight.dtype), lm_head.weight):
-            return None
-        return [nn.Parameter(weight)]
+            one = self._projection(self._one_for_all, token_map, lm_head)
+            return None if token_map is None and _are_equal(one(), read_lm_head()) else [one]
+        return None if token_map is None else [partial(_rows, read_lm_head, token_map)]
 
-    def _projection(self, name: str, token_map: Tensor | None, lm_head: nn.Linear) -> Tensor:
+    def _projection(self, name: str, token_map: Tensor | None, lm_head: nn.Linear) -> _Read:
         size, vocab_size = lm_head.in_features, lm_head.out_features
         if token_map is None:
-            return self.source.take(name, (vocab_size, size))
+            return partial(read, self.source.take(name, (vocab_size, size)))
         if self.source.length(name) == vocab_size:  # not reduced yet
-            return self.source.take(name, (vocab_size, size))[token_map]
-        return self.source.take(name, (len(token_map), size))
+            return partial(_rows, partial(read, self.source.take(name, (vocab_size, size))), token_map)
+        return partial(read, self.source.take(name, (len(token_map), size)))
 
 
 class MedusaArchitecture(HeadArchitecture):
@@ -134,12 +134,12 @@ class MedusaArchitecture(HeadArchitecture):
     def fresh(self, num_heads: int, lm_head: nn.Linear, *, seed: int = 0) -> MedusaHeads:
         return MedusaHeads.fresh(num_heads, lm_head)  # none of its weights is random
 
-    def read(self, tensors: HeadTensors, lm_head: nn.Linear) -> MedusaHeads:
+    def open(self, tensors: HeadTensors, lm_head: nn.Linear, read_lm_head: Callable[[], Tensor]) -> LoadedHeads:
         found = _MedusaTensors(tensors)
         vocab_size, size = lm_head.out_features, lm_head.in_features
         token_map = found.source.token_map(vocab_size)
         blocks = [[found.block(k, j, size) for j in range(found.num_layers)] for k in range(found.num_heads)]
-        projections = found.projections(token_map, lm_head)
+        projections = found.projections(token_map, lm_head, read_lm_head)
         conditions = [found.condition(k, size) for k in range(found.num_heads) if found.conditioned]
         found.source.check_none_left()
         config = MedusaConfig(
@@ -152,18 +152,16 @@ class MedusaArchitecture(HeadArchitecture):
             one_projection=projections is not None and len(projections) < found.num_heads,
             conditioned=found.conditioned,
         )
-        with torch.device("meta"):  # its weights come from the file
+        with torch.device("meta"):
             heads = MedusaHeads(config, lm_head)
-        for j, layer in enumerate(heads.residual_layers):
-            weights = [block[j][0].T for block in blocks]
-            if layer.conditioned:
-                weights = [torch.cat([own, given.T]) for own, given in zip(weights, conditions, strict=True)]
-            layer.weight = nn.Parameter(torch.stack(weights))
-            layer.bias = nn.Parameter(torch.stack([block[j][1].unsqueeze(0) for block in blocks]))
-        for projection, parameter in zip(heads.projections or (), projections or (), strict=True):
-            projection.weight = parameter
         heads.token_map = token_map
-        return heads
+        readers: dict[str, _Read] = {}
+        for j, layer in enumerate(heads.residual_layers):
+            weights, biases = zip(*(block[j] for block in blocks), strict=True)
+            readers[f"layers.{j}.weight"] = partial(_stacked_weights, weights, conditions if layer.conditioned else ())
+            readers[f"layers.{j}.bias"] = partial(_stacked_biases, biases)
+        readers |= {f"projections.{k}.weight": projection for k, projection in enumerate(projections or ())}
+        return LoadedHeads(heads, readers)
 
     def named_tensors(self, heads: DraftHeads, lm_head: nn.Linear | None, layout: str) -> Iterator[tuple[str, Tensor]]:
         assert isinstance(heads, MedusaHeads)
@@ -203,6 +201,26 @@ class MedusaArchitecture(HeadArchitecture):
             "medusa_fc_bias": True,
             "original_lm_head": _COMMON in tensors,
         }
+
+
+def _stacked_weights(weights: Sequence[Readable], conditions: Sequence[Readable]) -> Tensor:
+    """The weights of a residual block of all heads, as ``ResidualLayer`` has them."""
+    parts = [weights, conditions] if conditions else [weights]
+    return torch.stack([torch.cat([read(part).T for part in own]) for own in zip(*parts, strict=True)])
+
+
+def _stacked_biases(biases: Sequence[Readable]) -> Tensor:
+    """The biases of a residual block of all heads, as ``ResidualLayer`` has them."""
+    return torch.stack([read(bias).unsqueeze(0) for bias in biases])
+
+
+def _rows(read_matrix: _Read, token_map: Tensor) -> Tensor:
+    """The rows of a matrix that project to the tokens of a reduced vocabulary."""
+    return read_matrix()[token_map]
+
+
+def _are_equal(projection: Tensor, lm_head: Tensor) -> bool:
+    return torch.equal(projection.to(lm_head.dtype), lm_head)
 
 
 def _check_layout(heads: MedusaHeads, layout: str) -> None:

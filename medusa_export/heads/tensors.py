@@ -1,4 +1,4 @@
-"""The named tensors of one file of heads."""
+"""The named tensors of one file of heads, each read when it is asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from medusa_export.common.errors import CheckpointError
+from medusa_export.models.contents import Readable
 
 TOKEN_MAP = "token_map"  # noqa: S105  # no password
 
@@ -17,11 +18,11 @@ class HeadTensors:
 
     Args:
         file: The file, for messages.
-        tensors: The tensors by name.
+        tensors: The tensors by name, unread.
         config: The options of the heads as the file states them; empty for published formats.
     """
 
-    def __init__(self, file: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object] | None = None) -> None:
+    def __init__(self, file: Path, tensors: Mapping[str, Readable], config: Mapping[str, object] | None = None) -> None:
         self.file = file
         self.config = dict(config or {})
         self._left = dict(tensors)
@@ -35,8 +36,8 @@ class HeadTensors:
         """The tensors that are left, under other names."""
         return HeadTensors(self.file, {rename(name): tensor for name, tensor in self._left.items()}, self.config)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Takes a tensor of floating-point weights.
+    def take(self, name: str, shape: tuple[int, ...]) -> Readable:
+        """Takes a tensor of floating-point weights, without reading it: ``tensor[...]`` reads it.
 
         Raises:
             CheckpointError: The file lacks it, or it has another shape or holds integers.
@@ -46,7 +47,7 @@ class HeadTensors:
                 f"{self.file} lacks the tensor {name}, expected with shape {list(shape)}: it is incomplete."
             )
         tensor = self._left.pop(name)
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise CheckpointError(
                 f"The tensor {name} of {self.file} is {tensor.dtype}: expected floating-point weights."
             )
@@ -59,17 +60,17 @@ class HeadTensors:
 
     def length(self, name: str) -> int | None:
         """The size of a tensor's first dimension; None if the file lacks the tensor."""
-        return len(self._left[name]) if name in self._left else None
+        return self._left[name].shape[0] if name in self._left else None
 
     def token_map(self, vocab_size: int) -> Tensor | None:
-        """Takes ``token_map``: the base model's token of each draft token, [V']; None if the file has none.
+        """Takes and reads ``token_map``: the base model's token of each draft token, [V']; None if the file has none.
 
         Raises:
             CheckpointError: It is no list of different tokens of the base model.
         """
         if TOKEN_MAP not in self._left:
             return None
-        tokens = self._left.pop(TOKEN_MAP)
+        tokens = self._left.pop(TOKEN_MAP)[...]
         if tokens.ndim != 1 or tokens.is_floating_point() or not 0 < len(tokens) <= vocab_size:
             raise CheckpointError(
                 f"The token_map of {self.file} is {list(tokens.shape)} of {tokens.dtype}: expected a list of 1 to "

@@ -24,6 +24,9 @@ from medusa_export.compat.transformers import (
 from medusa_export.models.files import Place
 from medusa_export.models.packed import StoredBlocks, exact_blocks, packed_kinds
 
+# Functions that read weights, by the weights' names.
+Readers = Mapping[str, Callable[[], Tensor]]
+
 
 class StoredWeight(NamedTuple):
     """A tensor of a checkpoint's files.
@@ -72,7 +75,7 @@ class LoadedModel:
     missing: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     mismatched: frozenset[tuple[str, tuple[int, ...], tuple[int, ...]]] = frozenset()
-    readers: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    readers: Readers = field(default_factory=dict)
     blocks: Mapping[str, StoredBlocks] = field(default_factory=dict)
     packed: Mapping[str, str] = field(default_factory=dict)
 

@@ -20,8 +20,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medusa_export.common.errors import CheckpointError
 from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight, from_pretrained
+from medusa_export.models.contents import open_contents, open_pickle
 from medusa_export.models.files import CONFIG, Place, check_file, check_folder, weight_files
-from medusa_export.models.quantized.contents import open_contents, read_pickle
 from medusa_export.models.quantized.methods import METHODS, unpacked
 
 _GENERATION = "generation_config.json"
@@ -93,8 +93,8 @@ class HuggingFaceCheckpoint(Checkpoint):
                     for name in opened.keys():  # noqa: SIM118  # no dictionary
                         yield StoredWeight(name, None, opened.get_tensor(name))
             else:
-                for name, tensor in read_pickle(file).items():
-                    yield StoredWeight(name, None, tensor)
+                for name, tensor in open_pickle(file).items():
+                    yield StoredWeight(name, None, tensor[...])
 
 
 def _check_settings(source: str, file: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common import defaults
@@ -21,11 +21,13 @@ from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
 from medusa_export.compat.transformers import attention_of, is_larger
 from medusa_export.graph.export import build_graph
-from medusa_export.graph.weights import Readers, StepWeights
+from medusa_export.graph.weights import StepWeights
 from medusa_export.heads.base import DraftHeads
-from medusa_export.heads.files import load_heads
+from medusa_export.heads.files import open_heads
+from medusa_export.heads.loaded import LoadedHeads
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.activations import ActivationRanges
+from medusa_export.models.checkpoint import Readers
 from medusa_export.models.checkpoints import check_fast, load_tokenizer, model_name, open_model, reading
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
@@ -130,9 +132,18 @@ def export(
         ends = _end_tokens(source)
         attached = _attached(source, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
-        step = _step(source.model, attached, chosen.tree, sampling=sampling, rules=acceptance_rules)
-        check = WeightRange(step, source.path).check
-        read = StepWeights(step, source.readers, check, blocks=source.blocks, packed=source.packed)
+        used = _used_heads(attached, chosen.tree)
+        step = MedusaStep(
+            source.model, used.heads if used else None, chosen.tree, sampling=sampling, rules=acceptance_rules
+        ).eval()
+        read = StepWeights(
+            step,
+            source.readers,
+            WeightRange(step, source.path).check,
+            head_readers=used.readers if used else {},
+            blocks=source.blocks,
+            packed=source.packed,
+        )
         graph = build_graph(step, on_progress, weights=read, types=types, activations=ranges)
         bundle = write_bundle(
             graph,
@@ -242,21 +253,13 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-@contextmanager
-def _lm_head_in_memory(source: _Source) -> Iterator[None]:
-    """Gives the model's output projection its values while the block lasts. Heads in a file are compared with it."""
+def _lm_head_reader(source: _Source) -> Callable[[], Tensor] | None:
+    """The function that reads the model's output projection; None if it is in memory."""
     lm_head = source.model.get_output_embeddings()
-    placeholder = lm_head.weight
     named = source.model.named_parameters(remove_duplicate=False)
-    read = next(
-        (source.readers[name] for name, weight in named if weight is placeholder and name in source.readers), None
+    return next(
+        (source.readers[name] for name, weight in named if weight is lm_head.weight and name in source.readers), None
     )
-    if read is not None:
-        lm_head.weight = nn.Parameter(read(), requires_grad=False)
-    try:
-        yield
-    finally:
-        lm_head.weight = placeholder
 
 
 def _end_tokens(source: _Source) -> EndTokens:
@@ -272,22 +275,21 @@ def _attached(
     init_heads: int | None,
     calibration: Calibration | None,
     on_progress: OnProgress,
-) -> DraftHeads | None:
+) -> LoadedHeads | None:
     if init_heads is not None:
-        return MedusaHeads.fresh(init_heads, source.model.get_output_embeddings())
+        return LoadedHeads(MedusaHeads.fresh(init_heads, source.model.get_output_embeddings()))
     if heads is None:
         return None
     if isinstance(heads, DraftHeads):
         _check_heads(heads, source.model)
-        attached = heads
+        attached = LoadedHeads(heads)
     else:
         on_progress(Progress(f"loading heads from {fspath(heads)}"))
-        with _lm_head_in_memory(source):
-            attached = load_heads(fspath(heads), source.model)
-    if calibration is not None and len(calibration.accuracies) != attached.config.num_heads:
+        attached = open_heads(fspath(heads), source.model, _lm_head_reader(source))
+    count = attached.heads.config.num_heads
+    if calibration is not None and len(calibration.accuracies) != count:
         raise OptionError(
-            f"The calibration is of {len(calibration.accuracies)} heads, but these are {attached.config.num_heads}: "
-            "calibrate these."
+            f"The calibration is of {len(calibration.accuracies)} heads, but these are {count}: calibrate these."
         )
     return attached
 
@@ -309,28 +311,26 @@ def _check_heads(heads: DraftHeads, model: PreTrainedModel) -> None:
 
 def _chosen_tree(
     tree: str | PathLike[str] | Tree,
-    heads: DraftHeads | None,
+    attached: LoadedHeads | None,
     calibration: Calibration | None,
     *,
     size: int,
     top_k: int,
 ) -> NamedTree:
-    if heads is None:
+    if attached is None:
         return NamedTree("single node", Tree())
-    limits = {"top_k": min(top_k, heads.config.draft_vocab_size)}
+    config = attached.heads.config
+    limits = {"top_k": min(top_k, config.draft_vocab_size)}
     if isinstance(tree, Tree):
-        checked = Tree.from_paths(tree.paths, max_depth=heads.config.num_heads, **limits)
-        return NamedTree("given", checked)
-    return load_tree(fspath(tree), num_heads=heads.config.num_heads, calibration=calibration, size=size, **limits)
+        return NamedTree("given", Tree.from_paths(tree.paths, max_depth=config.num_heads, **limits))
+    return load_tree(fspath(tree), num_heads=config.num_heads, calibration=calibration, size=size, **limits)
 
 
-def _step(
-    model: PreTrainedModel, heads: DraftHeads | None, tree: Tree, *, sampling: bool, rules: Sequence[str]
-) -> MedusaStep:
-    """The step of a model with the heads that the tree uses."""
-    used = min(tree.max_depth, heads.config.num_heads) if heads is not None else 0
-    kept = heads.truncated(used) if heads is not None and used else None
-    return MedusaStep(model, kept, tree, sampling=sampling, rules=rules).eval()
+def _used_heads(attached: LoadedHeads | None, tree: Tree) -> LoadedHeads | None:
+    """The heads that a tree uses; None if it uses none."""
+    if attached is None or not tree.max_depth:
+        return None
+    return attached.truncated(min(tree.max_depth, attached.heads.config.num_heads))
 
 
 def _acceptance(tree: Tree, calibration: Calibration | None, *, trained: bool) -> Acceptance:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from medusa_export.common.errors import CheckpointError
 from medusa_export.models.blocks import Bits, BlockWeight
+from medusa_export.models.contents import Contents, Readable
 from medusa_export.models.packed import PackedTensor, StoredBlocks
-from medusa_export.models.quantized.contents import Contents, Readable
 from medusa_export.models.quantized.integers import grouped, unpack_words
 
 _BITS: Bits = 4

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa_export.models.contents import Contents, Readable
 from medusa_export.models.packed import PackedTensor
-from medusa_export.models.quantized.contents import Contents, Readable
 from medusa_export.models.quantized.library import library
 
 # Of a 4-bit matrix, behind the name of its weight; of an 8-bit matrix, behind the name of its module.

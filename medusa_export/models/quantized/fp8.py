@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from medusa_export.models.contents import Contents
 from medusa_export.models.packed import PackedTensor
-from medusa_export.models.quantized.contents import Contents
 from medusa_export.models.quantized.scaled import scaled_reader
 
 # Scales of activations play no part in the weights.

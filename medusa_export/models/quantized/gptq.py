@@ -19,8 +19,8 @@ from torch import Tensor
 
 from medusa_export.common.errors import CheckpointError
 from medusa_export.models.blocks import BlockWeight
+from medusa_export.models.contents import Contents, Readable
 from medusa_export.models.packed import PackedTensor, StoredBlocks
-from medusa_export.models.quantized.contents import Contents, Readable
 from medusa_export.models.quantized.integers import block_bits, grouped, ungrouped, unpack_words
 
 _MEMBERS = ("qweight", "qzeros", "scales", "g_idx")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from medusa_export.models.contents import Contents, Readable
 from medusa_export.models.packed import PackedTensor
 from medusa_export.models.quantized.awq import awq_weights
 from medusa_export.models.quantized.bitsandbytes import bitsandbytes_weights
 from medusa_export.models.quantized.compressed import compressed_weights
-from medusa_export.models.quantized.contents import Contents, Readable
 from medusa_export.models.quantized.fp8 import fp8_weights
 from medusa_export.models.quantized.gptq import gptq_weights
 from medusa_export.models.quantized.torchao import torchao_weights

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from medusa_export.models.quantized.contents import Readable
+from medusa_export.models.contents import Readable
 
 
 def dequantize_scaled(weight: Readable, scales: Readable) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's files, each read when it is asked for."""
+"""The tensors of files of weights, each read when it is asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from medusa_export.common.errors import CheckpointError
 
 
 class Readable(Protocol):
@@ -49,7 +51,12 @@ class Contents:
         yield from grouped.items()
 
 
-class _FileTensor:
+def read(tensor: Readable) -> Tensor:
+    """Reads all values of a tensor."""
+    return tensor[...]
+
+
+class _OpenTensor:
     """A tensor of an open safetensors file."""
 
     def __init__(self, opened: Any, name: str) -> None:
@@ -63,9 +70,27 @@ class _FileTensor:
         return values[index]
 
 
+class _PickledTensor:
+    """A tensor of a file that PyTorch wrote.
+
+    Each read maps the file again: the pages that are read through a mapping stay in memory until it ends.
+    """
+
+    def __init__(self, file: Path, name: str, mapped: Tensor) -> None:
+        self._file, self._name = file, name
+        self.shape: tuple[int, ...] = tuple(mapped.shape)
+        self.dtype = mapped.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return _mapped(self._file)[self._name][index].clone()
+
+
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -89,16 +114,31 @@ def open_contents(files: list[Path]) -> Contents:
             # Pages of a mapped file would stay in memory until all are read.
             opened: Any = safe_open(file, framework="pt", backend="pread")
             metadata |= opened.metadata() or {}
-            tensors |= {name: _FileTensor(opened, name) for name in opened.keys()}  # noqa: SIM118  # no dictionary
+            tensors |= {name: _OpenTensor(opened, name) for name in opened.keys()}  # noqa: SIM118  # no dictionary
         else:
-            tensors |= read_pickle(file)
+            tensors |= open_pickle(file)
     return Contents(tensors, metadata)
 
 
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that PyTorch wrote, mapped into memory where that is possible."""
+def open_pickle(file: Path) -> Mapping[str, Readable]:
+    """Opens a file that PyTorch wrote. A file of before 2020 can't be mapped: its tensors are read at once.
+
+    Raises:
+        CheckpointError: The file holds something else than named tensors.
+    """
     try:
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # a file of before 2020, which can't be mapped
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: _PickledTensor(file, name, tensor) for name, tensor in _mapped(file).items()}
+    except RuntimeError:
+        return _named_tensors(file, torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that PyTorch wrote, mapped into memory."""
+    return _named_tensors(file, torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _named_tensors(file: Path, state: object) -> dict[str, Tensor]:
+    """Refuses the content of a file that is no table of named tensors."""
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError(f"{file} is not a table of named tensors: save the state_dict of a module.")
     return state
