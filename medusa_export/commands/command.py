@@ -14,7 +14,7 @@ from medusa_runtime.errors import MedusaError
 # An argument of the API in a message: `name` or `name=value`.
 _ARGUMENT = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]+))?`")
 # Arguments whose options have other names.
-_RENAMED = {"with_tokenizer=False": "--no-tokenizer"}
+_RENAMED = {"with_tokenizer=False": "--no-tokenizer", "narrowed={'lm_head'}": "--lm-head-weights int4"}
 
 
 class Failure(click.ClickException):

@@ -70,7 +70,12 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
     help="Store matrices as integers with a scale per block and embeddings as int8; in fp16 or bf16, cast to fp32 when "
     "the bundle is loaded; or as fp8 (e4m3) with a scale per row, for engines. [default: the type of --dtype]",
 )
-@click.option("--lm-head-weights", type=_OWN_TYPE, help="The same for the output projection. [default: as --weights]")
+@click.option(
+    "--lm-head-weights",
+    type=_OWN_TYPE,
+    help="The same for the output projection. With int4 it is rounded even if the file holds it in 8 bits; with "
+    "--weights int4 alone it then stays in 8 bits. [default: as --weights]",
+)
 @click.option(
     "--head-weights", type=_OWN_TYPE, help="The same for the projections of the heads. [default: as --weights]"
 )
@@ -143,6 +148,8 @@ def command(
     )
     own = {"lm_head": lm_head_weights, "heads": head_weights, "embeddings": embedding_weights}
     chosen: dict[str, Any] = {role: None if kind == _UNCHANGED else kind for role, kind in own.items() if kind}
+    if lm_head_weights == "int4":
+        chosen["narrowed"] = frozenset({"lm_head"})
     with shown_progress(quiet=quiet) as on_progress:
         export(
             model,

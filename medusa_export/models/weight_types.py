@@ -40,10 +40,13 @@ class WeightTypes(WeightFacts):
         symmetric: Blocks that the export rounds have no zero points.
         keep_zero_points: Blocks of a file that have zero points or offsets are stored as they are. Otherwise they are
             rounded again to blocks without, which makes steps faster and is less exact.
+        narrowed: Parts whose matrices are rounded to ``int4`` even if a file holds them in 8-bit blocks. In other parts
+            such matrices stay in 8 bits.
     """
 
     block_size: int = defaults.BLOCK_SIZE
     keep_zero_points: bool = True
+    narrowed: frozenset[Role] = frozenset()
 
     def __post_init__(self) -> None:
         if self.block_size < _LEAST_BLOCK or self.block_size & (self.block_size - 1):

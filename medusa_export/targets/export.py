@@ -158,7 +158,8 @@ def export(
             end_tokens=ends,
             on_progress=on_progress,
         )
-    for words in filter(None, [*bundle.notes, dequantized_note(source.name, list(read.dequantized.values()))]):
+    notes = [dequantized_note(source.name, list(read.dequantized.values())), _wider_note(types, bundle)]
+    for words in filter(None, [*bundle.notes, *notes]):
         warnings.warn(words, MedusaWarning, stacklevel=2)
     return bundle
 
@@ -331,6 +332,17 @@ def _used_heads(attached: LoadedHeads | None, tree: Tree) -> LoadedHeads | None:
     if attached is None or not tree.max_depth:
         return None
     return attached.truncated(min(tree.max_depth, attached.heads.config.num_heads))
+
+
+def _wider_note(types: WeightTypes, bundle: Bundle) -> str | None:
+    """A sentence that counts the matrices that stay in 8 bits where 4 are asked for; None if there are none."""
+    kept = [facts for facts in bundle.matrices if facts.dtype == "int8" and types.bits(facts.part) == 4]
+    if not kept:
+        return None
+    counts = ", ".join(f"{facts.part} ({facts.count})" for facts in kept)
+    words = f"Matrices that the files of {bundle.model.name} hold in 8 bits are stored so, not in int4: {counts}."
+    narrowed = " `narrowed={'lm_head'}` rounds the lm_head." if any(facts.part == "lm_head" for facts in kept) else ""
+    return words + narrowed
 
 
 def _acceptance(tree: Tree, calibration: Calibration | None, *, trained: bool) -> Acceptance:

@@ -191,6 +191,9 @@ def test_the_facts_say_that_eight_bits_are_kept(tmp_path: Path) -> None:
         "lm_head": {"int8, blocks of 16 with scales"},
         "embeddings": {"float32"},
     }
+    narrowed = kinds_of(model, WeightTypes(layers="int4", lm_head="int4", narrowed=frozenset({"lm_head"})))
+    assert narrowed["layers"] == {"int8, blocks of 32 with scales"}
+    assert narrowed["lm_head"] == {"int4, blocks of 32 with scales"}
 
 
 @pytest.mark.slow

@@ -6,13 +6,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
 
 import medusa_export
+from medusa_export.cli import main
 from medusa_export.common.errors import MedusaWarning
 from medusa_export.targets.onnxruntime.block_sums import SumBlocks
 from medusa_export.verification.stored_matrices import CHECK, stored_matrices
-from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, Bundle
 from support.gguf_files import write_gguf
 from support.packed_models import write_gptq
 from support.tiny_models import tiny_model
@@ -67,4 +69,20 @@ def test_matrices_that_are_dequantized_are_counted(
     notes = [words for words in export(source, tmp_path / "bundle", weights) if "dequantized" in words]
     assert [note.partition(" The bundle")[0] for note in notes] == [
         f"14 matrices of model are dequantized: GPTQ of 4 bits{kind} (14)."
+    ]
+
+
+@pytest.mark.slow
+def test_matrices_that_stay_in_eight_bits_are_counted(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "model.gguf", tiny_model("llama", vocab_size=300), kind=Kind.Q8_0)
+    out = str(tmp_path / "bundle")
+    arguments = ["onnx", str(source), "--no-heads", "-o", out, "--weights", "int4", "--no-tokenizer", "--greedy-only"]
+    kept = CliRunner().invoke(main, arguments)
+    assert kept.exit_code == 0
+    assert "hold in 8 bits are stored so, not in int4: layers (8), lm_head (1)." in kept.output
+    assert "--lm-head-weights int4 rounds the lm_head." in kept.output
+    narrowed = CliRunner().invoke(main, [*arguments, "--overwrite", "--lm-head-weights", "int4"])
+    assert "not in int4: layers (8).\n" in narrowed.output
+    assert [str(facts) for facts in Bundle.load(out).matrices if facts.part == "lm_head"] == [
+        "1 int4, blocks of 32 with scales"
     ]

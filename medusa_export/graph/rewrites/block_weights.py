@@ -56,10 +56,11 @@ class QuantizeWeights(Rewrite):
        and the sums of x over each block with the offsets.
     4. A lookup in a table gathers the integers and the scales of its rows, and multiplies them.
 
-    Matrices that their file holds in such blocks are stored as they are, and so are matrices that it holds in 8 bits
-    where 4 are asked for. Others are rounded, and so are blocks with zero points or offsets if ``WeightTypes`` does not
-    keep these. Matrices whose columns no block size divides keep their dtype. 8-bit matrices have no zero points of
-    their own, and tables are of 8 bits. The count is the number of products and lookups.
+    Matrices that their file holds in such blocks are stored as they are. So are matrices that it holds in 8 bits where
+    4 are asked for, in parts that are not ``narrowed``. Others are rounded, and so are blocks with zero points or
+    offsets if ``WeightTypes`` does not keep these. Matrices whose columns no block size divides keep their dtype. 8-bit
+    matrices have no zero points of their own, and tables are of 8 bits. The count is the number of products and
+    lookups.
 
     Precondition: Weights are those of ``StepWeights``.
 
@@ -123,12 +124,11 @@ class QuantizeWeights(Rewrite):
 
     def _bits(self, weight: LazyWeight) -> Bits | None:
         """The bits per value of a matrix that products read; None if it keeps its dtype."""
-        bits, columns = self.step.weights.bits(weight.role), weight.shape.numpy()[1]
-        size = self.step.weights.block_for(columns)
-        holds_more = (
-            bits == 4 and size is not None and _exact_blocks(weight, 8, size, keep_zero_points=True) is not None
-        )
-        return 8 if holds_more else bits
+        types, columns = self.step.weights, weight.shape.numpy()[1]
+        bits, size = types.bits(weight.role), types.block_for(columns)
+        if bits != 4 or size is None or weight.role in types.narrowed:
+            return bits
+        return bits if _exact_blocks(weight, 8, size, keep_zero_points=True) is None else 8
 
     def _store_matrix(self, graph: ir.Graph, weight: LazyWeight, bits: Bits, transposes: list[ir.Node]) -> int:
         """Makes products read a matrix in blocks."""
