@@ -59,6 +59,8 @@ class WeightTypes(WeightFacts):
             raise OptionError(
                 f"Embeddings can't be {self.embeddings}, since no operator looks up such rows: give int8."
             )
+        if self.activations is not None and "int8" not in (self.layers, self.lm_head):
+            raise OptionError("Activations are rounded for products with int8 matrices only: give int8 weights.")
 
     @classmethod
     def all(
@@ -95,8 +97,11 @@ class WeightTypes(WeightFacts):
             dtype: ``fp32``, ``fp16`` or ``bf16``.
 
         Raises:
-            OptionError: Floating-point numbers of another type would gain nothing, or lose range.
+            OptionError: Floating-point numbers of another type would gain nothing, or lose range; or activations are
+                rounded, and the dtype is not fp32.
         """
+        if self.activations is not None and dtype != "fp32":
+            raise OptionError("Only inputs in fp32 are rounded to 8 bits: export in fp32, or leave activations out.")
         for role in _ROLES:
             kind = getattr(self, role)
             if kind in _FLOATS and dtype not in (kind, "fp32"):

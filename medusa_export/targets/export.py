@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import Dtype, WeightType, short_name, torch_name
+from medusa_export.common.dtypes import Dtype, WeightType, short_name
 from medusa_export.common.errors import MedusaWarning, OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
-from medusa_export.compat.transformers import attention_of, is_larger
 from medusa_export.graph.export import build_graph
 from medusa_export.graph.weights import StepWeights
 from medusa_export.heads.base import DraftHeads
@@ -27,18 +23,14 @@ from medusa_export.heads.files import open_heads
 from medusa_export.heads.loaded import LoadedHeads
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.activations import ActivationRanges
-from medusa_export.models.checkpoint import Readers
-from medusa_export.models.checkpoints import check_fast, load_tokenizer, model_name, open_model, reading
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.models.generation_settings import kept_settings, settings_warnings
-from medusa_export.models.packed import StoredBlocks, dequantized_note
-from medusa_export.models.supported import check_supported
-from medusa_export.models.text_model import text_model
+from medusa_export.models.packed import dequantized_note
 from medusa_export.models.weight_types import WeightTypes
-from medusa_export.step.attention import ATTENTION_NAME
 from medusa_export.step.step import MedusaStep
 from medusa_export.step.weight_range import WeightRange
 from medusa_export.targets.bundle_writer import write_bundle
+from medusa_export.targets.source import Source, opened_source
 from medusa_export.trees.calibration import Calibration
 from medusa_export.trees.named import NamedTree, load_tree
 from medusa_export.trees.prior import prior_acceptance
@@ -118,17 +110,12 @@ def export(
     _check_options(heads, init_heads, calibration, tree)
     check_target(target, replace_existing=overwrite)
     measured = Calibration.load(Path(calibration)) if isinstance(calibration, (str, PathLike)) else calibration
-    types = weights if isinstance(weights, WeightTypes) else WeightTypes.all(weights)
     ranges = ActivationRanges.load(Path(activations)) if isinstance(activations, (str, PathLike)) else activations
-    if ranges is not None:
-        if "int8" not in (types.layers, types.lm_head):
-            raise OptionError("Activations are rounded for products with int8 matrices only: give int8 weights.")
-        types = replace(types, activations="int8")
+    asked = weights if isinstance(weights, WeightTypes) else WeightTypes.all(weights)
+    asked = asked if ranges is None else replace(asked, activations="int8")
     on_progress(Progress("loading the model"))
-    with _opened(model, tokenizer, dtype, with_tokenizer=with_tokenizer, text_only=text_only) as source:
-        if ranges is not None and source.model.dtype != torch.float32:
-            raise OptionError("Only inputs in fp32 are rounded to 8 bits: export in fp32, or leave activations out.")
-        types = types.resolved(short_name(source.model.dtype))
+    with opened_source(model, tokenizer, dtype, with_tokenizer=with_tokenizer, text_only=text_only) as source:
+        types = asked.resolved(short_name(source.model.dtype))
         ends = _end_tokens(source)
         attached = _attached(source, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
@@ -173,97 +160,7 @@ def _check_options(heads: object, init_heads: object, calibration: object, tree:
         raise OptionError("A tree needs heads that draft: give heads, or drop the tree.")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A model to export.
-
-    Attributes:
-        model: The model; its attention is the step's.
-        tokenizer: Its tokenizer; None for a bundle without one.
-        path: The folder, file or hub id that it was read from; None for a loaded model.
-        name: The model's name.
-        readers: Functions that read the weights that are placeholders in the model.
-        blocks: Those of these weights that the files hold in blocks of integers.
-        packed: How the files store those of these weights that are dequantized when they are read.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    path: str | None
-    name: str
-    readers: Readers = field(default_factory=dict)
-    blocks: Mapping[str, StoredBlocks] = field(default_factory=dict)
-    packed: Mapping[str, str] = field(default_factory=dict)
-
-
-@contextmanager
-def _opened(
-    model: str | PathLike[str] | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: Dtype | None,
-    *,
-    with_tokenizer: bool,
-    text_only: bool,
-) -> Iterator[_Source]:
-    """Reads a model, or prepares a loaded one, which is as before when the block ends."""
-    if isinstance(model, PreTrainedModel):
-        if dtype is not None and torch_name(dtype) != str(model.dtype).removeprefix("torch."):
-            raise OptionError(f"The loaded model is {model.dtype}, not {dtype}: convert it, or leave dtype out.")
-        if text_only and is_larger(model.config):
-            model = text_model(model)
-        check_supported(model)
-        with _prepared(model):
-            yield _Source(
-                model, _fast(tokenizer), None, model_name(model.name_or_path) if model.name_or_path else "model"
-            )
-        return
-    if tokenizer is not None:
-        raise OptionError("A model that is read brings its own tokenizer: leave tokenizer out, or load the model.")
-    path = fspath(model)
-    with reading(path):
-        opened = open_model(
-            path,
-            dtype=getattr(torch, torch_name(dtype or defaults.EXPORT_DTYPE)),
-            attn_implementation=ATTENTION_NAME,
-            text_only=text_only,
-        )
-        check_supported(opened.model)
-        read = _fast(load_tokenizer(path)) if with_tokenizer else None
-        yield _Source(opened.model, read, path, model_name(path), opened.readers, opened.blocks, opened.packed)
-
-
-def _fast(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    if tokenizer is not None:
-        check_fast(tokenizer)
-    return tokenizer
-
-
-@contextmanager
-def _prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Sets a loaded model to evaluation and to the step's attention while the block lasts."""
-    if model.device.type != "cpu":
-        raise OptionError(f"The loaded model is on {model.device}: move it to the CPU with model.to('cpu').")
-    loaded: Any = model
-    was_training, attention = model.training, attention_of(model)
-    loaded.set_attn_implementation(ATTENTION_NAME)
-    model.eval()
-    try:
-        yield
-    finally:
-        loaded.set_attn_implementation(attention)
-        model.train(was_training)
-
-
-def _lm_head_reader(source: _Source) -> Callable[[], Tensor] | None:
-    """The function that reads the model's output projection; None if it is in memory."""
-    lm_head = source.model.get_output_embeddings()
-    named = source.model.named_parameters(remove_duplicate=False)
-    return next(
-        (source.readers[name] for name, weight in named if weight is lm_head.weight and name in source.readers), None
-    )
-
-
-def _end_tokens(source: _Source) -> EndTokens:
+def _end_tokens(source: Source) -> EndTokens:
     ends = EndTokens(source.model, source.tokenizer)
     for text in (*ends.warnings, *settings_warnings(kept_settings(source.model.generation_config))):
         warnings.warn(text, MedusaWarning, stacklevel=3)
@@ -271,7 +168,7 @@ def _end_tokens(source: _Source) -> EndTokens:
 
 
 def _attached(
-    source: _Source,
+    source: Source,
     heads: str | PathLike[str] | DraftHeads | None,
     init_heads: int | None,
     calibration: Calibration | None,
@@ -286,7 +183,7 @@ def _attached(
         attached = LoadedHeads(heads)
     else:
         on_progress(Progress(f"loading heads from {fspath(heads)}"))
-        attached = open_heads(fspath(heads), source.model, _lm_head_reader(source))
+        attached = open_heads(fspath(heads), source.model, source.lm_head_reader)
     count = attached.heads.config.num_heads
     if calibration is not None and len(calibration.accuracies) != count:
         raise OptionError(
