@@ -83,6 +83,7 @@ def test_derived_graphs_read_the_same_bytes(bundle: Bundle) -> None:
             operators = [node.op_type for node in graph.node]
             assert operators.count("MatMulNBits") >= 4 * 2
             assert placed[name] <= placed[GRAPH]
+            assert bundle.graphs[name].rewrites["skip_unused_heads"] == 1
     floats = [
         tensor
         for tensor in onnx.load(bundle.graph, load_external_data=False).graph.initializer

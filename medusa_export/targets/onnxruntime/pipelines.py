@@ -26,6 +26,7 @@ from medusa_export.targets.onnxruntime.plain_trees import SkipTreesInPlainSteps
 from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
 from medusa_export.targets.onnxruntime.sinks import GatherSinks
 from medusa_export.targets.onnxruntime.skip_norms import FuseSkipNorms
+from medusa_export.targets.onnxruntime.unused_heads import SkipUnusedHeads
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 
 _FUSIONS: tuple[type[Rewrite], ...] = (
@@ -33,6 +34,7 @@ _FUSIONS: tuple[type[Rewrite], ...] = (
     FuseIntegerProducts,
     FuseSkipNorms,
     FuseBlockWeights,
+    SkipUnusedHeads,
     SumBlocks,
     SpellOutFloat8Weights,
     FuseTransposedWeights,
