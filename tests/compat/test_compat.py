@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,6 @@ def test_private_modules_of_libraries_are_imported_there_alone() -> None:
 
 def test_a_torch_without_the_option_for_stack_traces_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.11 has no such option."""
-    monkeypatch.delattr("torch.fx.config.do_not_emit_stack_traces")
+    monkeypatch.setattr("medusa_export.compat.torch.fx_config", SimpleNamespace())
     program = compat_torch.export_program(torch.nn.ReLU(), (torch.zeros(2),), {}, ())
     assert [node.op for node in program.graph.nodes] == ["placeholder", "call_function", "output"]
