@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -46,7 +45,7 @@ from medusa_runtime.server.schema.completions import CompletionRequest
 from medusa_runtime.server.schema.responses import ResponsesRequest
 from medusa_runtime.server.schema.tokenize import TokenizeRequest
 from medusa_runtime.server.settings import Settings
-from medusa_runtime.server.streaming import Event, EventStream
+from medusa_runtime.server.streaming import Events, EventStream, unless_disconnected
 from medusa_runtime.server.tokens import tokenized
 from medusa_runtime.server.tracing import NoTracing, Tracing
 from medusa_runtime.service import MedusaService
@@ -73,8 +72,8 @@ class Job(Protocol):
         """The complete answer as a JSON object."""
         ...
 
-    def events(self) -> AsyncGenerator[Event]:
-        """The answer as events."""
+    def events(self) -> AsyncGenerator[Events]:
+        """The answer as events: those that come at the same time together, and none after a quiet time."""
         ...
 
 
@@ -231,7 +230,7 @@ async def _generated(
     if job.stream:
         return EventStream(job.events(), at_end, named=named)
     try:
-        return _json(await _answered(_unless_disconnected(request, job.answer())))
+        return _json(await _answered(unless_disconnected(request.receive, job.answer())))
     finally:
         at_end()
 
@@ -247,30 +246,6 @@ async def _answered(work: Awaitable[T]) -> T:
         if found.status == 500:
             _log.error("A request failed", exc_info=error)
         raise found from error
-
-
-async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, which is cancelled if the client disconnects.
-
-    Raises:
-        ClientDisconnect: The client has disconnected.
-    """
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.create_task(disconnected())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return await task
-    finally:
-        watch.cancel()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await asyncio.gather(task, watch, return_exceptions=True)
 
 
 def _described(body: type[BaseModel], answer: Any, *, streams: bool = False) -> dict[str, Any]:

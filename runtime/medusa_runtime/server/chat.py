@@ -30,7 +30,7 @@ from medusa_runtime.server.schema.answers import (
 )
 from medusa_runtime.server.schema.base import JsonObject
 from medusa_runtime.server.schema.chat import ChatRequest
-from medusa_runtime.server.streaming import Event
+from medusa_runtime.server.streaming import Events
 from medusa_runtime.server.tool_choice import ToolChoice
 from medusa_runtime.server.translate import (
     check_answers,
@@ -137,22 +137,23 @@ class ChatJob:
             "usage": self.generation.usage,
         }
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def events(self) -> AsyncGenerator[Events]:
         """The chunks of the answer."""
         include_usage = bool(self.request.stream_options and self.request.stream_options.include_usage)
-        for choice in self.generation.choices:
-            yield self._chunk(choice.index, {"role": "assistant", "content": ""}, include_usage=include_usage)
-        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as deltas:
-            async for delta in deltas:
-                if delta is None:
-                    yield None
-                    continue
-                added = self._added(delta)
-                if added or delta.result is not None or delta.logprobs:
-                    yield self._chunk(delta.choice.index, added, delta, include_usage=include_usage)
+        role: ChatDelta = {"role": "assistant", "content": ""}
+        yield [self._chunk(choice.index, role, include_usage=include_usage) for choice in self.generation.choices]
+        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as steps:
+            async for deltas in steps:
+                chunks = []
+                for delta in deltas:
+                    added = self._added(delta)
+                    if added or delta.result is not None or delta.logprobs:
+                        chunks.append(self._chunk(delta.choice.index, added, delta, include_usage=include_usage))
+                if chunks or not deltas:
+                    yield chunks
         if include_usage:
             chunk = self._chunk(0, {}, include_usage=True)
-            yield {**chunk, "choices": [], "usage": self.generation.usage}
+            yield [{**chunk, "choices": [], "usage": self.generation.usage}]
 
     def _chunk(self, index: int, added: ChatDelta, delta: Delta | None = None, *, include_usage: bool) -> ChatChunk:
         chunk: ChatChunk = {

@@ -18,7 +18,7 @@ from medusa_runtime.server.logprobs import completion_logprobs
 from medusa_runtime.server.output.parts import PlainParser
 from medusa_runtime.server.schema.answers import Completion, CompletionChoice
 from medusa_runtime.server.schema.completions import CompletionRequest
-from medusa_runtime.server.streaming import Event
+from medusa_runtime.server.streaming import Events
 from medusa_runtime.server.translate import (
     check_answers,
     check_model,
@@ -98,26 +98,27 @@ class CompletionJob:
         choices = [self._choice(delta, self._echoed(delta.choice.prompt), 0) for delta in deltas]
         return self._completion(choices) | {"usage": self.generation.usage}
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def events(self) -> AsyncGenerator[Events]:
         """The chunks of the answer."""
         include_usage = bool(self.request.stream_options and self.request.stream_options.include_usage)
         usage: Completion = cast("Completion", {"usage": None} if include_usage else {})
         places = [0 for _ in self.generation.choices]
         begun: set[int] = set()
-        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as deltas:
-            async for delta in deltas:
-                if delta is None:
-                    yield None
-                    continue
-                index = delta.choice.index
-                echoed = "" if index in begun else self._echoed(delta.choice.prompt)
-                begun.add(index)
-                choice = self._choice(delta, echoed, places[index])
-                places[index] += len(choice["text"])
-                if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
-                    yield {**self._completion([choice]), **usage}
+        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as steps:
+            async for deltas in steps:
+                chunks = []
+                for delta in deltas:
+                    index = delta.choice.index
+                    echoed = "" if index in begun else self._echoed(delta.choice.prompt)
+                    begun.add(index)
+                    choice = self._choice(delta, echoed, places[index])
+                    places[index] += len(choice["text"])
+                    if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
+                        chunks.append({**self._completion([choice]), **usage})
+                if chunks or not deltas:
+                    yield chunks
         if include_usage:
-            yield {**self._completion([]), "usage": self.generation.usage}
+            yield [{**self._completion([]), "usage": self.generation.usage}]
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         return {

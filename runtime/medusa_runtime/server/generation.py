@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from medusa_runtime.errors import MedusaError
 from medusa_runtime.handle import RequestHandle
 from medusa_runtime.request import Chunk, GenerationResult, Stats
 from medusa_runtime.server.output.parts import Arguments, Call, Content, OutputParser, Part, Reasoning
@@ -136,11 +137,13 @@ class Generation:
         """The complete answers."""
         return [await choice.whole() for choice in self.choices]
 
-    async def deltas(self, quiet_seconds: float) -> AsyncGenerator[Delta | None]:
-        """Yields what steps add to the answers, as it comes. Steps that came meanwhile are in one.
+    async def deltas(self, quiet_seconds: float) -> AsyncGenerator[list[Delta]]:
+        """Yields what steps add to the answers, as it comes: a list with a delta per answer, and one more at its end.
+
+        Steps that came meanwhile are in one delta.
 
         Args:
-            quiet_seconds: Seconds without a step after which None is yielded.
+            quiet_seconds: Seconds without a step after which an empty list is yielded.
 
         Raises:
             MedusaError: An answer ended with an error.
@@ -162,14 +165,16 @@ class Generation:
                     async with asyncio.timeout(quiet_seconds):
                         await changed.wait()
                 except TimeoutError:
-                    yield None
+                    yield []
                     continue
                 changed.clear()  # before the answers are read, so that no change is missed
-                for choice in tuple(left):
-                    for delta in choice.ready():
-                        if delta.result is not None:
-                            left.remove(choice)
-                        yield delta
+                found, failure = _ready(left)
+                if found:
+                    yield found
+                if failure is not None:
+                    raise failure
+                ended = {delta.choice.index for delta in found if delta.result is not None}
+                left = [choice for choice in left if choice.index not in ended]
 
     @property
     def usage(self) -> Usage:
@@ -202,6 +207,18 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _ready(choices: Sequence[Choice]) -> tuple[list[Delta], MedusaError | None]:
+    """Returns what has come of some answers, and the error that ended one of them."""
+    found: list[Delta] = []
+    try:
+        for choice in choices:
+            for delta in choice.ready():
+                found.append(delta)  # noqa: PERF402  # what comes before an error is kept
+    except MedusaError as error:
+        return found, error
+    return found, None
 
 
 def accepted_drafts(stats: Stats) -> int:

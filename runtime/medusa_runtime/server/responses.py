@@ -15,11 +15,10 @@ from medusa_runtime.server.chat import template_variables
 from medusa_runtime.server.chat_prompt import chat_prompt
 from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.generation import Generation
-from medusa_runtime.server.output.parts import Part as OutputPart
 from medusa_runtime.server.response_events import Item, ResponseEvents, items_of
 from medusa_runtime.server.schema.chat import Function, FunctionCall, Message, MessageToolCall, Tool
 from medusa_runtime.server.schema.responses import InputItem, ResponsesRequest
-from medusa_runtime.server.streaming import Event
+from medusa_runtime.server.streaming import Events
 from medusa_runtime.server.tool_choice import ToolChoice
 from medusa_runtime.server.translate import (
     check_model,
@@ -98,26 +97,21 @@ class ResponseJob:
         (delta,) = await self.generation.whole()
         return self._response(items_of(delta.parts), delta.finish_reason)
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def events(self) -> AsyncGenerator[Events]:
         """The events of the response."""
         events = ResponseEvents()
-        yield events.numbered("response.created", response=self._response([], None))
-        yield events.numbered("response.in_progress", response=self._response([], None))
+        begun = self._response([], None)
+        yield [events.numbered(f"response.{kind}", response=begun) for kind in ("created", "in_progress")]
         reason = None
-        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as deltas:
-            async for delta in deltas:
-                if delta is None:
-                    yield None
-                    continue
-                parts: Sequence[OutputPart] = delta.parts
-                for part in parts:
-                    for found in events.add(part):
-                        yield found
-                reason = delta.finish_reason
-        for found in events.finish():
-            yield found
+        async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as steps:
+            async for deltas in steps:
+                added = [event for delta in deltas for part in delta.parts for event in events.add(part)]
+                if added or not deltas:
+                    yield added
+                reason = deltas[-1].finish_reason if deltas else None
         kind = "response.incomplete" if reason == "length" else "response.completed"
-        yield events.numbered(kind, response=self._response(events.items, reason))
+        ended = [*events.finish()]
+        yield [*ended, events.numbered(kind, response=self._response(events.items, reason))]
 
     def _response(self, items: Sequence[Item], reason: str | None) -> Response:
         request = self.request

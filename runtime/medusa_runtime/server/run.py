@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
@@ -107,7 +106,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
             gc.freeze()
             address = listener.getsockname()
             _log.info("Listening", extra={"facts": {"host": address[0], "port": address[1]}})
-            asyncio.run(DrainingServer(config, service, settings.drain_seconds).serve([listener]))
+            DrainingServer(config, service, settings.drain_seconds).run([listener])
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from medusa_runtime.errors import MedusaError
@@ -82,9 +83,9 @@ class Settings:
         """The most answers of one request: what rows and queue hold."""
         return self.rows + self.max_queue
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the model. Answers hold the first."""
+        """Names of the model. Answers hold the first. Each chunk of a stream asks for it, so it is found out once."""
         return self.model_names or (self.bundle.resolve().name,)
 
     def load_service(self, metrics: Metrics | None = None) -> MedusaService:

@@ -29,14 +29,13 @@ def test_steps_that_wait_are_given_out_in_one() -> None:
         for number in range(3):
             handle.put(Chunk(str(number), (number,), (-1.0 * number,)))
         deltas = made.deltas(60)
-        delta = await anext(deltas)
-        assert delta is not None
+        (delta,) = await anext(deltas)
         assert (delta.content, [*delta.token_ids], [*(delta.logprobs or ())]) == ("012", [0, 1, 2], [0, -1, -2])
         handle.put(Chunk("3", (3,)))
         end(handle, "0123")
-        rest = [delta async for delta in deltas]
-        assert ["" if delta is None else delta.content for delta in rest] == ["3", ""]
-        assert rest[-1] is not None and rest[-1].result is not None
+        (rest,) = [found async for found in deltas]
+        assert [delta.content for delta in rest] == ["3", ""]
+        assert rest[-1].result is not None
 
     asyncio.run(run())
 
@@ -46,17 +45,16 @@ def test_answers_of_one_request_come_as_they_are_and_quiet_time_is_told() -> Non
         made = generation(2)
         first, second = (choice.handle for choice in made.choices)
         deltas = made.deltas(0.01)
-        assert await anext(deltas) is None
+        assert await anext(deltas) == []
         second.put(Chunk("b", (1,)))
         end(second, "b")
         first.put(Chunk("a", (1,)))
         found: list[Delta] = []
         while len(found) < 3:
-            if (delta := await anext(deltas)) is not None:
-                found.append(delta)
+            found += await anext(deltas)
         assert sorted((delta.choice.index, delta.content) for delta in found) == [(0, "a"), (1, ""), (1, "b")]
         end(first, "a")
-        last = [delta async for delta in deltas if delta is not None]
+        last = [delta async for found in deltas for delta in found]
         assert [delta.choice.index for delta in last] == [0] and last[0].result is not None
 
     asyncio.run(run())
@@ -70,8 +68,8 @@ def test_an_error_comes_behind_the_steps_before_it() -> None:
         failure: MedusaError = BackendError("lost")
         handle.end(failure)
         deltas = made.deltas(60)
-        delta = await anext(deltas)
-        assert delta is not None and delta.content == "a"
+        (delta,) = await anext(deltas)
+        assert delta.content == "a"
         with pytest.raises(BackendError, match="lost"):
             await anext(deltas)
 

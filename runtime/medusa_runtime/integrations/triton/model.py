@@ -77,15 +77,14 @@ class TritonPythonModel:
             answers = [Answered(text=inputs.echoed) for _ in generation.choices]
             respond = partial(response_of, answers, inputs.returned, tokenizer=self._service.tokenizer)
             left = len(answers)
-            async for delta in generation.deltas(_LOOK_SECONDS):
+            async for deltas in generation.deltas(_LOOK_SECONDS):
                 if sender.is_cancelled():
                     pb_utils.Logger.log_info("A client cancelled its request.")
                     return cancelled()
-                if delta is None:
-                    continue
-                answers[delta.choice.index].add(delta)
-                left -= delta.result is not None
-                if inputs.stream and left:
+                for delta in deltas:
+                    answers[delta.choice.index].add(delta)
+                    left -= delta.result is not None
+                if inputs.stream and deltas and left:
                     sender.send(respond(generation.usage["prompt_tokens"]))
                     for answer in answers:
                         answer.clear()
