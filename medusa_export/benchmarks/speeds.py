@@ -47,7 +47,7 @@ class Speed:
 
     @property
     def comparable(self) -> bool:
-        """Whether its tokens should be the baseline's, since its weights are the same numbers."""
+        """True if its tokens should be the baseline's, since its weights are the same numbers."""
         return self.weights is None or self.weights.same
 
 

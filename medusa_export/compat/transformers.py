@@ -102,7 +102,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def is_larger(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is that of several models, one of which is a text model."""
+    """True if a configuration is that of several models, one of which is a text model."""
     return config.get_text_config(decoder=True) is not config
 
 
@@ -128,7 +128,7 @@ def attention_of_text(config: PreTrainedConfig, name: str) -> dict[str, Any] | N
 
 
 def has_causal_lm(config: PreTrainedConfig) -> bool:
-    """Whether transformers has a model for a configuration that gives logits of the next token."""
+    """True if transformers has a model for a configuration that gives logits of the next token."""
     return any(type(config) in mapping for mapping in _mappings(config))
 
 
@@ -154,17 +154,17 @@ def _mappings(config: PreTrainedConfig) -> list[Any]:
 
 
 def takes_attention(model: type[PreTrainedModel]) -> bool:
-    """Whether the layers of a class of models call transformers' attention interface."""
+    """True if the layers of a class of models call transformers' attention interface."""
     return bool(model._can_set_attn_implementation())
 
 
 def calls_attention_interface(model: PreTrainedModel) -> bool:
-    """Whether the layers of a model call transformers' attention interface."""
+    """True if the layers of a model call transformers' attention interface."""
     return takes_attention(type(model))
 
 
 def has_state(model: PreTrainedModel) -> bool:
-    """Whether transformers says that a model keeps a state other than keys and values."""
+    """True if transformers says that a model keeps a state other than keys and values."""
     return bool(model._is_stateful)
 
 
@@ -175,8 +175,8 @@ class ExpertsLayout:
     Attributes:
         num_experts: E, the number of experts.
         first: The name of the weights that a hidden state is multiplied with first. Those after it are ``down_proj``.
-        transposed: Whether the matrices of an expert are stored as [inputs, outputs].
-        has_bias: Whether each weight has a bias, whose name ends in ``_bias``.
+        transposed: True if the matrices of an expert are stored as [inputs, outputs].
+        has_bias: True if each weight has a bias, whose name ends in ``_bias``.
         activate: The function between both products.
         finish: The function after them.
     """
@@ -190,7 +190,7 @@ class ExpertsLayout:
 
 
 def calls_experts_interface(module: nn.Module) -> bool:
-    """Whether a module of experts calls transformers' interface for experts."""
+    """True if a module of experts calls transformers' interface for experts."""
     return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
@@ -233,12 +233,12 @@ def experts_function(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight of a model may be missing in its files."""
+    """True if a weight of a model may be missing in its files."""
     return _matches(model._keys_to_ignore_on_load_missing, name)
 
 
 def may_be_left_out(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor of the files may have no place in the model."""
+    """True if a tensor of the files may have no place in the model."""
     return _matches(model._keys_to_ignore_on_load_unexpected, name)
 
 

@@ -90,7 +90,7 @@ def _matrices(stack: LazyWeight, shape: tuple[int, ...], last: _LastStack, *, tr
         stack: The stored weight.
         shape: The shape of the stack, [E, N, K] or [E, K, N].
         last: Keeps what was read.
-        transposed: Whether matrices are stored as [K, N].
+        transposed: True if matrices are stored as [K, N].
     """
     count, rows, columns = shape
     if transposed:

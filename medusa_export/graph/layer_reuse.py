@@ -194,8 +194,8 @@ class _Traced:
     Attributes:
         key: The description of its call.
         mask: The kind of its mask.
-        returns_tuple: Whether its output is a tuple.
-        hands_over: Whether it gives keys and values to later layers. Such a layer has no copies.
+        returns_tuple: True if its output is a tuple.
+        hands_over: True if it gives keys and values to later layers. Such a layer has no copies.
     """
 
     key: object

@@ -52,7 +52,7 @@ class _Layer:
         return own
 
     def owns(self, value: ir.Value) -> bool:
-        """Whether a value is one of this layer's weights."""
+        """True if a value is one of this layer's weights."""
         return value.is_initializer() and (value.name or "").startswith(self.prefix)
 
     @property

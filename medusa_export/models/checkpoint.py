@@ -101,7 +101,7 @@ class Checkpoint(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def recognizes(cls, place: Place) -> bool:
-        """Whether a checkpoint is of this format. It looks at names and first bytes only."""
+        """True if a checkpoint is of this format. It looks at names and first bytes only."""
 
     @abc.abstractmethod
     def config(self) -> PreTrainedConfig:

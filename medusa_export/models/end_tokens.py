@@ -146,7 +146,7 @@ def _right_before(text: str, tokens: Mapping[str, int]) -> set[int]:
 
 
 def _is_header(render: Render, text: str) -> bool:
-    """Whether a text between an answer and a question is only the header of the question."""
+    """True if a text between an answer and a question is only the header of the question."""
     header = _attempt(render, [{"role": "user", "content": _USER}]).partition(_USER)[0]
     return header.strip().endswith(text.strip())
 

@@ -114,7 +114,7 @@ class Place:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a text can be the id of a repository on the hub."""
+    """True if a text can be the id of a repository on the hub."""
     return source.count("/") == 1 and not source.startswith((".", "~", "/")) and not source.endswith("/")
 
 

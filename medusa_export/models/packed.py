@@ -22,10 +22,10 @@ class StoredBlocks:
     Attributes:
         bits: The bits per value.
         block_size: The columns per block.
-        has_zero_points: Whether blocks have zero points that are not in the middle of the range.
+        has_zero_points: True if blocks have zero points that are not in the middle of the range.
         scale_dtype: The smallest dtype that holds the scales and offsets as they are.
         read: Reads the matrix, with its scales in fp32.
-        has_offsets: Whether blocks have offsets.
+        has_offsets: True if blocks have offsets.
     """
 
     bits: Bits
@@ -36,11 +36,11 @@ class StoredBlocks:
     has_offsets: bool = False
 
     def exact_in(self, dtype: torch.dtype) -> bool:
-        """Whether a dtype holds the scales as they are."""
+        """True if a dtype holds the scales as they are."""
         return torch.promote_types(self.scale_dtype, dtype) == dtype
 
     def fit(self, bits: Bits, block_size: int) -> bool:
-        """Whether blocks of some bits and size hold the matrix as it is."""
+        """True if blocks of some bits and size hold the matrix as it is."""
         return self.bits == bits and self.block_size % block_size == 0
 
 

@@ -116,7 +116,7 @@ def _original_length(config: PreTrainedConfig, parameters: Mapping[str, Any]) ->
 
 
 def is_length_dependent(rope_type: object) -> bool:
-    """Whether a kind of rotary embedding, or one of several by kind of layer, depends on the length of a sequence."""
+    """True if a kind of rotary embedding, or one of several by kind of layer, depends on the length of a sequence."""
     kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 

@@ -113,7 +113,7 @@ class WeightTypes(WeightFacts):
         return replace(self, **unchanged)
 
     def is_float8(self, role: Role) -> bool:
-        """Whether the weights of a role are 8-bit floating-point numbers, with a scale per row."""
+        """True if the weights of a role are 8-bit floating-point numbers, with a scale per row."""
         return getattr(self, role, None) == "fp8"
 
     def block_for(self, columns: int) -> int | None:

@@ -27,7 +27,7 @@ def expert_products(rows: Tensor, weights: Tensor, counts: Tensor, transposed: b
         rows: [P, K], the rows of the first expert, then those of the second, and so on.
         weights: A matrix for each expert: [E, K, N] if ``transposed``, else [E, N, K].
         counts: [E], the number of rows of each expert.
-        transposed: Whether matrices are stored as [K, N].
+        transposed: True if matrices are stored as [K, N].
 
     Returns:
         [P, N].
@@ -48,7 +48,7 @@ class Stack:
 
     Attributes:
         weights: [E, N, K], or [E, K, N] if ``transposed``.
-        transposed: Whether matrices are stored as [K, N].
+        transposed: True if matrices are stored as [K, N].
         bias: [E, N]; None without one.
     """
 

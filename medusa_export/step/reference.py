@@ -35,7 +35,7 @@ def load_reference(
     Args:
         bundle: The bundle.
         model: The base model: a folder, a hub id or a GGUF file.
-        text_only: Whether the bundle holds the text model of a larger model.
+        text_only: True if the bundle holds the text model of a larger model.
         heads: The file of heads; None if the bundle has none, or untrained ones.
         offload_folder: The folder to keep the model's weights in; None to keep them in memory.
         on_progress: Receives reports.
@@ -79,7 +79,7 @@ def prompt_ids(bundle: Bundle, texts: Sequence[str], *, chosen: bool) -> list[li
     Args:
         bundle: The bundle.
         texts: The prompts.
-        chosen: Whether the user chose the prompts, so that random ones can't replace them.
+        chosen: True if the user chose the prompts, so that random ones can't replace them.
 
     Raises:
         VerificationError: The user chose the prompts, but the bundle has no tokenizer.

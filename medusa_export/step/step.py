@@ -121,7 +121,7 @@ class MedusaStep(nn.Module):
         heads: The heads; None for plain decoding with a tree of one node.
         tree: The draft tree. Nodes below the last head are for lookup hits. Until the host writes one there, they hold
             that head's candidates.
-        sampling: Whether rows may sample and ask for log probabilities. If not, all rows are greedy.
+        sampling: True if rows may sample and ask for log probabilities. If not, all rows are greedy.
         rules: The names of the acceptance rules. A node is accepted if one of them confirms it.
 
     Raises:
@@ -178,7 +178,7 @@ class MedusaStep(nn.Module):
 
     @property
     def is_exact(self) -> bool:
-        """Whether greedy rows emit the base model's own text: no rule for them changes the output."""
+        """True if greedy rows emit the base model's own text: no rule for them changes the output."""
         return not any(rule.changes_output and not rule.needs_sampling for rule in self.rules)
 
     def forward(self, given: StepInputs) -> StepOutput:

@@ -107,7 +107,7 @@ class Source:
         Args:
             tokenizer: A fast tokenizer with a chat template.
             max_length: The most tokens of a sample; None for any number.
-            strict: Whether to refuse data with rows that can't be used. Otherwise such rows are skipped.
+            strict: True to refuse data with rows that can't be used. Otherwise such rows are skipped.
 
         Raises:
             DatasetError: A split has nothing to learn from, or a row can't be used and ``strict`` is set.

@@ -80,7 +80,7 @@ def write_dataset(
         prompts: Conversations. The model answers their user turns again.
         open_writer: Loads the model. It is not called if nothing is left to write.
         found: More facts about the prompts to keep, as JSON values.
-        strict: Whether to fail if the chat template refuses a prompt. Otherwise such prompts are left out.
+        strict: True to fail if the chat template refuses a prompt. Otherwise such prompts are left out.
         on_progress: Receives reports on the job.
 
     Raises:

@@ -172,7 +172,7 @@ class TrainingJob:
 
         Args:
             path: The heads: a file, a folder or a hub id.
-            projections: Whether to train the heads' own output projections as well.
+            projections: True to train the heads' own output projections as well.
 
         Raises:
             CheckpointError: The heads can't be read, or belong to another model.

@@ -117,7 +117,7 @@ class _Positions(Dataset[dict[str, Tensor]]):
 
     Args:
         features: The features.
-        ahead: Whether batches include the hidden states from which the base model chose the targets.
+        ahead: True if batches include the hidden states from which the base model chose the targets.
     """
 
     def __init__(self, features: Features, *, ahead: bool = False) -> None:

@@ -50,7 +50,7 @@ class HeadShape:
     Attributes:
         num_heads: Number of heads, K.
         num_layers: Residual blocks per head.
-        conditioned: Whether heads get the token that the base model has just chosen, beside the hidden state.
+        conditioned: True if heads get the token that the base model has just chosen, beside the hidden state.
         draft_vocab: Number of tokens that the heads can propose, the most frequent ones; None for all.
         architecture: The name of the head architecture. Architectures other than MEDUSA's take the number of heads, and
             defaults of their own for everything else.
@@ -69,7 +69,7 @@ class TrainOptions:
 
     Attributes:
         recipe: ``medusa1`` trains only the heads. ``medusa2`` then trains heads and model together, with LoRA.
-        own_projections: Whether to train an output projection for each head, as in the paper.
+        own_projections: True to train an output projection for each head, as in the paper.
         epochs: Passes over the data.
         learning_rate: Highest learning rate; it falls along a cosine.
         soft: Share of soft targets in the loss, 0 to 1. A soft target is the base model's distribution instead of its
@@ -87,7 +87,7 @@ class TrainOptions:
         max_length: Largest number of tokens of a conversation; the rest is cut off.
         limit: Largest number of conversations to train on, of each data set; None for all.
         heldout: Share of prompts of a file to hold out, 0 to 1.
-        bf16: Whether to compute matrix products in bf16. None means only on a GPU.
+        bf16: True to compute matrix products in bf16. None means only on a GPU.
         seed: Seed of initial weights and of the order of the data.
     """
 

@@ -39,7 +39,7 @@ class Schedule:
         batch_size: Examples per step and device.
         warmup_steps: Steps up to the peak.
         seed: Seed of the order of the data.
-        bf16: Whether to compute matrix products in bfloat16.
+        bf16: True to compute matrix products in bfloat16.
     """
 
     epochs: float

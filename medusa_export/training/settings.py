@@ -18,7 +18,7 @@ def begin(path: Path, asked: Mapping[str, Any], *, restart: bool = False) -> Non
     Args:
         path: File in the job's folder that keeps the settings.
         asked: The settings by name, as JSON values.
-        restart: Whether to replace settings that are there. The caller knows that no file depends on them yet.
+        restart: True to replace settings that are there. The caller knows that no file depends on them yet.
 
     Raises:
         SettingsError: The job began with other settings, or its settings can't be read.

@@ -152,7 +152,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     Args:
         tokenizer: A tokenizer with a chat template.
         messages: The messages.
-        answering: Whether to open the assistant's turn (the generation prompt).
+        answering: True to open the assistant's turn (the generation prompt).
 
     Raises:
         DatasetError: The tokenizer has no chat template, or the template refuses these messages.

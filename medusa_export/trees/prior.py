@@ -33,7 +33,7 @@ def prior_acceptance(tree: Tree, *, trained: bool) -> Acceptance:
 
     Args:
         tree: The tree.
-        trained: Whether the heads are trained. If they are, a node's estimate is the product of the accuracies along
+        trained: True if the heads are trained. If they are, a node's estimate is the product of the accuracies along
             its path; otherwise it is 0.
     """
     if not trained:

@@ -135,7 +135,7 @@ def stored_bits(bundle: Bundle) -> float | None:
 
 
 def _is_float8(read: ir.Node) -> bool:
-    """Whether a node dequantizes 8-bit floating-point numbers."""
+    """True if a node dequantizes 8-bit floating-point numbers."""
     return read.inputs[0] is not None and read.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN
 
 

@@ -60,7 +60,7 @@ def graph_input(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def has_input(graph: ir.Graph, name: str) -> bool:
-    """Whether a graph has an input of a name."""
+    """True if a graph has an input of a name."""
     return any(value.name == name for value in graph.inputs)
 
 

@@ -26,7 +26,7 @@ class StepFacts:
         capacity: C, slots per row, where it is fixed; None where each call chooses it.
         weights: How weights are stored.
         activations: Ranges of the inputs of products, for products of 8-bit integers; None for none.
-        has_experts: Whether layers are mixtures of experts. The tokens decide how many rows their products have.
+        has_experts: True if layers are mixtures of experts. The tokens decide how many rows their products have.
     """
 
     margin: int

@@ -84,7 +84,7 @@ def _table(unsqueezed: ir.Value | None) -> ir.Value | None:
 
 
 def _repeats(table: ir.Value | None) -> bool:
-    """Whether a table of cosines or sines comes from angles that are concatenated with themselves."""
+    """True if a table of cosines or sines comes from angles that are concatenated with themselves."""
     while (node := producer(table, "Cos", "Sin", "Mul", "Cast")) is not None:
         table = node.inputs[0]
     concat = producer(table, "Concat")

@@ -33,7 +33,7 @@ class BlockKind(NamedTuple):
         scale_dtype: The smallest dtype that holds the scales and offsets.
         unpack: Makes unsigned values [N, K] and scales [N, K / block_size] in fp32 of the bytes of N rows, and offsets
             if the kind has minima. The middle of the range of values stands for 0, or for the offset.
-        has_offsets: Whether the kind has minima.
+        has_offsets: True if the kind has minima.
     """
 
     bits: Bits

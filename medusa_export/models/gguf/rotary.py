@@ -36,7 +36,7 @@ def apply_rotary(config: Any, metadata: Metadata, *, may_rotate_part: bool) -> N
     Args:
         config: The configuration. It is changed in place.
         metadata: The file's metadata.
-        may_rotate_part: Whether the architecture may rotate a part of each head only.
+        may_rotate_part: True if the architecture may rotate a part of each head only.
 
     Raises:
         CheckpointError: The metadata says something that can't be kept.

@@ -68,10 +68,10 @@ class Architecture:
 
     Attributes:
         direct: The name of the setting that has the value of a key, by key.
-        rotary: Whether the model has rotary embeddings.
-        rotary_part: Whether they may rotate a part of each head only.
+        rotary: True if the model has rotary embeddings.
+        rotary_part: True if they may rotate a part of each head only.
         own: Keys that have a rule in this module.
-        interleaved: Whether the rows of q and k alternate between the two halves of each head.
+        interleaved: True if the rows of q and k alternate between the two halves of each head.
         norm_offset: The number that llama.cpp adds to the weights of norms.
         transposed: Names of weights that are stored transposed.
     """

@@ -34,7 +34,7 @@ _ADAPTERS: tuple[Callable[[nn.Module], Iterator[Replacement]], ...] = (
 
 
 def only_shapes_from_length(model: PreTrainedModel) -> bool:
-    """Whether a model may ask for the length of the cache: the answer changes no result."""
+    """True if a model may ask for the length of the cache: the answer changes no result."""
     return model.config.model_type in _ONLY_SHAPES
 
 

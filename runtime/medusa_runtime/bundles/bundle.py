@@ -149,12 +149,12 @@ class WeightFacts:
 
     @property
     def has_integers(self) -> bool:
-        """Whether any matrix is stored as integers."""
+        """True if any matrix is stored as integers."""
         return any(kind in ("int8", "int4") for kind in self._kinds)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any matrix is stored in another type than the bundle's dtype."""
+        """True if any matrix is stored in another type than the bundle's dtype."""
         return any(self._kinds)
 
     @property
@@ -176,8 +176,8 @@ class Bundle:
         tree: The draft tree.
         acceptance: Acceptance estimates of the tree's nodes.
         heads: The heads; None without heads.
-        sampling: Whether requests may sample and ask for log probabilities. Otherwise all requests are greedy.
-        constraints: Whether requests may have biases, penalties and grammars.
+        sampling: True if requests may sample and ask for log probabilities. Otherwise all requests are greedy.
+        constraints: True if requests may have biases, penalties and grammars.
         tree_name: The tree's name.
         files: Size and digest of each of the bundle's files, by name.
         producer: Versions of the software that made the bundle, by name.
@@ -189,7 +189,7 @@ class Bundle:
         weights: The storage types that the export was asked for.
         matrices: The storage types of the matrices that the bundle has, by part; empty in older bundles. They differ
             from ``weights`` where a file's own blocks are kept, or where no block size divides the columns.
-        digests_checked: Whether the files were compared with their digests.
+        digests_checked: True if the files were compared with their digests.
     """
 
     folder: Path
@@ -302,7 +302,7 @@ class Bundle:
 
         Args:
             folder: The folder that holds ``medusa.json``.
-            check_digests: Whether to compare every file with its digest. Sizes are always compared.
+            check_digests: True to compare every file with its digest. Sizes are always compared.
 
         Raises:
             BundleError: A file is missing or altered, or the bundle follows a newer contract version.

@@ -159,7 +159,7 @@ class CompiledEngine:
 
         Args:
             folder: The folder that holds ``engine.json``.
-            check_digests: Whether to compare every file with its digest. Sizes are always compared.
+            check_digests: True to compare every file with its digest. Sizes are always compared.
 
         Raises:
             BundleError: A file is missing, altered or cut off, or the engine is of another bundle or contract version.

@@ -118,9 +118,9 @@ def step_inputs(
         states: The model's states.
         vocab_size: Size of the vocabulary.
         dtype: Type of weights and caches.
-        sampling: Whether the graph can sample. Otherwise it is greedy.
-        constraints: Whether the graph takes biases, penalties and masks of allowed tokens.
-        takes_long: Whether rows of long requests have rotary frequencies of their own.
+        sampling: True if the graph can sample. Otherwise it is greedy.
+        constraints: True if the graph takes biases, penalties and masks of allowed tokens.
+        takes_long: True if rows of long requests have rotary frequencies of their own.
     """
     return (
         TensorSpec("input_ids", "int64", ("batch", "sequence")),
@@ -145,7 +145,7 @@ def step_outputs(
         tree_depth: M.
         tree_size: T.
         dtype: Type of weights and caches.
-        sampling: Whether the graph can sample. Otherwise it is greedy.
+        sampling: True if the graph can sample. Otherwise it is greedy.
     """
     logprobs = TensorSpec("logprobs", "float32", ("batch", tree_depth + 1))
     return (

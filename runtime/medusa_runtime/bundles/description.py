@@ -43,7 +43,7 @@ def read_description(
         noun: The name of this kind of folder, for messages.
         oldest: The oldest contract version that this runtime reads.
         remedy: A sentence on what to do about a description that can't be used.
-        check_digests: Whether the folder's files are compared with their digests.
+        check_digests: True if the folder's files are compared with their digests.
 
     Raises:
         BundleError: The file can't be read, is larger than any description, breaks the schema, or follows a contract

@@ -56,7 +56,7 @@ class ListedFolder:
     Attributes:
         path: The folder.
         files: Size and digest of each file that may be read, by name. None if all files may be read.
-        check_digests: Whether to compare digests. Sizes are always compared.
+        check_digests: True to compare digests. Sizes are always compared.
         description: Name of the file that lists the others, for messages.
         noun: Kind of the folder for messages, such as ``bundle``.
     """
@@ -195,7 +195,7 @@ def open_regular(path: Path, *, follow: bool = True) -> io.BufferedReader:
 
     Args:
         path: The file.
-        follow: Whether to follow the path if it is a link.
+        follow: True to follow the path if it is a link.
 
     Raises:
         OSError: The file can't be opened, or is not a regular file.

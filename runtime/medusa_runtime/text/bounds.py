@@ -20,7 +20,7 @@ class TextBound(NamedTuple):
 
     Attributes:
         bytes_per_token: The most bytes of text per token.
-        with_spaces: Whether whitespace counts. It does not if a token may strip any amount of whitespace around it.
+        with_spaces: True if whitespace counts. It does not if a token may strip any amount of whitespace around it.
         lost: Bytes that don't count. The vocabulary lacks them, so encoding drops them.
     """
 

@@ -41,7 +41,7 @@ class TextStream:
     Args:
         tokenizer: The tokenizer.
         stop: A stop string, or several.
-        skip_special_tokens: Whether special tokens are left out of the text.
+        skip_special_tokens: True if special tokens are left out of the text.
         prompt_ids: The tokens before the stream.
         shown_ids: Special tokens that are part of the text, although the others are left out.
 

@@ -56,7 +56,7 @@ class Tokenizer:
         named_tokens: The tokens that have a role, by role: ``{"eos_token": "</s>", …}``.
         chat_templates: The chat templates by name. The default template's name is ``default``.
         special_ids: The ids that ``decode`` skips.
-        cleans_up: Whether ``decode`` removes spaces before punctuation, for tokenizers that ask for it.
+        cleans_up: True if ``decode`` removes spaces before punctuation, for tokenizers that ask for it.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Tokenizer:
 
         Args:
             text: The text.
-            add_special_tokens: Whether to add the tokens that begin and end a text.
+            add_special_tokens: True to add the tokens that begin and end a text.
             max_tokens: The most tokens that the caller can use. Text that certainly has more is refused before it is
                 encoded. If the tokenizer has no bound, text of more than ``MAX_BYTES_PER_TOKEN`` bytes for each of
                 these tokens is refused.
@@ -241,7 +241,7 @@ class Tokenizer:
             messages: The messages. Each has a ``role`` and usually a ``content``: a string, or a list of parts such as
                 ``{"type": "text", "text": …}``. If the template does not support parts, they are joined to one string
                 with line breaks.
-            add_generation_prompt: Whether to end with the opening of the assistant's answer.
+            add_generation_prompt: True to end with the opening of the assistant's answer.
             chat_template: Name of the template. The default is ``tool_use`` if tools are given and the tokenizer has
                 that template, otherwise ``default``.
             template_variables: The template's other variables: ``tools`` (JSON schemas), ``documents``, …
@@ -279,8 +279,8 @@ class Tokenizer:
 
         Args:
             ids: The token ids.
-            skip_special_tokens: Whether special tokens are left out.
-            clean_up: Whether to remove spaces before punctuation. None follows the tokenizer's configuration.
+            skip_special_tokens: True if special tokens are left out.
+            clean_up: True to remove spaces before punctuation. None follows the tokenizer's configuration.
 
         Raises:
             RequestError: An id is negative or exceeds 32 bits.
