@@ -18,7 +18,7 @@ from torch import Tensor
 from medusa_export.common.errors import ExportError
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, replace
-from medusa_export.graph.trace import EXPERTS_MARK, MARK_DOMAIN
+from medusa_export.graph.translations import EXPERTS_MARK, MARK_DOMAIN
 from medusa_export.graph.weights import LazyWeight, register
 
 

@@ -17,7 +17,8 @@ from medusa_export.graph.rewrites.rewrite import StepFacts
 from medusa_export.graph.rewrites.standard import STANDARD
 from medusa_export.graph.sampling import expand_sampling
 from medusa_export.graph.stored_types import stored_types
-from medusa_export.graph.trace import MARK_DOMAIN, simplify, trace
+from medusa_export.graph.trace import simplify, trace
+from medusa_export.graph.translations import MARK_DOMAIN
 from medusa_export.graph.weights import PREFIX, StepWeights
 from medusa_export.models.activations import ActivationRanges
 from medusa_export.models.supported import max_positions

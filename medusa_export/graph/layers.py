@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from medusa_export.common.errors import ExportError
 from medusa_export.common.tuning import MOST_CONCATENATED
-from medusa_export.graph.trace import EXPERTS_MARK, MARK_DOMAIN
+from medusa_export.graph.translations import EXPERTS_MARK, MARK_DOMAIN
 from medusa_runtime.bundles.states import StateGroup
 
 

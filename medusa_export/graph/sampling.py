@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError
 from medusa_export.compat.torch import export_program, quiet_tracing
-from medusa_export.graph.trace import MARK_DOMAIN, example_sampling, free_sizes, simplify, translate
+from medusa_export.graph.trace import example_sampling, free_sizes, simplify, translate
+from medusa_export.graph.translations import MARK_DOMAIN
 from medusa_export.step.sampling import SamplingInputs, draw
 
 

@@ -5,119 +5,23 @@ The other layers are marks. ``medusa_export.graph.layers`` replaces them.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import values
 from torch import Tensor, nn
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.onnxscript import fold_constants, unread_sources
 from medusa_export.compat.torch import export_program, quiet_tracing, tracing_once
 from medusa_export.graph.layer_reuse import AnotherKindError, decoder_layers, kinds_of, reusing_layers
-from medusa_export.step.constraints import refused_bits
-from medusa_export.step.sampling import HALVINGS, LEAST_LOGIT, SamplingInputs
+from medusa_export.graph.translations import OPSET_VERSION, translations
+from medusa_export.step.sampling import SamplingInputs
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
-from medusa_runtime.bundles.contract import MASK_BITS, constraint_inputs, fixed_shape, mask_bytes, sampling_inputs
+from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, sampling_inputs
 from medusa_runtime.bundles.states import groups_of
-
-OPSET_VERSION = 24
-MARK_DOMAIN = "medusa_export"
-EXPERTS_MARK = "ExpertProducts"
-
-
-def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
-    """An operator of our own domain. A finished graph has none."""
-    types = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int64", "int32", "bool")]
-    parameter, variadic = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Variadic
-    kinds = {"port": onnx.defs.OpSchema.AttrType.STRING}
-    of_outputs = [f"T{i}" for i in range(outputs)]
-    schema = onnx.defs.OpSchema(
-        name,
-        MARK_DOMAIN,
-        1,
-        inputs=[parameter("inputs", "T", param_option=variadic, is_homogeneous=False)],
-        outputs=[parameter(f"output{i}", of_type) for i, of_type in enumerate(of_outputs)],
-        type_constraints=[(of_type, types, "") for of_type in ("T", *of_outputs)],
-        attributes=[
-            onnx.defs.OpSchema.Attribute(attribute, kinds.get(attribute, onnx.defs.OpSchema.AttrType.INT), "")
-            for attribute in attributes
-        ],
-    )
-    return values.Op(values.Opset(MARK_DOMAIN, 1), name, schema)
-
-
-@functools.cache
-def _translations() -> dict[Any, Any]:
-    """The functions that translate our custom ops to ONNX, by op."""
-    onnx_op = values.Opset("", OPSET_VERSION)
-    boundary = _mark("LayerBoundary", "layer", "port")
-    layer_op = _mark("DecoderLayer", "layer", "like")
-    blocks_op = _mark("ConcatBlocks", "group")
-    draw_op = _mark("DrawNodes", outputs=7)
-    experts_op = _mark(EXPERTS_MARK, "transposed")
-
-    def cache_scatter(cache: Any, update: Any, write_indices: Any) -> Any:
-        return onnx_op.TensorScatter(cache, update, write_indices, axis=2)
-
-    def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float) -> Any:
-        return onnx_op.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
-
-    def layer_boundary(tensor: Any, layer: int, port: str) -> Any:
-        return boundary(tensor, layer=layer, port=port)
-
-    def decoder_layer(inputs: Any, layer: int, like: int) -> Any:
-        return layer_op(*inputs, layer=layer, like=like)
-
-    def concat_blocks(blocks: Any, group: int) -> Any:
-        return blocks_op(*blocks, group=group)
-
-    def expert_products(rows: Any, weights: Any, counts: Any, transposed: bool) -> Any:
-        return experts_op(rows, weights, counts, transposed=int(transposed))
-
-    def draw_nodes(logits: Any, nodes: Any, parents: Any, ancestors: Any, given: Any) -> Any:
-        return draw_op(logits, nodes, parents, ancestors, *given)
-
-    def number(value: float) -> Any:  # of the rank of its operands, so that TensorRT adds no layer for it
-        return onnx_op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, (1, 1, 1), (value,)))
-
-    def nucleus_end(scaled: Any, weights: Any, mass: Any) -> Any:
-        axis, none = onnx_op.Constant(value_ints=[-1]), number(0.0)
-        end = onnx_op.Expand(number(LEAST_LOGIT), onnx_op.Shape(mass))
-        for width in HALVINGS:
-            middle = onnx_op.Add(end, number(width))
-            above = onnx_op.ReduceSum(onnx_op.Where(onnx_op.Greater(scaled, middle), weights, none), axis)
-            end = onnx_op.Where(onnx_op.Less(above, mass), end, middle)
-        kept = onnx_op.Where(onnx_op.Greater(scaled, end), scaled, none)
-        return onnx_op.ReduceMin(kept, axis)
-
-    def refused(masks: Any, vocab_size: int) -> Any:
-        whole = onnx_op.Constant(value_ints=[0, 0, MASK_BITS * mask_bytes(vocab_size)])
-        table = onnx_op.Constant(value=onnx.numpy_helper.from_array(refused_bits().numpy()))
-        numbers = onnx_op.Gather(table, onnx_op.Cast(masks, to=onnx.TensorProto.INT32))
-        padded = onnx_op.Reshape(numbers, whole)
-        if vocab_size % MASK_BITS == 0:
-            return padded
-        begin, end, axis = (onnx_op.Constant(value_ints=[number]) for number in (0, vocab_size, 2))
-        return onnx_op.Slice(padded, begin, end, axis)
-
-    ops = torch.ops.medusa_export
-    return {
-        ops.cache_scatter.default: cache_scatter,
-        ops.attention.default: attention,
-        ops.expert_products.default: expert_products,
-        ops.draw_nodes.default: draw_nodes,
-        ops.nucleus_end.default: nucleus_end,
-        ops.refused.default: refused,
-        ops.layer_boundary.default: layer_boundary,
-        ops.decoder_layer.default: decoder_layer,
-        ops.concat_blocks.default: concat_blocks,
-    }
 
 
 def _named(out: StepOutput) -> dict[str, Tensor]:
@@ -265,7 +169,7 @@ def translate(program: torch.export.ExportedProgram) -> ir.Model:
                 optimize=False,
                 verbose=False,
                 opset_version=OPSET_VERSION,
-                custom_translation_table=_translations(),
+                custom_translation_table=translations(),
             )
     except Exception as error:
         raise ExportError(f"Translating the traced model to ONNX failed: {first_line(error)}") from error
