@@ -1,11 +1,8 @@
 """Sampling inside a step: the distribution of each row, and a drawn token after each verified node.
 
 The base model's logits are divided by the temperature and cut off by top-k, top-p and min-p, in this order, as in
-transformers. What is left is the *processed* distribution p. One token is drawn from it per node, by a race: the token
-with the largest p / E wins. The numbers E are exponentially distributed and come from the host. They depend on the
-place of the token in the text, not on the node or the step. So exact sampling gives the same text with every tree, and
-without one. Rounding changes a winner only if two tokens are as close to each other as the rounding error. A draw by
-the cumulative sum would depend on the rounding of every token.
+transformers. What is left is the *processed* distribution p. One token is drawn from it per node, by a race
+(``step.race``).
 
 No operation here runs over more nodes than the host gave numbers for, so a step without any costs almost nothing.
 """
@@ -16,15 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from medusa_export.heads.sizes import sym_min
 from medusa_export.step.constraints import ConstraintInputs, constrained
 from medusa_export.step.indexing import take_entries, take_rows
-from medusa_runtime.bundles.contract import MAX_TOP_K, RACE_BLOCK, num_blocks
+from medusa_export.step.race import race
+from medusa_runtime.bundles.contract import MAX_TOP_K
 
 # Below the best logit: a vocabulary of such tokens weighs less than fp32 can resolve.
 LEAST_LOGIT = -40.0
@@ -192,7 +188,7 @@ def draw(logits: Tensor, nodes: Tensor, parents: Tensor, ancestors: Tensor, give
     total = weights.sum(-1, keepdim=True)
     bar = torch.where(is_typical, _typical_bar(scaled, weights, total, given), -torch.inf)
     weights = torch.where((scaled > bar) | (scaled == 0), weights, 0.0)
-    tokens = torch.where(draws, _race(weights, exponentials), best)
+    tokens = torch.where(draws, race(weights, exponentials), best)
 
     own = take_entries(scaled, parents, nodes).unsqueeze(-1)
     in_reach = (own >= cut.least.index_select(1, parents)) & ((own > bar.index_select(1, parents)) | (own == 0))
@@ -225,28 +221,6 @@ def _(
     beyond, end = (torch.empty_like(logits[..., :1], dtype=dtype) for dtype in (torch.bool, torch.float32))
     typical, constrained = torch.empty_like(nodes, dtype=torch.bool), torch.empty_like(logits, dtype=torch.float32)
     return Drawn(torch.empty_like(nodes), typical, logprobs, log_total, beyond, end, constrained).tensors()
-
-
-def lags(logits: Tensor, numbers: NDArray[np.float32], temperature: float, tokens: Sequence[int]) -> Tensor:
-    """The distance of tokens [N] from the winners of their races, [N]: the increase of log p that each would need.
-
-    Args:
-        logits: [N, V], of the base model.
-        numbers: [N, blocks + 256], as ``Draws`` gives them.
-        temperature: The temperature; nothing else may shape the distribution.
-        tokens: [N], the tokens to look at.
-    """
-    count, vocab_size = logits.shape
-    blocks = num_blocks(vocab_size)
-    weights = torch.nn.functional.pad((logits / temperature).softmax(-1), (0, blocks * RACE_BLOCK - vocab_size))
-    weights = weights.view(count, blocks, RACE_BLOCK)
-    of_blocks, of_tokens = _by_race(torch.from_numpy(numbers), blocks)
-    row, drawn = torch.arange(count), torch.as_tensor(tokens)
-    block, place = drawn // RACE_BLOCK, drawn % RACE_BLOCK
-    among_blocks = (weights.sum(-1) / of_blocks).log()
-    inside = (weights[row, block] / of_tokens).log()
-    behind: Tensor = among_blocks.amax(-1) - among_blocks[row, block] + inside.amax(-1) - inside[row, place]
-    return behind
 
 
 def _log_total(logits: Tensor) -> Tensor:
@@ -338,31 +312,3 @@ def _typical_bar(scaled: Tensor, weights: Tensor, total: Tensor, given: Sampling
     log_total = total.log()
     entropy = log_total - (weights * scaled.clamp(min=-100.0)).sum(-1, keepdim=True) / total
     return torch.minimum(given.typical_epsilon.log(), given.typical_alpha.log() - entropy) + log_total
-
-
-def _race(weights: Tensor, exponentials: Tensor) -> Tensor:
-    """Draws tokens [B, U, 1], each with the probability w / Σ w of its weight w.
-
-    w / E is the largest of all with that probability if all E are exponentially distributed. The block of the
-    vocabulary is drawn first, by the sum of its weights, then the token in it. That takes fewer numbers than one race
-    of all tokens.
-
-    Args:
-        weights: [B, U, V], at least 0, not all of them 0.
-        exponentials: [B, U, blocks + 256], the numbers E.
-    """
-    batch, nodes, vocab_size = weights.shape
-    blocks = num_blocks(vocab_size)
-    weights = torch.nn.functional.pad(weights, (0, blocks * RACE_BLOCK - vocab_size))
-    weights = weights.reshape(batch, nodes, blocks, RACE_BLOCK)
-    of_blocks, of_tokens = _by_race(exponentials, blocks)
-    block = (weights.sum(-1) / of_blocks).argmax(-1, keepdim=True)
-    inside = take_rows(weights.flatten(0, 1), block.view(-1, 1)).view(batch, nodes, RACE_BLOCK)
-    token: Tensor = block * RACE_BLOCK + (inside / of_tokens).argmax(-1, keepdim=True)
-    return token
-
-
-def _by_race(exponentials: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Splits the numbers into those of the blocks and those of the tokens in a block."""
-    place = torch.arange(blocks + RACE_BLOCK)  # a gather by constants, because TensorRT computes a slice's shape
-    return exponentials.index_select(-1, place[:blocks]), exponentials.index_select(-1, place[blocks:])

@@ -10,24 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from medusa_export.common.errors import DatasetError
-from medusa_export.training.conversations import Conversation, Message
+from medusa_export.training.conversations import Conversation
+from medusa_export.training.row_parsing import TWICE, UnusableError, parsed_row
 
-# The role that each name in data sets stands for.
-_ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "student"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "model", "bot", "chatbot", "ai", "function_call"),
-        "assistant",
-    ),
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
-}
-_TURNS = ("messages", "conversations", "conversation")
-_PROMPTS = ("prompt", "instruction", "question", "text")
-_ANSWERS = ("completion", "response", "output", "answer")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _LEADING = ("\ufeff", "\u200b")  # invisible characters that editors leave before a text
-_MOST_CHARACTERS = 20_000_000
 _NAMED = 5  # skipped rows that a summary names
 _KEPT = 100  # skipped rows that a job's description names
 # The first bytes of files that are not text.
@@ -37,11 +23,6 @@ _BINARY = {
     b"PK": "a zip file",
     b"ARROW1": "an Arrow file",
 }
-_TWICE = 0  # marks objects that have a key twice; a JSON object has no key like this number
-
-
-class _UnusableError(ValueError):
-    """A row can't be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +127,8 @@ def read_conversations(path: Path) -> Reading:
     for place, row in rows:
         source = f"{path.name} {place}"
         try:
-            found.append(_parsed(row, source))
-        except _UnusableError as error:
+            found.append(parsed_row(row, source))
+        except UnusableError as error:
             skipped.append(Skipped(source, str(error)))
     if not found and not skipped:
         raise DatasetError(f"{path} holds no prompts: give one per line, or JSON objects with messages.")
@@ -190,7 +171,7 @@ def _text_rows(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON file, with their places. A row of invalid JSON is an ``_UnusableError``."""
+    """The rows of a JSON file, with their places. A row of invalid JSON is an ``UnusableError``."""
     if text.lstrip().startswith("["):
         try:
             rows = _loads(text)
@@ -214,7 +195,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             row = _loads(line)
         except ValueError as error:
-            row = _UnusableError(f"it is not valid JSON ({error})")
+            row = UnusableError(f"it is not valid JSON ({error})")
         yield f"line {number}", row
 
 
@@ -239,139 +220,9 @@ def _loads(text: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:
-    """A JSON object as a dictionary. If a key occurs twice, the entry ``_TWICE`` names it."""
+    """A JSON object as a dictionary. If a key occurs twice, the entry ``TWICE`` names it."""
     found: dict[Any, Any] = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        found[_TWICE] = next(key for key in keys if keys.count(key) > 1)
+        found[TWICE] = next(key for key in keys if keys.count(key) > 1)
     return found
-
-
-def _parsed(row: Any, source: str) -> Conversation:
-    """The conversation in a row.
-
-    Raises:
-        _UnusableError: The row has no usable conversation.
-    """
-    if isinstance(row, _UnusableError):
-        raise row
-    if isinstance(row, str):
-        messages = [_message("user", row)]
-        row = {}
-    elif isinstance(row, dict):
-        _check_once(row)
-        messages = _messages(row)
-    else:
-        raise _UnusableError(f"it holds {type(row).__name__}, not an object with messages or a prompt")
-    messages = _from_first_user(messages)
-    if sum(len(message["content"]) for message in messages) > _MOST_CHARACTERS:
-        raise _UnusableError(f"it has more than {_MOST_CHARACTERS:,} characters")
-    written = _written(row)
-    if len(written) != sum(message["role"] == "assistant" for message in messages):
-        written = ()
-    return Conversation(tuple(messages), complete=row.get("complete") is not False, written=written, source=source)
-
-
-def _messages(row: dict[Any, Any]) -> list[Message]:
-    turns = next((row[key] for key in _TURNS if row.get(key) is not None), None)
-    prompt = next((row[key] for key in _PROMPTS if row.get(key)), None)
-    answer = next((row[key] for key in _ANSWERS if row.get(key)), None)
-    if turns is None and isinstance(prompt, list):  # the prompt is a list of messages, and the answer may be one
-        turns = [*prompt, *answer] if isinstance(answer, list) else prompt
-        answer = None if isinstance(answer, list) else answer
-    if turns is not None:
-        if not isinstance(turns, list):
-            raise _UnusableError(f"its messages are {type(turns).__name__}, not a list")
-        if not turns:
-            raise _UnusableError("its conversation is empty")
-        system = row.get("system") or row.get("system_prompt")
-        messages = [_turn(turn) for turn in turns]
-        if isinstance(system, str) and messages[0]["role"] != "system":
-            messages.insert(0, _message("system", system))
-        return messages + ([_message("assistant", answer)] if isinstance(prompt, list) and answer else [])
-    if isinstance(row.get("data"), list):
-        if not all(isinstance(said, str) for said in row["data"]):
-            raise _UnusableError("its 'data' holds values that are not texts")
-        return [_message(("user", "assistant")[place % 2], said) for place, said in enumerate(row["data"])]
-    if not isinstance(prompt, str):
-        raise _UnusableError(
-            f"it has the keys {', '.join(repr(key) for key in row) or '(none)'}, but none of 'messages', "
-            "'conversations', 'data' and 'prompt' with text"
-        )
-    messages = [_message("user", f"{prompt}\n\n{row['input']}" if row.get("input") else prompt)]
-    return [*messages, _message("assistant", answer)] if isinstance(answer, str) else messages
-
-
-def _turn(turn: Any) -> Message:
-    if not isinstance(turn, dict):
-        raise _UnusableError(
-            f"it holds the turn {str(turn)[:80]!r}, not an object with role and content (or from and value)"
-        )
-    _check_once(turn)
-    name = turn.get("role", turn.get("from"))
-    role = _ROLES.get(str(name).strip().lower())
-    if role is None:
-        raise _UnusableError(f"it holds a turn of {str(name)[:80]!r}, which is not a known role")
-    message = _message(role, _text(turn.get("content", turn.get("value")), str(name)))
-    thought = next((turn[key] for key in _THOUGHTS if isinstance(turn.get(key), str) and turn[key].strip()), None)
-    if role == "assistant" and thought is not None:
-        message |= {key: _message(role, thought)["content"] for key in _THOUGHTS}  # templates read different keys
-    return message
-
-
-def _text(content: Any, name: str) -> str:
-    """The text of a turn: its content, or the joined parts of its content."""
-    if isinstance(content, str):
-        return content
-    if content is None:
-        raise _UnusableError(f"a turn of {name!r} has no text")
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == len(parts):
-            return "".join(texts)
-        raise _UnusableError(f"a turn of {name!r} has parts that are not text")
-    raise _UnusableError(f"the content of a turn of {name!r} is {type(content).__name__}, not text")
-
-
-def _message(role: str, text: str) -> Message:
-    """A message of a role and a text.
-
-    Raises:
-        _UnusableError: The text is not valid Unicode.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _UnusableError("its text is not valid UTF-8") from error
-    return {"role": role, "content": text.removeprefix("\ufeff")}
-
-
-def _from_first_user(messages: list[Message]) -> list[Message]:
-    """The messages from the first user message on, with the system messages before it.
-
-    Raises:
-        _UnusableError: There is no user message, or all user messages are empty.
-    """
-    first = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
-    if first is None:
-        raise _UnusableError("it has no user message")
-    if not any(message["content"].strip() for message in messages if message["role"] == "user"):
-        raise _UnusableError("its user messages are empty")
-    return [message for message in messages[:first] if message["role"] == "system"] + messages[first:]
-
-
-def _check_once(found: dict[Any, Any]) -> None:
-    """Refuses an object that has a key twice."""
-    if _TWICE in found:
-        raise _UnusableError(f"it has the key {found[_TWICE]!r} twice")
-
-
-def _written(row: dict[Any, Any]) -> tuple[tuple[int, ...], ...]:
-    """The token ids of each answer; empty if the row does not have them."""
-    written = row.get("written")
-    if not isinstance(written, list) or not all(isinstance(ids, list) for ids in written):
-        return ()
-    if not all(type(token) is int for ids in written for token in ids):
-        return ()
-    return tuple(tuple(ids) for ids in written)

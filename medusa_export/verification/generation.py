@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from medusa_export.common.progress import OnProgress, Progress
-from medusa_export.step.sampling import lags
+from medusa_export.step.race import lags
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Check, Tolerances
 from medusa_export.verification.plan import Plan

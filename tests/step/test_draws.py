@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_export.step import sampling
+from medusa_export.step import race, sampling
 from medusa_runtime import SamplingParams
 from medusa_runtime.bundles.contract import MAX_TOP_K, RACE_BLOCK
 from medusa_runtime.sampling import Draws
@@ -90,7 +90,7 @@ def test_a_mutation_of_the_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_biased_race_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token keeps its chance and its log probability: only how often each wins tells."""
-    monkeypatch.setattr(sampling, "_by_race", lambda e, blocks: (e[..., :blocks], e[..., blocks:] ** 1.2))
+    monkeypatch.setattr(race, "_by_race", lambda e, blocks: (e[..., :blocks], e[..., blocks:] ** 1.2))
     with pytest.raises(AssertionError):
         test_the_distribution_is_that_of_transformers(101, SamplingParams(), 3.0)
 

@@ -154,7 +154,7 @@ def test_binary_files_are_refused(tmp_path: Path, start: bytes, kind: str) -> No
 
 
 def test_a_gigantic_row_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_export.training.rows._MOST_CHARACTERS", 1000)
+    monkeypatch.setattr("medusa_export.training.row_parsing._MOST_CHARACTERS", 1000)
     found = read(tmp_path, lines(GOOD, {"prompt": "a" * 1001}))
     assert str(found.skipped[0]) == "data.jsonl line 2: it has more than 1,000 characters"
 
