@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.errors import ExportError
-from medusa_runtime.bundles.bundle import EndToken
+from medusa_runtime.bundles.facts import EndToken
 
 GENERATION_CONFIG, CONFIG, TOKENIZER, TEMPLATE = "generation config", "config", "tokenizer", "chat template"
 # Words of a trial conversation. They have no special characters, so that no template changes them.

@@ -9,7 +9,7 @@ from medusa_export.common import defaults
 from medusa_export.common.dtypes import WEIGHT_TYPES, WeightType
 from medusa_export.common.errors import OptionError
 from medusa_export.models.blocks import Bits
-from medusa_runtime.bundles.bundle import WeightFacts
+from medusa_runtime.bundles.facts import WeightFacts
 
 Role = Literal["layers", "lm_head", "heads", "embeddings", "other"]
 

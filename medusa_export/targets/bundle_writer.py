@@ -20,15 +20,8 @@ from medusa_export.models.generation_settings import kept_settings
 from medusa_export.models.supported import max_positions, short_positions
 from medusa_export.step.step import MedusaStep
 from medusa_export.targets.onnxruntime.derive import derive_graphs
-from medusa_runtime.bundles.bundle import (
-    DESCRIPTION,
-    GRAPH,
-    WEIGHTS,
-    Acceptance,
-    Bundle,
-    GraphFacts,
-    HeadFacts,
-)
+from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH, WEIGHTS, Bundle
+from medusa_runtime.bundles.facts import Acceptance, GraphFacts, HeadFacts
 from medusa_runtime.bundles.listed_folder import FileFacts
 from medusa_runtime.bundles.model_facts import ModelFacts
 from medusa_runtime.errors import BundleError

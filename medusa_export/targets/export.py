@@ -34,7 +34,8 @@ from medusa_export.targets.source import Source, opened_source
 from medusa_export.trees.calibration import Calibration
 from medusa_export.trees.named import NamedTree, load_tree
 from medusa_export.trees.prior import prior_acceptance
-from medusa_runtime.bundles.bundle import Acceptance, Bundle
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.facts import Acceptance
 from medusa_runtime.bundles.tree import Tree
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from medusa_export.common.errors import DatasetError
 from medusa_export.common.files import write_text
-from medusa_runtime.bundles.bundle import Acceptance
+from medusa_runtime.bundles.facts import Acceptance
 from medusa_runtime.bundles.json_file import Count, Name, Share, parse_json
 from medusa_runtime.bundles.listed_folder import read_file
 from medusa_runtime.bundles.tree import MAX_DEPTH, RankPath, Tree

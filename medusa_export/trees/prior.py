@@ -6,7 +6,7 @@ marks them as ``prior``. A calibration replaces them.
 
 from __future__ import annotations
 
-from medusa_runtime.bundles.bundle import Acceptance
+from medusa_runtime.bundles.facts import Acceptance
 from medusa_runtime.bundles.tree import RankPath, Tree
 
 TOP_1 = (0.560, 0.316, 0.201, 0.147, 0.118)

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from medusa_export.trees.timing import TreeTimes
-from medusa_runtime.bundles.bundle import Acceptance
+from medusa_runtime.bundles.facts import Acceptance
 from medusa_runtime.decoding.latency import candidate_sizes
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from medusa_runtime.bundles.bundle import Acceptance
+from medusa_runtime.bundles.facts import Acceptance
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.decoding.latency import LatencyTable
 from medusa_runtime.decoding.tree_choice import TreeChoice

@@ -36,7 +36,7 @@ from medusa_export.benchmarks.speeds import by_category, race, speeds
 from medusa_export.cli import main
 from medusa_export.common.errors import CheckpointError, DatasetError
 from medusa_runtime import Bundle, MedusaEngine
-from medusa_runtime.bundles.bundle import WeightFacts
+from medusa_runtime.bundles.facts import WeightFacts
 from medusa_runtime.tuning import FIRST_ACCURACY
 from support.script import load_script
 

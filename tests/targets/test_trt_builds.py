@@ -24,8 +24,8 @@ from medusa_export.targets.tensorrt.profiles import profiles_for
 from medusa_export.targets.tensorrt.rewrites.pipeline import TENSORRT, graph_for_tensorrt
 from medusa_runtime import Bundle, Tree
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
-from medusa_runtime.bundles.bundle import WeightFacts
 from medusa_runtime.bundles.compiled import EngineLimits
+from medusa_runtime.bundles.facts import WeightFacts
 from medusa_runtime.sampling import GREEDY, SamplingParams
 from support.decoding import TREE, export, make_step, random_heads
 from support.stock import Stock

@@ -13,7 +13,8 @@ from medusa_export.graph.rewrites.pipeline import Pipeline
 from medusa_export.graph.rewrites.rewrite import StepFacts
 from medusa_export.targets.onnxruntime.pipelines import DERIVED
 from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
-from medusa_runtime.bundles.bundle import GRAPH, GraphFacts
+from medusa_runtime.bundles.bundle import GRAPH
+from medusa_runtime.bundles.facts import GraphFacts
 from medusa_runtime.bundles.slots import PANEL
 
 # Characters of the longest reason that a bundle keeps.

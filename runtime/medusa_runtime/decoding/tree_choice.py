@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.bundles.bundle import Acceptance
+from medusa_runtime.bundles.facts import Acceptance
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.decoding.latency import LatencyTable
 from medusa_runtime.request import TreeSize

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_runtime.bundles.bundle import Acceptance
+from medusa_runtime.bundles.facts import Acceptance
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.decoding.latency import LatencyTable
 from medusa_runtime.decoding.tree_choice import TreeChoice

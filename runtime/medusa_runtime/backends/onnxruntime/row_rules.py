@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.onnxruntime.one_node import one_node_model
-from medusa_runtime.bundles.bundle import Bundle, WeightFacts
+from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.facts import WeightFacts
 from medusa_runtime.bundles.matrices import MatrixFacts
 
 # Matrices of the test: long enough sums, and as many rows of W as a kernel takes at once.
