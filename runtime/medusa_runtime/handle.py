@@ -175,6 +175,7 @@ class RequestHandle(Closeable):
         with self._changed:
             assert self._outcome is None, "a request ends once"
             self._outcome = outcome
+            self._on_cancel = _do_nothing  # it may hold the handle; a cycle would stay until garbage is collected
             self._notify()
 
     def _notify(self) -> None:
@@ -185,6 +186,10 @@ class RequestHandle(Closeable):
     def close(self) -> None:
         """As ``cancel``. A ``with`` block calls it at its end."""
         self.cancel()
+
+
+def _do_nothing(_: MedusaError | None) -> None:
+    """The ``on_cancel`` of a request that has ended."""
 
 
 def follow(handle: RequestHandle, on_chunk: Callable[[Chunk], None], fail: Callable[[BaseException], None]) -> None:

@@ -119,6 +119,8 @@ class Api:
         except asyncio.CancelledError:
             future.add_done_callback(lambda done: None if done.exception() else undo(done.result()))
             raise
+        finally:
+            del future  # an error's traceback holds this frame, which must not hold the error
 
     def submit(self, client: str, answers: Sequence[Asked]) -> Generation:
         """Submits all answers of a request, or none.

@@ -242,10 +242,15 @@ async def _answered(work: Awaitable[T]) -> T:
     except (ApiError, ClientDisconnect):
         raise
     except Exception as error:
-        found = api_error(error)
-        if found.status == 500:
-            _log.error("A request failed", exc_info=error)
-        raise found from error
+        raise _logged(error) from error
+
+
+def _logged(error: Exception) -> ApiError:
+    """Returns the answer to an error, and logs an error of the server."""
+    found = api_error(error)
+    if found.status == 500:
+        _log.error("A request failed", exc_info=error)
+    return found
 
 
 def _described(body: type[BaseModel], answer: Any, *, streams: bool = False) -> dict[str, Any]:

@@ -120,3 +120,4 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await asyncio.gather(task, watch, return_exceptions=True)
+        del task  # an error's traceback holds this frame, which must not hold the error
