@@ -15,8 +15,9 @@ if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
   .venv/bin/python -c 'import sys, pip; assert sys.version_info >= (3, 11)' 2>/dev/null ||
     "${PYTHON:-python3}" -m venv --clear .venv
   # Python compiles a module when it is first imported. To compile all 15,000 now would take a minute.
-  .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
-    --editable ".[$_extras]"
+  _pip=(.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt)
+  "${_pip[@]}" --upgrade pip  # Python's own one may be years old, and take half a minute longer to find 200 packages
+  "${_pip[@]}" --editable ".[$_extras]"
   echo "$_wanted" > "$_stamp"
 fi
 . .venv/bin/activate
