@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -122,7 +123,9 @@ class EagerBackend:
             if row in prompts:
                 num_tokens[row] = len(given)
         is_prefill = torch.tensor([row in prompts for row in range(self._rows)])
-        with torch.no_grad(), self._device:
+        # A device as a context costs more than a small operation does.
+        device = nullcontext() if self._device == torch.get_default_device() else self._device
+        with torch.no_grad(), device:
             output = self._step(
                 StepInputs(
                     input_ids=ids.to(self._device),
