@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from medusa_runtime.bundles.tree import Tree
     from medusa_runtime.constraints.grammar import Grammar
     from medusa_runtime.constraints.options import Constraints
-    from medusa_runtime.engine import GenerationStream, MedusaEngine
+    from medusa_runtime.engine import MedusaEngine
     from medusa_runtime.errors import (
         BackendError,
         BundleError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ServiceClosedError,
         TreeError,
     )
+    from medusa_runtime.generation_stream import GenerationStream
     from medusa_runtime.handle import RequestHandle
     from medusa_runtime.metrics import Metrics, PrometheusMetrics
     from medusa_runtime.request import Chunk, EngineOptions, GenerationOptions, GenerationResult, RequestOptions, Stats
@@ -54,7 +55,7 @@ _MODULES = {
     "ForkError": "errors",
     "GenerationOptions": "request",
     "GenerationResult": "request",
-    "GenerationStream": "engine",
+    "GenerationStream": "generation_stream",
     "Grammar": "constraints.grammar",
     "MedusaEngine": "engine",
     "MedusaError": "errors",
