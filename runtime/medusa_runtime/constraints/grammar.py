@@ -90,6 +90,21 @@ class Grammar:
         except Exception as error:
             raise RequestError(f"The GBNF grammar can't be read: {error}") from error
 
+    @property
+    def expression(self) -> str:
+        """The grammar as a part of a rule of another grammar, in Lark's notation.
+
+        Raises:
+            RequestError: It consists of several grammars.
+        """
+        if not self.source.lstrip().startswith("{"):
+            return f"%lark {{\n{self.source}\n}}"
+        parts = json.loads(self.source)["grammars"]
+        if len(parts) > 1:
+            raise RequestError("A grammar of several parts can't be combined with tools: give one in Lark's notation.")
+        schema = parts[0].get("json_schema")
+        return f"%json {json.dumps(schema)}" if schema is not None else Grammar(parts[0]["lark_grammar"]).expression
+
 
 class GrammarWalk:
     """Follows a grammar along the text of one request.

@@ -70,15 +70,18 @@ class ToolChoice:
         return self.mode == "required"
 
     def constrained(self, form: ChatFormat, prompt: ChatPrompt, constraints: Constraints | None) -> Constraints | None:
-        """Constraints that also make the answer follow the grammar of its calls, if calls are forced or strict.
+        """Constraints that also make the answer follow the grammar of its calls.
 
-        Without forced calls, a format that the request asks for goes first.
+        An answer with forced calls has nothing else. Otherwise it has calls, or the format that the request asks for.
+        Calls must be valid if the function is strict. Without forced or strict calls and without a format, nothing is
+        added.
 
         Raises:
             RequestError: A function's schema is no JSON object.
         """
-        has_format = constraints is not None and constraints.grammar is not None
-        if not self.is_forced and (has_format or not any(tool.function.strict for tool in self.tools)):
+        answer_format = None if constraints is None or self.is_forced else constraints.grammar
+        is_free = answer_format is None and not any(tool.function.strict for tool in self.tools)
+        if not self.is_forced and (is_free or not self.tools):
             return constraints
         callable_tools = [
             CallableTool(
@@ -88,7 +91,13 @@ class ToolChoice:
             for tool in self.tools
             if self.name in (None, tool.function.name)
         ]
-        grammar = form.calls(prompt.text, callable_tools, one_call=self.one_call, may_answer=not self.is_forced)
+        grammar = form.calls(
+            prompt.text,
+            callable_tools,
+            one_call=self.one_call,
+            may_answer=not self.is_forced,
+            answer_format=answer_format,
+        )
         return replace(constraints or Constraints(), grammar=grammar)
 
     def parser(self, form: ChatFormat, prompt: ChatPrompt) -> OutputParser:

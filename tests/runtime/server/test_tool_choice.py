@@ -13,9 +13,11 @@ import jsonschema_rs
 import openai
 import pytest
 
-from medusa_runtime import MedusaService
+from medusa_runtime import Grammar, MedusaService, RequestError
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from medusa_runtime.server.output.call_form import closed_schema
+from medusa_runtime.constraints.grammar import GrammarWalk
+from medusa_runtime.server.output.call_form import CallableTool, calls_grammar, closed_schema
+from medusa_runtime.server.output.formats import TOOL_FORMATS
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
 from medusa_runtime.text.tokenizer import Tokenizer
@@ -152,6 +154,64 @@ def test_strict_tools_leave_text_free_and_bind_calls(client: openai.OpenAI) -> N
         for call in message.tool_calls or []:
             assert call.type == "function"
             check(call.function, "look", "go")
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS)
+def test_a_format_beside_tools_allows_calls_or_the_format(form: str) -> None:
+    """The format of an answer governs its text, not its calls."""
+    written, marks = TOOL_FORMATS[form].calls, TOOL_FORMATS[form].marks
+    tools = [CallableTool("look", {}), CallableTool("go", None)]
+    formats = {
+        '{"ok": true}': Grammar.json_schema(ANSWER, one_line=True),
+        "aab": Grammar.regex("a+b"),
+        "yes}": Grammar.lark('start: word\nword: "yes}" | "no"'),
+    }
+    tokenizer = make_tokenizer(257).backend_tokenizer
+
+    def accepts(grammar: Grammar, text: str) -> bool:
+        walk = GrammarWalk(grammar, tokenizer.to_str(), 257, [0])
+        try:
+            walk.extend(tokenizer.encode(text, add_special_tokens=False).ids)
+            walk.extend([0])
+        except RequestError:
+            return False
+        return True
+
+    opening = written.opening + written.before + written.begin
+    assert set(marks) and opening
+    for text, answer_format in formats.items():
+        grammar = calls_grammar(written, tools, {}, may_answer=True, answer_format=answer_format)
+        call = written.opening + written.before + written.head("look") + '{"x": 1}' + written.end + written.after
+        assert accepts(grammar, call)
+        assert accepts(grammar, written.content + text)
+        assert not accepts(grammar, written.content + "text")
+        assert not accepts(grammar, written.content + text + call)
+
+
+@pytest.mark.parametrize("pushed", ["", "{o"], ids=["to nothing", "to the format"])
+def test_an_answer_has_a_call_or_the_format_that_was_asked_for(client: openai.OpenAI, pushed: str) -> None:
+    strict: Any = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    ids = make_tokenizer(257).encode(pushed, add_special_tokens=False)
+    fields = CHAT | {"tools": strict, "temperature": 1, "n": 2, "parallel_tool_calls": False}
+    fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": ANSWER}}
+    fields["logit_bias"] = {str(token): 50 for token in ids}
+    for seed in range(2):
+        for found in client.chat.completions.create(**fields, seed=seed).choices:
+            calls = found.message.tool_calls or []
+            assert not (pushed and calls)
+            for call in calls:
+                assert call.type == "function"
+                check(call.function, "look", "go")
+            if not calls:
+                jsonschema_rs.validate(ANSWER, json.loads(found.message.content or ""))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ _FURTHER = frozenset(
         "if",
     ]
 )
+# A string, a separator, or any other character of a JSON text in one line.
+_JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[:,] |.')
 _NO_ARGUMENTS: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 
 
@@ -104,6 +106,7 @@ def calls_grammar(
     reasoning: ReasoningForm | None = None,
     one_call: bool = False,
     may_answer: bool = False,
+    answer_format: Grammar | None = None,
 ) -> Grammar:
     """The grammar of an answer that calls functions.
 
@@ -114,6 +117,8 @@ def calls_grammar(
         reasoning: How reasoning before the calls is written; None if there is none.
         one_call: If True, there is one call at most.
         may_answer: If True, the answer may be text without calls, or have text before the calls.
+        answer_format: The format of an answer without calls; None if its text is free. With a format, no text comes
+            before the calls.
 
     Raises:
         RequestError: A schema is no JSON object.
@@ -128,11 +133,15 @@ def calls_grammar(
         schema = _NO_ARGUMENTS if tool.schema is None else closed_schema(tool.schema)
         schema = {**schema, "type": "object", **ONE_LINE}
         head, end = _text(form.head(tool.name), marks), _text(form.end, marks)
+        if answer_format is not None and not form.opening:
+            head = _json_text(form.head(tool.name))
         rules.append(f"call_{number}: {head} %json {json.dumps(schema)} {end}")
     further = "" if one_call or form.between is None else f"({_text(form.between, marks)} call){{0,{_MOST_CALLS - 1}}}"
     rules.append(f"calls: {_text(form.before, marks)} call {further} {_text(form.after, marks)}")
     answer = f"{_text(form.opening, marks)} calls"
-    if may_answer and form.content:
+    if may_answer and answer_format is not None:
+        answer += f" | {_text(form.content, marks)} {answer_format.expression}"
+    elif may_answer and form.content:
         answer += f" | {_text(form.content, marks)} TEXT"
     elif may_answer and form.opening:
         rules.append(f"preface{ending_with(form.opening)}")
@@ -174,6 +183,14 @@ def _text(text: str, marks: Mapping[str, int]) -> str:
     return " ".join(
         f"<[{marks[piece]}]>" if piece in marks else json.dumps(piece, ensure_ascii=False) for piece in pieces if piece
     )
+
+
+def _json_text(text: str) -> str:
+    """The start of a JSON object in Lark's notation, in the pieces that the grammar of a schema has.
+
+    llguidance prefers a longer piece, and does not go back: ``{"name": "`` in one piece would allow no other object.
+    """
+    return " ".join(json.dumps(piece, ensure_ascii=False) for piece in _JSON_PIECE.findall(text))
 
 
 class ForcedCallParser:

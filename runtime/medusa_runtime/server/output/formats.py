@@ -136,7 +136,13 @@ class ChatFormat:
         return reasoning.ReasoningParser(inner, is_open=reasoning.is_open(prompt))
 
     def calls(
-        self, prompt: str, tools: Sequence[CallableTool], *, one_call: bool = False, may_answer: bool = False
+        self,
+        prompt: str,
+        tools: Sequence[CallableTool],
+        *,
+        one_call: bool = False,
+        may_answer: bool = False,
+        answer_format: Grammar | None = None,
     ) -> Grammar:
         """The grammar of an answer that calls functions. Reasoning may come before the calls.
 
@@ -145,6 +151,7 @@ class ChatFormat:
             tools: The functions that may be called.
             one_call: If True, there is one call at most.
             may_answer: If True, the answer may be text without calls, or have text before the calls.
+            answer_format: The format of an answer without calls; None if its text is free.
 
         Raises:
             RequestError: A schema is no JSON object.
@@ -157,7 +164,13 @@ class ChatFormat:
             begin = "" if reasoning.is_open(prompt) else reasoning.OPEN
             thought = ReasoningForm(begin, reasoning.CLOSE, gap="\n\n")
         return calls_grammar(
-            self.tools.calls, tools, self.marks, reasoning=thought, one_call=one_call, may_answer=may_answer
+            self.tools.calls,
+            tools,
+            self.marks,
+            reasoning=thought,
+            one_call=one_call,
+            may_answer=may_answer,
+            answer_format=answer_format,
         )
 
 
