@@ -14,6 +14,8 @@ Tried with transformers 5.23.0.
   names of tensors that they did not find. Without it, their text models can't be loaded.
 * ``experts_of``, ``experts_layout``, ``register_experts``, ``experts_function``: the interface by which layers
   call their experts. Without it, the code of experts would have to be replaced for each family of models.
+* ``CACHE``, ``cache_argument``: transformers 5.24 gave ``past_key_values`` the name ``cache``, in arguments and in
+  outputs. Without them, each call would warn there, and fail from 5.40 on.
 * ``noting_masks``: transformers makes no masks for an attention function of ours. Without it, a model would be exported
   wrongly whose masks have a window that its layers don't hand to their attention.
 * ``may_be_missing``, ``may_be_left_out``: tensors that a class of models leaves out on purpose. Without them ``verify``
@@ -30,6 +32,7 @@ Tried with transformers 5.23.0.
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,7 +56,17 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
+
+# The field of a model's output that holds its cache, and the argument by which transformers' own layers take it.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the argument by which a model takes its cache. Models with their own code may have the older one."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), CACHE)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.common.errors import VerificationError
 from medusa_export.common.progress import Task
+from medusa_export.compat.transformers import CACHE, cache_argument
 from medusa_export.evaluation.figures import Counts
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import padded
@@ -103,11 +104,11 @@ def _start(sample: Sample) -> int:
 def _expected(model: PreTrainedModel, ids: Tensor, start: int) -> Iterator[tuple[int, Tensor]]:
     """Yields each position from ``start`` to the last but one, and the model's logits there, [rows, V]."""
     run: Any = model
-    cache = run(ids[:, :start], use_cache=True, logits_to_keep=1).past_key_values if start else None
+    cache = run(ids[:, :start], use_cache=True, logits_to_keep=1)[CACHE] if start else None
     end = ids.shape[1] - 1
     for first in range(start, end, _POSITIONS):
-        output = run(ids[:, first : min(first + _POSITIONS, end)], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = run(ids[:, first : min(first + _POSITIONS, end)], **{cache_argument(model): cache}, use_cache=True)
+        cache = output[CACHE]
         for place in range(output.logits.shape[1]):
             yield first + place, output.logits[:, place]
 

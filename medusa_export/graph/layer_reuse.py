@@ -118,7 +118,7 @@ class _Call:
         self.leaves, self.spec = tree_flatten((args, kwargs))
         caches = [leaf for leaf in self.leaves if isinstance(leaf, StepCache)]
         if len(caches) != 1 or not isinstance(self.leaves[0], Tensor):
-            raise ModelNotSupportedError("decoder layers called without a hidden state or without past_key_values")
+            raise ModelNotSupportedError("decoder layers called without a hidden state or without a cache")
         self.cache = caches[0]
         shared = [leaf for leaf in self.leaves if isinstance(leaf, UserDict)]
         self.shared: UserDict[str, tuple[Tensor, ...]] = shared[0] if shared else UserDict()

@@ -17,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from medusa_export.common.errors import ModelNotSupportedError
-from medusa_export.compat.transformers import has_causal_lm, model_class
+from medusa_export.compat.transformers import CACHE, has_causal_lm, model_class
 from medusa_export.models.checkpoint import LoadedModel
 from medusa_export.models.packed import StoredBlocks
 
@@ -52,7 +52,7 @@ class TextModel(GenerationMixin):  # type: ignore[misc]  # it has no annotations
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.divisor != 1.0:
             logits = logits / self.divisor
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: output.get(CACHE)})
 
 
 def text_model(whole: PreTrainedModel) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.torch import FakeTensorMode
-from medusa_export.compat.transformers import experts_function, noting_masks
+from medusa_export.compat.transformers import cache_argument, experts_function, noting_masks
 from medusa_export.models.supported import max_positions
 from medusa_export.step.adapters import adapted, only_shapes_from_length
 from medusa_export.step.attention import ATTENTION_NAME, StepCache, attending
@@ -125,7 +125,7 @@ def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
                 noting_masks(ATTENTION_NAME, masks.make),
                 experts_function(model, EXPERTS_NAME),
             ):
-                model(input_ids=token, position_ids=token, past_key_values=probe, use_cache=True)
+                model(input_ids=token, position_ids=token, **{cache_argument(model): probe}, use_cache=True)
         except ModelNotSupportedError:
             raise
         except Exception as error:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.common import defaults
 from medusa_export.common.errors import ExportError
-from medusa_export.compat.transformers import experts_function
+from medusa_export.compat.transformers import cache_argument, experts_function
 from medusa_export.heads.base import Draft, DraftHeads, DraftInputs
 from medusa_export.heads.sizes import sym_min
 from medusa_export.models.supported import short_positions
@@ -263,7 +263,8 @@ class MedusaStep(nn.Module):
                 attending(cache.masks, self.kernels),
                 experts_function(self.model, EXPERTS_NAME),
             ):
-                output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+                given = {cache_argument(self.model): cache}
+                output = self.model(input_ids=input_ids, position_ids=positions, use_cache=True, **given)
         finally:
             hook.remove()
         return output.logits, captured[0]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.errors import DatasetError
+from medusa_export.compat.transformers import cache_argument
 from medusa_export.models.end_tokens import EndTokens
 from medusa_export.training.conversations import Conversation, Message
 from medusa_export.training.features import fingerprint
@@ -240,7 +241,7 @@ class _Batch:
             input_ids=ids,
             attention_mask=self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
+            **{cache_argument(self._model): self._cache},
             use_cache=True,
             # An index tensor, not a number: with a slice of the hidden states, lm_head would be copied for each row.
             logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_export.compat import torch as compat_torch
+from medusa_export.compat.transformers import CACHE, cache_argument
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path for path in (ROOT / "medusa_export" / "compat").glob("*.py") if path.name != "__init__.py")
@@ -31,6 +33,27 @@ def test_private_modules_of_libraries_are_imported_there_alone() -> None:
     for path in sorted((ROOT / "medusa_export").rglob("*.py")):
         if "compat" not in path.parts:
             assert not private.search(path.read_text()), path
+
+
+class _Newer(torch.nn.Module):
+    def forward(self, ids: torch.Tensor, cache: object) -> None: ...
+
+
+class _Older(torch.nn.Module):
+    def forward(self, ids: torch.Tensor, past_key_values: object) -> None: ...
+
+
+class _Neither(torch.nn.Module):
+    def forward(self, ids: torch.Tensor, **given: object) -> None: ...
+
+
+def test_a_model_gets_its_cache_by_the_name_that_it_knows() -> None:
+    assert cache_argument(_Newer()) == "cache"
+    assert cache_argument(_Older()) == "past_key_values"
+    assert cache_argument(_Neither()) == CACHE
+    llama = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    assert cache_argument(llama) == CACHE
+    assert llama(torch.zeros(1, 1, dtype=torch.int64), use_cache=True)[CACHE] is not None
 
 
 def test_a_torch_without_the_option_for_stack_traces_exports(monkeypatch: pytest.MonkeyPatch) -> None:

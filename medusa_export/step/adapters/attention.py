@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from medusa_export.compat.transformers import CACHE
 from medusa_export.step.adapters.replacement import Replacement
 from medusa_export.step.alibi import Alibi, RoundedAlibi, bloom_slopes, mpt_slopes
 from medusa_export.step.attention import attention_forward
@@ -42,7 +43,7 @@ def _bloom(
     return residual + attention.dense(output.flatten(2)), None
 
 
-def _mpt(attention: Any, hidden_states: Tensor, *, past_key_values: Any, **_: object) -> tuple[Tensor, None]:
+def _mpt(attention: Any, hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:
     """``MptAttention.forward``."""
     mixed = attention.Wqkv(hidden_states)
     if attention.clip_qkv:
@@ -50,7 +51,7 @@ def _mpt(attention: Any, hidden_states: Tensor, *, past_key_values: Any, **_: ob
     query, key, value = (
         part.unflatten(2, (attention.n_heads, attention.head_dim)).transpose(1, 2) for part in mixed.chunk(3, dim=2)
     )
-    key, value = past_key_values.update(key, value, attention.layer_idx)
+    key, value = given[CACHE].update(key, value, attention.layer_idx)
     bias = Alibi(mpt_slopes(attention.n_heads))
     output = attention_forward(attention, query, key, value, None, attention.softmax_scale, bias=bias)[0]
     return attention.out_proj(output.flatten(2)), None
