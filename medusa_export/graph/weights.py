@@ -13,7 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor, nn
 
 from medusa_export.models.blocks import BlockWeight
-from medusa_export.models.checkpoint import Readers
+from medusa_export.models.checkpoint import Readers, readers_by_weight
 from medusa_export.models.packed import StoredBlocks
 from medusa_export.models.weight_types import Role
 from medusa_export.step.step import MedusaStep
@@ -61,10 +61,9 @@ class StepWeights:
         parameters = step.named_parameters(remove_duplicate=False)
         self._parameters = {f"{PREFIX}{name}": weight for name, weight in parameters}
         self._buffers = {f"{PREFIX}{name}": values for name, values in step.named_buffers(remove_duplicate=False)}
-        # A weight that is tied to another has the reader of the other.
-        known = {id(step.model.get_parameter(name)): read for name, read in readers.items()}
+        known = readers_by_weight(step.model, readers)
         if step.heads is not None:
-            known |= {id(step.heads.get_parameter(name)): read for name, read in head_readers.items()}
+            known |= readers_by_weight(step.heads, head_readers)
         self._readers = {name: known.get(id(weight)) for name, weight in self._parameters.items()}
         own = dict(step.model.named_parameters(remove_duplicate=False))
         self._blocks = {id(own[name]): stored for name, stored in blocks.items() if name in own}

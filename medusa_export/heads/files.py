@@ -85,7 +85,7 @@ def open_heads(
         CheckpointError: As for ``load_heads``.
     """
     file = _heads_file(path)
-    stored = _read(file)
+    stored = _open(file)
     lm_head = model.get_output_embeddings()
     if not isinstance(lm_head, nn.Linear):
         raise CheckpointError("This base model has no linear output projection, so no heads can be fitted to it.")
@@ -104,7 +104,7 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     Raises:
         CheckpointError: As for ``load_heads``.
     """
-    tensors = _read(_heads_file(path)).tensors
+    tensors = _open(_heads_file(path)).tensors
     kind = next((tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point), None)
     if kind is None:
         raise CheckpointError(f"The heads at {path} hold integers only: give weights that are not quantized.")
@@ -155,18 +155,18 @@ def _heads_file(source: str | Path) -> Path:
     )
 
 
-def _read(file: Path) -> StoredHeads:
+def _open(file: Path) -> StoredHeads:
     """Finds the heads in a file, or in the shards of an index. The tensors stay unread."""
     if file.name.endswith(".index.json"):
-        return StoredHeads(_read_shards(file))
+        return StoredHeads(_open_shards(file))
     if file.suffix == ".safetensors":
-        return _read_safetensors(file)
+        return _open_safetensors(file)
     if file.suffix in PICKLES:
-        return StoredHeads(_read_pickle(file))
+        return StoredHeads(_open_pickle(file))
     raise CheckpointError(f"{file} is neither a .safetensors nor a .pt file: give a file of heads in one of the two.")
 
 
-def _read_shards(index: Path) -> dict[str, Readable]:
+def _open_shards(index: Path) -> dict[str, Readable]:
     shards = weight_map(index)
     names = select_heads(index, shards)
     tensors: dict[str, Readable] = {}
@@ -178,7 +178,7 @@ def _read_shards(index: Path) -> dict[str, Readable]:
         if not (file.is_symlink() or file.exists()):
             raise CheckpointError(f"{index} names the shard {shard}, which is missing: add it to the folder.")
         check_file(file)
-        tensors.update(_read(file).tensors)
+        tensors.update(_open(file).tensors)
     for name in names:
         if name not in tensors:
             raise CheckpointError(
@@ -196,7 +196,7 @@ def _hub_place(index: Path) -> Place | None:
     return Place("/".join(name))
 
 
-def _read_safetensors(file: Path) -> StoredHeads:
+def _open_safetensors(file: Path) -> StoredHeads:
     try:
         opened = open_contents([file])
     except (SafetensorError, OSError) as e:
@@ -211,7 +211,7 @@ def _read_safetensors(file: Path) -> StoredHeads:
     return StoredHeads(opened.tensors, architecture, config)
 
 
-def _read_pickle(file: Path) -> Mapping[str, Readable]:
+def _open_pickle(file: Path) -> Mapping[str, Readable]:
     try:
         state = open_pickle(file)
     except pickle.UnpicklingError as e:

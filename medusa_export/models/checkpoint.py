@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common.registry import Registry
@@ -26,6 +26,17 @@ from medusa_export.models.packed import StoredBlocks, exact_blocks, packed_kinds
 
 # Functions that read weights, by the weights' names.
 Readers = Mapping[str, Callable[[], Tensor]]
+
+
+def readers_by_weight(model: nn.Module, readers: Readers) -> dict[int, Callable[[], Tensor]]:
+    """The functions that read weights, by the ``id`` of the weight. Weights that are tied have the same reader.
+
+    Args:
+        model: The model. It has placeholders for the weights that are read.
+        readers: The functions by the weights' names.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    return {id(weight): readers[name] for name, weight in named if name in readers}
 
 
 class StoredWeight(NamedTuple):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from medusa_export.common.errors import OutputError
 from medusa_export.common.progress import BYTES, OnProgress, Task
-from medusa_export.models.checkpoint import LoadedModel
+from medusa_export.models.checkpoint import LoadedModel, readers_by_weight
 
 
 def offload(loaded: LoadedModel, folder: Path, on_progress: OnProgress) -> PreTrainedModel:
@@ -29,12 +29,7 @@ def offload(loaded: LoadedModel, folder: Path, on_progress: OnProgress) -> PreTr
     """
     weights = {id(weight): weight for weight in loaded.model.parameters()}
     names = {id(weight): name for name, weight in loaded.model.named_parameters(remove_duplicate=False)}
-    # A weight that is tied to another has the reader of the other.
-    readers = {
-        id(weight): loaded.readers[name]
-        for name, weight in loaded.model.named_parameters(remove_duplicate=False)
-        if name in loaded.readers
-    }
+    readers = readers_by_weight(loaded.model, loaded.readers)
     size = 4 * sum(weight.numel() for weight in weights.values())
     task = Task("writing weights of the reference", size, on_progress, unit=BYTES)
     try:

@@ -16,7 +16,7 @@ from medusa_export.common import defaults
 from medusa_export.common.dtypes import Dtype, torch_name
 from medusa_export.common.errors import OptionError
 from medusa_export.compat.transformers import attention_of, is_larger
-from medusa_export.models.checkpoint import Readers
+from medusa_export.models.checkpoint import Readers, readers_by_weight
 from medusa_export.models.checkpoints import check_fast, load_tokenizer, model_name, open_model, reading
 from medusa_export.models.packed import StoredBlocks
 from medusa_export.models.supported import check_supported
@@ -49,10 +49,7 @@ class Source:
     @property
     def lm_head_reader(self) -> Callable[[], Tensor] | None:
         """The function that reads the model's output projection; None if it is in memory."""
-        lm_head = self.model.get_output_embeddings().weight
-        named = self.model.named_parameters(remove_duplicate=False)
-        names = (name for name, weight in named if weight is lm_head)
-        return next((self.readers[name] for name in names if name in self.readers), None)
+        return readers_by_weight(self.model, self.readers).get(id(self.model.get_output_embeddings().weight))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from medusa_export.common import defaults
 from medusa_export.trees.calibration import Calibration
 from medusa_export.trees.search import search_tree
 from medusa_runtime.bundles.json_file import parse_json
@@ -33,7 +34,7 @@ def reference_trees() -> list[str]:
 
 
 def load_tree(
-    spec: str, *, num_heads: int, top_k: int, calibration: Calibration | None = None, size: int = 64
+    spec: str, *, num_heads: int, top_k: int, calibration: Calibration | None = None, size: int = defaults.TREE_SIZE
 ) -> NamedTree:
     """Loads a tree for a number of heads.
 
@@ -49,18 +50,20 @@ def load_tree(
     Raises:
         TreeError: There is no such tree, or one of its paths can't be used with these heads.
     """
-    if spec == "default" and calibration is not None:
+    if spec == defaults.TREE and calibration is not None:
         found = search_tree(calibration, size)
         return NamedTree("calibrated", Tree.from_paths(found.paths, max_depth=num_heads, top_k=top_k))
-    if spec == "default":
+    if spec == defaults.TREE:
         paths = [path for path in _reference(_DEFAULT) if len(path) <= num_heads and max(path) < top_k]
-        return NamedTree("default", Tree.from_paths(paths))
+        return NamedTree(defaults.TREE, Tree.from_paths(paths))
     names = reference_trees()
     if spec in names:
         return NamedTree(spec, Tree.from_paths(_reference(spec), max_depth=num_heads, top_k=top_k))
     path = Path(spec)
     if not path.is_file():
-        raise TreeError(f"There is no tree {spec!r}: give 'default', a JSON file, or one of {', '.join(names)}.")
+        raise TreeError(
+            f"There is no tree {spec!r}: give {defaults.TREE!r}, a JSON file, or one of {', '.join(names)}."
+        )
     data = read_file(path, at_most=MAX_TREE_BYTES, error=TreeError)
     paths = parse_json(data, list[RankPath], path, remedy=TREE_REMEDY, error=TreeError)
     return NamedTree(path.stem, Tree.from_paths(paths, max_depth=num_heads, top_k=top_k))
