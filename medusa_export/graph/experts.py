@@ -16,24 +16,11 @@ import onnx_ir as ir
 from torch import Tensor
 
 from medusa_export.common.errors import ExportError
+from medusa_export.graph.last_made import LastMade
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, replace
 from medusa_export.graph.translations import EXPERTS_MARK, MARK_DOMAIN
 from medusa_export.graph.weights import LazyWeight, register
-
-
-class _LastStack:
-    """Keeps the stack that was read last. The matrices of a stack are written one after the other."""
-
-    def __init__(self) -> None:
-        self._last: tuple[LazyWeight, Tensor] | None = None
-
-    def read(self, stack: LazyWeight) -> Tensor:
-        """The values of a stack of matrices."""
-        if self._last is None or self._last[0] is not stack:
-            self._last = None  # two stacks need twice the memory
-            self._last = (stack, stack.read())
-        return self._last[1]
 
 
 def expand_experts(model: ir.Model) -> int:
@@ -48,14 +35,14 @@ def expand_experts(model: ir.Model) -> int:
     Raises:
         ExportError: The weights of experts are computed, and so can't be taken apart.
     """
-    last = _LastStack()
+    last = LastMade[Tensor]()
     marks = [node for node in model.graph if node.domain == MARK_DOMAIN and node.op_type == EXPERTS_MARK]
     for mark in marks:
         _expand(model.graph, mark, last)
     return len(marks)
 
 
-def _expand(graph: ir.Graph, mark: ir.Node, last: _LastStack) -> None:
+def _expand(graph: ir.Graph, mark: ir.Node, last: LastMade[Tensor]) -> None:
     rows, stacked, counts = (given(value) for value in mark.inputs)
     stack, shape = _stored(stacked), stacked.shape
     if stack is None or shape is None:
@@ -80,7 +67,9 @@ def _stored(stacked: ir.Value) -> LazyWeight | None:
     return stored if isinstance(stored, LazyWeight) else None
 
 
-def _matrices(stack: LazyWeight, shape: tuple[int, ...], last: _LastStack, *, transposed: bool) -> list[LazyWeight]:
+def _matrices(
+    stack: LazyWeight, shape: tuple[int, ...], last: LastMade[Tensor], *, transposed: bool
+) -> list[LazyWeight]:
     """The matrices [N, K] of a stack, as weights of their own.
 
     A matrix has the name of its stack and its place. For one that is stored as [K, N], the place is in brackets, as in
@@ -89,7 +78,7 @@ def _matrices(stack: LazyWeight, shape: tuple[int, ...], last: _LastStack, *, tr
     Args:
         stack: The stored weight.
         shape: The shape of the stack, [E, N, K] or [E, K, N].
-        last: Keeps what was read.
+        last: Keeps the stack that was read last.
         transposed: True if matrices are stored as [K, N].
     """
     count, rows, columns = shape
@@ -98,7 +87,7 @@ def _matrices(stack: LazyWeight, shape: tuple[int, ...], last: _LastStack, *, tr
     of = "" if len(stack.shape) == len(shape) else f"of{count}"
 
     def read(index: int) -> Tensor:
-        matrix = last.read(stack).view(shape)[index]
+        matrix = last.get(id(stack), stack.read).view(shape)[index]
         return matrix.T if transposed else matrix
 
     return [

@@ -13,6 +13,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
+from medusa_export.graph.last_made import LastMade
 from medusa_export.graph.rewrites.building import Builder, initializer
 from medusa_export.graph.rewrites.matching import given, rank_of, replace, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
@@ -72,7 +73,7 @@ class QuantizeWeights(Rewrite):
     def __init__(self, step: StepFacts) -> None:
         super().__init__(step)
         self._made: dict[tuple[str | None, Bits], _Parts] = {}
-        self._last: tuple[tuple[str | None, Bits], BlockWeight] | None = None
+        self._last = LastMade[BlockWeight]()
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def apply(self, model: ir.Model) -> int:
@@ -200,9 +201,14 @@ class QuantizeWeights(Rewrite):
         shape = (rows, columns // size)
         has_offsets = exact is not None and exact.has_offsets
 
+        def in_blocks() -> BlockWeight:
+            if exact is not None:
+                return exact.read().split(size, weight.torch_dtype)
+            return round_to_nearest(weight.read(), bits, size, symmetric=symmetric, dtype=weight.torch_dtype)
+
         def part(name: str, kind: ir.DataType, shape: tuple[int, int], make: _Make) -> ir.Value:
             def evaluate() -> ir.TensorProtocol:
-                return make(self._in_blocks(weight, bits, size, symmetric=symmetric))
+                return make(self._last.get((weight.name, bits), in_blocks))
 
             full_name = f"{weight.name}/int{bits}/{name}"
             return register(graph, ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=full_name))
@@ -226,19 +232,6 @@ class QuantizeWeights(Rewrite):
             has_offsets=has_offsets,
         )
         return parts
-
-    def _in_blocks(self, weight: LazyWeight, bits: Bits, block_size: int, *, symmetric: bool) -> BlockWeight:
-        """A matrix in blocks. The last one is kept, since its parts are written one after the other."""
-        key = (weight.name, bits)
-        if self._last is None or self._last[0] != key:
-            self._last = None  # frees its memory first
-            exact = self._exact_blocks(weight, bits, block_size)
-            if exact is None:
-                made = round_to_nearest(weight.read(), bits, block_size, symmetric=symmetric, dtype=weight.torch_dtype)
-            else:
-                made = exact.read().split(block_size, weight.torch_dtype)
-            self._last = (key, made)
-        return self._last[1]
 
     def _exact_blocks(self, weight: LazyWeight, bits: Bits, block_size: int) -> StoredBlocks | None:
         return _exact_blocks(weight, bits, block_size, keep_zero_points=self.step.weights.keep_zero_points)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
+from medusa_export.graph.last_made import LastMade
 from medusa_export.graph.rewrites.linears import transposed_weight
 from medusa_export.graph.rewrites.matching import producer
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
@@ -29,7 +30,7 @@ class StoreFloat8Weights(Rewrite):
 
     def __init__(self, step: StepFacts) -> None:
         super().__init__(step)
-        self._last: tuple[str | None, Float8Weight] | None = None
+        self._last = LastMade[Float8Weight]()
 
     def apply(self, model: ir.Model) -> int:
         count = 0
@@ -66,8 +67,5 @@ class StoreFloat8Weights(Rewrite):
         transpose.replace_input_with(0, read.outputs[0])
 
     def _rounded(self, weight: LazyWeight) -> Float8Weight:
-        """A rounded matrix. The last one is kept, since its parts are written one after the other."""
-        if self._last is None or self._last[0] != weight.name:
-            self._last = None  # frees its memory first
-            self._last = (weight.name, round_to_float8(weight.read(), weight.torch_dtype))
-        return self._last[1]
+        """A rounded matrix."""
+        return self._last.get(weight.name, lambda: round_to_float8(weight.read(), weight.torch_dtype))

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
+from medusa_export.graph.last_made import LastMade
 from medusa_export.graph.rewrites.block_weights import transposes_for_products
 from medusa_export.graph.rewrites.building import Builder, initializer
 from medusa_export.graph.rewrites.matching import given
@@ -43,7 +44,7 @@ class QuantizeProducts(Rewrite):
 
     def __init__(self, step: StepFacts) -> None:
         super().__init__(step)
-        self._last: tuple[str | None, BlockWeight] | None = None
+        self._last = LastMade[BlockWeight]()
 
     def apply(self, model: ir.Model) -> int:
         if self.step.activations is None:
@@ -77,7 +78,8 @@ class QuantizeProducts(Rewrite):
 
         def part(name: str, dtype: ir.DataType, shape: tuple[int, ...], make: _Make) -> ir.Value:
             def evaluate() -> ir.TensorProtocol:
-                return TorchTensor(make(self._per_output(weight, found)).contiguous())
+                made = self._last.get(weight.name, lambda: _per_output(weight, found))
+                return TorchTensor(make(made).contiguous())
 
             full_name = f"{weight.name}/int8/{name}"
             return register(graph, ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=full_name))
@@ -113,11 +115,8 @@ class QuantizeProducts(Rewrite):
         graph.insert_before(product, build.nodes)
         return result
 
-    def _per_output(self, weight: LazyWeight, found: InputRange) -> BlockWeight:
-        """W · f with one scale per output. The last one is kept, since its parts are written one after the other."""
-        if self._last is None or self._last[0] != weight.name:
-            self._last = None  # frees its memory first
-            scaled = weight.read().float() * found.factors
-            made = round_to_nearest(scaled, 8, scaled.shape[1], symmetric=True, dtype=weight.torch_dtype)
-            self._last = (weight.name, made)
-        return self._last[1]
+
+def _per_output(weight: LazyWeight, found: InputRange) -> BlockWeight:
+    """W · f with one scale per output."""
+    scaled = weight.read().float() * found.factors
+    return round_to_nearest(scaled, 8, scaled.shape[1], symmetric=True, dtype=weight.torch_dtype)
