@@ -18,10 +18,10 @@ def bundle_folder(folder: Path | None, *, tokenizer: bool = False, all_bytes: bo
         tokenizer: Whether the tiny bundle has a tokenizer.
         all_bytes: Whether its tokens are all bytes, and one that ends a text. Its texts may then be longer, too.
     """
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     if folder is not None:
         yield folder
         return
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     # Imported here since they need torch.
     from support.decoding import export, make_step, random_heads  # noqa: PLC0415
     from support.tiny_models import tiny_model  # noqa: PLC0415
