@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from medusa_export.commands.options import COUNT, PATH, option_with_default, qui
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.extras import extra
+
+if TYPE_CHECKING:
+    from medusa_export import BenchResult
 
 
 @click.command("bench", cls=Command)
@@ -72,8 +76,7 @@ def command(
     """
     with shown_progress(quiet=quiet) as on_progress:
         from medusa_export import BenchPeers, bench, bench_prompts
-        from medusa_export.benchmarks.report import as_markdown, as_table, earlier_report, own_weights, regressions
-        from medusa_export.common.files import write_text
+        from medusa_export.benchmarks.report import earlier_report, regressions
 
         if plot is not None:
             with extra("train"):
@@ -90,14 +93,30 @@ def command(
             peers=BenchPeers(plain, model, genai, llama_cpp),
             on_progress=on_progress,
         )
-    figures = result.figures()
-    if json_path is not None:
-        write_text(json_path, json.dumps(figures, indent=1) + "\n")
-    if markdown is not None:
-        write_text(markdown, as_markdown(result.speeds, result.categories))
+    _write(result, json_path, markdown)
     if plot is not None:
         plot_sizes(result.sizes, result.auto, plot)
+    _show(result)
+    if earlier is not None and (behind := regressions(result.figures(), earlier, tolerance)):
+        raise Failure(f"This is behind {compare}: {'; '.join(behind)}.")
+
+
+def _write(result: BenchResult, json_path: Path | None, markdown: Path | None) -> None:
+    """Writes the reports that are asked for."""
+    from medusa_export.benchmarks.report import as_markdown
+    from medusa_export.common.files import write_text
+
+    if json_path is not None:
+        write_text(json_path, json.dumps(result.figures(), indent=1) + "\n")
+    if markdown is not None:
+        write_text(markdown, as_markdown(result.speeds, result.categories))
+
+
+def _show(result: BenchResult) -> None:
+    """Prints the table of speeds, and sentences about it."""
     from rich.console import Console
+
+    from medusa_export.benchmarks.report import as_table, own_weights
 
     Console().print(as_table(result.speeds))
     for sentence in own_weights(result.speeds):
@@ -107,5 +126,3 @@ def command(
         f"'auto' verifies {auto.nodes_per_step:.2g} nodes/step: {auto.tokens_per_step:.2f} tokens/step, "
         f"{auto.speedup:.2f} times the speed of plain decoding in the same engine."
     )
-    if earlier is not None and (behind := regressions(figures, earlier, tolerance)):
-        raise Failure(f"This is behind {compare}: {'; '.join(behind)}.")

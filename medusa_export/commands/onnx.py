@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +22,9 @@ from medusa_export.commands.options import (
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import DTYPES, WEIGHT_TYPES, Dtype, WeightType
+
+if TYPE_CHECKING:
+    from medusa_export import WeightTypes
 
 # The value of an option that leaves weights in the type of --dtype.
 _UNCHANGED = "dtype"
@@ -141,15 +145,9 @@ def command(
             "Give exactly one of: --heads PATH (trained heads; a merged MEDUSA-2 model holds its own, so give its "
             "folder), --init-heads K (fresh heads, to try the pipeline), --no-heads (plain decoding)."
         )
-    from medusa_export import WeightTypes, export
+    from medusa_export import export
 
-    types = WeightTypes.all(
-        weights, block_size=int(block_size), symmetric=symmetric is not False, keep_zero_points=symmetric is not True
-    )
     own = {"lm_head": lm_head_weights, "heads": head_weights, "embeddings": embedding_weights}
-    chosen: dict[str, Any] = {role: None if kind == _UNCHANGED else kind for role, kind in own.items() if kind}
-    if lm_head_weights == "int4":
-        chosen["narrowed"] = frozenset({"lm_head"})
     with shown_progress(quiet=quiet) as on_progress:
         export(
             model,
@@ -165,8 +163,30 @@ def command(
             sampling=not greedy_only,
             acceptance_rules=(*defaults.ACCEPTANCE_RULES, *rules),
             dtype=dtype,
-            weights=replace(types, **chosen),
+            weights=_weight_types(weights, own, int(block_size), symmetric),
             activations=activations,
             overwrite=overwrite,
             on_progress=on_progress,
         )
+
+
+def _weight_types(
+    weights: WeightType | None, own: Mapping[str, str | None], block_size: int, symmetric: bool | None
+) -> WeightTypes:
+    """Returns the types of weights that the options ask for.
+
+    Args:
+        weights: The type of all matrices; None for the bundle's dtype.
+        own: The types that parts have instead, by part; None for parts without an option.
+        block_size: Columns that share a scale.
+        symmetric: The flag ``--symmetric``; None if it is not given.
+    """
+    from medusa_export import WeightTypes
+
+    types = WeightTypes.all(
+        weights, block_size=block_size, symmetric=symmetric is not False, keep_zero_points=symmetric is not True
+    )
+    chosen: dict[str, Any] = {part: None if kind == _UNCHANGED else kind for part, kind in own.items() if kind}
+    if own["lm_head"] == "int4":
+        chosen["narrowed"] = frozenset({"lm_head"})
+    return replace(types, **chosen)
