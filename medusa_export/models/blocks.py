@@ -11,7 +11,7 @@ from torch import Tensor
 
 Bits = Literal[4, 8]
 # Rows that are rounded at once. Rounding takes several times their size.
-_ROWS = 1024
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,14 @@ def round_to_nearest(
         symmetric: Put the zero points in the middle of the range. Otherwise each block has its own.
         dtype: The dtype of the scales. Values are rounded with the scale in this dtype.
     """
-    parts = [_rounded(rows, bits, block_size, symmetric=symmetric, dtype=dtype) for rows in torch.split(weight, _ROWS)]
-    values, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    zero_points = None if symmetric else torch.cat([part[2] for part in parts])
-    return BlockWeight(bits, block_size, values, scales, zero_points)
+    values = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(len(weight), weight.shape[1] // block_size, dtype=dtype, device=weight.device)
+    zero_points = torch.empty_like(scales, dtype=torch.uint8)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        rounded = _rounded(weight[rows], bits, block_size, symmetric=symmetric, dtype=dtype)
+        values[rows], scales[rows], zero_points[rows] = rounded
+    return BlockWeight(bits, block_size, values, scales, None if symmetric else zero_points)
 
 
 def _rounded(
