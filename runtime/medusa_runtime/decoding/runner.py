@@ -264,7 +264,7 @@ class StepRunner:
     def _step(self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]) -> StepResult:
         self.room.make(rows, size)
         # Where the state is on a device, comparing it costs more than it is worth.
-        before = self._state(rows) if self.in_flight is None else None
+        before = self._state() if self.in_flight is None else None
         try:
             return self.backend.step(size, prompts, rows)
         except (DeviceLostError, DoubtfulRowsError):
@@ -274,14 +274,15 @@ class StepRunner:
                 raise _doubtful(rows, error) from error
             raise
 
-    def _state(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
-        """A copy of the state that every step changes."""
-        return [self.backend.lengths[list(rows)], self.backend.drafts[list(rows)]]
+    def _state(self) -> list[NDArray[np.int64]]:
+        """A copy of the state of all rows that every step changes. To copy some rows only takes longer."""
+        return [self.backend.lengths.copy(), self.backend.drafts.copy()]
 
     def _is_still(self, before: Sequence[NDArray[np.int64]], rows: Sequence[int]) -> bool:
         """True if rows are as they were before a step; False if the backend can't say."""
+        chosen = list(rows)
         try:
-            return all(map(np.array_equal, before, self._state(rows)))
+            return all(np.array_equal(old[chosen], new[chosen]) for old, new in zip(before, self._state(), strict=True))
         except BackendError:
             return False
 

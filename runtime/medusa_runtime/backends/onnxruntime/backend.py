@@ -155,7 +155,7 @@ class OnnxRuntimeBackend(SessionBackend):
         self._run(binding, order, size, window.block.capacity)
         if self._staged is not None and not direct:
             self._staged.scatter(order)
-        self._state.commit(slice(None) if direct else order)
+        self._state.commit(None if direct else order)
         if self._state.path is not None:
             for row in order:
                 self._move_accepted(row, self._state.path[row])

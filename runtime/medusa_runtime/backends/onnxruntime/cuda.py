@@ -96,7 +96,7 @@ class OnnxRuntimeCudaBackend(SessionBackend):
         self._binding.refresh()
         self._caches.bind_pending(self._binding)
         self._run(self._binding, order, size, self.capacity)
-        self._state.commit([row for row in order if row not in idle] if idle else slice(None))
+        self._state.commit([row for row in order if row not in idle] if idle else None)
         self._caches.commit_pending()
         return self._state.result
 

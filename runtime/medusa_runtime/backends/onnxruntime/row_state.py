@@ -138,10 +138,13 @@ class RowState:
                 self._by_width[name, width] = array
         return array
 
-    def commit(self, rows: slice | list[int]) -> None:
-        """Makes what a step left of these rows their state; the other rows keep theirs."""
+    def commit(self, rows: list[int] | None) -> None:
+        """Makes what a step left of these rows their state; the other rows keep theirs. All rows if None."""
         for array, following in self._next:
-            array[rows] = following[rows]
+            if rows is None:
+                np.copyto(array, following)
+            else:
+                array[rows] = following[rows]
 
     def scrub(self, row: int) -> None:
         """Sets the pending entries from before a row's entry 0 to zero."""
