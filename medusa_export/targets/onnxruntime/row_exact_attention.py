@@ -20,6 +20,8 @@ from medusa_runtime.bundles.slots import PANEL
 _LONGEST_SUM = 256
 # A factor other than 1 keeps products of one row from a kernel that sums in another order. It cancels, exactly.
 _FACTOR = 2.0
+# The least exponent of a weight. Lower ones give numbers below 1e-38, which take a processor ten times as long.
+_LEAST_EXPONENT = -80.0
 # Equal columns of the denominators. Of a single one, sums over panels would be in another order.
 _COLUMNS = 16
 # [B, 1, S, P, panel] to [B, 1, P, S, panel].
@@ -33,9 +35,9 @@ class MakeAttentionRowExact(Rewrite):
     bit of an attention would become one of a 256th.
 
     1. ``Attention`` becomes two ``FusedMatMul``, a softmax of plain operators, and sums over panels of ``PANEL`` slots.
-       A panel is summed in the order of its slots, and panels in their order. Slots that a query doesn't see add exact
-       zeros. So gaps between the entries of a path change nothing, as long as all the nodes of a tree behind the root
-       are in one panel (see ``SlotLayout.size_within_panel``).
+       A panel is summed in the order of its slots, and panels in their order. Weights below exp(-80) of the largest one
+       are 0, so slots that a query doesn't see add exact zeros. So gaps between the entries of a path change nothing,
+       as long as all the nodes of a tree behind the root are in one panel (see ``SlotLayout.size_within_panel``).
     2. Query heads that share a key head become further rows of one product.
     3. ``TensorScatter`` writes new entries only, behind the others of their row.
     4. Cosines and sines are gathered from tables, if these are not too large.
@@ -87,6 +89,7 @@ class _Replacement:
         self._biases: dict[tuple[ir.Value, int], ir.Value] = {}
         self._slots = first_new_slots(graph, margin)
         head = Builder(graph)
+        self._least_weight = head("Exp", [_number(head, "least_exponent", _LEAST_EXPONENT)])
         self._capacity = head("Shape", [graph_input(graph, "past_key_0")], start=2, end=3)
         narrow_masks(graph, margin)
         self._unfilled = head("Sub", [self._capacity, filled_slots(graph)])
@@ -118,9 +121,16 @@ class _Replacement:
         scores = _scores(build, rows, keys, node.attributes["scale"].as_float())
         scores = _capped(build, scores, node.attributes["softcap"].as_float())
         scores = build("Add", [scores, self._bias(mask, num_heads // kv_heads)])
-        output = _weighted(build, _exponentials(build, scores), values)
+        output = _weighted(build, self._weights(build, scores), values)
         build("Reshape", [output, self._shape(0, num_heads, -1, head_dim)])
         replace(node.outputs[0], build.nodes)
+
+    def _weights(self, build: Builder, scores: ir.Value) -> ir.Value:
+        """exp(score - largest score of the row), less the least weight: exactly 0 for slots that are not seen."""
+        last, panels = integers(build.graph, "last_of_five", [4]), integers(build.graph, "panels_axis", [2])
+        largest = build("ReduceMax", [build("ReduceMax", [scores, last], keepdims=1), panels], keepdims=1)
+        exponents = build("Max", [build("Sub", [scores, largest]), _number(build, "least_exponent", _LEAST_EXPONENT)])
+        return build("Sub", [build("Exp", [exponents]), self._least_weight])
 
     def _shape(self, *axes: int) -> ir.Value:
         return integers(self._graph, f"shape_{'_'.join(map(str, axes))}", list(axes))
@@ -159,13 +169,6 @@ def _capped(build: Builder, scores: ir.Value, cap: float) -> ir.Value:
         return scores
     number = _number(build, f"soft_cap_{cap}", cap)
     return build("Mul", [build("Tanh", [build("Div", [scores, number])]), number])
-
-
-def _exponentials(build: Builder, scores: ir.Value) -> ir.Value:
-    """exp(score - largest score of the row)."""
-    last, panels = integers(build.graph, "last_of_five", [4]), integers(build.graph, "panels_axis", [2])
-    largest = build("ReduceMax", [build("ReduceMax", [scores, last], keepdims=1), panels], keepdims=1)
-    return build("Exp", [build("Sub", [scores, largest])])
 
 
 def _weighted(build: Builder, weights: ir.Value, values: ir.Value) -> ir.Value:
