@@ -152,7 +152,7 @@ class RequestHandle(Closeable):
         notify()
 
     def unlisten(self, notify: Callable[[], None]) -> None:
-        """Ends what ``listen`` began."""
+        """Ends what ``listen`` began. A call that is under way may still come."""
         with self._changed:
             self._listeners.remove(notify)
 
@@ -168,7 +168,8 @@ class RequestHandle(Closeable):
         """Receives the next chunk from the service."""
         with self._changed:
             self._chunks.append(chunk)
-            self._notify()
+            self._changed.notify_all()
+        self._tell_listeners()
 
     def end(self, outcome: GenerationResult | MedusaError) -> None:
         """Receives the end from the service: the complete answer, or the error that ended the request."""
@@ -176,11 +177,12 @@ class RequestHandle(Closeable):
             assert self._outcome is None, "a request ends once"
             self._outcome = outcome
             self._on_cancel = _do_nothing  # it may hold the handle; a cycle would stay until garbage is collected
-            self._notify()
+            self._changed.notify_all()
+        self._tell_listeners()
 
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        for listener in self._listeners:
+    def _tell_listeners(self) -> None:
+        """Calls all listeners, without the lock: the reader that a listener wakes takes it first of all."""
+        for listener in tuple(self._listeners):
             listener()
 
     def close(self) -> None:

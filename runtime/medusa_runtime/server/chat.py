@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -14,6 +13,7 @@ from medusa_runtime.server.chat_prompt import chat_prompt
 from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.errors import ApiError
 from medusa_runtime.server.generation import Delta, Generation
+from medusa_runtime.server.ids import random_hex
 from medusa_runtime.server.logprobs import chat_logprobs
 from medusa_runtime.server.output.parts import Arguments, Call
 from medusa_runtime.server.schema.answers import (
@@ -59,7 +59,7 @@ class ChatJob:
     request: ChatRequest
     generation: Generation
     choice: ToolChoice
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    id: str = field(default_factory=lambda: f"chatcmpl-{random_hex(24)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -223,7 +223,7 @@ class ChatJob:
     def _call_id(self) -> str:
         form = self.api.form.tools
         length = form.id_length if form else 0
-        return secrets.token_hex(length // 2 + 1)[:length] if length else f"call_{secrets.token_hex(12)}"
+        return random_hex(length) if length else f"call_{random_hex(24)}"
 
 
 def template_variables(given: JsonObject | None, effort: str | None) -> JsonObject:

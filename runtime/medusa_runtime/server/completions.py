@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -14,6 +13,7 @@ from medusa_runtime.server.api import Api, Asked
 from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.errors import unsupported
 from medusa_runtime.server.generation import Delta, Generation
+from medusa_runtime.server.ids import random_hex
 from medusa_runtime.server.logprobs import completion_logprobs
 from medusa_runtime.server.output.parts import PlainParser
 from medusa_runtime.server.schema.answers import Completion, CompletionChoice
@@ -49,7 +49,7 @@ class CompletionJob:
     request: CompletionRequest
     prompts: Sequence[str]
     generation: Generation
-    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    id: str = field(default_factory=lambda: f"cmpl-{random_hex(24)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod

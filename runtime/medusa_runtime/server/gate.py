@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import logging
 import re
-import secrets
 import time
 from collections.abc import MutableMapping
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_runtime.server.errors import ApiError
+from medusa_runtime.server.ids import random_hex
 from medusa_runtime.server.settings import Settings
 from medusa_runtime.server.tracing import Tracing
 
@@ -49,7 +49,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{random_hex(32)}"
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id
         started, status = time.monotonic(), 0

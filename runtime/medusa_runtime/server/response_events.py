@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from medusa_runtime.server.ids import random_hex
 from medusa_runtime.server.output.parts import Arguments, Call, Content, Part, Reasoning
 
 Kind = Literal["message", "reasoning", "function_call"]
@@ -36,10 +36,10 @@ class Item:
     text: str = ""
     name: str = ""
     id: str = ""
-    call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+    call_id: str = field(default_factory=lambda: f"call_{random_hex(24)}")
 
     def __post_init__(self) -> None:
-        self.id = self.id or f"{_PREFIXES[self.kind]}_{secrets.token_hex(24)}"
+        self.id = self.id or f"{_PREFIXES[self.kind]}_{random_hex(48)}"
 
     @property
     def part(self) -> dict[str, Any]:

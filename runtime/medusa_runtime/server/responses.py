@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from medusa_runtime.server.chat import template_variables
 from medusa_runtime.server.chat_prompt import chat_prompt
 from medusa_runtime.server.constraints import constraints_of
 from medusa_runtime.server.generation import Generation
+from medusa_runtime.server.ids import random_hex
 from medusa_runtime.server.response_events import Item, ResponseEvents, items_of
 from medusa_runtime.server.schema.chat import Function, FunctionCall, Message, MessageToolCall, Tool
 from medusa_runtime.server.schema.responses import InputItem, ResponsesRequest
@@ -47,7 +47,7 @@ class ResponseJob:
     api: Api
     request: ResponsesRequest
     generation: Generation
-    id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(24)}")
+    id: str = field(default_factory=lambda: f"resp_{random_hex(48)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod

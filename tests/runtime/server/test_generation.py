@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import threading
 from contextlib import ExitStack
 
 import pytest
 
 from medusa_runtime import BackendError, Chunk, GenerationResult, MedusaError, RequestHandle, Stats
 from medusa_runtime.server.generation import Choice, Delta, Generation
+from medusa_runtime.server.ids import random_hex
 from medusa_runtime.server.output.parts import PlainParser
 
 
@@ -74,3 +77,25 @@ def test_an_error_comes_behind_the_steps_before_it() -> None:
             await anext(deltas)
 
     asyncio.run(run())
+
+
+def test_a_reader_that_a_listener_wakes_finds_the_handle_free() -> None:
+    """It would wait for the service's thread otherwise, and hold up the event loop."""
+    handle = generation(1).choices[0].handle
+    found: list[list[Chunk]] = []
+
+    def wake() -> None:
+        reader = threading.Thread(target=lambda: found.append(handle.take()))
+        reader.start()
+        reader.join(10)
+
+    handle.listen(wake)
+    chunk = Chunk("a", (1,))
+    handle.put(chunk)
+    end(handle, "a")
+    assert found == [[], [chunk], []]
+
+
+def test_identifiers_have_as_many_digits_as_asked_for() -> None:
+    found = {random_hex(9) for _ in range(100)}
+    assert len(found) == 100 and all(re.fullmatch("[0-9a-f]{9}", digits) for digits in found)
