@@ -197,6 +197,15 @@ def weight_of(value: ir.Value) -> LazyWeight:
     return value.const_value
 
 
+def weights_in(name: str) -> tuple[str, ...]:
+    """The names in the step of the weights that a matrix of a graph holds, one above the other.
+
+    Args:
+        name: The name of the matrix, without the parts that say how it is stored.
+    """
+    return tuple(part.removeprefix(PREFIX) for part in name.split("+"))
+
+
 def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Makes a tensor an initializer of a graph, by its name."""
     value = ir.Value(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_export.graph.rewrites.matching import given, producer
-from medusa_export.graph.weights import PREFIX
+from medusa_export.graph.weights import weights_in
 from medusa_runtime.bundles.bundle import Bundle
 
 _LEAST, _MOST = -128, 127
@@ -47,9 +47,8 @@ def integer_products(bundle: Bundle) -> Iterator[IntegerProduct]:
         assert scaled is not None and values.name is not None
         inverse = _values(given(scaled.inputs[1]))
         stored = _values(values).T * _values(scales)[:, None]
-        names = values.name.rpartition("/int8")[0].split("+")
         yield IntegerProduct(
-            tuple(name.removeprefix(PREFIX) for name in names),
+            weights_in(values.name.rpartition("/int8")[0]),
             stored * inverse,
             _values(given(rounded.inputs[1])) / inverse,
         )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from medusa_export.graph.rewrites.block_weights import OFFSETS
-from medusa_export.graph.weights import PREFIX, TURNED
+from medusa_export.graph.rewrites.matching import given
+from medusa_export.graph.weights import TURNED, weights_in
 from medusa_export.models.blocks import BlockWeight
 from medusa_export.models.float8 import FLOAT8, Float8Weight
 from medusa_export.step.step import MedusaStep
@@ -70,40 +71,47 @@ def stored_matrices(bundle: Bundle) -> Iterator[StoredMatrix]:
     """Reads the matrices of a bundle's standard graph that are not in the bundle's dtype, one at a time."""
     graph = ir.load(bundle.graph).graph
     for node in graph:
-        half = _half_matrix(node)
-        if half is not None:
-            yield half
-            continue
-        if node.op_type == "DequantizeLinear" and (_is_float8(node) or "block_size" in node.attributes):
-            parts = [value.const_value for value in node.inputs if value is not None]
-            values, scales, zero_points = (*parts, None)[:3]
-        elif node.op_type == "Gather" and (node.inputs[0] is not None) and node.inputs[0].dtype == ir.DataType.UINT8:
-            values, zero_points = node.inputs[0].const_value, None
-            name = (node.inputs[0].name or "").replace("/values", "/scales")
-            scales = graph.initializers[name].const_value
-        else:
-            continue
-        assert values is not None and scales is not None and values.name is not None
-        if _is_float8(node):
-            names = values.name.rpartition("/fp8")[0].split("+")
-            numbers = torch.from_numpy(values.numpy().view(np.uint8).copy()).view(FLOAT8)
-            yield StoredMatrix(
-                tuple(name.removeprefix(PREFIX) for name in names),
-                False,
-                Float8Weight(numbers, _tensor(scales).float()),
-            )
-            continue
-        integers, steps = _tensor(values).to(torch.uint8), _tensor(scales)
-        zeros = None if zero_points is None else _tensor(zero_points).to(torch.uint8)
-        block_size = integers.shape[1] // steps.shape[1]
-        names = values.name.rpartition("/int")[0].split("+")
-        moved = graph.initializers.get(f"{values.name.rpartition('/')[0]}/{OFFSETS}")
-        offsets = None if moved is None or moved.const_value is None else _tensor(moved.const_value).float().T
-        yield StoredMatrix(
-            tuple(name.removeprefix(PREFIX) for name in names),
-            node.op_type == "Gather",
-            BlockWeight(4 if values.dtype.bitwidth == 4 else 8, block_size, integers, steps.float(), zeros, offsets),
-        )
+        found = _half_matrix(node) or _float8_matrix(node) or _block_matrix(node, graph)
+        if found is not None:
+            yield found
+
+
+def _block_matrix(node: ir.Node, graph: ir.Graph) -> StoredMatrix | None:
+    """The matrix that a node reads in blocks of integers; None for any other node."""
+    source = node.inputs[0] if node.inputs else None
+    if source is None or source.const_value is None or source.name is None:
+        return None
+    stem = source.name.rpartition("/")[0]
+    is_table = node.op_type == "Gather" and source.dtype == ir.DataType.UINT8
+    if is_table:
+        zeros, scales = None, graph.initializers[f"{stem}/scales"].const_value
+    elif node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
+        scales, zeros = (given(value).const_value for value in node.inputs[1:3])
+    else:
+        return None
+    assert scales is not None
+    integers, steps = _tensor(source.const_value).to(torch.uint8), _tensor(scales).float()
+    moved = graph.initializers.get(f"{stem}/{OFFSETS}")
+    blocks = BlockWeight(
+        4 if source.const_value.dtype.bitwidth == 4 else 8,
+        integers.shape[1] // steps.shape[1],
+        integers,
+        steps,
+        None if zeros is None else _tensor(zeros).to(torch.uint8),
+        None if moved is None or moved.const_value is None else _tensor(moved.const_value).float().T,
+    )
+    return StoredMatrix(weights_in(source.name.rpartition("/int")[0]), is_table, blocks)
+
+
+def _float8_matrix(node: ir.Node) -> StoredMatrix | None:
+    """The matrix that a node reads in 8-bit floating-point numbers; None for any other node."""
+    if node.op_type != "DequantizeLinear" or given(node.inputs[0]).dtype != ir.DataType.FLOAT8E4M3FN:
+        return None
+    values, scales = (given(value).const_value for value in node.inputs[:2])
+    assert values is not None and values.name is not None and scales is not None
+    numbers = torch.from_numpy(values.numpy().view(np.uint8).copy()).view(FLOAT8)
+    weights = weights_in(values.name.rpartition("/fp8")[0])
+    return StoredMatrix(weights, False, Float8Weight(numbers, _tensor(scales).float()))
 
 
 def _half_matrix(node: ir.Node) -> StoredMatrix | None:
@@ -113,11 +121,8 @@ def _half_matrix(node: ir.Node) -> StoredMatrix | None:
         return None
     stem, values = (value.name or "").rpartition("/")[0], _tensor(value.const_value)
     # A weight that products read is stored transposed.
-    names = [stem.removesuffix(TURNED)] if values.ndim > 2 else stem.removesuffix(TURNED).split("+")
     in_layout = values.T if stem.endswith(TURNED) else values
-    return StoredMatrix(
-        tuple(name.removeprefix(PREFIX) for name in names), node.op_type == "Gather", HalfWeight(in_layout)
-    )
+    return StoredMatrix(weights_in(stem.removesuffix(TURNED)), node.op_type == "Gather", HalfWeight(in_layout))
 
 
 def stored_bits(bundle: Bundle) -> float | None:
@@ -132,11 +137,6 @@ def stored_bits(bundle: Bundle) -> float | None:
     }
     total = sum(size for _, size in sizes.values())
     return sum(bits * size for bits, size in sizes.values()) / total if total else None
-
-
-def _is_float8(read: ir.Node) -> bool:
-    """True if a node dequantizes 8-bit floating-point numbers."""
-    return read.inputs[0] is not None and read.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN
 
 
 def use_stored_matrices(step: MedusaStep, bundle: Bundle) -> Check:

@@ -48,7 +48,7 @@ class Metrics:
         """A request has ended. ``outcome`` is its finish reason, or the name of the error's class."""
 
 
-def tell(hook: Callable[..., None], *figures: object) -> None:
+def call_hook(hook: Callable[..., None], *figures: object) -> None:
     """Calls a hook of ``Metrics`` and logs its exceptions."""
     try:
         hook(*figures)

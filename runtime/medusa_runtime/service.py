@@ -26,7 +26,7 @@ from medusa_runtime.decoding.scheduler import Job
 from medusa_runtime.decoding.sequence import TokenSequence, check_integer, check_tree_size
 from medusa_runtime.errors import CallbackError, MedusaError, QueueFullError, RequestCancelledError, RequestError
 from medusa_runtime.handle import RequestHandle, follow, waiting_time
-from medusa_runtime.metrics import Metrics, tell
+from medusa_runtime.metrics import Metrics, call_hook
 from medusa_runtime.request import (
     Chunk,
     GenerationResult,
@@ -204,7 +204,7 @@ class MedusaService(Closeable):
         try:
             self._thread.add(job)
         except QueueFullError:
-            tell(self._metrics.rejected)
+            call_hook(self._metrics.rejected)
             raise
         if on_chunk is not None:
             self._follow(job, handle, on_chunk)

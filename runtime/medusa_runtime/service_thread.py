@@ -26,7 +26,7 @@ from medusa_runtime.errors import (
     RequestError,
     ServiceClosedError,
 )
-from medusa_runtime.metrics import tell
+from medusa_runtime.metrics import call_hook
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class ServiceThread:
                         job.receiver.end(outcome)
             self._has_ended = True
             self.changed.notify_all()
-        tell(self.loop.metrics.load, 0, 0)
+        call_hook(self.loop.metrics.load, 0, 0)
         try:
             self.loop.backend.close()
         except MedusaError:
@@ -193,7 +193,7 @@ class ServiceThread:
                 self._end_some()
                 if not self.scheduler.is_idle:
                     return True
-                tell(self.loop.metrics.load, 0, 0)
+                call_hook(self.loop.metrics.load, 0, 0)
                 if not self._closing and self.scheduler.is_idle:  # that hook may have changed it
                     self.changed.wait()
             return False

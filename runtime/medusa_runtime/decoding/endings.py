@@ -12,7 +12,7 @@ from medusa_runtime.decoding.ownership import Ownership
 from medusa_runtime.decoding.runner import StepRunner
 from medusa_runtime.decoding.scheduler import Job, Scheduler
 from medusa_runtime.errors import BackendError, DeviceLostError, DoubtfulRowsError, MedusaError
-from medusa_runtime.metrics import Metrics, tell
+from medusa_runtime.metrics import Metrics, call_hook
 from medusa_runtime.request import GenerationResult
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ class Endings:
             if row is not None and not kept:
                 self._reset(row)
             result = outcome if isinstance(outcome, GenerationResult) else None
-            tell(self.metrics.ended, result.finish_reason if result else type(outcome).__name__, job.sequence.stats)
+            call_hook(
+                self.metrics.ended, result.finish_reason if result else type(outcome).__name__, job.sequence.stats
+            )
             job.receiver.end(outcome)
             self.changed.notify_all()
 

@@ -30,7 +30,7 @@ from medusa_runtime.decoding.scheduler import Admission, Job, Scheduler
 from medusa_runtime.decoding.sequence import TokenSequence
 from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSizes
 from medusa_runtime.errors import BackendError, DeviceLostError, DoubtfulRowsError, RequestError
-from medusa_runtime.metrics import Metrics, tell
+from medusa_runtime.metrics import Metrics, call_hook
 from medusa_runtime.request import TreeSize
 from medusa_runtime.tuning import LONE_CHUNK, MOVED_BESIDES
 
@@ -94,7 +94,7 @@ class DecodeLoop(Endings):
         """
         if not self._in_flight:
             self.admit()
-        tell(self.metrics.load, len(self.scheduler.waiting), len(self.scheduler.running))
+        call_hook(self.metrics.load, len(self.scheduler.waiting), len(self.scheduler.running))
         groups, moved = self._arranged()
         if self._room.is_shared and not self._in_flight and self._step_of_all([job for jobs in groups for job in jobs]):
             return
@@ -317,7 +317,7 @@ class DecodeLoop(Endings):
             self._retry(job)
             return
         emitted = self._deliver_step(job, result, size)
-        tell(self.metrics.step, "decode", 1, size, emitted, self.clock() - started)
+        call_hook(self.metrics.step, "decode", 1, size, emitted, self.clock() - started)
 
     def _retry(self, job: Job) -> None:
         """Runs a plain step for a request whose last step emitted nothing."""
@@ -355,7 +355,7 @@ class DecodeLoop(Endings):
         tokens: list[int] = []
         started = self.clock()
         yield tokens
-        tell(self.metrics.step, kind, rows, size, sum(tokens), self.clock() - started)
+        call_hook(self.metrics.step, kind, rows, size, sum(tokens), self.clock() - started)
 
 
 def _rows(jobs: Sequence[Job]) -> list[int]:
