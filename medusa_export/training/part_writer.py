@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_export.training.conversations import Conversation, Message
@@ -81,52 +81,87 @@ def write_conversations(
     when the chat template refuses it. A prompt without room for an answer has no row. A prompt that the template
     refuses has a row with the reason.
     """
-    users = [list(prompt.user_turns) for prompt in batch]
-    talks: list[list[Message]] = [list(prompt.system) for prompt in batch]
-    complete = [True] * len(batch)
-    ids: list[list[list[int]]] = [[] for _ in batch]
-    refused: dict[int, str] = {}
-    going = list(range(len(batch)))
+    talks = [_Talk(prompt, list(prompt.user_turns), list(prompt.system)) for prompt in batch]
+    going = talks
     for turn in range(settings.turns):
-        for row in going:
-            question = users[row][turn] if turn < len(users[row]) else "a"
-            if reason := writer.refusal([*talks[row], {"role": "user", "content": question}]):
-                refused[row] = reason
-        going = [row for row in going if row not in refused]
-        lacking = [row for row in going if turn >= len(users[row])]
-        written = writer.user_turns(
-            [talks[row] for row in lacking],
-            max_new_tokens=_USER_TURN_TOKENS,
-            temperature=settings.prompt_temperature,
-            seed=_seed(settings, "user", number, turn),
-        )
-        for row, said in zip(lacking, written, strict=True):
-            if said and said.complete and said.text.strip():
-                users[row].append(said.text.strip())
-        going = [row for row in going if turn < len(users[row])]
-        asked: list[list[Message]] = [[*talks[row], {"role": "user", "content": users[row][turn]}] for row in going]
-        answers = writer.answer(
-            asked,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=_seed(settings, "answers", number, turn),
-        )
-        for row, before, answer in zip(going, asked, answers, strict=True):
-            if answer:
-                talks[row] = [*before, {"role": "assistant", "content": answer.text}]
-                complete[row] = answer.complete
-                ids[row].append(list(answer.ids))
-        going = [row for row, answer in zip(going, answers, strict=True) if answer and answer.complete]
-    rows: list[dict[str, Any]] = []
-    for row, prompt in enumerate(batch):
-        found: dict[str, Any] = {"id": number * settings.batch_size + row, "messages": talks[row]}
-        if ids[row]:
-            tokens = sum(map(len, ids[row]))
-            found |= {"complete": complete[row], "tokens": tokens, "written": ids[row]}
-            rows.append(found | ({"ended": refused[row]} if row in refused else {}))
-        elif row in refused:
-            rows.append(found | {"messages": list(prompt.messages), "tokens": 0, "refused": refused[row]})
-    return rows
+        going = [talk for talk in going if talk.is_accepted(writer, turn)]
+        lacking = [talk for talk in going if turn >= len(talk.users)]
+        _write_user_turns(writer, settings, lacking, _seed(settings, "user", number, turn))
+        going = [talk for talk in going if turn < len(talk.users)]
+        going = _write_answers(writer, settings, going, turn, _seed(settings, "answers", number, turn))
+    rows = [talk.row(number * settings.batch_size + place) for place, talk in enumerate(talks)]
+    return [row for row in rows if row is not None]
+
+
+@dataclass
+class _Talk:
+    """A conversation while it is written.
+
+    Attributes:
+        prompt: The prompt.
+        users: The texts of the user's turns, those without an answer yet included.
+        messages: The messages up to the last answer.
+        ids: The token ids of each answer.
+        complete: False if the last answer was cut off.
+        refusal: The reason why the chat template refuses the next turn; None if it does not.
+    """
+
+    prompt: Conversation
+    users: list[str]
+    messages: list[Message]
+    ids: list[list[int]] = field(default_factory=list)
+    complete: bool = True
+    refusal: str | None = None
+
+    def asked(self, text: str) -> list[Message]:
+        """The messages with another turn of the user."""
+        return [*self.messages, {"role": "user", "content": text}]
+
+    def is_accepted(self, writer: Writer, turn: int) -> bool:
+        """Asks the chat template if it takes a turn, and keeps the reason if it does not."""
+        self.refusal = writer.refusal(self.asked(self.users[turn] if turn < len(self.users) else "a"))
+        return self.refusal is None
+
+    def row(self, number: int) -> dict[str, Any] | None:
+        """The conversation as a row of data; None if there was no room for an answer.
+
+        Args:
+            number: The number of the row.
+        """
+        found: dict[str, Any] = {"id": number, "messages": self.messages}
+        if self.ids:
+            found |= {"complete": self.complete, "tokens": sum(map(len, self.ids)), "written": self.ids}
+            return found if self.refusal is None else found | {"ended": self.refusal}
+        if self.refusal is None:
+            return None
+        return found | {"messages": list(self.prompt.messages), "tokens": 0, "refused": self.refusal}
+
+
+def _write_user_turns(writer: Writer, settings: DistillSettings, talks: Sequence[_Talk], seed: int) -> None:
+    """Writes the next turn of the user in each conversation. A turn that is cut off or empty is left out."""
+    written = writer.user_turns(
+        [talk.messages for talk in talks],
+        max_new_tokens=_USER_TURN_TOKENS,
+        temperature=settings.prompt_temperature,
+        seed=seed,
+    )
+    for talk, said in zip(talks, written, strict=True):
+        if said and said.complete and said.text.strip():
+            talk.users.append(said.text.strip())
+
+
+def _write_answers(
+    writer: Writer, settings: DistillSettings, talks: Sequence[_Talk], turn: int, seed: int
+) -> list[_Talk]:
+    """Answers a turn of the user in each conversation. Returns the conversations that can go on after it."""
+    asked = [talk.asked(talk.users[turn]) for talk in talks]
+    answers = writer.answer(asked, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=seed)
+    for talk, before, answer in zip(talks, asked, answers, strict=True):
+        if answer:
+            talk.messages = [*before, {"role": "assistant", "content": answer.text}]
+            talk.complete = answer.complete
+            talk.ids.append(list(answer.ids))
+    return [talk for talk, answer in zip(talks, answers, strict=True) if answer and answer.complete]
 
 
 def _seed(settings: DistillSettings, *place: object) -> int:
