@@ -11,10 +11,11 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
   free dimensions, to find a shape again costs more than to compute it. It also keeps a stack trace of each operation,
   which nothing reads. Without it, an export takes a tenth longer.
 * ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
-  Ours has a few of them, and each is another name of one that has, or its form in place. It traces the program once
-  more, to write casts out where torch casts by itself. Casts change no shape and no type of a result, so those that are
-  known hold. It also reads the signatures of all its translations each time; here they are read once. Without it, an
-  export of a small model takes twice as long.
+  Ours has a few of them, and each is another name of one that has, or its form in place. The second trace also writes
+  ``flatten`` and ``unflatten`` as views, which is done here. torch.onnx traces the program once more, to write casts
+  out where torch casts by itself. Casts change no shape and no type of a result, so those that are known hold. It also
+  reads the signatures of all its translations each time; here they are read once. Without it, an export of a small
+  model takes twice as long.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _OTHER_NAMES: dict[Any, Any] = {  # operations, and the names under which torch.
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.detach_.default: aten.detach.default,  # it changes no value
+    aten.numpy_T.default: aten.t.default,  # of a matrix
     aten.reshape.default: aten.view.default,  # takes a size of 0 as it is, where reshape's translation doesn't
     aten.to.dtype: aten._to_copy.default,
     aten.to.dtype_layout: aten._to_copy.default,
@@ -61,8 +63,6 @@ _IN_PLACE: dict[Any, Any] = {  # with those that give a tensor of the type of th
     aten.scatter_.value: aten.scatter.value,
 }
 _CHECKS = {aten._assert_tensor_metadata.default}  # torch.onnx removes them
-# Operations whose translation computes shapes in the graph, where their decomposition doesn't.
-_DECOMPOSED = {aten.repeat_interleave.self_int}
 
 _LOGGERS = ("torch.onnx", "onnx_ir", "onnxscript")
 
@@ -128,9 +128,9 @@ def tracing_once() -> Iterator[None]:
     def decompose_if_needed(
         exported_program: torch.export.ExportedProgram, registry: _registration.ONNXRegistry
     ) -> torch.export.ExportedProgram:
-        translated = {*_decomp.get_onnx_implemented_overloads(registry), *_CHECKS} - _DECOMPOSED
+        translated = {*_decomp.get_onnx_implemented_overloads(registry), *_CHECKS}
         called = [node for node in exported_program.graph_module.graph.nodes if node.op == "call_function"]
-        if not all(_is_ready(node.target, translated) or _is_alone(node) for node in called):
+        if not all(_is_ready(node, translated) or _is_alone(node) for node in called):
             return decompose(exported_program, registry)
         for node in called:
             _rename(node)
@@ -160,8 +160,13 @@ def _promote(promoter: Any, node: torch.fx.Node) -> Any:
     return node.meta["val"] if "val" in node.meta else torch.fx.Interpreter.run_node(promoter, node)
 
 
-def _is_ready(operation: Any, translated: Container[object]) -> bool:
+def _is_ready(node: torch.fx.Node, translated: Container[object]) -> bool:
     """Returns True if ``torch.onnx.export`` can translate an operation of a traced program without decomposing it."""
+    operation = node.target
+    if operation is aten.index_add.default:
+        return bool(node.args[1] == 0) and not node.kwargs
+    if operation is aten.numpy_T.default and len(node.meta["val"].shape) != 2:
+        return False
     if isinstance(operation, torch._ops.OpOverload):
         changes = operation._schema.is_mutable and operation not in _OTHER_NAMES
         return _OTHER_NAMES.get(operation, operation) in translated and not changes
@@ -210,3 +215,41 @@ def _rename(node: torch.fx.Node) -> None:
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         node.args = (given["self"],)
         node.kwargs = {} if given.get("dtype") is None else {"dtype": given["dtype"]}
+    elif operation is aten.index_add.default:
+        changed, _, index, rows = node.args
+        node.target, node.args = aten.index_put.default, (changed, [index], rows, True)
+    elif operation in (aten.flatten.using_ints, aten.unflatten.int):
+        _as_view(node)
+
+
+def _as_view(node: torch.fx.Node) -> None:
+    """Writes ``flatten`` or ``unflatten`` as a view, if the sizes that it makes are known.
+
+    Their translations compute sizes in the graph.
+    """
+    source, start, *_ = (*node.args, 0)
+    assert isinstance(source, torch.fx.Node) and isinstance(start, int)
+    old, new = source.meta["val"].shape, node.meta["val"].shape
+    start %= max(len(old), 1)
+    more = len(new) - len(old)
+    sizes: list[Any] = list(new)
+    for axis, size in enumerate(new):
+        if isinstance(size, int):
+            continue
+        if start <= axis <= start + max(more, 0):  # one of those that it makes
+            return
+        sizes[axis] = _size(node, source, axis if axis < start else axis - more)
+    node.target, node.args = aten.view.default, (source, sizes)
+
+
+def _size(node: torch.fx.Node, source: torch.fx.Node, axis: int) -> torch.fx.Node:
+    """The operation that gives a free size of a tensor. Adds one before ``node`` if there is none."""
+    size = source.meta["val"].shape[axis]
+    sizes: list[torch.fx.Node] = node.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    known = (other for other in sizes if other < node and other.meta["val"].node.expr == size.node.expr)
+    found = next(known, None)
+    if found is None:
+        with node.graph.inserting_before(node):
+            found = node.graph.call_function(aten.sym_size.int, (source, axis))
+        found.meta["val"] = size
+    return found
