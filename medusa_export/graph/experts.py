@@ -17,10 +17,10 @@ from torch import Tensor
 
 from medusa_export.common.errors import ExportError
 from medusa_export.graph.last_made import LastMade
-from medusa_export.graph.rewrites.building import Builder
+from medusa_export.graph.rewrites.building import Builder, register
 from medusa_export.graph.rewrites.matching import given, replace
 from medusa_export.graph.translations import EXPERTS_MARK, MARK_DOMAIN
-from medusa_export.graph.weights import LazyWeight, register
+from medusa_export.graph.weights import LazyWeight
 
 
 def expand_experts(model: ir.Model) -> int:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from medusa_export.common.errors import ExportError
 from medusa_export.common.tuning import MOST_CONCATENATED
+from medusa_export.graph.rewrites.building import register
 from medusa_export.graph.translations import EXPERTS_MARK, MARK_DOMAIN
 from medusa_runtime.bundles.states import StateGroup
 
@@ -141,10 +142,7 @@ class _Expansion:
 
     def _weight(self, name: str) -> ir.Value:
         if name not in self.graph.initializers:
-            tensor = self.weight(name)
-            shape = ir.Shape(tensor.shape.numpy())
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-            self.graph.register_initializer(value)
+            register(self.graph, self.weight(name))
         return self.graph.initializers[name]
 
     def keep(self, index: int, layer: _Layer) -> None:

@@ -204,12 +204,3 @@ def weights_in(name: str) -> tuple[str, ...]:
         name: The name of the matrix, without the parts that say how it is stored.
     """
     return tuple(part.removeprefix(PREFIX) for part in name.split("+"))
-
-
-def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """Makes a tensor an initializer of a graph, by its name."""
-    value = ir.Value(
-        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-    )
-    graph.register_initializer(value)
-    return value

@@ -14,11 +14,11 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from medusa_export.graph.last_made import LastMade
-from medusa_export.graph.rewrites.building import Builder, initializer
+from medusa_export.graph.rewrites.building import Builder, initializer, register
 from medusa_export.graph.rewrites.matching import given, rank_of, replace, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
 from medusa_export.graph.stored_types import note_type
-from medusa_export.graph.weights import LazyWeight, register
+from medusa_export.graph.weights import LazyWeight
 from medusa_export.models.blocks import Bits, BlockWeight, pack, round_to_nearest
 from medusa_export.models.packed import StoredBlocks
 

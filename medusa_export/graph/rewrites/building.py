@@ -34,10 +34,17 @@ class Builder:
         return node.outputs[0]
 
 
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Makes a tensor an initializer of a graph, by its name."""
+    value = ir.Value(
+        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(value)
+    return value
+
+
 def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """A constant of a graph by its name; it is made where the graph has none of that name."""
     if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        graph.register_initializer(value)
+        register(graph, ir.tensor(array, name=name))
     return graph.initializers[name]

@@ -6,11 +6,12 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from medusa_export.graph.last_made import LastMade
+from medusa_export.graph.rewrites.building import register
 from medusa_export.graph.rewrites.linears import transposed_weight
 from medusa_export.graph.rewrites.matching import producer
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
 from medusa_export.graph.stored_types import note_type
-from medusa_export.graph.weights import LazyWeight, register
+from medusa_export.graph.weights import LazyWeight
 from medusa_export.models.float8 import Float8Weight, round_to_float8
 
 

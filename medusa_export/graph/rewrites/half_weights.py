@@ -9,11 +9,11 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from medusa_export.common.errors import ExportError
-from medusa_export.graph.rewrites.building import Builder
+from medusa_export.graph.rewrites.building import Builder, register
 from medusa_export.graph.rewrites.matching import replace_value
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.graph.stored_types import note_type
-from medusa_export.graph.weights import PREFIX, LazyWeight, register
+from medusa_export.graph.weights import PREFIX, LazyWeight
 from medusa_export.models.weight_types import HalfType
 
 _DTYPES: dict[HalfType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}

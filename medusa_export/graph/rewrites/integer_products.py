@@ -11,11 +11,11 @@ from torch import Tensor
 
 from medusa_export.graph.last_made import LastMade
 from medusa_export.graph.rewrites.block_weights import transposes_for_products
-from medusa_export.graph.rewrites.building import Builder, initializer
+from medusa_export.graph.rewrites.building import Builder, initializer, register
 from medusa_export.graph.rewrites.matching import given
 from medusa_export.graph.rewrites.rewrite import Rewrite, StepFacts
 from medusa_export.graph.stored_types import note_type
-from medusa_export.graph.weights import PREFIX, LazyWeight, register
+from medusa_export.graph.weights import PREFIX, LazyWeight
 from medusa_export.models.activations import InputRange
 from medusa_export.models.blocks import BlockWeight, round_to_nearest
 

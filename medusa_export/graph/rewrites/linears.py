@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from medusa_export.graph.rewrites.building import initializer
+from medusa_export.graph.rewrites.building import initializer, register
 from medusa_export.graph.rewrites.matching import producer
 from medusa_export.graph.rewrites.rewrite import Rewrite
-from medusa_export.graph.weights import LazyWeight, register, weight_of
+from medusa_export.graph.weights import LazyWeight, weight_of
 from medusa_export.models.packed import joined_blocks
 
 _Product = tuple[ir.Node, ir.Value]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from medusa_export.graph.rewrites.building import Builder
+from medusa_export.graph.rewrites.building import Builder, register
 from medusa_export.graph.rewrites.matching import given, replace
 from medusa_export.graph.rewrites.rewrite import Rewrite
-from medusa_export.graph.weights import LazyWeight, register
+from medusa_export.graph.weights import LazyWeight
 
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from medusa_export.graph.rewrites.building import Builder, initializer
+from medusa_export.graph.rewrites.building import Builder, initializer, register
 from medusa_export.graph.rewrites.matching import given, only_user, producer, rank_of, replace, replace_value
 from medusa_export.graph.rewrites.rewrite import Rewrite
 
@@ -65,7 +65,7 @@ def _signed(graph: ir.Graph, values: ir.Value) -> ir.Value:
     name, stored = f"{values.name}/signed", _stored(values)
     if name not in graph.initializers:
         flipped = np.frombuffer(stored.tobytes(), np.uint8) ^ _FLIP  # the highest bit of each value
-        _register(graph, ir.PackedTensor(flipped, ir.DataType.INT4, shape=stored.shape.numpy(), name=name))
+        register(graph, ir.PackedTensor(flipped, ir.DataType.INT4, shape=stored.shape.numpy(), name=name))
     return graph.initializers[name]
 
 
@@ -76,7 +76,7 @@ def _dequantized(graph: ir.Graph, values: ir.Value, scales: ir.Value) -> ir.Valu
         integers, factors = _stored(values).numpy(), _stored(scales).numpy()[..., None]
         blocks = (integers.astype(np.int16) - _MIDDLES[8]).reshape(*factors.shape[:2], -1)
         numbers = (blocks.astype(factors.dtype) * factors).reshape(integers.shape)
-        _register(graph, ir.Tensor(numbers, dtype=scales.dtype, name=name))
+        register(graph, ir.Tensor(numbers, dtype=scales.dtype, name=name))
     return graph.initializers[name]
 
 
@@ -134,13 +134,6 @@ def _look_up_floats(graph: ir.Graph, lookup: ir.Node) -> bool:
     table = _dequantized(graph, given(lookup.inputs[0]), given(scale_lookup.inputs[0]))
     replace(chain[-1].outputs[0], [ir.node("Gather", [table, lookup.inputs[1]], {"axis": 0}, name=lookup.name)])
     return True
-
-
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> None:
-    shape = ir.Shape(tensor.shape.numpy())
-    graph.register_initializer(
-        ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
-    )
 
 
 def _stored(value: ir.Value) -> ir.TensorProtocol:
