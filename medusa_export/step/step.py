@@ -31,7 +31,7 @@ from medusa_export.step.adapters import adapted, only_shapes_from_length
 from medusa_export.step.adapters.rotary import reset_frequencies
 from medusa_export.step.attention import TRACED, StepCache, StepKernels, attending, concat_blocks
 from medusa_export.step.experts import EXPERTS_NAME
-from medusa_export.step.indexing import take_entries, take_rows
+from medusa_export.step.indexing import take_entries, take_from_heads, take_rows
 from medusa_export.step.masks import StepMasks
 from medusa_export.step.sampling import Sampled, SamplingInputs, sample
 from medusa_export.step.slots import StepSlots
@@ -317,17 +317,9 @@ class MedusaStep(nn.Module):
     def _carry(self, cache: StepCache, source: Tensor) -> list[Tensor]:
         """Gathers the entries ``source`` [B, M] of all blocks, by group of states: [B, n * num_heads, M, head_dim]."""
         return [
-            _gather(concat_blocks([cache.blocks[state.name] for state in group.states], index), source)
+            take_from_heads(concat_blocks([cache.blocks[state.name] for state in group.states], index), source)
             for index, group in enumerate(groups_of(self.states))
         ]
-
-
-def _gather(blocks: Tensor, source: Tensor) -> Tensor:
-    batch, heads, length, head_dim = blocks.shape
-    head = torch.arange(batch).view(batch, 1, 1) * heads + torch.arange(heads).unsqueeze(1)  # one range for all lookups
-    rows = head * length + source.unsqueeze(1)
-    gathered: Tensor = blocks.reshape(-1, head_dim)[rows]
-    return gathered
 
 
 def _is_finite(nodes: VerifiedNodes) -> Tensor:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Binding, Bound
+from medusa_runtime.backends.onnxruntime.cache_blocks import Block, Window
 from medusa_runtime.backends.onnxruntime.row_rules import RowRule, row_rule
 from medusa_runtime.backends.onnxruntime.row_state import StagedRows
-from medusa_runtime.backends.onnxruntime.row_store import Block, RowStore, Window
+from medusa_runtime.backends.onnxruntime.row_store import RowStore
 from medusa_runtime.backends.onnxruntime.session import CPU, derived_graph
 from medusa_runtime.backends.onnxruntime.session_backend import SessionBackend
 from medusa_runtime.bundles.bundle import Bundle
