@@ -124,13 +124,14 @@ class RequestHandle(Closeable):
         return None
 
     async def _change(self, reached: Callable[[], bool]) -> None:
-        """Waits for the next change, unless the condition holds already."""
+        """Waits for the next change with which a condition holds, unless it holds already."""
         self.check_process()
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def notify() -> None:
-            with contextlib.suppress(RuntimeError):  # that event loop is closed, and nothing waits in it
-                loop.call_soon_threadsafe(event.set)
+            if reached():  # else the loop would be woken for each chunk of an answer that is awaited as a whole
+                with contextlib.suppress(RuntimeError):  # that event loop is closed, and nothing waits in it
+                    loop.call_soon_threadsafe(event.set)
 
         with self._changed:
             if reached():

@@ -99,3 +99,19 @@ def test_a_reader_that_a_listener_wakes_finds_the_handle_free() -> None:
 def test_identifiers_have_as_many_digits_as_asked_for() -> None:
     found = {random_hex(9) for _ in range(100)}
     assert len(found) == 100 and all(re.fullmatch("[0-9a-f]{9}", digits) for digits in found)
+
+
+def test_the_event_loop_is_woken_once_for_a_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        handle = generation(1).choices[0].handle
+        loop, woken = asyncio.get_running_loop(), list[object]()
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda work: (woken.append(work), call(work)))
+        result = asyncio.create_task(handle.aresult())
+        for number in range(5):
+            await asyncio.sleep(0)
+            handle.put(Chunk(str(number), (number,)))
+        end(handle, "01234")
+        assert (await result).text == "01234" and len(woken) == 1
+
+    asyncio.run(run())
