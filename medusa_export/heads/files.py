@@ -95,7 +95,7 @@ def open_heads(
         raise CheckpointError(f"The heads in {file} can't be read. {error}") from error
     tensors = HeadTensors(file, stored.tensors, stored.config)
     opened = architecture.open(tensors, lm_head, read_lm_head or lm_head.weight.detach)
-    return opened.with_placeholders(lm_head.weight.dtype)
+    return opened.prepared(lm_head.weight.dtype)
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:

@@ -27,8 +27,12 @@ class LoadedHeads:
     heads: DraftHeads
     readers: Readers = field(default_factory=dict)
 
-    def with_placeholders(self, dtype: torch.dtype) -> LoadedHeads:
-        """The same heads in another dtype, with placeholders in place of the weights on the device ``meta``."""
+    def prepared(self, dtype: torch.dtype) -> LoadedHeads:
+        """The same heads for use with a model: in its dtype, in eval mode, and with placeholders that can be traced.
+
+        Args:
+            dtype: The dtype of the model.
+        """
         heads = self.heads.to(dtype=dtype).eval().requires_grad_(False)
         with_placeholders(heads)
         return LoadedHeads(heads, {name: partial(_in_dtype, read, dtype) for name, read in self.readers.items()})

@@ -63,7 +63,18 @@ class _OpenTensor:
         self._opened, self._name = opened, name
         part = opened.get_slice(name)
         self.shape: tuple[int, ...] = tuple(part.get_shape())
-        self.dtype = _DTYPES[part.get_dtype()]
+        self._type: str = part.get_dtype()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's dtype.
+
+        Raises:
+            CheckpointError: The file has a type that PyTorch has not.
+        """
+        if self._type not in _DTYPES:
+            raise CheckpointError(f"The tensor {self._name} is stored as {self._type}, which can't be read.")
+        return _DTYPES[self._type]
 
     def __getitem__(self, index: Any) -> Tensor:
         values: Tensor = self._opened.get_tensor(self._name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import medusa_export
+from medusa_export.common.errors import CheckpointError
 from medusa_export.heads.files import load_heads, open_heads
 from medusa_export.heads.loaded import LoadedHeads
 from medusa_export.heads.modules import MedusaHeads
@@ -79,7 +81,7 @@ def test_heads_with_a_truncation_of_their_own_are_read_first() -> None:
         heads = _ReversedHeads(BottleneckConfig(3, HIDDEN, 101), MODEL.lm_head)
     weights = {"down": draw(3, HIDDEN, 8, seed=1), "up": draw(3, 8, HIDDEN, seed=2)}
     opened = LoadedHeads(heads, {name: lambda values=values: values for name, values in weights.items()})
-    kept = opened.with_placeholders(torch.float32).truncated(1)
+    kept = opened.prepared(torch.float32).truncated(1)
     assert not kept.readers
     assert torch.equal(kept.heads.get_parameter("down"), weights["down"][2:])
 
@@ -102,3 +104,11 @@ def test_a_bundle_has_the_bytes_of_heads_in_memory(tmp_path: Path, name: str, we
     streamed = exported("streamed", str(tmp_path / "h.pt"))
     assert streamed == exported("in_memory", load_heads(tmp_path / "h.pt", base))
     assert any(file.endswith(".data") for file in streamed)
+
+
+def test_a_type_that_torch_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    header = {"0.0.linear.weight": {"dtype": "F4", "shape": [64, 64], "data_offsets": [0, 2048]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "heads.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(2048))
+    with pytest.raises(CheckpointError, match=r"0\.0\.linear\.weight is stored as F4"):
+        load_heads(tmp_path / "heads.safetensors", MODEL)
