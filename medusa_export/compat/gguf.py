@@ -1,6 +1,6 @@
 """gguf: a file is parsed once, and fast, while transformers loads it.
 
-Tried with gguf 0.19.0 and transformers 5.23.0.
+Tried with gguf 0.19.0 and transformers 5.24.0.
 
 They were also tried with transformers 5.17.0, but on no model.
 

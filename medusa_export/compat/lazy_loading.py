@@ -1,6 +1,6 @@
 """transformers: loads a model whose weights stay in their files.
 
-Tried with transformers 5.23.0.
+Tried with transformers 5.24.0.
 
 ``from_pretrained`` collects, for each weight, the tensors of the files that it is made of, and functions that read
 them. Then it reads, converts and keeps one weight after the other. ``weights_left_in_files`` keeps the functions

@@ -1,6 +1,6 @@
 """transformers: silence, and facts that only its private parts hold.
 
-Tried with transformers 5.23.0.
+Tried with transformers 5.24.0.
 
 * ``quiet_libraries``: transformers shows a progress bar for the tensors of a GGUF file whatever its settings say. It
   and the hub's library report and warn of much that a user can do nothing about. Without it all that is on the
@@ -222,7 +222,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
         transposed=bool(experts.is_transposed),
         has_bias=bool(experts.has_bias),
         activate=experts._apply_gate if experts.has_gate else experts.act_fn,
-        finish=experts.post_expert_norm if experts.has_post_expert_norm else nn.Identity(),
+        finish=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else nn.Identity(),
     )
 
 

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_export.compat import torch as compat_torch
-from medusa_export.compat.transformers import CACHE, cache_argument
+from medusa_export.compat.transformers import CACHE, cache_argument, experts_layout, experts_of
+from support.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path for path in (ROOT / "medusa_export" / "compat").glob("*.py") if path.name != "__init__.py")
@@ -54,6 +55,13 @@ def test_a_model_gets_its_cache_by_the_name_that_it_knows() -> None:
     llama = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
     assert cache_argument(llama) == CACHE
     assert llama(torch.zeros(1, 1, dtype=torch.int64), use_cache=True)[CACHE] is not None
+
+
+def test_experts_of_an_older_transformers_end_in_no_norm() -> None:
+    """transformers 5.17 has no attribute for it."""
+    (experts, *_) = experts_of(tiny_model("mixtral"))
+    del experts.has_post_expert_norm
+    assert isinstance(experts_layout(experts).finish, torch.nn.Identity)
 
 
 def test_a_torch_without_the_option_for_stack_traces_exports(monkeypatch: pytest.MonkeyPatch) -> None:
