@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 import medusa_export
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from medusa_runtime import Bundle
     from medusa_runtime.bundles.compiled import CompiledEngine
     from support.stock import Stock
+
+
+# Tests that use hypothesis have no time limit: a machine may be busy.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 
 def pytest_configure() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_export.models.blocks import Bits, BlockWeight, round_to_nearest
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     bits=st.sampled_from([4, 8]),

@@ -177,7 +177,7 @@ def ggml_angles(written: dict[str, Any], factors: np.ndarray | None, position: i
     return plain / factor * (1 - kept) + plain * kept, scale
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(["none", "linear", "yarn", "llama3"]),
     st.floats(1, 64, width=32),

@@ -183,7 +183,7 @@ def poison_all_but_entries(backend: Any, margin: int, values: np.ndarray) -> Non
         pending[1, :, : max(0, margin - length)] = values[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 @pytest.mark.slow
 def test_what_a_row_holds_besides_its_entries_reaches_no_step(tiny_bundle: Bundle, data: st.DataObject) -> None:

@@ -91,7 +91,7 @@ def any_step() -> MedusaStep:
 
 
 @given(verified_trees())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_typical_acceptance_against_brute_force(example: Verified) -> None:
     tree, logits, nodes, params, numbers = example
     step = any_step()

@@ -136,7 +136,7 @@ def test_what_distill_wrote_is_learned_token_by_token(name: str) -> None:
             assert found == Sample([*prompt, *first], [False] * len(prompt) + [True] * len(first))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(list(PUBLISHED)),
     said=st.lists(st.text(st.sampled_from("aHi .\n<>:e"), min_size=1, max_size=20), min_size=1, max_size=3),

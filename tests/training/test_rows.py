@@ -176,7 +176,7 @@ _JSON = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(_JSON, max_size=4), junk=st.binary(max_size=8))
 def test_every_row_is_read_or_named(tmp_path: Path, rows: list[object], junk: bytes) -> None:
     data = lines(GOOD, *map(json.dumps, rows)) + junk.replace(b"\n", b"") + b"\n"

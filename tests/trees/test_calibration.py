@@ -86,7 +86,7 @@ def random_calibration(draw: st.DrawFn) -> Calibration:
     return Calibration(tuple(tuple(draw(chance) for _ in range(ranks)) for _ in range(heads)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.composite(random_calibration)(), st.integers(2, 6))
 def test_every_prefix_is_the_best_tree_of_its_size(calibration: Calibration, size: int) -> None:
     """Compares the tree with all other trees of its size."""

@@ -57,7 +57,7 @@ def expected() -> list[list[int]]:
     return [greedy(model, prompt, COUNT + TREE.size) for prompt in PROMPTS]
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_rows_in_turns_give_the_tokens_of_transformers(
     backend: Backend, expected: list[list[int]], data: st.DataObject

@@ -106,7 +106,7 @@ class Laws(RuleBasedStateMachine):
 
 
 TestLaws = pytest.mark.slow(Laws.TestCase)
-TestLaws.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestLaws.settings = settings(max_examples=200, stateful_step_count=30)
 
 
 def test_a_long_prompt_leaves_the_others_where_they_are() -> None:
@@ -223,7 +223,6 @@ def test_no_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.sets(st.integers(0, 7), min_size=1), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_rows_are_compact_whoever_takes_part(groups: list[set[int]]) -> None:
     store, lengths = make_store(8)
     store.arrange(range(8), 50)

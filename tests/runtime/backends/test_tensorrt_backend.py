@@ -143,7 +143,7 @@ def test_the_next_step_may_be_submitted_before_the_last_is_read(machine: Machine
         backend.collect()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(actions=st.lists(st.sampled_from([("reset",), *[("decode", n) for n in (1, 3, 9)], ("prefill", 7), ("draft",)])))
 def test_whatever_the_order_it_agrees_with_onnx_runtime(
     tiny_bundle: Bundle, tiny_engine: CompiledEngine, actions: list[tuple[object, ...]]

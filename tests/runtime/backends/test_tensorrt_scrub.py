@@ -25,7 +25,7 @@ def device_state(machine: Machine, backend: TensorRTBackend) -> dict[str, np.nda
     }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(length=st.integers(0, 30), row=st.integers(0, 1), steps=st.integers(0, 3))
 def test_a_scrubbed_row_holds_its_committed_entries_and_zeros(
     tiny_bundle: Bundle, tiny_engine: CompiledEngine, length: int, row: int, steps: int

@@ -124,7 +124,7 @@ class Laws(RuleBasedStateMachine):
 
 
 TestLaws = Laws.TestCase
-TestLaws.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLaws.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 @given(st.lists(st.integers(1, 200), min_size=2, max_size=6), st.integers(1, 16))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_runtime.bundles.facts import Acceptance
@@ -86,7 +86,6 @@ def test_accuracy_is_found_from_trees_of_any_depth(accuracy: float) -> None:
     assert tree.expected_tokens(4, accuracy) == pytest.approx(np.mean(counts), rel=0.02)
 
 
-@settings(deadline=None)  # a machine may be busy
 @given(st.lists(st.floats(0.5, 5), min_size=3, max_size=3), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_it_is_never_slower_by_its_own_account(seconds: list[float], chance: float, seed: int) -> None:
     tree, rng = choice(*seconds), np.random.default_rng(seed)

@@ -105,7 +105,7 @@ PIECES = ["<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", 
           "a", "<", "; "]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(MAKERS)), st.lists(st.sampled_from(PIECES), max_size=12), st.data())
 def test_pieces_of_any_size_give_the_same_parts(form: str, parts: list[str], data: st.DataObject) -> None:
     text = "".join(parts)

@@ -53,7 +53,7 @@ def cut_with_tokens(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[st
     return tokenizer.decode(ids), None, len(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_special_tokens_in_stop_strings_against_brute_force(data: st.DataObject) -> None:
     tokenizer = make("byte_level")
@@ -69,7 +69,7 @@ def test_special_tokens_in_stop_strings_against_brute_force(data: st.DataObject)
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_special_tokens_in_stop_strings_in_any_chunks(name: str, data: st.DataObject) -> None:
     """For any tokens, also parts of characters: all chunks give the same prefix of the decoded text."""

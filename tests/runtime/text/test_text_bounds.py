@@ -32,7 +32,7 @@ from support.tokenizer_kinds import (
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.one_of(st.text(max_size=200), st.sampled_from([" " * 90, "\u1112\u1161\u11ab" * 20, "a</s>  " * 9])))
 def test_no_text_has_fewer_tokens_than_its_bound(make: Callable[[], tokenizers.Tokenizer], text: str) -> None:
     backend = make()
@@ -73,7 +73,7 @@ def test_no_bound_where_a_token_may_stand_for_any_text(make: Callable[[], tokeni
     assert text_bound(make()) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.one_of(st.text(max_size=80), st.text("abü \n\x1f\U000f0000", max_size=80)))
 @pytest.mark.parametrize("unknown", [None, "<unk>"])
 def test_bytes_that_the_vocabulary_lacks_do_not_count(unknown: str | None, text: str) -> None:

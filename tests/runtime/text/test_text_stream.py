@@ -40,7 +40,7 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_pieces_join_to_the_whole(name: str, data: st.DataObject) -> None:
     tokenizer = make(name)
@@ -53,7 +53,7 @@ def test_pieces_join_to_the_whole(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_stop_strings_cut_the_whole(name: str, data: st.DataObject) -> None:
     tokenizer = make(name)
@@ -74,7 +74,7 @@ def test_stop_strings_cut_the_whole(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "cleaned" not in name])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_behind_a_prompt(name: str, data: st.DataObject) -> None:
     """The stream is the text after the prompt. A character that the prompt leaves unfinished belongs to the stream."""
@@ -88,7 +88,7 @@ def test_behind_a_prompt(name: str, data: st.DataObject) -> None:
 
 
 @given(text=st.text(" '.?!,ntsmver", max_size=60), data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_clean_up_in_pieces(text: str, data: st.DataObject) -> None:
     stage = _CleanUp()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
@@ -97,7 +97,7 @@ def test_clean_up_in_pieces(text: str, data: st.DataObject) -> None:
 
 
 @given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=5))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_stop_finder_against_brute_force(text: str, stops: list[str]) -> None:
     finder = StopFinder(stops)
     found = "".join(finder.feed(character) for character in text) + finder.finish()

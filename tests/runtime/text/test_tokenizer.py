@@ -59,7 +59,7 @@ def test_encode_and_decode_equal_transformers(pair: tuple[Tokenizer, Any]) -> No
         assert ours.decode(np.array(ids), skip_special_tokens=False) == theirs.decode(ids)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_text_and_ids_equal_transformers(pair: tuple[Tokenizer, Any], data: st.DataObject) -> None:
     ours, theirs = pair
