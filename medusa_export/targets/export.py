@@ -124,14 +124,7 @@ def export(
         step = MedusaStep(
             source.model, used.heads if used else None, chosen.tree, sampling=sampling, rules=acceptance_rules
         ).eval()
-        read = StepWeights(
-            step,
-            source.readers,
-            WeightRange(step, source.path).check,
-            head_readers=used.readers if used else {},
-            blocks=source.blocks,
-            packed=source.packed,
-        )
+        read = _step_weights(step, source, used)
         graph = build_graph(step, on_progress, weights=read, types=types, activations=ranges)
         bundle = write_bundle(
             graph,
@@ -241,6 +234,18 @@ def _wider_note(types: WeightTypes, bundle: Bundle) -> str | None:
     words = f"Matrices that the files of {bundle.model.name} hold in 8 bits are stored so, not in int4: {counts}."
     narrowed = " `narrowed={'lm_head'}` rounds the lm_head." if any(facts.part == "lm_head" for facts in kept) else ""
     return words + narrowed
+
+
+def _step_weights(step: MedusaStep, source: Source, used: LoadedHeads | None) -> StepWeights:
+    """The weights of a step, each of which is read and checked when it is written."""
+    return StepWeights(
+        step,
+        source.readers,
+        WeightRange(step, source.path).check,
+        head_readers=used.readers if used else {},
+        blocks=source.blocks,
+        packed=source.packed,
+    )
 
 
 def _acceptance(tree: Tree, calibration: Calibration | None, *, trained: bool) -> Acceptance:
