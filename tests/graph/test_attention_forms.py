@@ -146,6 +146,7 @@ def gemma4(stock: Stock) -> Exported:
     return stock.export("gemma4")
 
 
+@pytest.mark.slow
 def test_a_service_moves_and_copies_states_of_all_shapes(gemma4: Exported) -> None:
     bundle = gemma4.bundle
     expected = greedy(tiny_model("gemma4"), PROMPTS[0], COUNT)

@@ -110,6 +110,7 @@ def bundle(model: PreTrainedModel, stock: Stock) -> Bundle:
     return Bundle.load(stock.folder("top-2", fill))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derived", [False, True])
 def test_graphs_accept_what_brute_force_accepts(model: PreTrainedModel, bundle: Bundle, derived: bool) -> None:
     backend = OnnxRuntimeBackend(bundle, threads=1, graph=None if derived else bundle.graph)
@@ -121,6 +122,7 @@ def test_the_eager_step_accepts_what_brute_force_accepts(model: PreTrainedModel,
     assert check_decoding(model, EagerBackend(relaxed_step(model, sampling=sampling)), TREE) >= 2
 
 
+@pytest.mark.slow
 def test_parity_checks_know_that_the_rule_changes_texts(model: PreTrainedModel, bundle: Bundle) -> None:
     prompts = [[(7 * i * i + 3 * n) % 101 for i in range(9 + n)] for n in range(6)]
     step = relaxed_step(model)
@@ -130,6 +132,7 @@ def test_parity_checks_know_that_the_rule_changes_texts(model: PreTrainedModel, 
     assert [check.name for check in outcome.checks if check.name.startswith("tokens")] == ["tokens, tree size 1"]
 
 
+@pytest.mark.slow
 def test_a_bundle_names_its_rules(bundle: Bundle, model: PreTrainedModel) -> None:
     assert bundle.acceptance_rules == RULES
     assert Bundle.load(bundle.folder).acceptance_rules == RULES

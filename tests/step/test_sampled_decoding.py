@@ -157,6 +157,7 @@ def test_log_probabilities_are_those_of_the_model(engine: MedusaEngine) -> None:
     assert len(streamed) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derived", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_compiled_graphs_sample_as_the_eager_step_does(stock: Stock, derived: bool, rows: int) -> None:
