@@ -7,14 +7,15 @@ projection are taken out. The weights of the other parts stay in their files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 
 from medusa_export.common.errors import ModelNotSupportedError
 from medusa_export.compat.transformers import CACHE, has_causal_lm, model_class
@@ -189,12 +190,20 @@ def _names(whole: PreTrainedModel, text: Any) -> dict[str, str]:
     return names
 
 
-class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]  # it has no annotations
-    """The output of a decoder that has no values besides its hidden states, such as the logits of a router."""
+class _NoOtherValues:
+    """An output that says None where a larger model asks for a value that it lacks, such as the logits of a router."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+class _DecoderOutput(_NoOtherValues, BaseModelOutputWithPast):  # type: ignore[misc]  # it has no annotations
+    """The output of a decoder: hidden states alone."""
+
+
+class _LanguageOutput(_NoOtherValues, CausalLMOutputWithPast):  # type: ignore[misc]  # it has no annotations
+    """The output of a decoder with its projection: logits alone."""
 
 
 def _behind_projection(
@@ -213,7 +222,11 @@ def _behind_projection(
     size, vocab = decoder.config.hidden_size, int(projection.weight.shape[0])  # type: ignore[index]
     logits = torch.linspace(-50.0, 50.0, vocab).view(1, 1, vocab)
     hidden = _DecoderOutput(last_hidden_state=torch.zeros(1, 1, size))
-    with _giving(decoder, lambda *_, **__: hidden), _giving(projection, lambda *_, **__: logits.clone()):
+    with ExitStack() as replaced:
+        replaced.enter_context(_giving(decoder, lambda *_, **__: hidden))
+        replaced.enter_context(_giving(projection, lambda *_, **__: logits.clone()))
+        for part in _language_models(whole, projection):
+            replaced.enter_context(_giving(part, partial(_logits_alone, part.forward)))
         found = whole(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
     cap = getattr(decoder.config, "final_logit_softcapping", None)
     if torch.equal(found, logits):
@@ -224,6 +237,18 @@ def _behind_projection(
     if torch.allclose(found, logits / divisor, rtol=1e-6):
         return None, divisor
     raise ModelNotSupportedError(f"logits that {type(whole).__name__} changes behind its output projection")
+
+
+def _language_models(whole: PreTrainedModel, projection: nn.Module) -> list[PreTrainedModel]:
+    """The models within a larger one that hold its decoder and its projection."""
+    parts = [part for part in whole.modules() if isinstance(part, PreTrainedModel) and part is not whole]
+    return [part for part in parts if part.get_output_embeddings() is projection]
+
+
+def _logits_alone(forward: Callable[..., Any], *args: Any, **given: Any) -> Any:
+    """Runs a language model. Llama 4 asks its output for features of images in transformers 5.24, which has none."""
+    output = forward(*args, **given)
+    return _LanguageOutput(logits=output.logits) if isinstance(output, ModelOutput) else output
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Llama4ForConditionalGeneration, PreTrainedModel
 
 from medusa_export import export, verify
 from medusa_export.common.errors import CheckpointError, ModelNotSupportedError
@@ -36,7 +36,9 @@ def saved(model: PreTrainedModel, folder: Path) -> str:
 @pytest.mark.parametrize("name", LARGER)
 def test_its_text_model_decodes_as_the_whole(tmp_path: Path, name: str) -> None:
     whole = larger_model(name)
-    expected = [greedy(whole, prompt, COUNT) for prompt in PROMPTS]
+    # Llama 4 of images and text fails in transformers 5.24, whatever its input is. Its text model decodes.
+    decoder = whole.language_model if isinstance(whole, Llama4ForConditionalGeneration) else whole
+    expected = [greedy(decoder, prompt, COUNT) for prompt in PROMPTS]
     assert len(set(expected[0])) > 5
     source = saved(whole, tmp_path / "model")
     text = load_model(source, dtype=torch.float32, attn_implementation=ATTENTION_NAME, text_only=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 _RANDOM = random.Random()  # noqa: S311
+if hasattr(os, "register_at_fork"):  # else children would make the same ones as their parent
+    os.register_at_fork(after_in_child=_RANDOM.seed)
 
 
 def random_hex(digits: int) -> str:
