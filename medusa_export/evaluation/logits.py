@@ -105,9 +105,9 @@ def _expected(model: PreTrainedModel, ids: Tensor, start: int) -> Iterator[tuple
     """Yields each position from ``start`` to the last but one, and the model's logits there, [rows, V]."""
     run: Any = model
     cache = run(ids[:, :start], use_cache=True, logits_to_keep=1)[CACHE] if start else None
-    end = ids.shape[1] - 1
+    argument, end = cache_argument(model), ids.shape[1] - 1
     for first in range(start, end, _POSITIONS):
-        output = run(ids[:, first : min(first + _POSITIONS, end)], **{cache_argument(model): cache}, use_cache=True)
+        output = run(ids[:, first : min(first + _POSITIONS, end)], **{argument: cache}, use_cache=True)
         cache = output[CACHE]
         for place in range(output.logits.shape[1]):
             yield first + place, output.logits[:, place]

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -20,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medusa_export.common.errors import CheckpointError
 from medusa_export.models.checkpoint import Checkpoint, LoadedModel, Precision, StoredWeight, from_pretrained
-from medusa_export.models.contents import open_contents, open_pickle
+from medusa_export.models.contents import open_contents, read
 from medusa_export.models.files import CONFIG, Place, check_file, check_folder, weight_files
 from medusa_export.models.quantized.methods import METHODS, unpacked
 
@@ -88,13 +87,8 @@ class HuggingFaceCheckpoint(Checkpoint):
                 yield StoredWeight(name, None, tensor[...])
             return
         for file in files:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  # no dictionary
-                        yield StoredWeight(name, None, opened.get_tensor(name))
-            else:
-                for name, tensor in open_pickle(file).items():
-                    yield StoredWeight(name, None, tensor[...])
+            for name, tensor in open_contents([file]).tensors.items():
+                yield StoredWeight(name, None, read(tensor))
 
 
 def _check_settings(source: str, file: Path) -> None:

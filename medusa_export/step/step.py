@@ -159,6 +159,7 @@ class MedusaStep(nn.Module):
         self.states = observed_states(model, tree.max_depth)
         self.tables = TreeTables(tree, self.num_heads)
         self._last_position = _end_of_table(model)
+        self._cache_argument = cache_argument(model)
 
     @property
     def vocab_size(self) -> int:
@@ -263,7 +264,7 @@ class MedusaStep(nn.Module):
                 attending(cache.masks, self.kernels),
                 experts_function(self.model, EXPERTS_NAME),
             ):
-                given = {cache_argument(self.model): cache}
+                given = {self._cache_argument: cache}
                 output = self.model(input_ids=input_ids, position_ids=positions, use_cache=True, **given)
         finally:
             hook.remove()

@@ -217,6 +217,7 @@ class _Batch:
             ids[row, width - len(tokens) :] = torch.tensor(tokens)
             mask[row, width - len(tokens) :] = 1
         self._model = model
+        self._cache_argument = cache_argument(model)
         self._mask = mask.to(model.device)
         self._cache = DynamicCache(config=model.config)
         self.rows = list(range(len(prompts)))
@@ -241,7 +242,7 @@ class _Batch:
             input_ids=ids,
             attention_mask=self._mask,
             position_ids=positions,
-            **{cache_argument(self._model): self._cache},
+            **{self._cache_argument: self._cache},
             use_cache=True,
             # An index tensor, not a number: with a slice of the hidden states, lm_head would be copied for each row.
             logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),

@@ -62,7 +62,7 @@ def test_yarn_positions(tmp_path: Path) -> None:
 
 
 def llama3_factors(theta: float, rotated: int, factor: float, original: int) -> np.ndarray:
-    """What llama.cpp's converter writes for Llama 3.1's scaling."""
+    """The factors of frequencies that llama.cpp's converter writes for Llama 3.1's scaling."""
     factors = []
     for i in range(0, rotated, 2):
         wavelength = 2 * math.pi * theta ** (i / rotated)

@@ -1,4 +1,4 @@
-"""What requests leave behind: nothing that only a garbage collection frees, which would hold up the event loop."""
+"""Requests leave nothing that only a garbage collection frees: collections hold up the event loop."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_an_error_comes_behind_the_steps_before_it() -> None:
 
 
 def test_a_reader_that_a_listener_wakes_finds_the_handle_free() -> None:
-    """It would wait for the service's thread otherwise, and hold up the event loop."""
+    """With the lock still held, the reader would wait for the service's thread and hold up the event loop."""
     handle = generation(1).choices[0].handle
     found: list[list[Chunk]] = []
 
