@@ -18,7 +18,7 @@ from medusa_export.step.adapters import adapted, only_shapes_from_length
 from medusa_export.step.attention import ATTENTION_NAME, StepCache, attending
 from medusa_export.step.experts import EXPERTS_NAME
 from medusa_export.step.masks import MaskKind, StepMasks
-from medusa_runtime.bundles.states import State, groups_of, pending_name
+from medusa_runtime.bundles.states import State, groups_of, with_margin
 
 _ROLES = ("key", "value")
 
@@ -160,15 +160,14 @@ def _states(written: dict[int, _Written], margin: int) -> tuple[State, ...]:
         for layer, one in sorted(written.items())
         for slot, role in enumerate(_ROLES)
     ]
-    shapes = [shape for _, _, shape, _ in found]
-    return tuple(
+    states = [
         State(
             name=name,
             kind="kv" if one.readers else "latent",
             shape=shape,
             margin=margin,
             readers=(layer, *sorted(one.readers - {layer})),
-            pending=pending_name(shapes, index) if margin else None,
         )
-        for index, (name, layer, shape, one) in enumerate(found)
-    )
+        for name, layer, shape, one in found
+    ]
+    return with_margin(states, margin)

@@ -24,6 +24,7 @@ from medusa_runtime.backends.tensorrt import library as libraries
 from medusa_runtime.backends.tensorrt.library import import_tensorrt
 from medusa_runtime.bundles.bundle import DESCRIPTION
 from medusa_runtime.bundles.compiled import ENGINE, CompiledEngine, EngineLimits
+from medusa_runtime.bundles.contract import CONTRACT_VERSION
 from support.cli import run
 from support.decoding import TREE
 from support.interrupts import interrupt
@@ -200,8 +201,8 @@ def test_engines_that_were_altered(tiny_engine: CompiledEngine, tmp_path: Path) 
     with pytest.raises(BundleError, match="does not match the digest"):
         CompiledEngine.load(flipped)
     for name, change, words in (
-        ("newer", {"contract_version": 6}, "follows contract version 6"),
-        ("older", {"contract_version": 2}, "knows versions 3 to 5"),
+        ("newer", {"contract_version": CONTRACT_VERSION + 1}, f"follows contract version {CONTRACT_VERSION + 1}"),
+        ("older", {"contract_version": 2}, f"knows versions 3 to {CONTRACT_VERSION}"),
         ("other", {"bundle": {"sha256": "0" * 64}}, "was built from another bundle"),
         ("less", {"limits": {"max_batch": 1}}, "'limits.capacity' is missing"),
         (

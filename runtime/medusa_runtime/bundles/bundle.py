@@ -34,6 +34,7 @@ GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
 # A folder with this file beside medusa.json holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
 Dtype = Literal["float32", "float16", "bfloat16"]
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Bundle:
         folder: The folder that holds ``medusa.json``.
         model: The base model.
         states: The model's states, in the order of the graph's inputs.
-        dtype: Type of weights and caches.
+        dtype: Type that it computes in. Weights and states have it, unless they name one of their own.
         tree: The draft tree.
         acceptance: Acceptance estimates of the tree's nodes.
         heads: The heads; None without heads.
@@ -108,14 +109,13 @@ class Bundle:
 
     @cached_property
     def state_groups(self) -> tuple[StateGroup, ...]:
-        """The states, grouped by shape."""
+        """The states, grouped by shape and type."""
         return groups_of(self.states)
 
     @property
     def entry_bytes(self) -> int:
         """Bytes of the entries of one token in all states."""
-        itemsize = 4 if self.dtype == "float32" else 2
-        return itemsize * sum(state.entry_size for state in self.states)
+        return sum(_ITEM_BYTES[state.dtype or self.dtype] * state.entry_size for state in self.states)
 
     @property
     def panel(self) -> int | None:

@@ -1,11 +1,12 @@
-"""The graph contract: names, shapes and types of the step's inputs and outputs (version 5).
+"""The graph contract: names, shapes and types of the step's inputs and outputs (version 6).
 
 Names of dimensions: B is the batch size, S the number of new tokens, C the cache capacity, T the number of nodes of
 the tree, M its depth, N the number of heads of a state, d their size. ``docs/contract.md`` explains every input and
 output.
 
 Version 1 had no sampling: it equals version 3 without sampling. Version 2 drew each token with one random number.
-Version 3 had caches of one shape, and one tensor of pending entries for all of them. Version 4 had no constraints.
+Version 3 had caches of one shape, and one tensor of pending entries for all of them. Version 4 had no constraints. In
+version 5 all states had the bundle's type.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from medusa_runtime.bundles.states import State, groups_of
 
-CONTRACT_VERSION = 5
+CONTRACT_VERSION = 6
 MAX_TOP_K = 256  # the most tokens that top-k sampling may keep
 MAX_EDITS = 8192  # the most edited tokens per row of a compiled engine
 MASK_BITS = 8  # tokens per byte of a mask of allowed tokens
@@ -117,7 +118,7 @@ def step_inputs(
     Args:
         states: The model's states.
         vocab_size: Size of the vocabulary.
-        dtype: Type of weights and caches.
+        dtype: The bundle's type, which states have that name no type of their own.
         sampling: True if the graph can sample. Otherwise it is greedy.
         constraints: True if the graph takes biases, penalties and masks of allowed tokens.
         takes_long: True if rows of long requests have rotary frequencies of their own.
@@ -131,7 +132,7 @@ def step_inputs(
         *(sampling_inputs(vocab_size) if sampling else ()),
         *(constraint_inputs(vocab_size) if constraints else ()),
         *pending_specs(states, dtype),
-        *(TensorSpec(state.past, dtype, cache_shape(state)) for state in states),
+        *(TensorSpec(state.past, state.dtype or dtype, cache_shape(state)) for state in states),
     )
 
 
@@ -144,7 +145,7 @@ def step_outputs(
         states: The model's states.
         tree_depth: M.
         tree_size: T.
-        dtype: Type of weights and caches.
+        dtype: The bundle's type, which states have that name no type of their own.
         sampling: True if the graph can sample. Otherwise it is greedy.
     """
     logprobs = TensorSpec("logprobs", "float32", ("batch", tree_depth + 1))
@@ -154,8 +155,8 @@ def step_outputs(
         TensorSpec("next_input_ids", "int64", ("batch", tree_size)),
         TensorSpec("next_cache_lengths", "int64", ("batch",)),
         *((logprobs,) if sampling else ()),
-        *(TensorSpec(f"next_{spec.name}", dtype, spec.shape) for spec in pending_specs(states, dtype)),
-        *(TensorSpec(state.present, dtype, cache_shape(state)) for state in states),
+        *(TensorSpec(f"next_{spec.name}", spec.dtype, spec.shape) for spec in pending_specs(states, dtype)),
+        *(TensorSpec(state.present, state.dtype or dtype, cache_shape(state)) for state in states),
     )
 
 
@@ -166,11 +167,11 @@ def cache_shape(state: State) -> tuple[int | str, ...]:
 
 
 def pending_specs(states: Sequence[State], dtype: str) -> tuple[TensorSpec, ...]:
-    """The inputs with pending entries: one for all states of a shape, [B, n·N, M, d] for n states."""
+    """The inputs with pending entries: one for all states of a shape and type, [B, n·N, M, d] for n states."""
     return tuple(
         TensorSpec(
             group.pending,
-            dtype,
+            group.dtype or dtype,
             ("batch", len(group.states) * group.shape[0], group.states[0].margin, group.shape[1]),
         )
         for group in groups_of(states)

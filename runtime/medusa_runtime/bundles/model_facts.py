@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from medusa_runtime.bundles.contract import CONTRACT_VERSION
 from medusa_runtime.bundles.json_file import Name
-from medusa_runtime.bundles.states import State, pending_name, uniform_states
+from medusa_runtime.bundles.states import State, uniform_states, with_margin
 from medusa_runtime.errors import BundleError
 
 REEXPORT = "Export the bundle again."
@@ -83,14 +83,9 @@ def states_of(where: Path, states: States | None, model: AnyModelFacts, margin: 
         if model.num_key_value_heads is None or model.head_dim is None:
             raise BundleError(f"In {where}, 'states' is missing. {REEXPORT}")
         return uniform_states(model.num_layers, model.num_key_value_heads, model.head_dim, margin)
-    shapes = [state.shape for state in states]
-    expected = [
-        replace(state, margin=margin, pending=pending_name(shapes, index) if margin else None)
-        for index, state in enumerate(states)
-    ]
-    if list(states) != expected or len({state.name for state in states}) < len(states):
+    if states != with_margin(states, margin) or len({state.name for state in states}) < len(states):
         raise BundleError(
             f"In {where}, 'states' don't follow contract version {CONTRACT_VERSION}: each has a name of its own, a "
-            f"margin of the tree's depth, and pending entries with the states of its shape. {REEXPORT}"
+            f"margin of the tree's depth, and pending entries with the states of its shape and type. {REEXPORT}"
         )
     return states

@@ -9,20 +9,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from medusa_runtime import BackendError
+from medusa_runtime.backends.onnxruntime.cache_blocks import CacheGroup
 from medusa_runtime.backends.onnxruntime.row_store import RowStore
 from medusa_runtime.tuning import CAPACITY_STEP, SPARE_SLOTS
 
 MARGIN = 2
 
 
-TEN = [(7, 1, 1), (3, 1, 1)]
-GROUPS = [(2, 1, 1), (1, 3, 2)]  # states, heads and size of a head
+FLOAT, INTEGER = np.dtype(np.float32), np.dtype(np.int32)
+TEN = [CacheGroup(7, (1, 1), FLOAT), CacheGroup(3, (1, 1), FLOAT)]
+GROUPS = [CacheGroup(2, (1, 1), FLOAT), CacheGroup(1, (3, 2), INTEGER)]
 
 
-def make_store(rows: int, *, groups: list[tuple[int, int, int]] | None = None) -> tuple[RowStore, np.ndarray]:
+def make_store(rows: int, *, groups: list[CacheGroup] | None = None) -> tuple[RowStore, np.ndarray]:
     lengths = np.zeros(rows, np.int64)
-    dtype = np.dtype(np.float32)
-    return RowStore(lengths, groups=groups or GROUPS, margin=MARGIN, dtype=dtype), lengths
+    return RowStore(lengths, groups=groups or GROUPS, margin=MARGIN), lengths
 
 
 def fill(store: RowStore, row: int, value: float) -> None:
@@ -46,7 +47,8 @@ class Laws(RuleBasedStateMachine):
         needed = MARGIN + int(self.lengths[rows].max()) + count
         window = self.store.arrange(rows, needed)
         assert sorted(window.rows) == sorted(rows)
-        assert [group.shape[:2] for group in window.caches] == [(count, len(rows)) for count, _, _ in GROUPS]
+        assert [group.shape[:2] for group in window.caches] == [(group.count, len(rows)) for group in GROUPS]
+        assert [group.dtype for group in window.caches] == [group.dtype for group in GROUPS]
         assert needed <= window.block.capacity <= max(2 * needed + SPARE_SLOTS, 2 * CAPACITY_STEP)
         for place, row in enumerate(window.rows):
             new = [float(self.written + i) for i in range(count)]
@@ -90,12 +92,9 @@ class Laws(RuleBasedStateMachine):
             return
         for row, entries in enumerate(self.entries):
             if entries:
-                for group, shape in zip(self.store.row(row), GROUPS, strict=True):
+                for group in self.store.row(row):
                     held = group[:, :, MARGIN : MARGIN + len(entries)]
-                    count, heads, size = shape
-                    assert np.array_equal(
-                        held, np.broadcast_to(np.reshape(entries, (-1, 1)), (count, heads, len(entries), size))
-                    )
+                    assert np.array_equal(held, np.broadcast_to(np.reshape(entries, (-1, 1)), held.shape))
 
     @invariant()
     def a_row_has_one_place(self) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Binding, Bound
-from medusa_runtime.backends.onnxruntime.cache_blocks import Block, Window
+from medusa_runtime.backends.onnxruntime.cache_blocks import Block, CacheGroup, Window
 from medusa_runtime.backends.onnxruntime.row_rules import RowRule, row_rule
 from medusa_runtime.backends.onnxruntime.row_state import StagedRows
 from medusa_runtime.backends.onnxruntime.row_store import RowStore
@@ -61,9 +61,11 @@ class OnnxRuntimeBackend(SessionBackend):
         super().__init__(bundle, graph, CPU, rows=rows, threads=threads, extra_outputs=extra_outputs)
         self._store = RowStore(
             self._state.lengths,
-            groups=[(len(group.states), *group.shape) for group in bundle.state_groups],
+            groups=[
+                CacheGroup(len(group.states), group.shape, np.dtype(group.dtype or bundle.dtype))
+                for group in bundle.state_groups
+            ],
             margin=bundle.slots.margin,
-            dtype=np.dtype(bundle.dtype),
         )
         self._all_rows = tuple(range(rows))
         self._staged = StagedRows(self._state.bound) if rows > 1 else None

@@ -8,12 +8,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+@dataclass(frozen=True)
+class CacheGroup:
+    """The states of one shape and type.
+
+    Attributes:
+        count: The number of states (n).
+        shape: The shape of an entry, [N, d].
+        dtype: The type of its numbers.
+    """
+
+    count: int
+    shape: tuple[int, int]
+    dtype: np.dtype[np.generic]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot of a row in all of these states."""
+        heads, size = self.shape
+        return self.count * heads * size * self.dtype.itemsize
+
+    def zeros(self, places: int, slots: int) -> NDArray[np.generic]:
+        """Empty caches, [n, places, N, C, d]."""
+        heads, size = self.shape
+        return np.zeros((self.count, places, heads, slots, size), self.dtype)
+
+
 @dataclass(eq=False)
 class Block:
     """Caches of one capacity.
 
     Attributes:
-        caches: The states of each group, [n, places, N, C, d] for n states of one shape.
+        caches: The states of each group, [n, places, N, C, d].
         rows: The row in each place, None where there is none.
     """
 

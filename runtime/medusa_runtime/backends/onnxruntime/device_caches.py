@@ -66,7 +66,7 @@ class DeviceCaches:
             for index, state in enumerate(self._bundle.states):
                 heads, size = state.shape
                 # slots that no token has reached have to hold numbers
-                cache = np.zeros((self._rows, heads, capacity, size), self._bundle.dtype)
+                cache = np.zeros((self._rows, heads, capacity, size), state.dtype or self._bundle.dtype)
                 if self.values:
                     cache[:, :, : self.capacity] = self.values[index].numpy()
                 grown.append(self._on_device(cache))

@@ -11,13 +11,12 @@ it is and goes on. Entries that it appends after they would have been copied are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medusa_runtime.backends.onnxruntime.cache_blocks import Block, Growth, Window
+from medusa_runtime.backends.onnxruntime.cache_blocks import Block, CacheGroup, Growth, Window
 from medusa_runtime.bundles.slots import rounded_capacity
 from medusa_runtime.errors import BackendError
 from medusa_runtime.tuning import LAST_MOVE, SPARE_SLOTS
@@ -28,9 +27,8 @@ class RowStore:
 
     Args:
         lengths: Committed entries per row, [rows]; the owner of the array keeps it up to date.
-        groups: The number of states in each group, and the shape of their entries: (n, N, d).
+        groups: The states by shape and type.
         margin: Slots in front of the first entry (M).
-        dtype: Type of keys and values.
 
     Attributes:
         blocks: All blocks.
@@ -42,9 +40,8 @@ class RowStore:
         self,
         lengths: NDArray[np.int64],
         *,
-        groups: Sequence[tuple[int, int, int]],
+        groups: Sequence[CacheGroup],
         margin: int,
-        dtype: np.dtype[np.generic],
     ) -> None:
         self.blocks: list[Block] = []
         self.moved = 0
@@ -53,9 +50,8 @@ class RowStore:
         self._lengths = lengths
         self._is_alone = len(lengths) == 1
         self._groups = tuple(groups)
-        self._num_states = sum(count for count, _, _ in groups)
+        self._num_states = sum(group.count for group in groups)
         self._margin = margin
-        self._dtype = dtype
 
     @property
     def capacity(self) -> int:
@@ -222,9 +218,9 @@ class RowStore:
     def _parts(self, first: int, last: int) -> Iterator[slice]:
         """The part of each group that has the states from ``first`` up to ``last``, counted over all groups."""
         begin = 0
-        for count, _, _ in self._groups:
+        for group in self._groups:
             yield slice(max(first - begin, 0), max(last - begin, 0))
-            begin += count
+            begin += group.count
 
     def _drop_outdated_growths(self) -> None:
         """Gives up growths with a row that was reset or truncated: it will hold another text."""
@@ -261,14 +257,13 @@ class RowStore:
         failure = None
         for capacity in (needed,) if exact or self._is_alone else (needed + needed // 4, needed):
             slots = rounded_capacity(capacity)
-            shapes = [(count, places, heads, slots, size) for count, heads, size in self._groups]
             try:
                 # Attention reads slots that hold no entry with weight 0, so they have to hold numbers. The system
                 # gives zeros no memory before something is written.
-                return Block(tuple(np.zeros(shape, self._dtype) for shape in shapes), [None] * places)
+                return Block(tuple(group.zeros(places, slots) for group in self._groups), [None] * places)
             except MemoryError as error:
                 failure = error
-        size = sum(math.prod(shape) for shape in shapes) * self._dtype.itemsize
+        size = places * slots * sum(group.slot_bytes for group in self._groups)
         raise BackendError(
             f"There is no memory for {needed} slots in each of {places} rows: the caches take {size / 2**20:,.0f} MiB."
         ) from failure
