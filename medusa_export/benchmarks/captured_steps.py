@@ -42,7 +42,8 @@ class FixedStep:
         self, bundle: Bundle, size: int, *, capacity: int, length: int, provider: str = CUDA, capture: bool = True
     ) -> None:
         ort = import_onnxruntime()
-        sizes = {"batch": 1, "sequence": size, "draws": 0, "capacity": capacity}
+        sizes = {name: 0 for spec in bundle.inputs for name in spec.shape if isinstance(name, str)}
+        sizes |= {"batch": 1, "sequence": size, "capacity": capacity}  # nothing is drawn, edited or masked
         options = ort.SessionOptions()
         options.log_severity_level = 3
         for name, value in sizes.items():
