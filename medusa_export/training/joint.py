@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from medusa_export.common.progress import OnProgress, ignore_progress
+from medusa_export.compat.peft import lora_as_named
 from medusa_export.compat.transformers import quiet_libraries
 from medusa_export.heads.base import DraftHeads
 from medusa_export.training.conversations import Sample
@@ -71,7 +72,7 @@ def adapt(model: PreTrainedModel, heads: DraftHeads, lora: Lora, *, seed: int = 
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, task_type="CAUSAL_LM"
     )
     torch.manual_seed(seed)  # so that a job that continues starts from the same matrices as one that was never killed
-    with quiet_libraries():
+    with quiet_libraries(), lora_as_named():
         adapted: PeftModel = get_peft_model(model, config)
     return adapted
 

@@ -129,6 +129,15 @@ def test_lora_leaves_out_an_lm_head_that_heads_use(shared: bool, expected: bool)
     assert sum("layers.0." in name for name in names) == 7
 
 
+@pytest.mark.parametrize(("family", "dense"), [("qwen3_moe", "layers.1.mlp."), ("glm4_moe", "mlp.shared_experts.")])
+def test_lora_adapts_linear_layers_beside_experts(family: str, dense: str) -> None:
+    model = tiny_model(family)
+    adapted = adapt(model, fresh(model), Lora())
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert sum(dense in name for name in names) % 3 == 0 < sum(dense in name for name in names)  # gate, up, down
+    assert not any("experts.lora" in name for name in names)
+
+
 def test_a_checkpoint_holds_what_is_trained() -> None:
     model = tiny_model("llama")
     heads = fresh(model)
