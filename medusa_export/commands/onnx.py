@@ -17,6 +17,7 @@ from medusa_export.commands.options import (
     output_option,
     overwrite_option,
     quiet_option,
+    refuse_without_effect,
     text_only_option,
 )
 from medusa_export.commands.progress import shown_progress
@@ -111,7 +112,9 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 @output_option("The folder to write.")
 @overwrite_option("a bundle")
 @quiet_option
+@click.pass_context
 def command(
+    context: click.Context,
     model: str,
     heads: str | None,
     init_heads: int | None,
@@ -148,6 +151,12 @@ def command(
     from medusa_export import export
 
     own = {"lm_head": lm_head_weights, "heads": head_weights, "embeddings": embedding_weights}
+    has_integers = not {weights, *own.values()}.isdisjoint(("int8", "int4"))
+    refuse_without_effect(context, "top_k", needs="--heads or --init-heads", given=not no_heads)
+    searches = calibration is not None and tree == defaults.TREE
+    refuse_without_effect(context, "tree_size", needs="--calibration and the default tree", given=searches)
+    for name in ("block_size", "symmetric"):
+        refuse_without_effect(context, name, needs="weights in int8 or int4", given=has_integers)
     with shown_progress(quiet=quiet) as on_progress:
         export(
             model,

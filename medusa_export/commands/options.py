@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from medusa_export.common.dtypes import DTYPES
 
@@ -97,6 +98,26 @@ def option_with_default(*names: str, kind: click.ParamType[Any], default: object
         text: Its help.
     """
     return click.option(*names, type=kind, default=default, show_default=True, help=text)
+
+
+def refuse_without_effect(context: click.Context, name: str, *, needs: str, given: bool) -> None:
+    """Refuses an option that is given on the command line, but would change nothing.
+
+    Args:
+        context: The command's context.
+        name: The name of the option's argument.
+        needs: The options that give it an effect, for the message.
+        given: True if these options are given.
+
+    Raises:
+        click.UsageError: The option is given without the others.
+    """
+    if given or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        return
+    option = next(option for option in context.command.params if option.name == name)
+    raise click.UsageError(
+        f"{'/'.join([*option.opts, *option.secondary_opts])} has an effect only with {needs}.", context
+    )
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from medusa_export.common import defaults
 
 if TYPE_CHECKING:
     from medusa_export import Verification
+    from medusa_export.verification.checks import Tolerances
 
 
 @click.command("verify", cls=Command)
@@ -129,8 +130,13 @@ def _print(outcome: Verification) -> None:
     for check in outcome.checks:
         for note in check.notes:
             console.print(f"{check.name}: {note}", highlight=False)
-    limits = outcome.tolerances
-    console.print(
-        f"Tolerances: max abs {limits.max_abs:g}, cosine {limits.cosine:g}, norm ratio ±{limits.norm_ratio:g}; choices "
-        f"between logits within {limits.margin:g} are ties."
+    console.print(f"Tolerances: {_words(outcome.tolerances)}.", highlight=False)
+    if outcome.rounded is not None:
+        console.print(f"Where products may round their inputs to 8 bits: {_words(outcome.rounded)}.", highlight=False)
+
+
+def _words(limits: Tolerances) -> str:
+    return (
+        f"max abs {limits.max_abs:g}, cosine {limits.cosine:g}, norm ratio ±{limits.norm_ratio:g}; choices between "
+        f"logits within {limits.margin:g} are ties"
     )

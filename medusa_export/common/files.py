@@ -134,12 +134,14 @@ def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.
         noun: The name of this kind of folder.
 
     Raises:
-        ExportError: The target is or holds the working directory, is a file, holds other files, or may not be replaced.
+        ExportError: The target is or holds the working directory, is a file, holds other files, or may not be replaced;
+            or it is a mount point; or its parent is a file, or can't be written to.
     """
     if Path.cwd().is_relative_to(
         target.resolve()
     ):  # the whole folder is replaced, and the user's shell would be in none
         raise ExportError(f"{target} holds the working directory: give another folder to write the {noun} to.")
+    _check_writable(target, noun)
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -152,6 +154,22 @@ def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.
         article = "an" if noun[0] in "aeiou" else "a"
         raise ExportError(
             f"There is {article} {noun} at {target} already: give another folder, or `overwrite=True` to replace it."
+        )
+
+
+def _check_writable(target: Path, noun: str) -> None:
+    """Refuses a target that ``atomic_folder`` can't make, before the work that fills it."""
+    place = target.resolve()
+    if place.is_mount():
+        raise ExportError(
+            f"{target} is a mount point, which a finished {noun} can't replace: give a new folder inside it."
+        )
+    parent = next(path for path in place.parents if path.exists())
+    if not parent.is_dir():
+        raise ExportError(f"{target} can't be made, because {parent} is a file: give another folder for the {noun}.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(
+            f"{target} can't be made, because this user can't write to {parent}: give another folder for the {noun}."
         )
 
 

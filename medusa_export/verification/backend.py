@@ -51,7 +51,7 @@ def verify_backend(
     try:
         opened = _open_two_rows(backend, bundle)
     except BackendError as error:
-        return Verification([], options.tolerances_for(bundle), not_run=str(error))
+        return Verification([], options.tolerances(bundle), not_run=str(error))
     with closing(opened):
         chunks = [min(chunk, opened.max_tokens or chunk) for chunk in options.prefill_chunks]
         plan = Plan.answered(bundle, step, prompts, replace(options, prefill_chunks=chunks), on_progress)
@@ -62,7 +62,7 @@ def verify_backend(
         checks = steps.run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
         checks += generation_checks(engine, plan, on_progress)
-    return Verification(checks, plan.tolerances)
+    return plan.outcome(checks)
 
 
 def _open_two_rows(backend: str, bundle: Bundle) -> Backend:

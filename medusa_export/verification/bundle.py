@@ -60,7 +60,7 @@ def verify_bundle(
         checks += steps.run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
         checks += generation_checks(engine, plan, on_progress)
-    return Verification(checks, plan.tolerances)
+    return plan.outcome(checks)
 
 
 def _graphs(bundle: Bundle) -> list[str]:

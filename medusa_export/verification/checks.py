@@ -68,11 +68,13 @@ class Verification:
         checks: The comparisons.
         tolerances: Differences that pass.
         not_run: The reason if this machine can't run the backend; otherwise None.
+        rounded: Differences that pass where products may round their inputs to 8 bits; None if they do so nowhere.
     """
 
     checks: list[Check]
     tolerances: Tolerances
     not_run: str | None = None
+    rounded: Tolerances | None = None
 
     @property
     def passed(self) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medusa_export.common import defaults
 from medusa_export.common.errors import VerificationError
 from medusa_export.common.progress import OnProgress
 from medusa_export.step.step import MedusaStep
-from medusa_export.verification.checks import Tolerances
+from medusa_export.verification.checks import Check, Tolerances, Verification
 from medusa_export.verification.reference import Prompt, answered_prompts
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.states import State
@@ -23,17 +23,24 @@ class VerifyOptions:
         max_new_tokens: Tokens to generate per prompt.
         tree_sizes: Tree sizes to decode with, in nodes; 1, a middle one and all if None.
         prefill_chunks: Chunk sizes, in tokens per step.
-        tolerances: Differences that pass; by the bundle's dtype if None.
+        margin: Largest difference between two logits that makes the choice between them a tie. If None, it depends on
+            the bundle's types.
     """
 
     max_new_tokens: int = defaults.VERIFIED_TOKENS
     tree_sizes: Sequence[int] | None = None
     prefill_chunks: Sequence[int] = defaults.PREFILL_CHUNKS
-    tolerances: Tolerances | None = None
+    margin: float | None = None
 
-    def tolerances_for(self, bundle: Bundle) -> Tolerances:
-        """Returns the differences that pass for a bundle."""
-        return self.tolerances or Tolerances.of(bundle.dtype)
+    def tolerances(self, bundle: Bundle, *, rounds_activations: bool = False) -> Tolerances:
+        """Returns the differences that pass for a bundle.
+
+        Args:
+            bundle: The bundle.
+            rounds_activations: Products round their inputs to 8 bits.
+        """
+        found = Tolerances.of(bundle.dtype, rounds_activations=rounds_activations)
+        return found if self.margin is None else replace(found, margin=self.margin)
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,13 @@ class Plan:
         tree = bundle.tree
         sizes = sorted(set(options.tree_sizes or (1, (tree.size + 1) // 2, tree.size)))
         answered = answered_prompts(step, prompts, options.max_new_tokens, on_progress, bundle.model.eos_token_ids)
-        tolerances, integers = options.tolerances_for(bundle), bundle.weights.has_integers
-        rounded = Tolerances.of(bundle.dtype, rounds_activations=True) if integers else tolerances
+        tolerances, integers = options.tolerances(bundle), bundle.weights.has_integers
+        rounded = options.tolerances(bundle, rounds_activations=integers)
         return cls(step, answered, sizes, options.prefill_chunks, tolerances, rounded, own_reference=integers)
+
+    def outcome(self, checks: list[Check]) -> Verification:
+        """Returns the outcome of the checks of this plan."""
+        return Verification(checks, self.tolerances, rounded=self.rounded if self.own_reference else None)
 
 
 def check_same(bundle: Bundle, step: MedusaStep) -> None:

@@ -36,6 +36,7 @@ def as_json(verification: Verification) -> str:
         "passed": verification.passed,
         "not_run": verification.not_run,
         "tolerances": asdict(verification.tolerances),
+        "rounded": None if verification.rounded is None else asdict(verification.rounded),
         "checks": [
             {"passed": check.passed, **asdict(check), "figures": _finite_or_null(check)}
             for check in verification.checks

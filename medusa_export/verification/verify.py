@@ -18,7 +18,7 @@ from medusa_export.step.reference import load_reference, prompt_ids
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.backend import verify_backend
 from medusa_export.verification.bundle import verify_bundle
-from medusa_export.verification.checks import Check, Tolerances, Verification
+from medusa_export.verification.checks import Check, Verification
 from medusa_export.verification.plan import VerifyOptions
 from medusa_export.verification.stored_matrices import use_stored_matrices
 from medusa_export.verification.weights import weights_check
@@ -85,7 +85,7 @@ def verify(
         BackendError: The backend failed in a step.
     """
     bundle = _opened(bundle, needs_graph=backend is None)
-    options = VerifyOptions(max_new_tokens, _sizes(bundle, tree_sizes), prefill_chunks, _tolerances(bundle, margin))
+    options = VerifyOptions(max_new_tokens, _sizes(bundle, tree_sizes), prefill_chunks, margin)
     ids = prompt_ids(bundle, PROMPTS if prompts is None else prompts, chosen=prompts is not None)
     with _offload_folder(offload) as folder:
         on_progress(Progress(f"loading {fspath(model)}"))
@@ -143,11 +143,6 @@ def _sizes(bundle: Bundle, tree_sizes: Sequence[int | Literal["full"]] | None) -
             f"The tree size {largest} is too large: the tree of this bundle has {bundle.tree.size} nodes."
         )
     return sizes
-
-
-def _tolerances(bundle: Bundle, margin: float | None) -> Tolerances:
-    tolerances = Tolerances.of(bundle.dtype)
-    return tolerances if margin is None else replace(tolerances, margin=margin)
 
 
 def read_prompts(path: Path) -> list[str]:

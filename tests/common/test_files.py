@@ -38,6 +38,20 @@ def test_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             check_target(here, replace_existing=True)
 
 
+def test_a_folder_that_can_not_be_made_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="file is a file: give another folder for the engine"):
+        check_target(tmp_path / "file" / "a" / "b", replace_existing=False, noun="engine")
+    with pytest.raises(ExportError, match="is a mount point, which a finished bundle can't replace"):
+        check_target(Path("/dev"), replace_existing=True)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write to every folder
+    with pytest.raises(ExportError, match="this user can't write to"):
+        check_target(tmp_path / "new" / "bundle", replace_existing=False)
+    check_target(Path("/tmp/new/bundle"), replace_existing=False)  # nothing is written
+
+
 def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
     write_text(Path("/dev/null"), "text")
     assert Path("/dev/null").is_char_device()

@@ -191,6 +191,15 @@ def test_half_precision(stock: Stock) -> None:
     assert not wrong
 
 
+def test_a_given_margin_holds_where_products_round_their_inputs(tiny_bundle: Bundle) -> None:
+    options = VerifyOptions(margin=0.5)
+    for rounds in (False, True):
+        own = VerifyOptions().tolerances(tiny_bundle, rounds_activations=rounds)
+        found = options.tolerances(tiny_bundle, rounds_activations=rounds)
+        assert (found.margin, found.max_abs) == (0.5, own.max_abs)
+        assert own == Tolerances.of(tiny_bundle.dtype, rounds_activations=rounds)
+
+
 def test_command_writes_reports(tiny_model_folder: Path, untrained_bundle: Bundle, tmp_path: Path) -> None:
     runner = CliRunner()
     bundle = Path(shutil.copytree(untrained_bundle.folder, tmp_path / "bundle"))
@@ -215,6 +224,7 @@ def test_command_writes_reports(tiny_model_folder: Path, untrained_bundle: Bundl
     assert result.exit_code == 0, result.output
     data = json.loads(report.read_text())
     assert data["passed"] is True
+    assert data["rounded"] is None
     assert {check["name"] for check in data["checks"]} >= {"model.onnx: logits", "tokens, tree size 1"}
     suite = ElementTree.parse(junit).getroot()
     assert int(suite.get("tests", 0)) == len(data["checks"])
