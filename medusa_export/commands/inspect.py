@@ -93,12 +93,13 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
 
 def _states(bundle: Bundle) -> str:
     """Returns the shapes of the states in words."""
-    groups = bundle.state_groups
+    groups = [group for group in bundle.state_groups if group.states[0].kind != "scale"]
+    stored = f", stored in {bundle.kv_cache}" if bundle.kv_cache else ""
     if len(groups) == 1:
         heads, size = groups[0].shape
-        return f"{heads} KV heads of {size}"
+        return f"{heads} KV heads of {size}{stored}"
     listed = [f"{len(group.states)} of {group.shape[0]} heads of {group.shape[1]}" for group in groups]
-    return f"{len(bundle.states)} K/V caches: {', '.join(listed)}"
+    return f"{sum(len(group.states) for group in groups)} K/V caches{stored}: {', '.join(listed)}"
 
 
 def _stored(bundle: Bundle) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from medusa_export.commands.options import (
 )
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import DTYPES, WEIGHT_TYPES, Dtype, WeightType
+from medusa_export.common.dtypes import DTYPES, KV_CACHE_TYPES, WEIGHT_TYPES, Dtype, KvCacheType, WeightType
 
 if TYPE_CHECKING:
     from medusa_export import WeightTypes
@@ -67,7 +67,7 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
     "--dtype",
     kind=click.Choice(DTYPES),
     default=defaults.EXPORT_DTYPE,
-    text="Type that the bundle computes in, and of its caches.",
+    text="Type that the bundle computes in.",
 )
 @click.option(
     "--weights",
@@ -107,6 +107,12 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
     "more exact, and slower. With --symmetric, blocks of a file that have zero points or minima are rounded again. "
     "[default: keep the blocks of the file, and round others to symmetric ones]",
 )
+@click.option(
+    "--kv-cache",
+    type=click.Choice(KV_CACHE_TYPES),
+    help="Store keys and values as 8-bit integers with a scale per token and head. They take a quarter of the memory. "
+    "Needs --dtype fp32. [default: the type of --dtype]",
+)
 @click.option("--no-tokenizer", is_flag=True, help="Leave out the tokenizer. The bundle takes and gives token ids.")
 @text_only_option
 @output_option("The folder to write.")
@@ -133,6 +139,7 @@ def command(
     block_size: str,
     activations: Path | None,
     symmetric: bool | None,
+    kv_cache: KvCacheType | None,
     no_tokenizer: bool,
     text_only: bool,
     output: Path,
@@ -174,6 +181,7 @@ def command(
             dtype=dtype,
             weights=_weight_types(weights, own, int(block_size), symmetric),
             activations=activations,
+            kv_cache=kv_cache,
             overwrite=overwrite,
             on_progress=on_progress,
         )

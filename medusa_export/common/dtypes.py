@@ -12,6 +12,8 @@ IntegerType = Literal["int8", "int4"]
 INTEGER_TYPES: tuple[IntegerType, ...] = get_args(IntegerType)
 WeightType = Literal["int8", "int4", "fp8", "fp32", "fp16", "bf16"]
 WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
+KvCacheType = Literal["int8"]
+KV_CACHE_TYPES: tuple[KvCacheType, ...] = get_args(KvCacheType)
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

@@ -51,7 +51,7 @@ def compare(
         VerificationError: The bundle's logits are not finite.
     """
     counts, number = Counts(), min(_ROWS, len(samples))
-    graph = with_outputs(derived_graph(bundle, number), [_LOGITS])
+    graph = with_outputs(bundle, derived_graph(bundle, number), [_LOGITS])
     backend = OnnxRuntimeBackend(bundle, rows=number, threads=threads, graph=graph, extra_outputs=[_LOGITS])
     with closing(backend), torch.inference_mode():
         for group in _groups(samples, number):

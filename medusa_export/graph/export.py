@@ -27,7 +27,7 @@ from medusa_export.step.step import MedusaStep
 from medusa_runtime.bundles import contract
 from medusa_runtime.bundles.contract import TensorSpec
 from medusa_runtime.bundles.matrices import MatrixFacts
-from medusa_runtime.bundles.states import groups_of
+from medusa_runtime.bundles.states import EntryKind, groups_of
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,18 @@ def _bring_into_contract(model: ir.Model, step: MedusaStep, weights: StepWeights
     specs = {spec.name: spec for spec in _contract_inputs(step)}
     small = [name for name in specs if not name.startswith(("past", "pending"))]
     traced_inputs, stand_ins = graph.inputs[: len(small)], graph.inputs[len(small) :]
-    cache_type = stand_ins[0].type
+    types = {group.states[0].entry: value.type for group, value in zip(groups, stand_ins, strict=False)}
 
-    def new_input(name: str) -> ir.Value:
-        return ir.Value(name=name, type=cache_type, shape=ir.Shape(specs[name].shape))
+    def new_input(name: str, entry: EntryKind) -> ir.Value:
+        return ir.Value(name=name, type=types[entry], shape=ir.Shape(specs[name].shape))
 
-    caches = {state.name: new_input(state.past) for state in step.states}
+    caches = {state.name: new_input(state.past, state.entry) for state in step.states}
     pending: dict[str, ir.Value] = {}
     inputs = [_rename(value, name, specs[name].shape) for value, name in zip(traced_inputs, small, strict=True)]
     for group in groups:
         if group.pending is not None:
             count = len(group.states)
-            inputs.append(new_input(group.pending))
+            inputs.append(new_input(group.pending, group.states[0].entry))
             split = ir.node("Split", inputs[-1:], {"axis": 1, "num_outputs": count}, num_outputs=count)
             graph.insert_before(graph[0], split)
             pending |= zip((state.name for state in group.states), split.outputs, strict=True)

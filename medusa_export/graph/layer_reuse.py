@@ -205,8 +205,8 @@ class _Traced:
 
 
 def _roles(cache: StepCache, layer: int) -> list[str]:
-    """The roles of the states that a layer writes: ``key`` and ``value``, or none."""
-    return [role for role in ("key", "value") if f"{role}_{layer}" in cache.past]
+    """The roles of the states that a layer writes: ``key`` and ``value``, with their scales or without, or none."""
+    return [role for role in ("key", "key_scale", "value", "value_scale") if f"{role}_{layer}" in cache.past]
 
 
 class _Tracer:

@@ -58,7 +58,7 @@ class _Layer:
 
     @property
     def roles(self) -> list[str]:
-        """The roles of the layer's own states: ``key`` and ``value``, or none."""
+        """The roles of the layer's own states: ``key`` and ``value``, with their scales or without, or none."""
         return [port.removeprefix("past_") for port in self.marks if port.startswith("past_")]
 
     def behind(self, port: str) -> ir.Value:
@@ -200,7 +200,7 @@ def expand_layers(
     Args:
         model: The traced graph; changed in place.
         layer_prefix: Start of the names of weights of layer i, before ``i.``.
-        groups: The model's states, by shape.
+        groups: The model's states, by shape and type.
         caches: The inputs with the caches, by name of the state.
         pending: The pending entries of each cache, by name of the state; empty if the step has none.
         weight: Returns the weight of a name.

@@ -55,8 +55,8 @@ class _TracedStep(nn.Module):
     def __init__(self, step: MedusaStep, note: Callable[[Sequence[str]], None]) -> None:
         super().__init__()
         self.step = step
-        groups = [group.shape for group in groups_of(step.states)]
-        self._group_of = [groups.index(state.shape) for state in step.states]
+        entries = list(dict.fromkeys(state.entry for state in step.states))
+        self._group_of = [entries.index(state.entry) for state in step.states]
         self._note = note
 
     def forward(
@@ -89,8 +89,8 @@ class _TracedStep(nn.Module):
 
 def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
     """Example inputs of ``_TracedStep`` by name, and the free dimensions of each."""
-    groups, dtype = groups_of(step.states), step.model.dtype
-    shapes, margin = [group.shape for group in groups], step.tree.max_depth
+    groups, margin = groups_of(step.states), step.tree.max_depth
+    entries = [(*group.shape, getattr(torch, group.dtype) if group.dtype else step.model.dtype) for group in groups]
     taken = {step.tree.size, *(size for group in groups for size in group.shape)}
     # Each free dimension has a size of its own: the tracer takes equal sizes for the same dimension.
     batch, capacity = 3, 251
@@ -105,8 +105,8 @@ def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
         "is_long": None if step.short_positions is None else torch.zeros(batch, dtype=torch.bool),
         "sampling": sampling,
-        "past": [torch.zeros(batch, heads, capacity, size, dtype=dtype) for heads, size in shapes],
-        "pending": [torch.zeros(batch, heads, margin, size, dtype=dtype) for heads, size in shapes if margin],
+        "past": [torch.zeros(batch, heads, capacity, size, dtype=dtype) for heads, size, dtype in entries],
+        "pending": [torch.zeros(batch, heads, margin, size, dtype=dtype) for heads, size, dtype in entries if margin],
     }
     dynamic = torch.export.Dim.DYNAMIC
     free: dict[str, Any] = {name: None if value is None else {0: dynamic} for name, value in example.items()}

@@ -28,7 +28,7 @@ def _mark(name: str, *attributes: str, outputs: int = 1) -> Any:
         attributes: The names of its attributes. All are integers, but ``port`` is a text.
         outputs: The number of its outputs.
     """
-    types = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16", "int64", "int32", "bool")]
+    types = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16", "int64", "int32", "int8", "bool")]
     parameter, variadic = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Variadic
     kinds = {"port": onnx.defs.OpSchema.AttrType.STRING}
     of_outputs = [f"T{i}" for i in range(outputs)]

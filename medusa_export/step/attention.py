@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from medusa_export.common.errors import ModelNotSupportedError
 from medusa_export.step.alibi import Alibi, RoundedAlibi
+from medusa_export.step.integer_caches import restored, rounded, scale_name
 from medusa_export.step.masks import MaskKind, StepMasks
 from medusa_export.step.slots import block_slots
 
@@ -178,7 +179,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers has no types here
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         layer = operator.index(layer_idx)
-        return self._commit(f"key_{layer}", key_states), self._commit(f"value_{layer}", value_states)
+        return self._updated(f"key_{layer}", key_states), self._updated(f"value_{layer}", value_states)
+
+    def _updated(self, name: str, new: Tensor) -> Tensor:
+        """The cache of a state with its new entries, as layers attend to it."""
+        scales = scale_name(name)
+        if scales not in self.past:
+            return self._commit(name, new)
+        integers, new_scales = rounded(new)
+        return restored(self._commit(name, integers), self._commit(scales, new_scales))
 
     def _commit(self, name: str, new: Tensor) -> Tensor:
         if name in self.present:

@@ -20,6 +20,22 @@ from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.sampling import Draws, SamplingRows
 
 
+def empty_caches(step: MedusaStep, rows: int, capacity: int) -> list[Tensor]:
+    """The caches of a step without entries, [rows, N, capacity, d] each, on the device of the model."""
+    model = step.model
+    return [
+        torch.zeros(
+            rows,
+            state.shape[0],
+            capacity,
+            state.shape[1],
+            dtype=model.dtype if state.dtype is None else getattr(torch, state.dtype),
+            device=model.device,
+        )
+        for state in step.states
+    ]
+
+
 class EagerBackend:
     """Runs steps in PyTorch, as a ``medusa_runtime`` backend. Caches are on the device of the model.
 
@@ -44,7 +60,7 @@ class EagerBackend:
         self._sampling = SamplingRows(rows, constraints)
         dtype = str(step.model.dtype).removeprefix("torch.")
         self._pending = [
-            torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=step.model.dtype, device=self._device)
+            torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=getattr(torch, spec.dtype), device=self._device)
             for spec in pending_specs(step.states, dtype)
         ]
         self.output: StepOutput | None = None
@@ -76,10 +92,7 @@ class EagerBackend:
     def reserve(self, capacity: int) -> None:
         if capacity <= self.capacity:
             return
-        grown = [
-            torch.zeros(self._rows, heads, capacity, size, dtype=self._step.model.dtype, device=self._device)
-            for heads, size in (state.shape for state in self._step.states)
-        ]
+        grown = empty_caches(self._step, self._rows, capacity)
         for new, old in zip(grown, self._caches, strict=False):
             new[:, :, : old.shape[2]] = old
         self._caches = grown

@@ -70,7 +70,9 @@ def load_reference(
                 f"{bundle.heads.num_heads}: give those."
             )
         attached = attached.truncated(bundle.heads.num_heads).float()
-    return MedusaStep(base.float(), attached, bundle.tree, rules=bundle.acceptance_rules).eval()
+    return MedusaStep(
+        base.float(), attached, bundle.tree, rules=bundle.acceptance_rules, kv_cache=bundle.kv_cache
+    ).eval()
 
 
 def prompt_ids(bundle: Bundle, texts: Sequence[str], *, chosen: bool) -> list[list[int]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from medusa_export.step.eager import empty_caches
 from medusa_export.step.sampling import SamplingInputs
 from medusa_export.step.states import pending_by_state
 from medusa_export.step.step import MedusaStep, StepInputs
@@ -40,18 +41,14 @@ class ReplayedSteps:
         self._pinned = self.device.type == "cuda"
         self._captures = capture and self._pinned
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
-        dtype = step.model.dtype
         with self.device:
             self.lengths = torch.zeros(1, dtype=torch.int64)
             self._is_long = torch.zeros(1, dtype=torch.bool)
             self._drafts = torch.zeros(1, step.tree.size, dtype=torch.int64)
-            self._caches = [
-                torch.zeros(1, heads, capacity, size, dtype=dtype)
-                for heads, size in (state.shape for state in step.states)
-            ]
+            self._caches = empty_caches(step, 1, capacity)
             self._pending = [
-                torch.zeros(fixed_shape(spec, {"batch": 1}), dtype=dtype)
-                for spec in pending_specs(step.states, str(dtype).removeprefix("torch."))
+                torch.zeros(fixed_shape(spec, {"batch": 1}), dtype=getattr(torch, spec.dtype))
+                for spec in pending_specs(step.states, str(step.model.dtype).removeprefix("torch."))
             ]
             self._emitted = torch.zeros(1, step.tree.max_depth + 2, dtype=torch.int64)
         # What the host reads. The copy to it lets the host go on only if the memory is pinned.

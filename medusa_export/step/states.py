@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from medusa_export.common.dtypes import KvCacheType
 from medusa_export.common.errors import ExportError, ModelNotSupportedError, first_line
 from medusa_export.compat.torch import FakeTensorMode
 from medusa_export.compat.transformers import cache_argument, experts_function, noting_masks
@@ -17,6 +18,7 @@ from medusa_export.models.supported import max_positions
 from medusa_export.step.adapters import adapted, only_shapes_from_length
 from medusa_export.step.attention import ATTENTION_NAME, StepCache, attending
 from medusa_export.step.experts import EXPERTS_NAME
+from medusa_export.step.integer_caches import with_integers
 from medusa_export.step.masks import MaskKind, StepMasks
 from medusa_runtime.bundles.states import State, groups_of, with_margin
 
@@ -95,7 +97,7 @@ class _ProbeMasks(StepMasks):
         return self._longest if window is None else min(window, self._longest)
 
 
-def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
+def observed_states(model: PreTrainedModel, margin: int, kv_cache: KvCacheType | None = None) -> tuple[State, ...]:
     """Finds the states of a model by a run of one token without values.
 
     Configs name sizes of caches in many ways, or not at all. So this looks at what each layer gives to a cache, and at
@@ -104,10 +106,12 @@ def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
     Args:
         model: A model with our attention implementation.
         margin: M, the depth of the tree.
+        kv_cache: The type that keys and values are stored in; None for the model's.
 
     Returns:
         Keys and values of each layer that writes some, in the order of layers. They are ``kv`` where layers attend to
-        them as they are, and ``latent`` where layers compute keys and values from them.
+        them as they are, and ``latent`` where layers compute keys and values from them. Integers are followed by their
+        scales.
 
     Raises:
         ExportError: The model can't be run without values.
@@ -136,7 +140,8 @@ def observed_states(model: PreTrainedModel, margin: int) -> tuple[State, ...]:
     for reader, key in masks.read:
         if id(key) in writers and reader is not None:
             writers[id(key)].readers.add(reader)
-    return _states(probe.written, margin)
+    states = _states(probe.written)
+    return with_margin(with_integers(states) if kv_cache is not None else states, margin)
 
 
 def pending_by_state(states: Sequence[State], pending: Sequence[Tensor]) -> list[Tensor]:
@@ -154,20 +159,19 @@ def pending_by_state(states: Sequence[State], pending: Sequence[Tensor]) -> list
     return [views[state.name] for state in states] if views else []
 
 
-def _states(written: dict[int, _Written], margin: int) -> tuple[State, ...]:
+def _states(written: dict[int, _Written]) -> list[State]:
     found = [
         (f"{role}_{layer}", layer, one.shapes[slot], one)
         for layer, one in sorted(written.items())
         for slot, role in enumerate(_ROLES)
     ]
-    states = [
+    return [
         State(
             name=name,
             kind="kv" if one.readers else "latent",
             shape=shape,
-            margin=margin,
+            margin=0,
             readers=(layer, *sorted(one.readers - {layer})),
         )
         for name, layer, shape, one in found
     ]
-    return with_margin(states, margin)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_export.common import defaults
+from medusa_export.common.dtypes import KvCacheType
 from medusa_export.common.errors import ExportError
 from medusa_export.compat.transformers import cache_argument, experts_function
 from medusa_export.heads.base import Draft, DraftHeads, DraftInputs
@@ -123,6 +124,7 @@ class MedusaStep(nn.Module):
             that head's candidates.
         sampling: True if rows may sample and ask for log probabilities. If not, all rows are greedy.
         rules: The names of the acceptance rules. A node is accepted if one of them confirms it.
+        kv_cache: The type that keys and values are stored in; None for the model's.
 
     Raises:
         ExportError: No acceptance rule is left.
@@ -131,6 +133,7 @@ class MedusaStep(nn.Module):
 
     Attributes:
         states: The model's states.
+        kv_cache: As given.
         short_positions: The longest prompt with the first of two sets of rotary frequencies; None if the model has one.
         kernels: The functions that write to caches and attend. Only a step that isn't traced may have others.
     """
@@ -145,18 +148,20 @@ class MedusaStep(nn.Module):
         *,
         sampling: bool = True,
         rules: Sequence[str] = defaults.ACCEPTANCE_RULES,
+        kv_cache: KvCacheType | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.heads = heads
         self.tree = tree
         self.sampling = sampling
+        self.kv_cache = kv_cache
         self._rules = rules_named(rules)
         if not self.rules:
             raise ExportError("A step without sampling has no acceptance rule left: give 'exact' too.")
         reset_frequencies(model)
         self.short_positions = short_positions(model)
-        self.states = observed_states(model, tree.max_depth)
+        self.states = observed_states(model, tree.max_depth, kv_cache)
         self.tables = TreeTables(tree, self.num_heads)
         self._last_position = _end_of_table(model)
         self._cache_argument = cache_argument(model)

@@ -8,11 +8,12 @@ from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_export.common import defaults
-from medusa_export.common.dtypes import Dtype, WeightType, short_name
+from medusa_export.common.dtypes import KV_CACHE_TYPES, Dtype, KvCacheType, WeightType, short_name
 from medusa_export.common.errors import MedusaWarning, OptionError
 from medusa_export.common.files import check_target
 from medusa_export.common.progress import OnProgress, Progress, ignore_progress
@@ -57,6 +58,7 @@ def export(
     dtype: Dtype | None = None,
     weights: WeightType | WeightTypes | None = None,
     activations: str | PathLike[str] | ActivationRanges | None = None,
+    kv_cache: KvCacheType | None = None,
     name: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress = ignore_progress,
@@ -84,13 +86,15 @@ def export(
         top_k: Candidates per head.
         sampling: Let requests sample and ask for log probabilities. Without it the graph is smaller and only greedy.
         acceptance_rules: The names of the acceptance rules of the graph. Rules of your own may change the output.
-        dtype: Type that the bundle computes in, and of its caches. If None, that of a loaded model, and fp32 for a
+        dtype: Type that the bundle computes in. If None, that of a loaded model, and fp32 for a
             model that is read.
         weights: How matrices are stored: ``int8`` or ``int4``, in blocks of 32 columns, embeddings as ``int8``;
             ``fp16`` or ``bf16`` for a bundle that computes in fp32; ``fp8`` for engines; or each kind of matrix by
             itself. In ``dtype`` if None.
         activations: Ranges of the inputs of linear layers, by ``activations``. Products with ``int8`` matrices then
             round their inputs to 8 bits in these ranges, which makes large trees cheap on CPUs.
+        kv_cache: How keys and values are stored: ``int8``, with a scale per token and head, for bundles that compute in
+            fp32. In ``dtype`` if None.
         name: The model's name in the bundle. If None, the name of its folder, file or hub id.
         overwrite: Replace a bundle that is at ``output``.
         on_progress: Receives reports.
@@ -116,13 +120,19 @@ def export(
     asked = asked if ranges is None else replace(asked, activations="int8")
     on_progress(Progress("loading the model"))
     with opened_source(model, tokenizer, dtype, with_tokenizer=with_tokenizer, text_only=text_only) as source:
+        _check_kv_cache(kv_cache, source.model)
         types = asked.resolved(short_name(source.model.dtype))
         ends = _end_tokens(source)
         attached = _attached(source, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
         used = _used_heads(attached, chosen.tree)
         step = MedusaStep(
-            source.model, used.heads if used else None, chosen.tree, sampling=sampling, rules=acceptance_rules
+            source.model,
+            used.heads if used else None,
+            chosen.tree,
+            sampling=sampling,
+            rules=acceptance_rules,
+            kv_cache=kv_cache,
         ).eval()
         read = _step_weights(step, source, used)
         graph = build_graph(step, on_progress, weights=read, types=types, activations=ranges)
@@ -152,6 +162,18 @@ def _check_options(heads: object, init_heads: object, calibration: object, tree:
         raise OptionError("A calibration belongs to trained heads: give these heads too, or drop the calibration.")
     if tree != defaults.TREE and heads is None and init_heads is None:
         raise OptionError("A tree needs heads that draft: give heads, or drop the tree.")
+
+
+def _check_kv_cache(kv_cache: str | None, model: PreTrainedModel) -> None:
+    if kv_cache is None:
+        return
+    if kv_cache not in KV_CACHE_TYPES:
+        raise OptionError(f"There is no K/V cache of type {kv_cache!r}: give one of {', '.join(KV_CACHE_TYPES)}.")
+    if model.dtype != torch.float32:
+        raise OptionError(
+            f"A K/V cache in {kv_cache} needs a bundle that computes in fp32, not in {short_name(model.dtype)}: give "
+            "dtype fp32, or leave `kv_cache` out."
+        )
 
 
 def _end_tokens(source: Source) -> EndTokens:

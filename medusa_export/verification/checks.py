@@ -22,15 +22,20 @@ class Tolerances:
     margin: float
 
     @classmethod
-    def of(cls, dtype: str, *, rounds_activations: bool = False) -> Tolerances:
+    def of(cls, dtype: str, *, rounds_activations: bool = False, kv_cache: str | None = None) -> Tolerances:
         """Returns the differences that rounding explains.
+
+        In a cache of integers, a difference in the last bit of a key or value may become one of a 127th of the largest.
 
         Args:
             dtype: Type that the bundle computes in, such as ``float16``.
             rounds_activations: Products round their inputs to 8 bits, as they do with matrices of integers.
+            kv_cache: Type that keys and values are stored in; None for ``dtype``.
         """
         if rounds_activations:
             return cls(max_abs=3.0, cosine=0.98, norm_ratio=0.1, margin=1.5)
+        if kv_cache is not None:
+            return cls(max_abs=0.2, cosine=0.9999, norm_ratio=1e-2, margin=0.05)
         if dtype == "float32":
             return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4)
         return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25)

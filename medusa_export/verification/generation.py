@@ -13,7 +13,7 @@ from medusa_export.step.race import lags
 from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Check, Tolerances
 from medusa_export.verification.plan import Plan
-from medusa_export.verification.reference import Prompt, with_own_attention
+from medusa_export.verification.reference import Prompt, reference_logits
 from medusa_runtime.engine import MedusaEngine
 from medusa_runtime.errors import NotFiniteError
 from medusa_runtime.sampling import Draws, SamplingParams
@@ -95,8 +95,7 @@ def _compare_tokens(
     if same is None and len(tokens) == len(expected):
         return
     place = len(tokens) if same is None else same
-    with torch.no_grad(), with_own_attention(step):
-        logits = step.model(torch.tensor([[*prompt.ids, *expected[:place]]])).logits[0, -1].float()
+    logits = reference_logits(step, [*prompt.ids, *expected[:place]])[-1]
     got = int(tokens[place]) if place < len(tokens) else None
     margin = float("inf") if got is None else float(logits.max() - logits[got])
     words = f"prompt {number}, token {place}: got {got}, expected {expected[place] if place < len(expected) else None}"
@@ -130,8 +129,7 @@ def _sampling_checks(
             _note_failure(check, number, error)
             continue
         tokens = np.array(result.token_ids)
-        with torch.no_grad(), with_own_attention(step):
-            logits = step.model(torch.tensor([[*prompt.ids, *result.token_ids]])).logits[0, length - 1 : -1].float()
+        logits = reference_logits(step, [*prompt.ids, *result.token_ids])[length - 1 : -1]
         numbers = Draws(params, length, logits.shape[1]).numbers(length, len(tokens))
         behind = lags(logits, numbers, TEMPERATURE, result.token_ids).numpy()
         wrong = np.flatnonzero(~(behind <= tolerances.margin / TEMPERATURE))

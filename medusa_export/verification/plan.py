@@ -39,7 +39,7 @@ class VerifyOptions:
             bundle: The bundle.
             rounds_activations: Products round their inputs to 8 bits.
         """
-        found = Tolerances.of(bundle.dtype, rounds_activations=rounds_activations)
+        found = Tolerances.of(bundle.dtype, rounds_activations=rounds_activations, kv_cache=bundle.kv_cache)
         return found if self.margin is None else replace(found, margin=self.margin)
 
 
@@ -90,11 +90,12 @@ class Plan:
         answered = answered_prompts(step, prompts, options.max_new_tokens, on_progress, bundle.model.eos_token_ids)
         tolerances, integers = options.tolerances(bundle), bundle.weights.has_integers
         rounded = options.tolerances(bundle, rounds_activations=integers)
-        return cls(step, answered, sizes, options.prefill_chunks, tolerances, rounded, own_reference=integers)
+        own_reference = integers or (bundle.kv_cache is not None and bundle.has_exact_rows)
+        return cls(step, answered, sizes, options.prefill_chunks, tolerances, rounded, own_reference)
 
     def outcome(self, checks: list[Check]) -> Verification:
         """Returns the outcome of the checks of this plan."""
-        return Verification(checks, self.tolerances, rounded=self.rounded if self.own_reference else None)
+        return Verification(checks, self.tolerances, rounded=self.rounded if self.rounded != self.tolerances else None)
 
 
 def check_same(bundle: Bundle, step: MedusaStep) -> None:

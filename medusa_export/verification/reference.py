@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 from medusa_export.common.progress import OnProgress, Progress
-from medusa_export.compat.transformers import attention_of, default_attention
+from medusa_export.compat.transformers import attention_of, cache_argument, default_attention
 from medusa_export.models.text_model import whole_of
+from medusa_export.step.integer_caches import restored, rounded
 from medusa_export.step.step import MedusaStep
 
 
@@ -34,6 +36,31 @@ def greedy_config(model: Any, end_tokens: Sequence[int] | None = None) -> Genera
     own = model.generation_config
     ends = own.eos_token_id if end_tokens is None else [*end_tokens] or None
     return GenerationConfig(do_sample=False, eos_token_id=ends, bos_token_id=own.bos_token_id, pad_token_id=0)
+
+
+class _IntegerCache(DynamicCache):  # type: ignore[misc]  # transformers has no types here
+    """A cache of transformers whose entries are rounded as in a step with 8-bit caches."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (restored(*rounded(entries)) for entries in (key_states, value_states))
+        updated: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
+        return updated
+
+
+def _own_cache(step: MedusaStep) -> dict[str, DynamicCache]:
+    """The argument with the cache that transformers is to use; none where it makes its own."""
+    if step.kv_cache is None:
+        return {}
+    model = whole_of(step.model)
+    return {cache_argument(model): _IntegerCache(config=model.config.get_text_config(decoder=True))}
+
+
+def reference_logits(step: MedusaStep, ids: Sequence[int]) -> Tensor:
+    """The logits of transformers after each token of a text, [S, V], with its own attention and cache."""
+    model: Any = step.model
+    with torch.no_grad(), with_own_attention(step):
+        logits: Tensor = model(torch.tensor([list(ids)]), **_own_cache(step)).logits[0]
+    return logits.float()
 
 
 @contextmanager
@@ -68,7 +95,7 @@ def reference_tokens(
     model.generation_config = greedy_config(model, end_tokens)
     try:
         with with_own_attention(step):
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **_own_cache(step))
     finally:
         model.generation_config = own
     tokens: list[int] = output[0, len(prompt) :].tolist()

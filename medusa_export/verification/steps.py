@@ -23,6 +23,7 @@ from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
 
 # After a difference a row is not compared any more, so there are several short scenarios.
 STEPS_PER_SCENARIO = 8
+_ELEMENT_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 
 
 def graph_checks(
@@ -32,19 +33,19 @@ def graph_checks(
     contract = graph == GRAPH
     # Head logits of a derived graph are inside a branch. The candidates that follow from them are compared anyway.
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
-    data = with_outputs(bundle.folder / graph, extra)
+    data = with_outputs(bundle, bundle.folder / graph, extra)
     backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
     return StepChecks(bundle, step, graph, backend, extra, tolerances, rounds_activations=rounds_activations)
 
 
-def with_outputs(path: Path, names: Sequence[str]) -> bytes:
-    """Returns the serialised graph with inner values as further outputs."""
+def with_outputs(bundle: Bundle, path: Path, names: Sequence[str]) -> bytes:
+    """Returns a graph of a bundle, serialised, with inner values of the bundle's type as further outputs."""
     model = onnx.load(path, load_external_data=False)
     inner = {name for node in model.graph.node for name in node.output}
     missing = [name for name in names if name not in inner]
     if missing:
         raise VerificationError(f"The graph {path} has no value named {missing[0]}: export the bundle again.")
-    kind = next(value.type.tensor_type.elem_type for value in model.graph.input if value.name == "past_key_0")
+    kind = onnx.TensorProto.DataType.Value(_ELEMENT_TYPES[bundle.dtype])
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name in names)
     data: bytes = model.SerializeToString()
     return data

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from medusa_export.common.dtypes import KvCacheType
 from medusa_export.graph.export import StepGraph, build_graph
 from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.end_tokens import EndTokens
@@ -41,10 +42,12 @@ def random_heads(model: PreTrainedModel, num_heads: int = 3, seed: int = 5) -> M
     return heads.to(model.dtype).eval().requires_grad_(False)
 
 
-def make_step(model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree = TREE) -> MedusaStep:
+def make_step(
+    model: PreTrainedModel, heads: MedusaHeads | None, tree: Tree = TREE, *, kv_cache: KvCacheType | None = None
+) -> MedusaStep:
     """A step of a model and heads, with a tree."""
     model.set_attn_implementation(ATTENTION_NAME)
-    return MedusaStep(model, heads, tree).eval()
+    return MedusaStep(model, heads, tree, kv_cache=kv_cache).eval()
 
 
 def export(

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from medusa_export.common.dtypes import KvCacheType
 from medusa_export.step.step import MedusaStep
 from medusa_runtime import Bundle, Tree
-from support.decoding import export, make_step, random_heads
+from support.decoding import TREE, export, make_step, random_heads
 from support.tiny_models import SEEDS, tiny_model
 from support.tiny_tokenizer import make_tokenizer
 
@@ -115,6 +116,7 @@ class Stock:
         dtype: str = "float32",
         heads: bool = True,
         sampling: bool = True,
+        kv_cache: KvCacheType | None = None,
         **overrides: object,
     ) -> Exported:
         """Exports a random model with three random heads and a tree of nine nodes.
@@ -127,13 +129,15 @@ class Stock:
             dtype: Type of the weights.
             heads: Whether the model has heads.
             sampling: Whether the graph can sample.
+            kv_cache: The type that keys and values are stored in; None for ``dtype``.
             overrides: Values of the model's configuration.
         """
         model = tiny_model(family, seed, **overrides).to(getattr(torch, dtype))
-        step = make_step(model, random_heads(model)) if heads else make_step(model, None, Tree())
+        own = random_heads(model) if heads else None
+        step = make_step(model, own, TREE if heads else Tree(), kv_cache=kv_cache)
         step.sampling = sampling
         tokenizer = None if overrides or not heads else make_tokenizer()
-        facts = {"seed": seed, "dtype": dtype, "heads": heads, "sampling": sampling} | overrides
+        facts = {"seed": seed, "dtype": dtype, "heads": heads, "sampling": sampling, "kv_cache": kv_cache} | overrides
         name = "-".join([family, *(f"{key}_{value}" for key, value in facts.items())])
         folder = self.folder(name, lambda out: export(step, out, tokenizer=tokenizer, trained=heads))
         return Exported(step, Bundle.load(folder))

@@ -1,4 +1,4 @@
-"""Steps of bundles with weights in integers: each row has the same bits whatever the tree, the chunk and the batch."""
+"""Steps of bundles with weights or caches in integers: each row has the same bits for any tree, chunk and batch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from medusa_export.common.dtypes import KvCacheType
 from medusa_export.graph.export import build_graph
 from medusa_export.models.weight_types import WeightTypes
 from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
@@ -57,12 +58,13 @@ NODES: list[tuple[int, ...]] = [(), *(tuple(path) for path in TREE.paths)]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of bundle: a model, and how its weights are stored; in fp32 if None. Products may round their inputs."""
+    """A kind of bundle: a model, and how weights and caches are stored; in fp32 if None. Products may round inputs."""
 
     family: str = "llama"
     overrides: Mapping[str, object] = field(default_factory=dict)
     weights: WeightTypes | None = None
     rounds_inputs: bool = False
+    kv_cache: KvCacheType | None = None
 
 
 KINDS = {
@@ -74,10 +76,13 @@ KINDS = {
     "int4_asymmetric": Kind(weights=WeightTypes.all("int4", block_size=32, symmetric=False)),
     "int4_64": Kind(weights=WeightTypes.all("int4", block_size=64)),
     "integer_products": Kind(weights=WeightTypes.all("int8"), rounds_inputs=True),
+    "integer_caches": Kind(kv_cache="int8"),
+    "integer_caches_capped": Kind("gemma2", kv_cache="int8"),
+    "integer_caches_int4": Kind(weights=WeightTypes.all("int4", block_size=16), kv_cache="int8"),
     "int8": Kind(overrides={"num_key_value_heads": 4}, weights=WeightTypes.all("int8", block_size=32)),
 }
 # Each kind is an export.
-QUICK = ("grouped",)
+QUICK = ("grouped", "integer_caches")
 PARAMETERS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 # Around the ends of panels: the first new entry is in slot margin + length.
 LENGTHS = (5, 57, 60, 61, 62, 64, 100, 124, 125, 127, 190)
@@ -90,13 +95,15 @@ def exported(stock: Stock, kind: str) -> Bundle:
 
     def fill(folder: Path) -> None:
         model = tiny_model(made.family, **made.overrides)
-        step = make_step(model, random_heads(model), TREE)
+        step = make_step(model, random_heads(model), TREE, kv_cache=made.kv_cache)
         step.sampling = False  # such a graph is traced faster
         texts = [Sample(np.random.default_rng(0).integers(1, step.vocab_size, 60).tolist(), [True] * 60)]
         ranges = measured(tiny_model(made.family, **made.overrides), texts) if made.rounds_inputs else None
         graph = build_graph(step, types=made.weights, activations=ranges)
-        facts = replace(graph.step, weights=made.weights or WeightTypes.all("int8"))
-        export(step, folder, graph=replace(graph, step=facts))
+        if made.kv_cache is None:
+            facts = replace(graph.step, weights=made.weights or WeightTypes.all("int8"))
+            graph = replace(graph, step=facts)
+        export(step, folder, graph=graph)
 
     bundle = Bundle.load(stock.folder(f"row_exact-{kind}", fill))
     if made.weights is not None and row_rule(onnxruntime, bundle) is RowRule.NONE:

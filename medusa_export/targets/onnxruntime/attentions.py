@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from medusa_export.graph.rewrites.matching import given, producer, shape_of
@@ -42,6 +44,37 @@ def reads_caches(node: ir.Node) -> bool:
     return len(sizes) == 1 and all(producer(cache, "TensorScatter") for cache in caches)
 
 
+@dataclass(frozen=True)
+class IntegerCache:
+    """A cache of 8-bit integers that an attention reads.
+
+    Attributes:
+        integers: [B, N, C, d], int8.
+        scales: [B, N, C, 1], the scale of each entry.
+    """
+
+    integers: ir.Value
+    scales: ir.Value
+
+    @classmethod
+    def of(cls, value: ir.Value | None) -> IntegerCache | None:
+        """The cache that is read as ``value``, its integers times their scales; None if it is something else."""
+        product = producer(value, "Mul")
+        cast = preceding(product, "Cast")
+        if product is None or cast is None:
+            return None
+        integers, scales = given(cast.inputs[0]), given(product.inputs[1])
+        if integers.dtype != ir.DataType.INT8 or not all(producer(one, "TensorScatter") for one in (integers, scales)):
+            return None
+        return cls(integers, scales)
+
+
+def reads_integers(node: ir.Node) -> bool:
+    """Whether an attention reads keys and values of one head_dim in caches of 8-bit integers."""
+    caches = caches_of(node)
+    return len({shape_of(cache)[3] for cache in caches}) == 1 and all(map(IntegerCache.of, caches))
+
+
 def require_caches(nodes: list[ir.Node], operator: str, *, own: bool) -> None:
     """Refuses attentions that an operator can't compute over the caches.
 
@@ -53,6 +86,8 @@ def require_caches(nodes: list[ir.Node], operator: str, *, own: bool) -> None:
     Raises:
         NotApplicableError: An attention reads something else.
     """
+    if any(IntegerCache.of(cache) for node in nodes for cache in caches_of(node)):
+        raise NotApplicableError(f"keys and values are 8-bit integers, and {operator} does not read them so")
     if not all(reads_caches(node) for node in nodes):
         raise NotApplicableError(
             f"keys and values are computed from a latent cache, or differ in size, and {operator} reads them in caches "

@@ -22,11 +22,11 @@ def narrow_masks(graph: ir.Graph, margin: int) -> ir.Value:
     Returns:
         [B], the number of filled slots of each row, computed at the start of the graph.
     """
-    cache = graph_input(graph, "past_key_0")
-    capacity = next(
+    caches = [value for value in graph.inputs if (value.name or "").startswith("past_")]
+    capacity = next(  # the tracer takes it from any of the caches
         node.outputs[0]
         for node in graph
-        if node.op_type == "Shape" and node.inputs[0] is cache and node.attributes["start"].as_int() == 2
+        if node.op_type == "Shape" and node.inputs[0] in caches and node.attributes["start"].as_int() == 2
     )
     head = Builder(graph)
     tokens = head("Shape", [graph_input(graph, "input_ids")], start=1, end=2)

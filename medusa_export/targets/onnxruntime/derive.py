@@ -43,7 +43,8 @@ def _derive(pipeline: Pipeline, folder: Path, step: StepFacts) -> GraphFacts:
     except (RewriteError, _InvalidGraphError) as error:
         file.unlink(missing_ok=True)
         return GraphFacts(left_out=str(error)[:_LONGEST_REASON])
-    return GraphFacts(rewrites=counts, panel=PANEL if counts.get(MakeAttentionRowExact.name) else None)
+    by_panels = bool(counts.get(MakeAttentionRowExact.name))
+    return GraphFacts(rewrites=counts, panel=PANEL if by_panels else None, rows_differ=by_panels and step.has_experts)
 
 
 class _InvalidGraphError(ExportError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,7 +11,13 @@ from medusa_export.common.tuning import TABLE_SLACK
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, graph_input, replace, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite
-from medusa_export.targets.onnxruntime.attentions import attentions, caches_of, reads_caches
+from medusa_export.targets.onnxruntime.attentions import (
+    IntegerCache,
+    attentions,
+    caches_of,
+    reads_caches,
+    reads_integers,
+)
 from medusa_export.targets.onnxruntime.biases import bias_of, filled_slots, narrow_masks
 from medusa_export.targets.onnxruntime.cache_writes import first_new_slots, write_new_entries_only
 from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
@@ -31,8 +39,9 @@ _BY_PANELS = (0, 1, 3, 2, 4)
 class MakeAttentionRowExact(Rewrite):
     """Makes attention of operators in which the bits of a row don't depend on other rows, or on the capacity.
 
-    It is for bundles with weights in integers. Their products round activations to 8 bits, so a difference in the last
-    bit of an attention would become one of a 256th.
+    It is for bundles with weights in integers, and for those with caches of integers. Products with such weights round
+    activations to 8 bits, and such caches round entries. So a difference in the last bit of an attention would become
+    one of a 256th.
 
     1. ``Attention`` becomes two ``FusedMatMul``, a softmax of plain operators, and sums over panels of ``PANEL`` slots.
        A panel is summed in the order of its slots, and panels in their order. Weights below exp(-80) of the largest one
@@ -42,11 +51,13 @@ class MakeAttentionRowExact(Rewrite):
     3. ``TensorScatter`` writes new entries only, behind the others of their row.
     4. Cosines and sines are gathered from tables, if these are not too large.
     5. Masks become biases, made as wide as the caches are filled and padded to the capacity.
+    6. Caches of integers are cast, and not multiplied by their scales. The scales of keys are factors of the scores,
+       and those of values are factors of the weights.
 
-    Other graphs stay as they are: those with all weights in the dtype that the bundle computes in, with caches that are
-    not fp32, latent caches, sinks, keys and values of different sizes, or a head_dim above 256. So do those of mixtures
-    of experts: the tokens decide how many rows an expert's products have, and with the number of rows their bits may
-    change.
+    Other graphs stay as they are: those with all weights in the dtype that the bundle computes in and caches in fp32,
+    with caches in fp16 or bf16, latent caches, sinks, keys and values of different sizes, or a head_dim above 256. So
+    do those of mixtures of experts with caches in fp32: the tokens decide how many rows an expert's products have, and
+    with the number of rows their bits may change.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0. The
     capacity must be a multiple of ``PANEL``.
@@ -56,8 +67,8 @@ class MakeAttentionRowExact(Rewrite):
 
     def apply(self, model: ir.Model) -> int:
         found = attentions(model)
-        is_fit = all(_is_fit(node) for node in found)
-        if not self.step.weights.has_integers or self.step.has_experts or not is_fit:
+        is_needed = self.step.weights.has_integers and not self.step.has_experts
+        if not all(_is_fit(node) for node in found) or not (is_needed or any(map(reads_integers, found))):
             return 0
         replacement = _Replacement(model.graph, self.step.margin, self.step.max_positions + TABLE_SLACK)
         replacement.use_tables()
@@ -70,7 +81,21 @@ def _is_fit(node: ir.Node) -> bool:
     key, _ = caches_of(node)
     head_dim = shape_of(key)[3]
     short = isinstance(head_dim, int) and head_dim <= _LONGEST_SUM
-    return node.op_type == "Attention" and reads_caches(node) and key.dtype == ir.DataType.FLOAT and short
+    reads = reads_caches(node) or reads_integers(node)
+    return node.op_type == "Attention" and reads and key.dtype == ir.DataType.FLOAT and short
+
+
+@dataclass(frozen=True)
+class _Panels:
+    """Keys or values by panels of slots.
+
+    Attributes:
+        entries: [B, N, P, panel, d].
+        scales: [B, N, P, 1, panel], the factors of the entries; None for entries without factors.
+    """
+
+    entries: ir.Value
+    scales: ir.Value | None = None
 
 
 class _Replacement:
@@ -113,17 +138,31 @@ class _Replacement:
         query, key, value, mask = (given(tensor) for tensor in node.inputs[:4])
         num_heads, kv_heads, head_dim = shape_of(query)[1], shape_of(key)[1], shape_of(key)[3]
         assert isinstance(num_heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)
-        for cache in (key, value):
-            write_new_entries_only(cache, self._margin, self._slots)
         build = Builder(self._graph)
         rows = build("Reshape", [query, self._shape(0, kv_heads, 1, -1, head_dim)])
-        keys, values = (build("Reshape", [cache, self._shape(0, 0, -1, PANEL, head_dim)]) for cache in (key, value))
-        scores = _scores(build, rows, keys, node.attributes["scale"].as_float())
+        keys, values = (self._panels(build, cache, head_dim) for cache in (key, value))
+        scores = _scores(build, rows, keys.entries, node.attributes["scale"].as_float())
+        if keys.scales is not None:
+            scores = build("Mul", [scores, keys.scales])
         scores = _capped(build, scores, node.attributes["softcap"].as_float())
         scores = build("Add", [scores, self._bias(mask, num_heads // kv_heads)])
         output = _weighted(build, self._weights(build, scores), values)
         build("Reshape", [output, self._shape(0, num_heads, -1, head_dim)])
         replace(node.outputs[0], build.nodes)
+
+    def _panels(self, build: Builder, cache: ir.Value, head_dim: int) -> _Panels:
+        """A cache by panels. Makes it take new entries only."""
+        rounded = IntegerCache.of(cache)
+        for part in (cache,) if rounded is None else (rounded.integers, rounded.scales):
+            write_new_entries_only(part, self._margin, self._slots)
+        by_panels = self._shape(0, 0, -1, PANEL, head_dim)
+        if rounded is None:
+            return _Panels(build("Reshape", [cache, by_panels]))
+        integers = build("Reshape", [rounded.integers, by_panels])
+        return _Panels(
+            build("Cast", [integers], to=ir.DataType.FLOAT),
+            build("Reshape", [rounded.scales, self._shape(0, 0, -1, 1, PANEL)]),
+        )
 
     def _weights(self, build: Builder, scores: ir.Value) -> ir.Value:
         """exp(score - largest score of the row), less the least weight: exactly 0 for slots that are not seen."""
@@ -171,13 +210,14 @@ def _capped(build: Builder, scores: ir.Value, cap: float) -> ir.Value:
     return build("Mul", [build("Tanh", [build("Div", [scores, number])]), number])
 
 
-def _weighted(build: Builder, weights: ir.Value, values: ir.Value) -> ir.Value:
-    """The mean [B, N, g · S, d] of values [B, N, P, panel, d] by weights [B, N, P, g · S, panel]."""
+def _weighted(build: Builder, weights: ir.Value, values: _Panels) -> ir.Value:
+    """The mean [B, N, g · S, d] of values by weights [B, N, P, g · S, panel]."""
     ones = initializer(build.graph, "ones", np.ones((PANEL, _COLUMNS), np.float32))
     panels = integers(build.graph, "panels_axis", [2])
+    scaled = weights if values.scales is None else build("Mul", [weights, values.scales])
     sums = [
-        build("ReduceSum", [build("FusedMatMul", [weights, factors], CONTRIB, alpha=_FACTOR), panels], keepdims=0)
-        for factors in (values, ones)
+        build("ReduceSum", [build("FusedMatMul", [factors, terms], CONTRIB, alpha=_FACTOR), panels], keepdims=0)
+        for factors, terms in ((scaled, values.entries), (weights, ones))
     ]
     start, end, axis = (
         integers(build.graph, *named) for named in (("from_zero", [0]), ("one", [1]), ("last_axis", [3]))

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from medusa_export.common import defaults
-from medusa_export.common.errors import OutputError
+from medusa_export.common.errors import EngineBuildError, OutputError
 from medusa_export.common.files import atomic_folder, check_target, write_bytes
 from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
 from medusa_export.targets.tensorrt.builder import EngineBuilder, current_architecture
@@ -59,8 +59,8 @@ def build_engine(
     Raises:
         BackendError: TensorRT is not installed.
         BundleError: The bundle can't be read.
-        EngineBuildError: TensorRT or the driver is too old, an architecture lacks the type of the weights, or TensorRT
-            refuses the graph or the options.
+        EngineBuildError: TensorRT or the driver is too old, an architecture lacks the type of the weights, the bundle
+            has an 8-bit K/V cache, or TensorRT refuses the graph or the options.
         ExportError: There is something else at ``output``.
         OutputError: The engine can't be written.
     """
@@ -70,6 +70,7 @@ def build_engine(
     if not isinstance(bundle, Bundle):
         require_bundle(Path(bundle))
         bundle = Bundle.load(Path(bundle))
+    _check_kv_cache(bundle)
     check_weights(bundle, architectures or (current_architecture(library),))
     if not architectures:
         check_driver(library)
@@ -83,6 +84,14 @@ def build_engine(
     engine = write_engine(library, bundle, options, Path(output), replace_existing=overwrite, on_progress=on_progress)
     on_progress(Progress(f"wrote {_summary(engine, bundle)}"))
     return engine
+
+
+def _check_kv_cache(bundle: Bundle) -> None:
+    if bundle.kv_cache is not None:
+        raise EngineBuildError(
+            f"This bundle has a K/V cache in {bundle.kv_cache}, and TensorRT takes only floating-point numbers there.",
+            remedy="Export the bundle without --kv-cache.",
+        )
 
 
 def _summary(engine: CompiledEngine, bundle: Bundle) -> str:

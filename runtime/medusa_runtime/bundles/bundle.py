@@ -113,6 +113,11 @@ class Bundle:
         return groups_of(self.states)
 
     @property
+    def kv_cache(self) -> Literal["int8"] | None:
+        """The type that keys and values are stored in; None for the bundle's."""
+        return "int8" if any(state.dtype == "int8" for state in self.states) else None
+
+    @property
     def entry_bytes(self) -> int:
         """Bytes of the entries of one token in all states."""
         return sum(_ITEM_BYTES[state.dtype or self.dtype] * state.entry_size for state in self.states)
@@ -121,6 +126,11 @@ class Bundle:
     def panel(self) -> int | None:
         """The smallest panel of a graph (see ``GraphFacts``), which trees keep to; None if there is none."""
         return min((facts.panel for facts in self.graphs.values() if facts.panel is not None), default=None)
+
+    @property
+    def has_exact_rows(self) -> bool:
+        """True if rows of a derived graph have the same bits whatever the tree size, as far as products allow it."""
+        return any(facts.panel is not None and not facts.rows_differ for facts in self.graphs.values())
 
     @property
     def drafting_size(self) -> int:

@@ -91,13 +91,15 @@ class GraphFacts:
     Attributes:
         rewrites: Number of places that each rewrite changed, by the rewrite's name, in the order in which they ran.
         left_out: Why the bundle does not have the graph; None if it has.
-        panel: Slots that attention sums together, in a graph whose rows have the same bits whatever the tree size (see
-            ``SlotLayout.size_within_panel``); None in other graphs, and in older bundles.
+        panel: Slots that attention sums together, in a graph whose attention gives a row the same bits for any tree
+            size (see ``SlotLayout.size_within_panel``); None in other graphs, and in older bundles.
+        rows_differ: True if rows of such a graph differ all the same, because products of experts do.
     """
 
     rewrites: Mapping[Name, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)
     left_out: Reason | None = None
     panel: Panel | None = None
+    rows_differ: bool = False
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _warn_of_inexact(version: str, bundle: Bundle) -> None:
     reason = (
         f"it computes in {bundle.dtype}, has a head_dim of {max(state.shape[1] for state in bundle.states)}, or is a "
         "mixture of experts"
-        if bundle.panel is None
+        if not bundle.has_exact_rows
         else f"the products of ONNX Runtime {version} depend on the number of rows on this processor"
     )
     _log.warning(

@@ -30,7 +30,8 @@ class OnnxRuntimeCudaBackend(SessionBackend):
         threads: Threads of the operators that stay on the CPU; all that this process may use if None.
 
     Raises:
-        BackendError: This ONNX Runtime has no CUDA provider, or it can't start it.
+        BackendError: The bundle has a type that this backend does not take, or ONNX Runtime has no CUDA provider, or
+            can't start it.
 
     Attributes:
         provider: ONNX Runtime's name of the execution provider.
@@ -47,6 +48,11 @@ class OnnxRuntimeCudaBackend(SessionBackend):
                 "This bundle is bfloat16: onnxruntime-cuda passes caches through NumPy, which has no such type, and "
                 "it is not known whether ONNX Runtime's CUDA kernels would run the step. Export it in fp16 or fp32, "
                 "or compile it with 'medusa-export trt'."
+            )
+        if bundle.kv_cache is not None:
+            raise BackendError(
+                f"This bundle has a K/V cache in {bundle.kv_cache}, which was never tried with onnxruntime-cuda. "
+                "Export the bundle without --kv-cache."
             )
         if self.provider not in ort.get_available_providers():
             raise BackendError(

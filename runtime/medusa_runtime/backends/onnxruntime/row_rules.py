@@ -64,7 +64,7 @@ def row_rule(ort: Any, bundle: Bundle) -> RowRule:
         bundle: The bundle.
     """
     weights = bundle.weights
-    if weights.has_integers and bundle.panel is None:
+    if weights.has_integers and not bundle.has_exact_rows:
         return RowRule.NONE
     formats = _formats(bundle.matrices) if bundle.matrices else _asked_formats(weights)
     return max((_rule(ort, format_) for format_ in formats), default=RowRule.ANY)
