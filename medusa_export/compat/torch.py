@@ -9,7 +9,7 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
   is on the terminal.
 * ``export_program``: torch keeps the shapes of each operation that it traced, to find them again for equal inputs. With
   free dimensions, to find a shape again costs more than to compute it. It also keeps a stack trace of each operation,
-  which nothing reads. Without it, an export takes a tenth longer.
+  which nothing reads. Without it, an export takes a tenth longer, and one that is traced a second time a third.
 * ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
   Ours has a few of them, and each is another name of one that has, or its form in place. The second trace also writes
   ``flatten`` and ``unflatten`` as views, which is done here. torch.onnx traces the program once more, to write casts
@@ -94,21 +94,22 @@ def export_program(
         kwargs: Example inputs by name.
         free: Free dimensions of the inputs, ``dynamic_shapes`` of ``torch.export.export``.
     """
-    from torch._dynamo import config  # noqa: PLC0415  it takes a second to import, and torch.export needs it anyway
-
-    with config.patch(fake_tensor_cache_enabled=False), _no_stack_traces():
+    with _nothing_kept():
         return torch.export.export(module, args, dict(kwargs), dynamic_shapes=free, strict=False)
 
 
 @contextlib.contextmanager
-def _no_stack_traces() -> Iterator[None]:
-    """Lets torch.export keep no stack traces; torch 2.11 keeps none."""
+def _nothing_kept() -> Iterator[None]:
+    """Lets torch trace without keeping shapes and stack traces; torch 2.11 keeps no stack traces."""
+    from torch._dynamo import config  # noqa: PLC0415  it takes a second to import, and torch.export needs it anyway
+
     name = "do_not_emit_stack_traces"
     kept = getattr(fx_config, name, None)
     if kept is not None:
         setattr(fx_config, name, True)
     try:
-        yield
+        with config.patch(fake_tensor_cache_enabled=False):
+            yield
     finally:
         if kept is not None:
             setattr(fx_config, name, kept)
@@ -131,7 +132,8 @@ def tracing_once() -> Iterator[None]:
         translated = {*_decomp.get_onnx_implemented_overloads(registry), *_CHECKS}
         called = [node for node in exported_program.graph_module.graph.nodes if node.op == "call_function"]
         if not all(_is_ready(node, translated) or _is_alone(node) for node in called):
-            return decompose(exported_program, registry)
+            with _nothing_kept():
+                return decompose(exported_program, registry)
         for node in called:
             _rename(node)
         return exported_program

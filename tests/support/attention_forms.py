@@ -24,12 +24,12 @@ FORM_SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
     "gemma3n": (
         "gemma3n_text",
         {
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "num_kv_shared_layers": 2,
             "sliding_window": SLIDING_WINDOW,
-            "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"],
-            "intermediate_size": [96] * 5,
-            "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0],
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": VOCAB_SIZE,
             "laurel_rank": 4,
