@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from logging import ERROR
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.utils.logging as hub_logging
 from torch import Tensor, nn
@@ -50,14 +50,15 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Trainer,
-    TrainingArguments,
     modeling_gguf_pytorch_utils,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
+
+if TYPE_CHECKING:  # Trainer brings datasets, pandas and peft: a second and 100 MB that only a training needs
+    from transformers import Trainer, TrainingArguments
 
 # The field of a model's output that holds its cache, and the argument by which transformers' own layers take it.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -291,6 +291,17 @@ def test_an_interrupted_export_leaves_nothing(tiny_model_folder: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_an_export_imports_nothing_that_only_a_training_needs() -> None:
+    """transformers' Trainer imports datasets, pandas and peft, which take 100 MB."""
+    program = (
+        "import sys, medusa_export.commands.onnx, medusa_export.targets.bundle_writer;"
+        "print([name for name in ('datasets', 'pandas', 'peft', 'transformers.trainer') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
 def test_the_wheel_holds_what_it_needs(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
