@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 folder=.cache/triton
 if [ ! -d "$folder" ]; then
   echo "Downloading Triton Inference Server (73 MB) …" >&2
+  mkdir -p .cache
   scratch=$(mktemp -d -p .cache)
   trap 'rm -rf "$scratch"' EXIT
   "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target "$scratch" \
