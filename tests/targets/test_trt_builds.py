@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,23 +37,30 @@ TARGETS = ("sm80", "sm89", "sm120")
 # Layers that the parser makes of the tiny llama with its tree; more of them means that a rewrite no longer applies.
 MOST_LAYERS = {"float32": 438, "float16": 453}
 SAMPLING_LAYERS = 506  # with constraints
-# Forms that the long tests build, and one that TensorRT-RTX's parser refuses.
-OTHER_FORMS = {"deepseek_v3", "gpt_oss", "jetmoe"}
+BUILT = (*SUPPORTED_FAMILIES, "deepseek_v3", "gpt_oss")
+REFUSED = "jetmoe"  # TensorRT-RTX's parser refuses it
+# Built in fp16, from bundles of their own: one without experts, windows or latent caches, and one with each of them.
+HALF = ("llama", "glm4_moe", "gemma3_text", "deepseek_v3")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        *families("llama", others=(*SUPPORTED_FAMILIES, "deepseek_v3", "gpt_oss")),
-        *(pytest.param(form, marks=pytest.mark.exhaustive) for form in sorted({*FORMS} - OTHER_FORMS)),
-    ],
-)
-def test_families_build_for_several_targets(family: str, stock: Stock) -> None:
-    """In fp16, for three architectures at once; ``parse`` holds the network against ``medusa.json``.
+def builds() -> list[Any]:
+    """Pairs of a family and the type of its weights. The bundles in fp32 are those that other tests decode with."""
+    wide, rare = pytest.mark.slow, pytest.mark.exhaustive
+    return [
+        *(pytest.param(family, "float16", marks=[] if family == "llama" else wide) for family in HALF),
+        *(pytest.param(family, "float32", marks=wide) for family in BUILT if family not in HALF),
+        *(
+            pytest.param(family, "float16", marks=rare)
+            for family in sorted({*SUPPORTED_FAMILIES, *FORMS} - {*HALF, REFUSED})
+        ),
+    ]
 
-    Sampling adds the same layers to every family, so one family has it.
-    """
-    bundle = stock.export(family, dtype="float16", sampling=family == "llama").bundle
+
+@pytest.mark.parametrize(("family", "dtype"), builds())
+def test_families_build_for_several_targets(family: str, dtype: str, stock: Stock) -> None:
+    """For three architectures at once; ``parse`` holds the network against ``medusa.json``."""
+    half = dtype == "float16"
+    bundle = (stock.export(family, dtype=dtype, sampling=family == "llama") if half else stock.family(family)).bundle
     builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(LIMITS, TARGETS, opt_level=0))
     reached: list[float] = []
     built = builder.build(reached.append)
@@ -64,7 +72,7 @@ def test_families_build_for_several_targets(family: str, stock: Stock) -> None:
     assert list(inputs) == [spec.name for spec in bundle.inputs]
     heads, size = bundle.states[0].shape
     assert tuple(inputs["past_key_0"].shape) == (-1, heads, 96, size)
-    assert inputs["past_key_0"].dtype == trt.float16
+    assert inputs["past_key_0"].dtype == getattr(trt, dtype)
     assert inputs["input_ids"].dtype == trt.int64
     assert inputs["is_prefill"].dtype == trt.bool
     pairs = updated_in_place(trt, network)
