@@ -18,6 +18,10 @@ from medusa_runtime.bundles.contract import mask_bytes
 from medusa_runtime.errors import RequestError
 
 MAX_GRAMMAR_BYTES = 2**20
+NOTHING_LEFT = (
+    "The constraints leave no token to go on with: banned_token_ids, min_new_tokens and the grammar together exclude "
+    "all. Ban fewer tokens."
+)
 _ANY_OBJECT = {"type": "object"}
 # A key of llguidance in a schema: white space as Python's ``json.dumps`` writes it. Where white space is free, a small
 # model may add it without end.
@@ -128,11 +132,13 @@ class GrammarWalk:
         """Takes in tokens of the text.
 
         Raises:
-            RequestError: The grammar does not allow them, or became too complex, perhaps in ``masks``.
+            RequestError: The grammar does not allow them, as other constraints exclude all that it allows. Or it became
+                too complex, perhaps in ``masks``.
         """
-        if not self._matcher.is_stopped():
-            self._matcher.consume_tokens(list(map(int, tokens)))
+        known = self._matcher.is_stopped() or self._matcher.try_consume_tokens(list(map(int, tokens))) == len(tokens)
         self._check()
+        if not (known or self._matcher.is_stopped()):
+            raise RequestError(NOTHING_LEFT)
 
     def masks(self, drafted: NDArray[np.int64], parents: Sequence[int]) -> NDArray[np.uint8]:
         """The tokens that the grammar allows after each node, as ``RowConstraints.masks`` gives them.

@@ -21,13 +21,15 @@ class Constraints:
 
     They change the logits before temperature and cut-offs, in this order: biases and bans, then the penalties on
     repetition, frequency and presence, then the grammar. A draft tree does not change what they do: the answer is that
-    of plain decoding with the same constraints. Log probabilities of an answer stay those of the base model.
+    of plain decoding with the same constraints. Log probabilities of an answer stay those of the base model. A request
+    whose constraints leave no token ends with ``RequestError``.
 
     Attributes:
         logit_bias: Numbers that are added to the logits of tokens, by token id; from -1000 to 1000.
         banned_token_ids: Tokens that the answer never has.
         min_new_tokens: The answer doesn't end before it has this number of tokens: until then the model's end tokens
-            and the request's ``stop_token_ids`` are banned. Stop strings end it nevertheless.
+            and the request's ``stop_token_ids`` are banned. Stop strings end it nevertheless, and so does a grammar
+            that allows no more text.
         repetition_penalty: Above 0. Logits of tokens that prompt or answer hold are divided by it if they are positive,
             and multiplied if not, as in transformers. 1 is off.
         frequency_penalty: Subtracted from a token's logit once for each time that the answer holds it. 0 is off.
@@ -93,6 +95,9 @@ def _is_integer(value: Any) -> bool:
 
 def _number(value: object) -> float:
     """The value, if it is a number; otherwise NaN, for which every comparison is false."""
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        return math.nan
+    try:
         return float(value)
-    return math.nan
+    except OverflowError:
+        return math.inf

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from medusa_runtime.bundles.contract import MASK_BITS, mask_bytes
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.constraints.edits import EditedTokens, Edits
-from medusa_runtime.constraints.grammar import GrammarWalk
+from medusa_runtime.constraints.grammar import NOTHING_LEFT, GrammarWalk
 from medusa_runtime.constraints.options import Constraints
 from medusa_runtime.errors import RequestError
 
@@ -46,6 +46,7 @@ class RowConstraints:
         self._parents, self._depths = tree.parents.tolist(), tree.depths
         self._early = constraints.min_new_tokens  # tokens before which no end token is allowed
         self._no_end = np.full(mask_bytes(vocab_size), ALL_TOKENS, np.uint8)
+        self._ends, self._banned = frozenset(end_token_ids), frozenset(map(int, constraints.banned_token_ids))
         for token in end_token_ids:
             self._no_end[token // MASK_BITS] &= ~np.uint8(1 << token % MASK_BITS)
 
@@ -67,9 +68,12 @@ class RowConstraints:
         """Takes note of tokens that the answer grows by.
 
         Raises:
-            RequestError: The grammar does not allow them, or became too complex. Or there are more edited tokens now
-                than a step may have.
+            RequestError: The constraints left no token, or the grammar became too complex. Or there are more edited
+                tokens now than a step may have.
         """
+        too_early = () if self._walk is not None else tokens[: self._early]
+        if not (self._banned.isdisjoint(tokens) and self._ends.isdisjoint(too_early)):
+            raise RequestError(NOTHING_LEFT)  # a step takes any token if all are excluded
         self._edits.extend(tokens)
         self._check_edits()
         self._early = max(self._early - len(tokens), 0)
@@ -96,7 +100,9 @@ class RowConstraints:
             masks = np.full((len(nodes), len(self._no_end)), ALL_TOKENS, np.uint8)
         else:
             masks = self._walk.masks(nodes, self._parents)
-        masks[self._depths[: len(nodes)] < self._early] &= self._no_end
+        early = self._depths[: len(nodes)] < self._early
+        longer = masks[early] & self._no_end
+        masks[early] = np.where(longer.any(axis=1, keepdims=True), longer, masks[early])
         return masks
 
     def _check_edits(self) -> None:

@@ -200,6 +200,38 @@ def test_rows_follow_grammars_of_their_own(tiny_bundle: Bundle) -> None:
     assert results[0].finish_reason == results[1].finish_reason == results[2].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("sampling", [None, SamplingParams(seed=1)])
+def test_constraints_that_leave_no_token_end_the_request(tiny_bundle: Bundle, sampling: SamplingParams | None) -> None:
+    digits = Grammar.regex("[0-9]{3}")
+    vocab = tiny_bundle.model.vocab_size
+    with MedusaEngine.load(tiny_bundle.folder, threads=1, measure=False) as engine:
+        numbers = [token for token in range(vocab) if engine.tokenizer and engine.tokenizer.decode([token]).isdigit()]
+        for constraints in (
+            Constraints(banned_token_ids=range(vocab)),
+            Constraints(banned_token_ids=range(1, vocab), min_new_tokens=3),
+            Constraints(banned_token_ids=numbers, grammar=digits),
+            Constraints(banned_token_ids=[*tiny_bundle.model.eos_token_ids, 0], grammar=digits),
+        ):
+            for size in (1, tiny_bundle.tree.size):
+                with pytest.raises(RequestError, match="leave no token to go on with"):
+                    engine.generate(
+                        PROMPT, tree_size=size, stop_token_ids=[0], constraints=constraints, sampling=sampling
+                    )
+
+
+def test_a_grammar_that_ends_early_ends_the_answer(tiny_bundle: Bundle) -> None:
+    longer = Constraints(min_new_tokens=20, grammar=Grammar.regex("[0-9]{2,5}"))
+    with MedusaEngine.load(tiny_bundle.folder, threads=1, measure=False) as engine:
+        answers = [
+            engine.generate(PROMPT, tree_size=size, stop_token_ids=[5], constraints=longer)
+            for size in (1, tiny_bundle.tree.size)
+        ]
+    assert re.fullmatch("[0-9]{5}%", answers[0].text)  # the end token is shown, as it is no special one
+    assert answers[0].token_ids[-1] == 5
+    assert answers[0].finish_reason == "stop"
+    assert answers[0].token_ids == answers[1].token_ids
+
+
 def test_a_grammar_that_is_none_is_refused(tiny_bundle: Bundle) -> None:
     with MedusaEngine.load(tiny_bundle.folder, threads=1) as engine:
         for grammar in (Grammar.regex("(a"), Grammar.lark("start: nothing"), Grammar.json_schema({"type": "number?"})):

@@ -17,6 +17,7 @@ from medusa_runtime import Bundle, Constraints, Grammar, MedusaEngine, RequestEr
         {"logit_bias": [1, 2]}, {"banned_token_ids": "12"}, {"banned_token_ids": [-1]}, {"banned_token_ids": [1.5]},
         {"min_new_tokens": -1}, {"min_new_tokens": 1.5}, {"repetition_penalty": 0}, {"repetition_penalty": math.inf},
         {"repetition_penalty": "1"}, {"frequency_penalty": math.nan}, {"presence_penalty": True}, {"grammar": "a+"},
+        {"logit_bias": {1: 10**400}}, {"repetition_penalty": 10**400},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(given: dict[str, Any]) -> None:
