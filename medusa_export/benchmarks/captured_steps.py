@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_runtime.backends.onnxruntime.session import CUDA, import_onnxruntime
+from medusa_runtime.backends.onnxruntime.session import CUDA, cuda_graph, import_onnxruntime
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.errors import BackendError
@@ -52,9 +52,12 @@ class FixedStep:
         settings = {"use_tf32": "0", "enable_cuda_graph": str(int(capture))} if on_gpu else {}
         try:
             self._session = ort.InferenceSession(
-                str(bundle.graph), options, providers=[(provider, settings)], disabled_optimizers=["EliminateSlice"],
+                str(cuda_graph(bundle)),
+                options,
+                providers=[(provider, settings)],
+                disabled_optimizers=["EliminateSlice"],
                 enable_fallback=0,
-            )  # fmt: skip
+            )
         except Exception as error:  # its exceptions share no base of their own
             raise BackendError(f"ONNX Runtime can't open steps of {size} nodes: {error}") from error
         self._binding = self._session.io_binding()

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections import Counter
 
-from medusa_runtime.backends.onnxruntime.session import CUDA, import_onnxruntime, open_session
+from medusa_runtime.backends.onnxruntime.session import CUDA, cuda_graph, import_onnxruntime, open_session
 from medusa_runtime.bundles.bundle import Bundle
 
 _HEADING = re.compile(r"(?:All nodes|Node\(s\)) placed on \[(\w+)\]")
@@ -32,7 +32,7 @@ def nodes_elsewhere(bundle: Bundle, provider: str = CUDA) -> dict[str, int]:
         os.dup2(log.fileno(), 2)
         ort.set_default_logger_severity(0)
         try:
-            open_session(bundle, bundle.graph, threads=1, provider=provider)
+            open_session(bundle, cuda_graph(bundle), threads=1, provider=provider)
         finally:
             ort.set_default_logger_severity(2)
             os.dup2(kept, 2)

@@ -21,7 +21,7 @@ from medusa_export.verification.checks import Check, Verification
 from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.plan import Plan, VerifyOptions, check_same
 from medusa_export.verification.steps import graph_checks
-from medusa_runtime.bundles.bundle import GRAPH, GRAPHS, Bundle
+from medusa_runtime.bundles.bundle import GRAPH, GRAPHS, ONNXRUNTIME_CUDA_GRAPH, Bundle
 from medusa_runtime.engine import MedusaEngine
 
 
@@ -64,4 +64,5 @@ def verify_bundle(
 
 
 def _graphs(bundle: Bundle) -> list[str]:
-    return [name for name in GRAPHS if name in bundle.files]
+    """The graphs that a CPU runs."""
+    return [name for name in GRAPHS if name in bundle.files and name != ONNXRUNTIME_CUDA_GRAPH]

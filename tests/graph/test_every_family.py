@@ -21,7 +21,7 @@ from medusa_export.verification.reference import with_own_attention
 from medusa_runtime import Bundle, MedusaEngine, MedusaService, SamplingParams
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_CUDA_GRAPH, ONNXRUNTIME_GRAPH
 from support.decoding import TREE, decode, greedy
 from support.stock import Stock
 from support.tiny_models import FORMS, SEEDS, SUPPORTED_FAMILIES, tiny_model
@@ -35,7 +35,7 @@ PROMPTS = [
 SIZES = (1, 3, 8, TREE.size)
 WAYS = list(itertools.product(SIZES, (7, 16, 64)))  # tree size, prefill chunk
 EAGER_WAYS = [(1, 64), (3, 7), (8, 16), (9, 7)]  # the eager step takes longer
-ROWS = {GRAPH: (1, 3), ONNXRUNTIME_GRAPH: (1,), ONNXRUNTIME_BATCH_GRAPH: (3,)}
+ROWS = {GRAPH: (1, 3), ONNXRUNTIME_GRAPH: (1,), ONNXRUNTIME_BATCH_GRAPH: (3,), ONNXRUNTIME_CUDA_GRAPH: (3,)}
 SAMPLING = [
     SamplingParams(temperature=0.8, top_k=20, seed=3),
     SamplingParams(temperature=1.1, top_p=0.9, min_p=0.02, seed=11),

@@ -23,9 +23,16 @@ from medusa_export.graph.rewrites.standard import STANDARD
 from medusa_export.step.step import MedusaStep
 from medusa_export.targets.onnxruntime.derive import derive_graphs
 from medusa_export.targets.onnxruntime.group_query_attention import FuseGroupQueryAttention
-from medusa_export.targets.onnxruntime.pipelines import ONE_ROW, SEVERAL_ROWS
+from medusa_export.targets.onnxruntime.pipelines import CUDA, ONE_ROW, SEVERAL_ROWS
 from medusa_runtime import Bundle, MedusaEngine, Tree
-from medusa_runtime.bundles.bundle import DESCRIPTION, GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.bundle import (
+    DESCRIPTION,
+    GRAPH,
+    GRAPHS,
+    ONNXRUNTIME_BATCH_GRAPH,
+    ONNXRUNTIME_CUDA_GRAPH,
+    ONNXRUNTIME_GRAPH,
+)
 from support.decoding import export, greedy, make_step, random_heads
 from support.extensions.silu import FuseSilu
 from support.stock import Stock
@@ -77,7 +84,7 @@ def smallest_step() -> MedusaStep:
 def without_derived_graphs(bundle: Bundle, folder: Path) -> None:
     """Makes a copy of a bundle's folder, without the derived graphs. onnx refuses files with several hard links."""
     for name in bundle.files:
-        if name not in (ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH):
+        if name not in GRAPHS[1:]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / name, folder / name)
 
@@ -89,9 +96,9 @@ def test_a_derived_graph_that_cant_be_made_is_left_out(family: str, stock: Stock
     without_derived_graphs(bundle, tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     for damaged in (Failing, Invalid, Cyclic) if family == "llama" else (Cyclic,):
-        with ONE_ROW.registered(damaged), SEVERAL_ROWS.registered(damaged):
+        with ONE_ROW.registered(damaged), SEVERAL_ROWS.registered(damaged), CUDA.registered(damaged):
             graphs = derive_graphs(tmp_path, step)
-        assert list(graphs) == [ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH]
+        assert tuple(graphs) == GRAPHS[1:]
         for facts in graphs.values():
             assert facts.left_out
             assert not facts.rewrites
@@ -109,7 +116,11 @@ def test_a_derived_graph_that_cant_be_made_is_left_out(family: str, stock: Stock
 def test_an_export_goes_on_without_a_derived_graph(tmp_path: Path) -> None:
     with SEVERAL_ROWS.registered(Failing):
         bundle = export(smallest_step(), tmp_path / "bundle")
-    assert [name for name in bundle.files if name.endswith(".onnx")] == [GRAPH, ONNXRUNTIME_GRAPH]
+    assert [name for name in bundle.files if name.endswith(".onnx")] == [
+        GRAPH,
+        ONNXRUNTIME_CUDA_GRAPH,
+        ONNXRUNTIME_GRAPH,
+    ]
     assert bundle.graphs[ONNXRUNTIME_BATCH_GRAPH].left_out == (
         "The rewrite 'failing' of the graph model.onnxruntime.batch.onnx failed: KeyError: 'no such node'."
     )

@@ -1,7 +1,8 @@
 """The graphs that are derived for ONNX Runtime, and their rewrites.
 
-They refer to the weights of the standard graph and compute the same step with ONNX Runtime's own operators, in which a
-decoder layer has a third of the nodes. In the place of pending entries they have the output ``accepted_path``.
+They refer to the weights of the standard graph and compute the same step with ONNX Runtime's own operators. In those
+for a CPU a decoder layer has a third of the nodes; in the place of pending entries they have the output
+``accepted_path``. The graph for CUDA has the inputs and outputs of the standard graph.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from medusa_export.targets.onnxruntime.pending_entries import ReplacePendingEntr
 from medusa_export.targets.onnxruntime.plain_masks import SkipMasksInPlainSteps
 from medusa_export.targets.onnxruntime.plain_trees import SkipTreesInPlainSteps
 from medusa_export.targets.onnxruntime.row_exact_attention import MakeAttentionRowExact
+from medusa_export.targets.onnxruntime.shared_heads import ReadSharedHeadsOnce
 from medusa_export.targets.onnxruntime.sinks import GatherSinks
 from medusa_export.targets.onnxruntime.skip_norms import FuseSkipNorms
+from medusa_export.targets.onnxruntime.split_heads import SplitHeadsTogether
 from medusa_export.targets.onnxruntime.unused_heads import SkipUnusedHeads
-from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_CUDA_GRAPH, ONNXRUNTIME_GRAPH
 
 _FUSIONS: tuple[type[Rewrite], ...] = (
     ReplacePendingEntries,
@@ -65,4 +68,13 @@ SEVERAL_ROWS = Pipeline(
     *_BRANCHES,
     domains=_DOMAINS,
 )
-DERIVED = (ONE_ROW, SEVERAL_ROWS)
+CUDA = Pipeline(
+    ONNXRUNTIME_CUDA_GRAPH,
+    SplitHeadsTogether,
+    ReadSharedHeadsOnce,
+    FuseSkipNorms,
+    FuseBlockWeights,
+    SpellOutFloat8Weights,
+    domains=_DOMAINS,
+)
+DERIVED = (ONE_ROW, SEVERAL_ROWS, CUDA)

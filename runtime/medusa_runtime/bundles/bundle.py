@@ -27,10 +27,11 @@ from medusa_runtime.errors import BundleError, TreeError
 DESCRIPTION = "medusa.json"
 GRAPH = "model.onnx"
 WEIGHTS = f"{GRAPH}.data"
-# Derived graphs, which share the weights: for one row, and for several rows.
+# Derived graphs, which share the weights: for one row and for several rows on a CPU, and for CUDA.
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 ONNXRUNTIME_BATCH_GRAPH = "model.onnxruntime.batch.onnx"
-GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH)
+ONNXRUNTIME_CUDA_GRAPH = "model.onnxruntime.cuda.onnx"
+GRAPHS = (GRAPH, ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_CUDA_GRAPH)
 # A folder with this file beside medusa.json holds a compiled engine in place of the graphs.
 ENGINE_DESCRIPTION = "engine.json"
 Dtype = Literal["float32", "float16", "bfloat16"]

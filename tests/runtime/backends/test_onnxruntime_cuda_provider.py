@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+import medusa_export
 from support.stock import Stock
 from support.stub_cuda.stubs import build_stubs
+from support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
@@ -80,3 +82,13 @@ def test_steps_of_the_cuda_provider(
     assert max(greedy) <= 330
     assert max(greedy) - min(greedy) <= 30  # a tree takes hardly more kernels than one node
     assert found["captured"] == {"captures": 1, "replays": 5, "synchronizations": found["captured"]["synchronizations"]}
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_in_integers_are_multiplied_as_they_are(weights: str, stubs: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama").half()
+    bundle = medusa_export.export(model, tmp_path / "bundle", init_heads=2, top_k=2, weights=weights, sampling=False)
+    found = measured(bundle.folder, stubs, rows=1)
+    plain = next(step for step in found["steps"] if step["size"] == 1)
+    assert not [kernel for kernel in plain["kernels"] if "DequantizeLinear" in kernel]
+    assert sum(times for kernel, times in plain["kernels"].items() if "MatMulFloat" in kernel) >= 4

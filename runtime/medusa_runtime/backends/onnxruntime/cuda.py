@@ -1,6 +1,6 @@
 """ONNX Runtime on an NVIDIA GPU: caches and pending entries stay in its memory.
 
-It runs the bundle's standard graph, which carries accepted entries over by itself. Token ids, lengths and drafts are
+Its graph carries accepted entries over by itself, as the standard one does. Token ids, lengths and drafts are
 some hundred bytes a step and go through the host.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Binding
 from medusa_runtime.backends.onnxruntime.device_caches import DeviceCaches
-from medusa_runtime.backends.onnxruntime.session import CUDA, import_onnxruntime
+from medusa_runtime.backends.onnxruntime.session import CUDA, cuda_graph, import_onnxruntime
 from medusa_runtime.backends.onnxruntime.session_backend import SessionBackend
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.errors import BackendError
@@ -63,7 +63,7 @@ class OnnxRuntimeCudaBackend(SessionBackend):
             # It loads CUDA and cuDNN from where pip installed them, and prints what it doesn't find.
             with contextlib.redirect_stdout(sys.stderr):
                 ort.preload_dlls()
-        super().__init__(bundle, bundle.graph, self.provider, rows=rows, threads=threads, pending=False)
+        super().__init__(bundle, cuda_graph(bundle), self.provider, rows=rows, threads=threads, pending=False)
         self._caches = DeviceCaches(ort, self.device, bundle, rows)
         self._binding: Binding | None = None
 

@@ -9,7 +9,13 @@ from typing import Any
 
 from medusa_runtime.backends.onnxruntime.huge_pages import private_memory, use_huge_pages
 from medusa_runtime.backends.onnxruntime.row_rules import overflows
-from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS, Bundle
+from medusa_runtime.bundles.bundle import (
+    ONNXRUNTIME_BATCH_GRAPH,
+    ONNXRUNTIME_CUDA_GRAPH,
+    ONNXRUNTIME_GRAPH,
+    WEIGHTS,
+    Bundle,
+)
 from medusa_runtime.bundles.listed_folder import leads_outside, open_regular
 from medusa_runtime.common.processes import keep_in_children
 from medusa_runtime.errors import BackendError
@@ -53,6 +59,11 @@ def derived_graph(bundle: Bundle, rows: int) -> Path:
     """
     derived = (ONNXRUNTIME_GRAPH, ONNXRUNTIME_BATCH_GRAPH) if rows == 1 else (ONNXRUNTIME_BATCH_GRAPH,)
     return next((bundle.folder / name for name in derived if name in bundle.files), bundle.graph)
+
+
+def cuda_graph(bundle: Bundle) -> Path:
+    """The graph that was derived for ONNX Runtime's CUDA provider, or the bundle's own where there is none."""
+    return bundle.folder / ONNXRUNTIME_CUDA_GRAPH if ONNXRUNTIME_CUDA_GRAPH in bundle.files else bundle.graph
 
 
 def open_session(bundle: Bundle, graph: Path | bytes, *, threads: int, provider: str) -> Any:
