@@ -121,6 +121,23 @@ def test_an_entry_is_rounded_once(bundle: Bundle, graph: str) -> None:
             assert all(map(np.array_equal, held(backend, 1, 11), held(backend, 0, 11)))
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_free_slot_that_is_not_finite_reaches_no_token(bundle: Bundle, graph: str) -> None:
+    """A row emits nothing if a scale is not finite, and goes on as before once it is scrubbed."""
+    emitted = []
+    for poison in (False, True):
+        with closing(OnnxRuntimeBackend(bundle, threads=1, graph=bundle.folder / graph)) as backend:
+            backend.reserve(64)
+            backend.step(30, {0: PROMPTS[1]})
+            if poison:
+                _, scales = backend._store.row(0)
+                scales[:, :, bundle.slots.slot(int(backend.lengths[0])) + 9 :] = np.nan
+                assert backend.step(1).count[0] == 0
+                backend.scrub(0)
+            emitted.append([backend.step(1).emitted(0)[0] for _ in range(4)])
+    assert emitted[0] == emitted[1]
+
+
 def test_a_bundle_in_half_precision_has_no_integer_caches(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="needs a bundle that computes in fp32, not in fp16"):
         export(tiny_model("llama").half(), tmp_path / "bundle", kv_cache="int8")

@@ -77,7 +77,6 @@ KINDS = {
     "int4_64": Kind(weights=WeightTypes.all("int4", block_size=64)),
     "integer_products": Kind(weights=WeightTypes.all("int8"), rounds_inputs=True),
     "integer_caches": Kind(kv_cache="int8"),
-    "integer_caches_capped": Kind("gemma2", kv_cache="int8"),
     "integer_caches_int4": Kind(weights=WeightTypes.all("int4", block_size=16), kv_cache="int8"),
     "int8": Kind(overrides={"num_key_value_heads": 4}, weights=WeightTypes.all("int8", block_size=32)),
 }

@@ -291,4 +291,6 @@ class MovedRoom(Room):
 def _slots_worth_a_step(bundle: Bundle) -> int:
     """The number of slots of a row's caches that take as long to read as all the weights."""
     weights = max((facts.size for name, facts in bundle.files.items() if name in (WEIGHTS, GRAPH)), default=0)
-    return weights // (CACHE_TO_WEIGHTS * bundle.entry_bytes)
+    # 8-bit integers are cast first, and take as long as the fp32 numbers that they become.
+    entry = bundle.entry_bytes if bundle.kv_cache is None else 4 * sum(state.entry_size for state in bundle.states)
+    return weights // (CACHE_TO_WEIGHTS * entry)
