@@ -58,7 +58,7 @@ def test_the_bundle_says_what_its_states_are(bundle: Bundle, stock: Stock) -> No
     heads, size = bundle.states[0].shape
     assert bundle.entry_bytes == 2 * bundle.model.num_layers * heads * (size + 4)
     assert [group.dtype for group in bundle.state_groups] == ["int8", "float32"]
-    assert bundle.graphs.keys() == set(GRAPHS) and not bundle.notes
+    assert not bundle.notes
 
 
 @pytest.mark.parametrize("size", [2, 5, 9])
