@@ -135,6 +135,7 @@ def test_a_failing_rewrite_of_the_standard_graph_is_named() -> None:
     assert "no such node" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_rewrite_of_an_extension(stock: Stock) -> None:
     model = tiny_model("llama")
     step = make_step(model, random_heads(model))

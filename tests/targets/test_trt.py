@@ -222,7 +222,8 @@ def test_engines_that_were_altered(tiny_engine: CompiledEngine, tmp_path: Path) 
     assert CompiledEngine.load(tiny_engine.folder) == replace(tiny_engine)
 
 
-@pytest.mark.parametrize("overwrite", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [True, False])
 def test_an_interrupted_build_leaves_nothing(
     tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path, overwrite: bool
 ) -> None:
@@ -241,6 +242,7 @@ def test_an_interrupted_build_leaves_nothing(
         assert CompiledEngine.load(out) == replace(tiny_engine, folder=out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it is run")
 def test_verify_says_that_it_was_not_run(tiny_model_folder: Path, untrained_bundle: Bundle, tmp_path: Path) -> None:
     """Exit code 3, in every report, and no failure."""
