@@ -10,7 +10,7 @@ from medusa_runtime import Bundle
 from support.script import load_script
 
 SEED = 21
-CASES = 2000
+CASES = 1000
 
 
 @pytest.mark.slow

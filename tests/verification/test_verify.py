@@ -260,7 +260,7 @@ def test_smollm2_decodes_with_large_trees(smollm2_gguf: str, smollm2_bundle: Pat
     bundle = Bundle.load(smollm2_bundle, check_digests=False)
     step = load_reference(bundle, smollm2_gguf, str(smollm2_heads))
     ids = prompt_ids(bundle, DEFAULT_PROMPTS[:2], chosen=False)
-    options = VerifyOptions(max_new_tokens=24, tree_sizes=(10, bundle.tree.size))
+    options = VerifyOptions(max_new_tokens=16, tree_sizes=(10, bundle.tree.size))
     plan = Plan.answered(bundle, step, ids, options, ignore_progress)
     with MedusaEngine.load(bundle.folder, threads=1, check_digests=False) as engine:
         checks = list(generation_checks(engine, plan, ignore_progress))
