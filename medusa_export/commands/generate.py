@@ -12,6 +12,7 @@ import click
 
 from medusa_export.commands.command import Command
 from medusa_export.common.extras import extra
+from medusa_runtime.bundles.contract import MAX_TOP_LOGPROBS
 
 if TYPE_CHECKING:
     from medusa_runtime import GenerationResult, SamplingParams
@@ -60,6 +61,12 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
 @click.option("--typical", is_flag=True, help="Sample with typical acceptance: fewer steps, another distribution.")
 @click.option("--logprobs", is_flag=True, help="Add the tokens' log probabilities to --json.")
 @click.option(
+    "--top-logprobs",
+    type=click.IntRange(0, MAX_TOP_LOGPROBS),
+    default=0,
+    help="With --logprobs, also add this number of the most likely tokens in each place.",
+)
+@click.option(
     "--lookup/--no-lookup", default=True, show_default=True, help="Also propose tokens by lookup in the text."
 )
 @click.option("--backend", default="auto", show_default=True, help="The backend that runs the bundle.")
@@ -93,7 +100,7 @@ def command(
                 click.echo(chunk.text if engine.tokenizer else " ".join(map(str, chunk.token_ids)) + " ", nl=False)
         result = stream.result()
     if as_json:
-        click.echo(json.dumps(_figures(result, logprobs=options["logprobs"]), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(_figures(result), indent=1, ensure_ascii=False))
         return
     stats = result.stats
     click.echo()
@@ -131,13 +138,17 @@ def _sampling(asked: Mapping[str, Any], *, typical: bool) -> SamplingParams | No
     return SamplingParams(**given) if given else None
 
 
-def _figures(result: GenerationResult, *, logprobs: bool) -> dict[str, Any]:
+def _figures(result: GenerationResult) -> dict[str, Any]:
     """Returns a result and its statistics for JSON."""
     stats = result.stats
     return {
         "text": result.text,
         "token_ids": result.token_ids,
-        **({"logprobs": result.logprobs} if logprobs else {}),
+        **{
+            name: values
+            for name, values in (("logprobs", result.logprobs), ("top_logprobs", result.top_logprobs))
+            if values is not None
+        },
         "finish_reason": result.finish_reason,
         "stats": {
             "prompt_tokens": stats.prompt_tokens,

@@ -172,6 +172,7 @@ def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
         dtype=_dtype(step),
         sampling=step.sampling,
         constraints=step.sampling,
+        top_logprobs=step.sampling,
         takes_long=step.short_positions is not None,
     )
 
@@ -179,7 +180,13 @@ def _contract_inputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
 def _contract_outputs(step: MedusaStep) -> tuple[TensorSpec, ...]:
     tree = step.tree
     return contract.step_outputs(
-        step.states, tree_depth=tree.max_depth, tree_size=tree.size, dtype=_dtype(step), sampling=step.sampling
+        step.states,
+        tree_depth=tree.max_depth,
+        tree_size=tree.size,
+        vocab_size=step.vocab_size,
+        dtype=_dtype(step),
+        sampling=step.sampling,
+        top_logprobs=step.sampling,
     )
 
 

@@ -37,6 +37,8 @@ def _named(out: StepOutput) -> dict[str, Tensor]:
         "finite": out.finite,
         "head_logits": out.head_logits,
         "logprobs": out.logprobs,
+        "top_tokens": out.top_tokens,
+        "top_logprobs": out.top_logprobs,
     }
     if out.sampled is not None:
         named |= {f"sampled/{name}": value for name, value in vars(out.sampled).items() if name != "chosen"}
@@ -67,6 +69,7 @@ class _TracedStep(nn.Module):
         cache_lengths: Tensor,
         is_long: Tensor | None,
         sampling: dict[str, Tensor] | None,
+        ranked_places: Tensor | None,
         past: list[Tensor],
         pending: list[Tensor],
     ) -> tuple[Tensor, ...]:
@@ -80,6 +83,7 @@ class _TracedStep(nn.Module):
                 past=[past[group] for group in self._group_of],
                 pending=[pending[group] for group in self._group_of] if pending else [],
                 sampling=None if sampling is None else SamplingInputs.of(list(sampling.values())),
+                ranked_places=ranked_places,
             )
         )
         named = _named(out)
@@ -95,7 +99,7 @@ def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
     # Each free dimension has a size of its own: the tracer takes equal sizes for the same dimension.
     batch, capacity = 3, 251
     unused = (size for size in range(37, 251, 2) if size not in taken)
-    tokens, draws, edits, masks = itertools.islice(unused, 4)
+    tokens, draws, edits, masks, ranked = itertools.islice(unused, 5)
     sizes = {"batch": batch, "draws": draws, "edits": edits, "masks": masks}
     sampling = example_sampling(sizes, step.vocab_size) if step.sampling else None
     example: dict[str, Any] = {
@@ -105,12 +109,14 @@ def _example(step: MedusaStep) -> tuple[dict[str, Any], dict[str, Any]]:
         "cache_lengths": torch.ones(batch, dtype=torch.int64),
         "is_long": None if step.short_positions is None else torch.zeros(batch, dtype=torch.bool),
         "sampling": sampling,
+        "ranked_places": torch.zeros(batch, ranked, dtype=torch.int64) if step.sampling else None,
         "past": [torch.zeros(batch, heads, capacity, size, dtype=dtype) for heads, size, dtype in entries],
         "pending": [torch.zeros(batch, heads, margin, size, dtype=dtype) for heads, size, dtype in entries if margin],
     }
     dynamic = torch.export.Dim.DYNAMIC
     free: dict[str, Any] = {name: None if value is None else {0: dynamic} for name, value in example.items()}
     free["input_ids"] = {0: dynamic, 1: dynamic}
+    free["ranked_places"] = {0: dynamic, 1: dynamic} if step.sampling else None
     free["sampling"] = None if sampling is None else free_sizes(step.vocab_size)
     free["past"] = [{0: dynamic, 2: dynamic} for _ in example["past"]]
     free["pending"] = [{0: dynamic} for _ in example["pending"]]

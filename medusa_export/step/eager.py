@@ -14,7 +14,13 @@ from medusa_export.step.sampling import SamplingInputs
 from medusa_export.step.states import pending_by_state
 from medusa_export.step.step import MedusaStep, StepInputs, StepOutput
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.bundles.contract import constraint_inputs, fixed_shape, pending_specs, sampling_inputs
+from medusa_runtime.bundles.contract import (
+    RANKED_PLACES,
+    constraint_inputs,
+    fixed_shape,
+    pending_specs,
+    sampling_inputs,
+)
 from medusa_runtime.bundles.slots import SlotLayout
 from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.sampling import Draws, SamplingRows
@@ -57,7 +63,7 @@ class EagerBackend:
         self._drafts = np.zeros((rows, step.tree.size), np.int64)
         self._is_long = torch.zeros(rows, dtype=torch.bool)
         constraints = ConstraintRows(rows, step.vocab_size, step.tree.size) if step.sampling else None
-        self._sampling = SamplingRows(rows, constraints)
+        self._sampling = SamplingRows(rows, constraints, most_ranked=self._slots.most_committed * step.sampling)
         dtype = str(step.model.dtype).removeprefix("torch.")
         self._pending = [
             torch.zeros(fixed_shape(spec, {"batch": rows}), dtype=getattr(torch, spec.dtype), device=self._device)
@@ -128,6 +134,7 @@ class EagerBackend:
         idle = [] if rows is None else [row for row in range(self._rows) if row not in rows]
         prompts = {**(prompts or {}), **dict.fromkeys(idle, ())}  # an idle row takes in a chunk of no tokens
         sampling = self._sampling_inputs(size, prompts) if self._step.sampling else None
+        places = self._sampling.ranked_places(size, prompts, range(self._rows)).get(RANKED_PLACES.name)
         ids = torch.zeros(self._rows, size, dtype=torch.int64)
         num_tokens = torch.full((self._rows,), size)
         for row in range(self._rows):
@@ -149,6 +156,7 @@ class EagerBackend:
                     past=self._caches,
                     pending=pending_by_state(self._step.states, self._pending),
                     sampling=sampling,
+                    ranked_places=None if places is None else torch.from_numpy(places).to(self._device),
                 )
             )
         self._caches, self._pending = output.present, output.next_pending
@@ -156,8 +164,14 @@ class EagerBackend:
         taking_part = [row for row in range(self._rows) if row not in idle]
         self._drafts[taking_part] = output.next_input_ids.cpu().numpy()[taking_part]
         self.output = output
-        logprobs = None if output.logprobs is None else output.logprobs.cpu().numpy()
-        return StepResult(output.tokens.cpu().numpy(), output.count.cpu().numpy(), logprobs)
+        return StepResult(
+            output.tokens.cpu().numpy(),
+            output.count.cpu().numpy(),
+            *(
+                None if values is None else values.cpu().numpy()
+                for values in (output.logprobs, output.top_tokens, output.top_logprobs)
+            ),
+        )
 
     def _sampling_inputs(self, size: int, prompts: Mapping[int, Sequence[int]]) -> SamplingInputs:
         width = self._sampling.width(size, prompts, range(self._rows))

@@ -38,6 +38,7 @@ from medusa_export.step.sampling import Sampled, SamplingInputs, sample
 from medusa_export.step.slots import StepSlots
 from medusa_export.step.states import observed_states
 from medusa_export.step.tree_tables import TreeTables
+from medusa_runtime.bundles.contract import MAX_TOP_LOGPROBS
 from medusa_runtime.bundles.states import groups_of
 from medusa_runtime.bundles.tree import Tree
 
@@ -55,6 +56,7 @@ class StepInputs:
         pending: The last M committed entries of each state, [B, num_heads, M, head_dim]; empty if M is 0.
         sampling: The sampling parameters and numbers of each row; None in a step that is greedy only.
         is_long: [B] boolean, True in rows of long requests; None if the model has one set of rotary frequencies.
+        ranked_places: [B, Q], the places of the emitted path that need the most likely tokens; None if there are none.
     """
 
     input_ids: Tensor
@@ -65,6 +67,7 @@ class StepInputs:
     pending: Sequence[Tensor] = ()
     sampling: SamplingInputs | None = None
     is_long: Tensor | None = None
+    ranked_places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class StepOutput:
     logprobs: Tensor | None
     next_pending: list[Tensor]
     present: list[Tensor]
+    top_tokens: Tensor | None
+    top_logprobs: Tensor | None
     logits: Tensor
     head_logits: Tensor | None
     accepted_path: Tensor
@@ -208,14 +213,19 @@ class MedusaStep(nn.Module):
         next_root = torch.where(accepted.emits.unsqueeze(1), take_rows(nodes.chosen, best), root)
         draft = self._draft(take_rows(hidden, best).squeeze(1), next_root, nodes.tokens.shape[1])
         added = torch.where(accepted.emits & given.is_prefill, given.num_tokens, accepted.count)
+        next_pending = self._carry(cache, slots.carried(accepted.path, added)) if self.tables.depth else []
+        # Last, as a graph for ONNX Runtime moves acceptance and drafting into a branch before it.
+        top_tokens, top_logprobs = self._rank(nodes, accepted.path, given.ranked_places)
         return StepOutput(
             tokens=tokens,
             count=accepted.count,
             next_input_ids=next_root if draft is None else torch.cat([next_root, draft.tokens], dim=1),
             next_cache_lengths=given.cache_lengths + added,
             logprobs=logprobs,
-            next_pending=self._carry(cache, slots.carried(accepted.path, added)) if self.tables.depth else [],
+            next_pending=next_pending,
             present=[cache.present[name] for name in names if name in cache.present],
+            top_tokens=top_tokens,
+            top_logprobs=top_logprobs,
             logits=nodes.logits,
             head_logits=None if draft is None else draft.logits,
             accepted_path=accepted.path,
@@ -309,6 +319,16 @@ class MedusaStep(nn.Module):
             return tokens, None
         logits = take_entries(nodes.logits, on_path, tokens).float()
         return tokens, logits - take_rows(nodes.sampled.log_total, on_path)
+
+    def _rank(
+        self, nodes: VerifiedNodes, path: Tensor, places: Tensor | None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The base model's most likely tokens at places [B, Q] of a path, [B, Q, 20]; and their log p."""
+        if places is None or nodes.sampled is None:
+            return None, None
+        node = path.gather(1, places)
+        best = take_rows(nodes.logits, node).float().topk(min(MAX_TOP_LOGPROBS, self.vocab_size), dim=-1)
+        return best.indices, best.values - take_rows(nodes.sampled.log_total, node).unsqueeze(-1)
 
     def _draft(self, hidden: Tensor, next_root: Tensor, verified: int) -> Draft | None:
         """Drafts the next tree from the hidden state [B, H] of the accepted node; None without heads.

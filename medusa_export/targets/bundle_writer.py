@@ -103,6 +103,7 @@ def write_bundle(
         heads=HeadFacts(heads.config.num_heads, heads.variant, trained) if heads is not None else None,
         sampling=step.sampling,
         constraints=step.sampling,
+        top_logprobs=step.sampling,
         acceptance_rules=tuple(rule.name for rule in step.rules),
         tree_name=tree_name,
         end_tokens=ends.found,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medusa_export.common.progress import OnProgress, Progress
 from medusa_export.step.race import lags
@@ -14,8 +15,10 @@ from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Check, Tolerances
 from medusa_export.verification.plan import Plan
 from medusa_export.verification.reference import Prompt, reference_logits
+from medusa_runtime.bundles.contract import MAX_TOP_LOGPROBS
 from medusa_runtime.engine import MedusaEngine
 from medusa_runtime.errors import NotFiniteError
+from medusa_runtime.request import GenerationResult
 from medusa_runtime.sampling import Draws, SamplingParams
 
 TEMPERATURE = 0.8  # of sampled answers
@@ -112,18 +115,25 @@ def _sampling_checks(
     """Checks sampled tokens, with trees of several sizes; no check if the bundle is greedy only.
 
     The sampled token is the winner of a race among all tokens. It is right if it also wins in the reference, or if it
-    is as close to the winner there as two logits in a tie. Log probabilities have the tolerance of logits.
+    is as close to the winner there as two logits in a tie. Log probabilities have the tolerance of logits, those of the
+    most likely tokens included.
     """
     if not engine.bundle.sampling:
         return []
     check = Check("sampled tokens")
+    ranked = MAX_TOP_LOGPROBS if engine.bundle.top_logprobs else 0
     furthest = 0.0
     for number, prompt in enumerate(prompts):
         params = SamplingParams(temperature=TEMPERATURE, seed=number)
         size, length = sizes[number % len(sizes)], len(prompt.ids)
         try:
             result = engine.generate(
-                prompt.ids, max_new_tokens=len(prompt.expected), tree_size=size, sampling=params, logprobs=True
+                prompt.ids,
+                max_new_tokens=len(prompt.expected),
+                tree_size=size,
+                sampling=params,
+                logprobs=True,
+                top_logprobs=ranked,
             )
         except NotFiniteError as error:
             _note_failure(check, number, error)
@@ -133,8 +143,7 @@ def _sampling_checks(
         numbers = Draws(params, length, logits.shape[1]).numbers(length, len(tokens))
         behind = lags(logits, numbers, TEMPERATURE, result.token_ids).numpy()
         wrong = np.flatnonzero(~(behind <= tolerances.margin / TEMPERATURE))
-        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens)[:, None])[:, 0].numpy()
-        furthest = float(np.maximum(furthest, np.abs(expected - np.array(result.logprobs)).max()))
+        furthest = float(np.maximum(furthest, _furthest_logprob(result, logits.log_softmax(-1))))
         check.compared += len(tokens)
         check.mismatches += len(wrong)
         check.notes += [
@@ -146,3 +155,23 @@ def _sampling_checks(
         check.mismatches += 1
         check.notes.append(f"a log probability is {furthest:.2g} from the reference's")
     return [check]
+
+
+def _furthest_logprob(result: GenerationResult, expected: Tensor) -> float:
+    """The largest difference between the log probabilities of an answer and the reference's; NaN if there is a NaN.
+
+    The most likely tokens have to have their own log p, and those of the most likely tokens of the reference.
+
+    Args:
+        result: The answer, with log probabilities.
+        expected: [N, V], log p of all tokens in the place of each token of the answer.
+    """
+    assert result.logprobs is not None
+    tokens, values = torch.tensor(result.token_ids).unsqueeze(1), torch.tensor(result.logprobs).unsqueeze(1)
+    differences = [expected.gather(1, tokens) - values]
+    if result.top_logprobs:
+        tokens = torch.tensor([[top.token_id for top in place] for place in result.top_logprobs])
+        values = torch.tensor([[top.logprob for top in place] for place in result.top_logprobs])
+        best = expected.topk(tokens.shape[1], dim=-1).values
+        differences += [expected.gather(1, tokens) - values, best - values]
+    return float(torch.cat(differences, dim=1).abs().max())

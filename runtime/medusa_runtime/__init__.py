@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from medusa_runtime.generation_stream import GenerationStream
     from medusa_runtime.handle import RequestHandle
     from medusa_runtime.metrics import Metrics, PrometheusMetrics
-    from medusa_runtime.request import Chunk, EngineOptions, GenerationOptions, GenerationResult, RequestOptions, Stats
+    from medusa_runtime.request import (
+        Chunk,
+        EngineOptions,
+        GenerationOptions,
+        GenerationResult,
+        RankedToken,
+        RequestOptions,
+        Stats,
+    )
     from medusa_runtime.sampling import SamplingParams
     from medusa_runtime.service import MedusaService
     from medusa_runtime.session import ChatSession
@@ -65,6 +73,7 @@ _MODULES = {
     "OutOfDeviceMemoryError": "errors",
     "PrometheusMetrics": "metrics",
     "QueueFullError": "errors",
+    "RankedToken": "request",
     "RequestCancelledError": "errors",
     "RequestError": "errors",
     "RequestHandle": "handle",
@@ -102,6 +111,7 @@ __all__ = [
     "OutOfDeviceMemoryError",
     "PrometheusMetrics",
     "QueueFullError",
+    "RankedToken",
     "RequestCancelledError",
     "RequestError",
     "RequestHandle",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ class GenerationOptions(TypedDict, total=False):
         sampling: Sampling parameters. Default: None, which is greedy decoding.
         constraints: Biases, bans, penalties and a grammar for the answer's tokens. Default: None.
         logprobs: If True, the answer has log probabilities. Default: False.
+        top_logprobs: Number of most likely tokens to give for the place of each token, up to 20. Above 0 it needs
+            ``logprobs``. Default: 0.
         lookup: If True, steps also verify the tokens that followed when the text had the same last tokens before.
             This never changes the answer. It is off under typical acceptance, where it would. Default: True.
         ignore_eos: If True, the model's own end-of-text tokens don't end the text. Default: False.
@@ -43,6 +45,7 @@ class GenerationOptions(TypedDict, total=False):
     sampling: SamplingParams | None
     constraints: Constraints | None
     logprobs: bool
+    top_logprobs: int
     lookup: bool
     ignore_eos: bool
     shown_token_ids: Sequence[int]
@@ -142,6 +145,18 @@ def _mean(counts: Counter[int]) -> float:
     return sum(number * times for number, times in found) / sum(times for _, times in found) if found else 1.0
 
 
+class RankedToken(NamedTuple):
+    """One of the most likely tokens in a place of an answer.
+
+    Attributes:
+        token_id: The token.
+        logprob: Its log p by the base model's own distribution.
+    """
+
+    token_id: int
+    logprob: float
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The part of an answer that a step adds: its tokens, and the text that will not change any more.
@@ -151,11 +166,14 @@ class Chunk:
         token_ids: The tokens.
         logprobs: Log p of each token by the base model's own distribution, before temperature and cut-offs. None if
             the request did not ask for log probabilities.
+        top_logprobs: For each token, the most likely tokens in its place, in descending order. The token itself need
+            not be among them. None if the request did not ask for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[RankedToken, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +186,7 @@ class GenerationResult:
         finish_reason: ``stop`` (a stop token or stop string) or ``length`` (``max_new_tokens`` was reached).
         stats: Figures of the request.
         logprobs: As in ``Chunk``, for all tokens.
+        top_logprobs: As in ``Chunk``, for all tokens.
     """
 
     text: str
@@ -175,3 +194,4 @@ class GenerationResult:
     finish_reason: str
     stats: Stats
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[RankedToken, ...], ...] | None = None

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.bundles.contract import MAX_TOP_K, PENALTY_INPUTS, POLICY_INPUTS, fixed_shape, numbers_per_draw
+from medusa_runtime.bundles.contract import (
+    MAX_TOP_K,
+    PENALTY_INPUTS,
+    POLICY_INPUTS,
+    RANKED_PLACES,
+    fixed_shape,
+    numbers_per_draw,
+)
 from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.constraints.row import NO_PENALTIES, RowConstraints
 from medusa_runtime.constraints.rows import ConstraintRows
@@ -120,17 +127,26 @@ class Draws:
         first: Position of the request's first drawn token: the length of its prompt.
         vocab_size: Size of the model's vocabulary.
         constraints: What the request demands of its tokens; None if nothing.
+        ranks: True if the request needs the most likely tokens of each place.
 
     Attributes:
         params: The parameters.
         constraints: What the request demands of its tokens; None if nothing.
+        ranks: True if the request needs the most likely tokens of each place.
     """
 
     def __init__(
-        self, params: SamplingParams, first: int, vocab_size: int, constraints: RowConstraints | None = None
+        self,
+        params: SamplingParams,
+        first: int,
+        vocab_size: int,
+        constraints: RowConstraints | None = None,
+        *,
+        ranks: bool = False,
     ) -> None:
         self.params = params
         self.constraints = constraints
+        self.ranks = ranks
         self._first = first
         self._size = numbers_per_draw(vocab_size)
         self._entropy = np.random.SeedSequence(params.seed).entropy
@@ -175,18 +191,21 @@ class SamplingRows:
     Args:
         rows: Number of rows.
         constraints: The constraints of all rows; None if the graph knows none.
+        most_ranked: The most places that a step gives the most likely tokens for: M + 1, or 0 if the graph gives none.
 
     Attributes:
         inputs: The values of inputs with one number per row, by name.
         constraints: The constraints of all rows; None if the graph knows none.
     """
 
-    def __init__(self, rows: int, constraints: ConstraintRows | None = None) -> None:
+    def __init__(self, rows: int, constraints: ConstraintRows | None = None, *, most_ranked: int = 0) -> None:
         self.inputs: dict[str, NDArray[Any]] = {spec.name: np.zeros(rows, spec.dtype) for spec in POLICY_INPUTS}
         self.constraints = constraints
         if constraints is not None:
             shapes = {spec.name: fixed_shape(spec, {"batch": rows}) for spec in PENALTY_INPUTS}
             self.inputs |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        self._most_ranked = most_ranked
+        self._places = [np.tile(np.arange(count), (rows, 1)) for count in range(most_ranked + 1)]
         self._draws: list[Draws | None] = [None] * rows
         for row in range(rows):
             self.assign(row, None)
@@ -202,7 +221,8 @@ class SamplingRows:
         """
         vocab_size, tree_size = bundle.model.vocab_size, bundle.tree.size
         constraints = ConstraintRows(rows, vocab_size, tree_size, rounds_up=rounds_up) if bundle.constraints else None
-        return cls(rows, constraints)
+        most_ranked = bundle.slots.most_committed if bundle.top_logprobs else 0
+        return cls(rows, constraints, most_ranked=most_ranked)
 
     def assign(self, row: int, draws: Draws | None) -> None:
         """Sets how a row draws from its next step on.
@@ -212,7 +232,7 @@ class SamplingRows:
             draws: The row's parameters and numbers; None for a greedy row without constraints and log probabilities.
 
         Raises:
-            BackendError: The row has constraints, and the graph knows none.
+            BackendError: The row has constraints or needs the most likely tokens, and the graph knows none.
         """
         constraints = None if draws is None else draws.constraints
         if self.constraints is not None:
@@ -221,6 +241,8 @@ class SamplingRows:
                 self.inputs[name][row] = value
         elif constraints is not None:
             raise BackendError("The graph of this bundle has no inputs for constraints: export the bundle again.")
+        if draws is not None and draws.ranks and not self._most_ranked:
+            raise BackendError("The graph of this bundle gives no most likely tokens: export the bundle again.")
         self._draws[row] = draws
         for name, value in (draws.params if draws is not None else GREEDY).row_inputs().items():
             self.inputs[name][row] = value
@@ -236,6 +258,25 @@ class SamplingRows:
         if all(self._draws[row] is None for row in rows):
             return 0
         return 1 if all(row in prefilling for row in rows) else size
+
+    def ranked_places(
+        self, size: int, prefilling: Collection[int], rows: Sequence[int]
+    ) -> dict[str, NDArray[np.int64]]:
+        """The input with the places of a step that need the most likely tokens, [all rows, Q], by its name.
+
+        Q is 0 if none of the rows asks for them. There is no such input if the graph does not give them.
+
+        Args:
+            size: Number of nodes that the step verifies.
+            prefilling: Rows that take in a chunk of their prompt.
+            rows: All rows of the step.
+        """
+        if not self._most_ranked:
+            return {}
+        count = 0
+        if any((draws := self._draws[row]) is not None and draws.ranks for row in rows):
+            count = 1 if all(row in prefilling for row in rows) else min(size, self._most_ranked)
+        return {RANKED_PLACES.name: self._places[count]}
 
     def write(
         self,

@@ -190,3 +190,14 @@ def test_compiled_graphs_sample_as_the_eager_step_does(stock: Stock, derived: bo
         longest = max(longest, int(got.count[0]))
     assert longest > 1
     assert rows == 1 or eager.output.sampled.beyond.any()
+
+
+@pytest.mark.slow
+def test_the_most_likely_tokens_of_a_small_vocabulary_are_all_its_tokens(small_bundle: Bundle) -> None:
+    prompt = [token % SMALL for token in PROMPT]
+    with MedusaEngine.load(small_bundle.folder, threads=1) as engine:
+        result = engine.generate(prompt, max_new_tokens=9, logprobs=True, top_logprobs=20)
+    assert result.top_logprobs is not None
+    for place in result.top_logprobs:
+        assert sorted(top.token_id for top in place) == list(range(SMALL))
+        assert sum(math.exp(top.logprob) for top in place) == pytest.approx(1.0, abs=1e-4)

@@ -25,7 +25,12 @@ from medusa_runtime.bundles.contract import TensorSpec
 from support.stand_in_cuda import Refused, StandInCuda
 
 # Inputs with a free dimension besides those of ``input_ids``, the place of it, and its name in the contract.
-FREE = (("exponentials", 1, "draws"), ("edit_tokens", 2, "edits"), ("allowed_tokens", 1, "masks"))
+FREE = (
+    ("exponentials", 1, "draws"),
+    ("edit_tokens", 2, "edits"),
+    ("allowed_tokens", 1, "masks"),
+    ("ranked_places", 1, "ranked"),
+)
 KINDS = {"int64": np.int64, "bool": np.bool_, "uint8": np.uint8, "float16": np.float16, "float32": np.float32}
 
 

@@ -36,7 +36,7 @@ LIMITS = EngineLimits(max_batch=4, capacity=96, max_prefill=32)
 TARGETS = ("sm80", "sm89", "sm120")
 # Layers that the parser makes of the tiny llama with its tree; more of them means that a rewrite no longer applies.
 MOST_LAYERS = {"float32": 438, "float16": 453}
-SAMPLING_LAYERS = 506  # with constraints
+SAMPLING_LAYERS = 517  # with constraints, and with 11 that rank tokens
 BUILT = (*SUPPORTED_FAMILIES, "deepseek_v3", "gpt_oss")
 REFUSED = "jetmoe"  # TensorRT-RTX's parser refuses it
 # Built in fp16, from bundles of their own: one without experts, windows or latent caches, and one with each of them.
@@ -198,9 +198,10 @@ def compare_rewritten(exported: Bundle, tmp_path: Path) -> None:
 def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray]:
     """Inputs of a step of two rows, of which one prefills, or both do beyond the tree; so many numbers to draw with."""
     rng = np.random.default_rng(size)
-    edits, masks = (9, min(size, TREE.size)) if draws else (0, 0)
+    edits, masks, ranked = (9, min(size, TREE.size), min(size, TREE.max_depth + 1)) if draws else (0, 0, 0)
     sizes = {
-        "batch": 2, "capacity": LIMITS.capacity, "sequence": size, "draws": draws, "edits": edits, "masks": masks
+        "batch": 2, "capacity": LIMITS.capacity, "sequence": size,
+        "draws": draws, "edits": edits, "masks": masks, "ranked": ranked,
     }  # fmt: skip
     feed = {}
     for spec in bundle.inputs:
@@ -214,6 +215,7 @@ def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray
     if "exponentials" not in feed:
         return feed
     feed["exponentials"] = rng.standard_exponential(feed["exponentials"].shape, np.float32)
+    feed["ranked_places"][:] = np.arange(ranked)
     feed["edit_tokens"][:] = rng.permutation(101)[:edits]
     feed["edit_count"] = rng.integers(0, 3, feed["edit_count"].shape).astype(np.float32)
     feed["edit_seen"] = np.minimum(feed["edit_count"], 1)

@@ -112,6 +112,19 @@ def test_a_wrong_commit_index_is_caught(copy: Path, step: MedusaStep) -> None:
 
 
 @pytest.mark.slow
+def test_wrong_most_likely_tokens_are_caught(copy: Path, step: MedusaStep) -> None:
+    """The least likely ones, with their own log probabilities."""
+    for name in GRAPHS:
+        model = onnx.load(copy / name, load_external_data=False)
+        node = next(node for node in model.graph.node if "top_tokens" in node.output)
+        kept = [attribute for attribute in node.attribute if attribute.name != "largest"]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("largest", 0)])
+        (copy / name).write_bytes(model.SerializeToString())
+    assert failed(verify(redescribe(copy), step)) == {"sampled tokens"}
+
+
+@pytest.mark.slow
 def test_a_wrong_derived_graph_is_caught(copy: Path, step: MedusaStep) -> None:
     path = copy / "model.onnxruntime.onnx"
     model = onnx.load(path, load_external_data=False)

@@ -21,12 +21,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.sampling import Draws
+
+
+class Ranked(NamedTuple):
+    """The most likely tokens at some places, in descending order.
+
+    Attributes:
+        tokens: [places, 20], or all tokens of a smaller vocabulary.
+        logprobs: As ``tokens``, log p by the base model's own distribution.
+    """
+
+    tokens: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+
+
+class Emitted(NamedTuple):
+    """What one row emits in a step.
+
+    Attributes:
+        tokens: The tokens.
+        logprobs: Their log probabilities; None if the bundle is greedy only.
+        ranked: The most likely tokens at their places; None if the step did not give them. The next step overwrites it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    ranked: Ranked | None = None
 
 
 @dataclass(frozen=True)
@@ -38,17 +64,25 @@ class StepResult:
         count: [rows]. It is 0 for a row whose logits are not finite: that row emits nothing and keeps its state.
         logprobs: [rows, M + 1], log p of these tokens by the base model's own distribution, for rows that were
             assigned ``Draws``; None if the bundle is greedy only.
+        top_tokens: [rows, Q, 20], the most likely tokens at the first Q of these places, for rows whose ``Draws`` ask
+            for them; otherwise they may be anything, or None. A vocabulary of fewer tokens has all of them here.
+        top_logprobs: As ``top_tokens``, their log p by the base model's own distribution.
     """
 
     tokens: NDArray[np.int64]
     count: NDArray[np.int64]
     logprobs: NDArray[np.float32] | None = None
+    top_tokens: NDArray[np.int64] | None = None
+    top_logprobs: NDArray[np.float32] | None = None
 
-    def emitted(self, row: int) -> tuple[list[int], list[float] | None]:
-        """The tokens that a row emits, and their log probabilities."""
+    def emitted(self, row: int) -> Emitted:
+        """What a row emits."""
         count = int(self.count[row])
         logprobs = None if self.logprobs is None else self.logprobs[row, :count].tolist()
-        return self.tokens[row, :count].tolist(), logprobs
+        ranked = None
+        if self.top_tokens is not None and self.top_logprobs is not None:
+            ranked = Ranked(self.top_tokens[row, :count], self.top_logprobs[row, :count])
+        return Emitted(self.tokens[row, :count].tolist(), logprobs, ranked)
 
 
 class Backend(Protocol):

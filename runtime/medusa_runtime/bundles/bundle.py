@@ -54,6 +54,7 @@ class Bundle:
         heads: The heads; None without heads.
         sampling: True if requests may sample and ask for log probabilities. Otherwise all requests are greedy.
         constraints: True if requests may have biases, penalties and grammars.
+        top_logprobs: True if requests may ask for the most likely tokens of each place.
         tree_name: The tree's name.
         files: Size and digest of each of the bundle's files, by name.
         producer: Versions of the software that made the bundle, by name.
@@ -77,6 +78,7 @@ class Bundle:
     heads: HeadFacts | None = None
     sampling: bool = True
     constraints: bool = True
+    top_logprobs: bool = True
     tree_name: str = ""
     files: Mapping[str, FileFacts] = field(default_factory=dict)
     producer: Mapping[str, str] = field(default_factory=dict)
@@ -147,6 +149,7 @@ class Bundle:
             dtype=self.dtype,
             sampling=self.sampling,
             constraints=self.constraints,
+            top_logprobs=self.top_logprobs,
             takes_long=self.model.short_positions is not None,
         )
 
@@ -155,7 +158,13 @@ class Bundle:
         """The graph's outputs according to the contract."""
         tree = self.tree
         return step_outputs(
-            self.states, tree_depth=tree.max_depth, tree_size=tree.size, dtype=self.dtype, sampling=self.sampling
+            self.states,
+            tree_depth=tree.max_depth,
+            tree_size=tree.size,
+            vocab_size=self.model.vocab_size,
+            dtype=self.dtype,
+            sampling=self.sampling,
+            top_logprobs=self.top_logprobs,
         )
 
     def to_json(self) -> str:
@@ -172,6 +181,7 @@ class Bundle:
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
             "constraints": self.constraints,
+            "top_logprobs": self.top_logprobs,
             "acceptance_rules": list(self.acceptance_rules),
             "tree": {"name": self.tree_name, "paths": self.tree.paths},
             "acceptance": msgspec.to_builtins(self.acceptance),
@@ -223,6 +233,7 @@ class _Description(msgspec.Struct):
     heads: HeadFacts | None = None
     sampling: bool = False
     constraints: bool = False
+    top_logprobs: bool = False
     end_tokens: tuple[EndToken, ...] = ()
     generation: dict[Name, Any] = msgspec.field(default_factory=dict)
     acceptance_rules: tuple[Name, ...] = ("exact", "typical")
@@ -257,6 +268,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         heads=heads,
         sampling=description.sampling,
         constraints=description.constraints,
+        top_logprobs=description.top_logprobs,
         tree_name=description.tree.name,
         files=description.files,
         producer=description.producer,

@@ -69,6 +69,7 @@ class Profile:
         draws: Tokens for which a row has random numbers, W.
         edits: Tokens per row whose logits may change, P.
         masks: Nodes per row with a mask of allowed tokens, A.
+        ranked: Places per row that need the most likely tokens, Q.
     """
 
     name: Name
@@ -77,6 +78,7 @@ class Profile:
     draws: Range = (0, 0, 0)
     edits: Range = (0, 0, 0)
     masks: Range = (0, 0, 0)
+    ranked: Range = (0, 0, 0)
 
     @property
     def sizes(self) -> list[dict[str, int]]:

@@ -1,4 +1,4 @@
-"""The graph contract: names, shapes and types of the step's inputs and outputs (version 6).
+"""The graph contract: names, shapes and types of the step's inputs and outputs (version 7).
 
 Names of dimensions: B is the batch size, S the number of new tokens, C the cache capacity, T the number of nodes of
 the tree, M its depth, N the number of heads of a state, d their size. ``docs/contract.md`` explains every input and
@@ -6,7 +6,7 @@ output.
 
 Version 1 had no sampling: it equals version 3 without sampling. Version 2 drew each token with one random number.
 Version 3 had caches of one shape, and one tensor of pending entries for all of them. Version 4 had no constraints. In
-version 5 all states had the bundle's type.
+version 5 all states had the bundle's type. Version 6 had no most likely tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from medusa_runtime.bundles.states import State, groups_of
 
-CONTRACT_VERSION = 6
+CONTRACT_VERSION = 7
 MAX_TOP_K = 256  # the most tokens that top-k sampling may keep
 MAX_EDITS = 8192  # the most edited tokens per row of a compiled engine
+MAX_TOP_LOGPROBS = 20  # the most likely tokens that a step gives for a place
 MASK_BITS = 8  # tokens per byte of a mask of allowed tokens
 RACE_BLOCK = 256  # tokens per block of the vocabulary: a draw chooses a block first, then a token of that block
 
@@ -100,6 +101,16 @@ def constraint_inputs(vocab_size: int) -> tuple[TensorSpec, ...]:
     )
 
 
+# The places of the emitted path that a step gives the most likely tokens for.
+RANKED_PLACES = TensorSpec("ranked_places", "int64", ("batch", "ranked"))
+
+
+def ranking_outputs(vocab_size: int) -> tuple[TensorSpec, ...]:
+    """The outputs that a graph which ranks tokens has in addition."""
+    shape = ("batch", "ranked", min(MAX_TOP_LOGPROBS, vocab_size))
+    return (TensorSpec("top_tokens", "int64", shape), TensorSpec("top_logprobs", "float32", shape))
+
+
 # The input that chooses a row's rotary frequencies, of a model with others for long requests.
 IS_LONG = TensorSpec("is_long", "bool", ("batch",))
 
@@ -111,6 +122,7 @@ def step_inputs(
     dtype: str,
     sampling: bool,
     constraints: bool,
+    top_logprobs: bool,
     takes_long: bool = False,
 ) -> tuple[TensorSpec, ...]:
     """The inputs of a step graph, in order.
@@ -121,6 +133,7 @@ def step_inputs(
         dtype: The bundle's type, which states have that name no type of their own.
         sampling: True if the graph can sample. Otherwise it is greedy.
         constraints: True if the graph takes biases, penalties and masks of allowed tokens.
+        top_logprobs: True if the graph gives the most likely tokens.
         takes_long: True if rows of long requests have rotary frequencies of their own.
     """
     return (
@@ -131,13 +144,21 @@ def step_inputs(
         *((IS_LONG,) if takes_long else ()),
         *(sampling_inputs(vocab_size) if sampling else ()),
         *(constraint_inputs(vocab_size) if constraints else ()),
+        *((RANKED_PLACES,) if top_logprobs else ()),
         *pending_specs(states, dtype),
         *(TensorSpec(state.past, state.dtype or dtype, cache_shape(state)) for state in states),
     )
 
 
 def step_outputs(
-    states: Sequence[State], *, tree_depth: int, tree_size: int, dtype: str, sampling: bool
+    states: Sequence[State],
+    *,
+    tree_depth: int,
+    tree_size: int,
+    vocab_size: int,
+    dtype: str,
+    sampling: bool,
+    top_logprobs: bool,
 ) -> tuple[TensorSpec, ...]:
     """The outputs of a step graph, in order.
 
@@ -145,8 +166,10 @@ def step_outputs(
         states: The model's states.
         tree_depth: M.
         tree_size: T.
+        vocab_size: Size of the vocabulary.
         dtype: The bundle's type, which states have that name no type of their own.
         sampling: True if the graph can sample. Otherwise it is greedy.
+        top_logprobs: True if the graph gives the most likely tokens.
     """
     logprobs = TensorSpec("logprobs", "float32", ("batch", tree_depth + 1))
     return (
@@ -155,6 +178,7 @@ def step_outputs(
         TensorSpec("next_input_ids", "int64", ("batch", tree_size)),
         TensorSpec("next_cache_lengths", "int64", ("batch",)),
         *((logprobs,) if sampling else ()),
+        *(ranking_outputs(vocab_size) if top_logprobs else ()),
         *(TensorSpec(f"next_{spec.name}", spec.dtype, spec.shape) for spec in pending_specs(states, dtype)),
         *(TensorSpec(state.present, state.dtype or dtype, cache_shape(state)) for state in states),
     )

@@ -21,7 +21,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-from medusa_runtime.backends.base import Backend, StepResult, limits_edits
+from medusa_runtime.backends.base import Backend, Emitted, StepResult, limits_edits
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.chunks import PromptChunks
 from medusa_runtime.decoding.endings import Endings
@@ -213,7 +213,7 @@ class DecodeLoop(Endings):
         if not job.sequence.is_prefilling and job.row is not None:
             job.first_token = self.clock()
             job.sequence.stats.prefill_seconds = job.first_token - job.admitted
-            self._deliver(job, *result.emitted(job.row))
+            self._deliver(job, result.emitted(job.row))
 
     def _step_of_all(self, decoding: Sequence[Job]) -> bool:
         """Runs one step in which all prompts go on by a chunk and all other rows decode.
@@ -327,16 +327,16 @@ class DecodeLoop(Endings):
     def _deliver_step(self, job: Job, result: StepResult, size: int) -> int:
         """Delivers the tokens that a step of ``size`` nodes emitted for a request; gives their number."""
         assert job.row is not None
-        emitted, logprobs = result.emitted(job.row)
+        emitted = result.emitted(job.row)
         stats = job.sequence.stats
-        stats.count_step(len(emitted), size)
+        stats.count_step(len(emitted.tokens), size)
         stats.decode_seconds = self.clock() - job.first_token
-        self._deliver(job, emitted, logprobs)
-        return len(emitted)
+        self._deliver(job, emitted)
+        return len(emitted.tokens)
 
-    def _deliver(self, job: Job, emitted: Sequence[int], logprobs: Sequence[float] | None) -> None:
+    def _deliver(self, job: Job, emitted: Emitted) -> None:
         try:
-            chunk = job.sequence.accept(emitted, logprobs)
+            chunk = job.sequence.accept(*emitted)
         except RequestError as error:
             self.end(job, error)
             return

@@ -7,13 +7,15 @@ from typing import Any, Self, TypeGuard, Unpack, cast
 
 import numpy as np
 
+from medusa_runtime.backends.base import Ranked
 from medusa_runtime.bundles.bundle import Bundle
+from medusa_runtime.bundles.contract import MAX_TOP_LOGPROBS
 from medusa_runtime.constraints.grammar import GrammarWalk
 from medusa_runtime.constraints.options import Constraints
 from medusa_runtime.constraints.row import RowConstraints
 from medusa_runtime.decoding.lookup import TokenLookup
 from medusa_runtime.errors import ContextLengthError, RequestError
-from medusa_runtime.request import Chunk, GenerationOptions, GenerationResult, Prompt, Stats
+from medusa_runtime.request import Chunk, GenerationOptions, GenerationResult, Prompt, RankedToken, Stats
 from medusa_runtime.sampling import GREEDY, Draws, SamplingParams
 from medusa_runtime.text.limits import bounded, shown
 from medusa_runtime.text.prompts import encode_prompt
@@ -32,6 +34,7 @@ class TokenSequence:
         text: Decodes the completion and finds stop strings; None without a tokenizer.
         draws: The numbers that the row draws tokens with; None if it is greedy and needs no log probabilities.
         logprobs: If True, log probabilities are kept.
+        top_logprobs: Number of most likely tokens that are kept for the place of each token.
         lookup: Finds lookup hits in prompt and completion; None if the request does without.
         is_long: True if the request takes the rotary frequencies of long ones.
 
@@ -54,6 +57,7 @@ class TokenSequence:
         logprobs: bool = False,
         lookup: TokenLookup | None = None,
         *,
+        top_logprobs: int = 0,
         is_long: bool = False,
     ) -> None:
         self.prompt_ids = prompt_ids
@@ -65,6 +69,8 @@ class TokenSequence:
         self.stats = Stats(prompt_tokens=len(prompt_ids))
         self.draws = draws
         self._logprobs: list[float] | None = [] if logprobs else None
+        self._top = top_logprobs
+        self._top_logprobs: list[tuple[RankedToken, ...]] = []
         self._stop_token_ids = stop_token_ids
         self._text = text
         self._lookup = lookup
@@ -97,13 +103,28 @@ class TokenSequence:
         shown_tokens = _token_ids(bundle, "shown_token_ids", options.get("shown_token_ids", ()))
         text = TextStream(tokenizer, stops, prompt_ids=prompt_ids, shown_ids=shown_tokens) if tokenizer else None
         constraints = _constraints(bundle, tokenizer, options.get("constraints"), prompt_ids, stop_ids)
+        is_best = sampling.greedy and constraints is None
+        top_logprobs = _check_top_logprobs(bundle, options.get("top_logprobs", 0), logprobs, is_best=is_best)
         drawn = not sampling.greedy or logprobs or constraints is not None
-        draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size, constraints) if drawn else None
+        draws = None
+        if drawn:
+            ranks = top_logprobs > 0 and bundle.top_logprobs
+            draws = Draws(sampling, len(prompt_ids), bundle.model.vocab_size, constraints, ranks=ranks)
         lookup = check_flag("lookup", options.get("lookup", True))
         # Typical acceptance accepts tokens that are merely likely, so that lookup would make the text repeat itself.
         index = TokenLookup(prompt_ids) if lookup and not sampling.typical and bundle.tree.size > 1 else None
         is_long = bundle.model.is_long(len(prompt_ids))
-        return cls(prompt_ids, max_new_tokens, stop_ids, text, draws, logprobs, index, is_long=is_long)
+        return cls(
+            prompt_ids,
+            max_new_tokens,
+            stop_ids,
+            text,
+            draws,
+            logprobs,
+            index,
+            top_logprobs=top_logprobs,
+            is_long=is_long,
+        )
 
     @property
     def is_constrained(self) -> bool:
@@ -148,8 +169,15 @@ class TokenSequence:
         """The next ``count`` tokens by lookup; an empty list if there is no hit."""
         return self._lookup.find(count) if self._lookup is not None and count > 0 else []
 
-    def accept(self, emitted: Sequence[int], logprobs: Sequence[float] | None = None) -> Chunk:
+    def accept(
+        self, emitted: Sequence[int], logprobs: Sequence[float] | None = None, ranked: Ranked | None = None
+    ) -> Chunk:
         """Appends the tokens that a step emitted, up to the end of the completion.
+
+        Args:
+            emitted: The tokens.
+            logprobs: Their log probabilities; None if there are none.
+            ranked: The most likely tokens in their places; None if there are none.
 
         Returns:
             The part of them that belongs to the completion. ``finish_reason`` says whether that was the last part.
@@ -174,7 +202,14 @@ class TokenSequence:
         if self._logprobs is None or logprobs is None:
             return Chunk(text, tuple(tokens))
         self._logprobs += logprobs[: len(tokens)]
-        return Chunk(text, tuple(tokens), tuple(logprobs[: len(tokens)]))
+        logprobs = tuple(logprobs[: len(tokens)])
+        if not self._top:
+            return Chunk(text, tuple(tokens), logprobs)
+        if ranked is None:  # an older graph, for tokens that are the most likely ones themselves
+            ranked = Ranked(np.array([tokens]).T, np.array([logprobs]).T)
+        top = _most_likely(ranked, len(tokens), self._top)
+        self._top_logprobs += top
+        return Chunk(text, tuple(tokens), logprobs, top)
 
     def _until_stop(self, tokens: list[int]) -> tuple[list[int], str | None]:
         """Cuts a step's tokens behind a stop token or at ``max_new_tokens``; also gives the finish reason, if any."""
@@ -189,7 +224,14 @@ class TokenSequence:
         assert self.finish_reason is not None
         text = self._text.text if self._text is not None else ""
         logprobs = None if self._logprobs is None else tuple(self._logprobs)
-        return GenerationResult(text, tuple(self.token_ids), self.finish_reason, self.stats, logprobs)
+        top = tuple(self._top_logprobs) if self._top else None
+        return GenerationResult(text, tuple(self.token_ids), self.finish_reason, self.stats, logprobs, top)
+
+
+def _most_likely(ranked: Ranked, places: int, count: int) -> tuple[tuple[RankedToken, ...], ...]:
+    """The ``count`` most likely tokens at each of the first places."""
+    both = zip(ranked.tokens[:places, :count].tolist(), ranked.logprobs[:places, :count].tolist(), strict=True)
+    return tuple(tuple(map(RankedToken, tokens, logprobs)) for tokens, logprobs in both)
 
 
 def _stop_ids(bundle: Bundle, asked_for: object, *, ignore_eos: bool) -> frozenset[int]:
@@ -235,6 +277,31 @@ def _check_sampling(bundle: Bundle, sampling: object, logprobs: bool) -> Samplin
         what = "give log probabilities" if chosen.greedy else "sample"
         raise RequestError(f"This bundle is greedy only and can't {what}: export it with sampling.")
     return chosen
+
+
+def _check_top_logprobs(bundle: Bundle, number: object, logprobs: bool, *, is_best: bool) -> int:
+    """The number of most likely tokens that a request asks for in each place.
+
+    Args:
+        bundle: The bundle.
+        number: The value of the option.
+        logprobs: True if the request asks for log probabilities.
+        is_best: True if each token of the answer is the most likely one, which the graphs of older bundles give, too.
+
+    Raises:
+        RequestError: The value is out of range, or the bundle can't give them.
+    """
+    top = check_integer("top_logprobs", number, at_least=0)
+    if top > MAX_TOP_LOGPROBS:
+        raise RequestError(f"top_logprobs is {shown(top)}: expected an integer up to {MAX_TOP_LOGPROBS}.")
+    if top and not logprobs:
+        raise RequestError("top_logprobs needs log probabilities: set logprobs, too.")
+    if top > is_best and not bundle.top_logprobs:
+        raise RequestError(
+            "The graph of this bundle gives no most likely tokens: export it again. Until then top_logprobs is 0, or 1 "
+            "for greedy answers without constraints."
+        )
+    return top
 
 
 def _constraints(

@@ -84,7 +84,7 @@ def test_a_scrubbed_row_goes_on_as_if_nothing_had_been(tiny_bundle: Bundle, leng
     for size in (9, 4):
         step, expected = backend.step(size, chunk), other.step(size, chunk)
         for row in range(2):
-            tokens, logprobs = step.emitted(row)
+            tokens, logprobs, _ = step.emitted(row)
             assert tokens == expected.emitted(row)[0]
             assert logprobs == pytest.approx(expected.emitted(row)[1], abs=1e-5)
         chunk = {}

@@ -376,6 +376,6 @@ def test_rows_sample_as_they_do_in_onnx_runtime(machine: Machine, tiny_bundle: B
             results += [result.emitted(row) for row in range(3)]
         emitted.append(results)
         backend.close()
-    for (tokens, logprobs), (wanted, expected) in zip(emitted[1], emitted[0], strict=True):
+    for (tokens, logprobs, _), (wanted, expected, _) in zip(emitted[1], emitted[0], strict=True):
         assert tokens == wanted
         assert logprobs == pytest.approx(expected, abs=1e-4)

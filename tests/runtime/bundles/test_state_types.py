@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from medusa_runtime.bundles.contract import TensorSpec, pending_specs, step_inputs, step_outputs
 from medusa_runtime.bundles.states import State, groups_of, with_margin
 
@@ -41,8 +43,9 @@ def test_each_group_has_pending_entries_of_its_type() -> None:
 
 
 def test_inputs_and_outputs_have_the_types_of_their_states() -> None:
-    inputs = step_inputs(states(), vocab_size=9, dtype="float16", sampling=False, constraints=False)
-    outputs = step_outputs(states(), tree_depth=MARGIN, tree_size=3, dtype="float16", sampling=False)
+    common: dict[str, Any] = {"vocab_size": 9, "dtype": "float16", "sampling": False, "top_logprobs": False}
+    inputs = step_inputs(states(), constraints=False, **common)
+    outputs = step_outputs(states(), tree_depth=MARGIN, tree_size=3, **common)
     past = {spec.name: spec.dtype for spec in inputs if spec.name.startswith("past_")}
     present = {spec.name: spec.dtype for spec in outputs if spec.name.startswith("present_")}
     assert list(past.values()) == list(present.values()) == ["int8", "float16", "float32", "int8"]

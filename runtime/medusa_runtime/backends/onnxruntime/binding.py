@@ -43,6 +43,7 @@ class Binding:
         self._ort = ort
         self._arrays: dict[str, tuple[NDArray[Any], Any]] = {}  # inputs in host memory
         self._on_device: dict[str, Any] = {}
+        self._results: dict[str, NDArray[Any]] = {}  # outputs that are bound by ``bind_output``
         self.values = session.io_binding()
         self.outputs: list[str] = []
         for item in bound:
@@ -62,6 +63,14 @@ class Binding:
         """Binds an input to an array, unless it is bound to this array already."""
         if name not in self._arrays or self._arrays[name][0] is not array:
             self._bind_array(name, array)
+
+    def bind_output(self, name: str, array: NDArray[Any]) -> None:
+        """Binds an output to an array, unless it is bound to this array already."""
+        if self._results.get(name) is not array:
+            if name not in self._results:
+                self.outputs.append(name)
+            self._results[name] = array
+            self.values.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(array))
 
     def refresh(self) -> None:
         """Binds all inputs again. A provider with memory of its own copies them then, and not when it runs."""

@@ -7,6 +7,7 @@ fails leaves the rows as they were: what it wrote to their caches is behind thei
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from medusa_runtime.backends.base import StepResult
 from medusa_runtime.backends.onnxruntime.binding import Bound
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.bundles.contract import IS_LONG, fixed_shape, pending_specs
+from medusa_runtime.bundles.contract import IS_LONG, RANKED_PLACES, fixed_shape, pending_specs, ranking_outputs
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -73,6 +74,9 @@ class RowState:
         self.result = StepResult(emitted, self._bind(np.zeros(rows, np.int64), output="count"), logprobs)
         self._varying = {spec.name: spec for spec in bundle.inputs if spec.name in ("input_ids", "exponentials")}
         self._by_width: dict[tuple[str, int], NDArray[Any]] = {}
+        self._rankings = ranking_outputs(bundle.model.vocab_size) if bundle.top_logprobs else ()
+        self._none_ranked = [self._rankings_of(count, 0) for count in range(rows + 1)]
+        self._ranked = 0  # places of the step that is prepared (Q)
 
     def _bind(self, array: NDArray[Any], *, input_name: str | None = None, output: str | None = None) -> NDArray[Any]:
         self.bound.append(Bound(input_name, output, array))
@@ -123,10 +127,12 @@ class RowState:
         exponentials = self._of_width("exponentials", width, np.float32)
         if width:
             sampling.write(exponentials, self.lengths, prompts)
-        if sampling.constraints is None:
-            return {"exponentials": exponentials}
-        constrained = sampling.constraints.of_step(size, width, prompts, rows, lambda: self.drafts)
-        return {"exponentials": exponentials, **constrained}
+        places = sampling.ranked_places(size, prompts, rows)
+        self._ranked = places[RANKED_PLACES.name].shape[1] if places else 0
+        inputs = {"exponentials": exponentials, **places}
+        if sampling.constraints is not None:
+            inputs |= sampling.constraints.of_step(size, width, prompts, rows, lambda: self.drafts)
+        return inputs
 
     def _of_width(self, name: str, width: int, dtype: type[np.generic]) -> NDArray[Any]:
         """An array for one width: the same one each time for the widths of trees, a new one for chunks of a prompt."""
@@ -137,6 +143,29 @@ class RowState:
             if width <= self._bundle.tree.size:
                 self._by_width[name, width] = array
         return array
+
+    def new_rankings(self, count: int) -> dict[str, NDArray[Any]]:
+        """Arrays for the most likely tokens that the next step of ``count`` rows gives, by output.
+
+        They hold nothing, and are the same as before, in a step in which no row asks for them.
+        """
+        return self._rankings_of(count, self._ranked) if self._ranked else self._none_ranked[count]
+
+    def _rankings_of(self, count: int, ranked: int) -> dict[str, NDArray[Any]]:
+        sizes = {"batch": count, "ranked": ranked}
+        return {spec.name: np.zeros(fixed_shape(spec, sizes), spec.dtype) for spec in self._rankings}
+
+    def take_rankings(self, rankings: Mapping[str, NDArray[Any]], rows: list[int]) -> None:
+        """Makes the most likely tokens that a step gave for these rows a part of ``result``."""
+        given = {}
+        for name, array in rankings.items():
+            if array.size:
+                given[name] = np.zeros((self._rows, *array.shape[1:]), array.dtype)
+                given[name][rows] = array
+        if given or self.result.top_tokens is not None:
+            self.result = replace(
+                self.result, top_tokens=given.get("top_tokens"), top_logprobs=given.get("top_logprobs")
+            )
 
     def commit(self, rows: list[int] | None) -> None:
         """Makes what a step left of these rows their state; the other rows keep theirs. All rows if None."""

@@ -93,6 +93,9 @@ class SessionBackend:
             size: S, for the message of a failure.
             capacity: C, for the same.
         """
+        rankings = self._state.new_rankings(len(order))
+        for name, array in rankings.items():
+            binding.bind_output(name, array)
         for name in self._extra_outputs:  # of another shape in each step
             binding.values.bind_output(name)
         try:
@@ -101,6 +104,7 @@ class SessionBackend:
             raise BackendError(
                 f"ONNX Runtime failed in a step of {size} tokens at capacity {capacity}: {error}"
             ) from error
+        self._state.take_rankings(rankings, order)
         if self._extra_outputs:
             names = [*binding.outputs, *self._extra_outputs]
             self._extra = dict(zip(names, binding.values.get_outputs(), strict=True))

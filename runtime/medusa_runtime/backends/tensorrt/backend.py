@@ -269,17 +269,19 @@ class TensorRTBackend:
             self._restore_draft(row, doing)
         slot = self._slots[self._next_slot]
         self._next_slot = (self._next_slot + 1) % IN_FLIGHT
-        self._stream.download(slot.memory, self._buffers.address["tokens"], doing)
+        ranks = sizes.ranked > 0
+        results = slot.memory if ranks else slot.memory[: self._buffers.without_rankings]
+        self._stream.download(results, self._buffers.address["tokens"], doing)
         slot.done.record(doing)
         added = {row: len(prompt) for row, prompt in prompts.items()} | dict.fromkeys(idle, 0)
-        self._submitted.append(Submitted(slot, size, added))
+        self._submitted.append(Submitted(slot, size, added, ranks))
 
     def collect(self) -> StepResult:
         if not self._submitted:
             raise BackendError("No step was submitted that could be collected.")
         step = self._submitted.pop(0)
         self._lengths += self._committed(step)
-        return step.slot.result
+        return step.slot.with_rankings if step.ranks else step.slot.result
 
     def _committed(self, step: Submitted) -> NDArray[np.int64]:
         """Waits for a step; gives the entries that it commits in each row, none where it emits nothing."""

@@ -21,8 +21,9 @@ from medusa_runtime.sampling import draws_ahead
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 ID = np.dtype(np.int64)
-# Outputs that the host reads. They are beside each other, so that one copy brings all of them.
-RESULTS = ("tokens", "count", "logprobs")
+# Outputs that the host reads. They are beside each other, so that one copy brings all of them, or all but the rankings.
+RANKINGS = ("top_tokens", "top_logprobs")
+RESULTS = ("tokens", "count", "logprobs", *RANKINGS)
 
 
 @dataclass
@@ -31,12 +32,14 @@ class ResultSlot:
 
     Attributes:
         memory: All results, side by side.
-        result: The same memory as arrays.
+        result: The same memory as arrays, without the most likely tokens.
+        with_rankings: As ``result``, with them.
         done: Recorded behind the copy to this memory.
     """
 
     memory: NDArray[np.uint8]
     result: StepResult
+    with_rankings: StepResult
     done: Event
 
 
@@ -48,11 +51,13 @@ class Submitted:
         slot: The memory for its results.
         size: S.
         added: Tokens that each prefilling row takes in, by row; 0 for rows that don't take part.
+        ranks: True if the step gives the most likely tokens.
     """
 
     slot: ResultSlot
     size: int
     added: Mapping[int, int]
+    ranks: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Buffers:
         drafts: Pinned, [B, T].
         length: Pinned, [1].
         draws: Tokens per row whose random numbers are uploaded for a step (W).
+        without_rankings: Bytes of results before the most likely tokens.
     """
 
     def __init__(
@@ -134,6 +140,8 @@ class Buffers:
             if name in self.specs:
                 places[name] = results_size
                 results_size += -(-self.size(self.specs[name]) // ALIGNMENT) * ALIGNMENT
+                if name not in RANKINGS:
+                    self.without_rankings = results_size
         results = self._block("the results of a step", results_size)
         self.address |= {name: results + place for name, place in places.items()}
         self.scratch = self._block("the scratch memory of a step", max(self.scratch_size, ALIGNMENT))
@@ -149,7 +157,8 @@ class Buffers:
         for _ in range(in_flight):
             memory = self.pin((results_size,), np.uint8)
             arrays = {name: self._part(memory, name, place) for name, place in places.items()}
-            self._slots.append(ResultSlot(memory, StepResult(**arrays), self._stream.event()))
+            plain = StepResult(**{name: array for name, array in arrays.items() if name not in RANKINGS})
+            self._slots.append(ResultSlot(memory, plain, StepResult(**arrays), self._stream.event()))
         return self._slots
 
     def _part(self, memory: NDArray[np.uint8], name: str, place: int) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from medusa_runtime.backends.tensorrt.buffers import Buffers
 from medusa_runtime.backends.tensorrt.cuda import Stream
 from medusa_runtime.bundles.bundle import Bundle
-from medusa_runtime.bundles.contract import MAX_EDITS
+from medusa_runtime.bundles.contract import MAX_EDITS, RANKED_PLACES
 from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import Draws, SamplingRows
 
@@ -25,11 +25,13 @@ class ChoiceSizes:
         draws: Tokens per row that may be drawn (W).
         edits: Tokens per row whose logits may change (P).
         masks: Nodes per row with a mask of allowed tokens (A).
+        ranked: Places per row that need the most likely tokens (Q).
     """
 
     draws: int = 0
     edits: int = 0
     masks: int = 0
+    ranked: int = 0
 
 
 class DeviceChoices:
@@ -53,6 +55,7 @@ class DeviceChoices:
         self._staged: dict[str, NDArray[np.uint8]] = {}  # the memory that they are copied from
         # The device copies from page-locked memory by itself.
         self._exponentials = buffers.pin(buffers.shape(buffers.specs["exponentials"]), np.float32)
+        self._has_places = False  # once they are on the device, where they stay the same
         for name, array in self._sampling.inputs.items():
             self._sampling.inputs[name] = buffers.pin(array.shape, array.dtype)
             self._sampling.inputs[name][:] = array
@@ -97,20 +100,35 @@ class DeviceChoices:
                 self._stream.upload(self._buffers.address[name], array, doing)
             self._changed = False
         draws = self._buffers.draws
+        ranked = self._store_places(rows, doing)
         constraints = self._sampling.constraints
         if constraints is None:
-            return ChoiceSizes(draws)
+            return ChoiceSizes(draws, ranked=ranked)
         given = constraints.of_step(size, draws, prompts, rows, drafts)
         edits, masks = given["edit_tokens"].shape[2], given["allowed_tokens"].shape[1]
         if edits > MAX_EDITS:
             raise BackendError(f"The constraints name {edits} tokens, and an engine takes {MAX_EDITS} per row.")
         if given is not self._stored:
             self._upload(given, doing)
-        return ChoiceSizes(draws, edits, masks)
+        return ChoiceSizes(draws, edits, masks, ranked)
+
+    def _store_places(self, rows: Sequence[int], doing: str) -> int:
+        """Stores the places that need the most likely tokens: all places, or none. Gives their number (Q)."""
+        places = self._sampling.ranked_places(self._buffers.draws, (), rows)
+        ranked = int(places[RANKED_PLACES.name].shape[1]) if places else 0
+        if ranked and not self._has_places:
+            self._upload_staged(places, doing)
+            self._has_places = True
+        return ranked
 
     def _upload(self, given: Mapping[str, NDArray[Any]], doing: str) -> None:
         """Copies constraints to the device, through page-locked memory."""
         self._stored = None
+        self._upload_staged(given, doing)
+        self._stored = given
+
+    def _upload_staged(self, given: Mapping[str, NDArray[Any]], doing: str) -> None:
+        """Copies inputs to the device, through page-locked memory of their own."""
         self._stream.synchronize(doing)  # until then the device may still read what is written next
         for name, array in given.items():
             if array.size:
@@ -119,4 +137,3 @@ class DeviceChoices:
                 part = self._staged[name][: array.nbytes]
                 part[:] = array.reshape(-1).view(np.uint8)
                 self._stream.upload(self._buffers.address[name], part, doing)
-        self._stored = given

@@ -25,6 +25,7 @@ def largest_shape(spec: TensorSpec, bundle: Bundle, limits: EngineLimits, rows: 
         "draws": draws_ahead(bundle.tree),
         "edits": MAX_EDITS,
         "masks": bundle.tree.size,
+        "ranked": bundle.slots.most_committed,
     }
     return fixed_shape(spec, sizes)
 
