@@ -36,7 +36,6 @@ from medusa_runtime.server.translate import (
     check_answers,
     check_model,
     check_served,
-    check_top_logprobs,
     new_tokens,
     request_options,
 )
@@ -77,7 +76,7 @@ class ChatJob:
         request = ChatRequest.model_validate_json(data)
         settings, service = api.settings, api.service
         check_model(settings.names, request.model)
-        check_served(request, but=["top_logprobs"])
+        check_served(request)
         if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: set it to true.", "invalid_value", param="top_logprobs")
         check_answers(settings.most_answers, 1, request.n)
@@ -91,7 +90,6 @@ class ChatJob:
             variables=template_variables(request.chat_template_kwargs, request.reasoning_effort),
         )
         constraints = choice.constrained(api.form, prompt, constraints_of(request))
-        check_top_logprobs(service, request, constraints, "top_logprobs", request.top_logprobs or 0)
         asked_for = request.max_completion_tokens or request.max_tokens
         most = new_tokens(
             service, len(prompt.token_ids), asked_for, most_prompt=settings.max_prompt_tokens, field="messages"
@@ -104,6 +102,7 @@ class ChatJob:
                 constraints,
                 index=index,
                 logprobs=bool(request.logprobs),
+                top_logprobs=request.top_logprobs or 0,
                 timeout=settings.request_seconds,
             )
             options["max_new_tokens"] = most
@@ -175,7 +174,7 @@ class ChatJob:
         return chunk
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
-        return chat_logprobs(self.api.service.tokenizer, delta, self.request.top_logprobs)
+        return chat_logprobs(self.api.service.tokenizer, delta)
 
     def _message(self, delta: Delta) -> ChatMessage:
         calls = [self._tool_call(call) for call in delta.calls]

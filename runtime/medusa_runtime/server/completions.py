@@ -23,7 +23,6 @@ from medusa_runtime.server.translate import (
     check_answers,
     check_model,
     check_served,
-    check_top_logprobs,
     new_tokens,
     request_options,
 )
@@ -60,7 +59,6 @@ class CompletionJob:
         check_model(settings.names, request.model)
         check_served(request, but=["prompt"])
         constraints = constraints_of(request)
-        check_top_logprobs(service, request, constraints, "logprobs", request.logprobs or 0)
         if request.best_of not in (None, request.n or 1):
             raise unsupported("best_of", "Answers are not ranked: use n.")
         if request.echo and request.logprobs is not None:
@@ -79,6 +77,7 @@ class CompletionJob:
                     constraints,
                     index=index,
                     logprobs=request.logprobs is not None,
+                    top_logprobs=request.logprobs or 0,
                     timeout=settings.request_seconds,
                 )
                 options["max_new_tokens"] = most
@@ -133,13 +132,7 @@ class CompletionJob:
         return {
             "index": delta.choice.index,
             "text": echoed + delta.content,
-            "logprobs": completion_logprobs(
-                self.api.service.tokenizer,
-                delta.token_ids,
-                delta.logprobs,
-                self.request.logprobs or 0,
-                offset,
-            ),
+            "logprobs": completion_logprobs(self.api.service.tokenizer, delta, offset),
             "finish_reason": delta.finish_reason,
         }
 

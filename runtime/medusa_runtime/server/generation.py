@@ -12,7 +12,7 @@ from typing import Self
 
 from medusa_runtime.errors import MedusaError
 from medusa_runtime.handle import RequestHandle
-from medusa_runtime.request import Chunk, GenerationResult, Stats
+from medusa_runtime.request import Chunk, GenerationResult, RankedToken, Stats
 from medusa_runtime.server.output.parts import Arguments, Call, Content, OutputParser, Part, Reasoning
 from medusa_runtime.server.schema.answers import FinishReason, Usage
 
@@ -46,19 +46,26 @@ class Choice:
         has_ended = self.handle.done  # before the chunks are taken, as none comes behind the end
         chunks = self.handle.take()
         if chunks:
-            parts = [part for chunk in chunks for part in self._fed(chunk)]
+            steps = [Step(self._fed(chunk), len(chunk.token_ids)) for chunk in chunks]
             token_ids = [token for chunk in chunks for token in chunk.token_ids]
             logprobs = [value for chunk in chunks for value in chunk.logprobs or ()]
-            yield Delta(self, parts, token_ids, None if chunks[0].logprobs is None else logprobs)
+            top = [place for chunk in chunks for place in chunk.top_logprobs or ()]
+            yield Delta(
+                self,
+                steps,
+                token_ids,
+                None if chunks[0].logprobs is None else logprobs,
+                None if chunks[0].top_logprobs is None else top,
+            )
         if has_ended:
-            yield Delta(self, self._counted(self.parser.finish()), result=self.handle.result(0))
+            yield Delta(self, [Step(self._counted(self.parser.finish()))], result=self.handle.result(0))
 
     async def whole(self) -> Delta:
         """The complete answer."""
         result = await self.handle.aresult()
-        parts = [part for chunk in self.handle.take() for part in self._fed(chunk)]
-        parts += self._counted(self.parser.finish())
-        return Delta(self, parts, result.token_ids, result.logprobs, result)
+        steps = [Step(self._fed(chunk), len(chunk.token_ids)) for chunk in self.handle.take()]
+        steps.append(Step(self._counted(self.parser.finish())))
+        return Delta(self, steps, result.token_ids, result.logprobs, result.top_logprobs, result)
 
     def _fed(self, chunk: Chunk) -> list[Part]:
         parts = self._counted(self.parser.feed(chunk.text))
@@ -73,22 +80,42 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a step adds to an answer.
+
+    Attributes:
+        parts: The parts of its text.
+        count: The number of its tokens.
+    """
+
+    parts: Sequence[Part]
+    count: int = 0
+
+
+@dataclass(frozen=True)
 class Delta:
     """What a step adds to an answer, or a complete answer.
 
     Attributes:
         choice: The answer.
-        parts: The parts of its text.
+        steps: What each step adds to its text.
         token_ids: The tokens.
         logprobs: Their log probabilities, if they were asked for.
+        top_logprobs: The most likely tokens in their places, if they were asked for.
         result: The result, at the end.
     """
 
     choice: Choice
-    parts: Sequence[Part]
+    steps: Sequence[Step]
     token_ids: Sequence[int] = ()
     logprobs: Sequence[float] | None = None
+    top_logprobs: Sequence[Sequence[RankedToken]] | None = None
     result: GenerationResult | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts of its text."""
+        return [part for step in self.steps for part in step.parts]
 
     @property
     def content(self) -> str:

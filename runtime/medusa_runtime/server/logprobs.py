@@ -1,11 +1,9 @@
 """Log probabilities of tokens in the forms of both kinds of completions.
 
-The graph gives the log probability of each chosen token. In a greedy answer it is the most likely token.
+The chosen token of a place need not be among its most likely ones: sampling and constraints choose others.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from medusa_runtime.server.generation import Delta
 from medusa_runtime.server.schema.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
@@ -28,45 +26,64 @@ def token_text(tokenizer: Tokenizer | None, token_id: int) -> tuple[str, bytes]:
     return text, text.encode()
 
 
-def chat_logprobs(tokenizer: Tokenizer | None, delta: Delta, top: int | None) -> ChatLogprobs | None:
-    """The log probabilities of a chat's tokens; None if they were not asked for.
+def token_logprobs(tokenizer: Tokenizer | None, delta: Delta) -> list[TokenLogprob]:
+    """The log probabilities of tokens, with the most likely tokens in their places; empty if they were not asked for.
 
     Args:
         tokenizer: The model's tokenizer.
         delta: The tokens.
-        top: Number of most likely tokens to give for each place: 0 or 1.
     """
-    if delta.logprobs is None:
-        return None
-    content: list[TokenLogprob] = []
-    for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
-        text, data = token_text(tokenizer, token_id)
-        facts: TopLogprob = {"token": text, "logprob": logprob, "bytes": list(data)}
-        content.append({**facts, "top_logprobs": [facts] if top else []})
-    return {"content": content, "refusal": None}
+    found: list[TokenLogprob] = []
+    for place, (token_id, logprob) in enumerate(zip(delta.token_ids, delta.logprobs or (), strict=False)):
+        top = delta.top_logprobs[place] if delta.top_logprobs is not None else ()
+        found.append(
+            {**_facts(tokenizer, token_id, logprob), "top_logprobs": [_facts(tokenizer, *ranked) for ranked in top]}
+        )
+    return found
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer | None, token_ids: Sequence[int], logprobs: Sequence[float] | None, top: int, offset: int
-) -> CompletionLogprobs | None:
+def _facts(tokenizer: Tokenizer | None, token_id: int, logprob: float) -> TopLogprob:
+    text, data = token_text(tokenizer, token_id)
+    return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+
+def chat_logprobs(tokenizer: Tokenizer | None, delta: Delta) -> ChatLogprobs | None:
+    """The log probabilities of a chat's tokens; None if they were not asked for."""
+    return None if delta.logprobs is None else {"content": token_logprobs(tokenizer, delta), "refusal": None}
+
+
+def completion_logprobs(tokenizer: Tokenizer | None, delta: Delta, offset: int) -> CompletionLogprobs | None:
     """The log probabilities of a completion's tokens; None if they were not asked for.
+
+    As in OpenAI's API, a place has the chosen token besides its most likely ones. Of tokens with the same text, such as
+    unfinished characters, the most likely one counts.
 
     Args:
         tokenizer: The model's tokenizer.
-        token_ids: The tokens.
-        logprobs: Their log probabilities.
-        top: Number of most likely tokens to give for each place: 0 or 1.
+        delta: The tokens.
         offset: Characters of the text before them.
     """
-    if logprobs is None:
+    if delta.logprobs is None:
         return None
-    texts = [token_text(tokenizer, token_id)[0] for token_id in token_ids]
+    texts = [token_text(tokenizer, token_id)[0] for token_id in delta.token_ids]
     offsets = [offset]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
     return {
         "tokens": texts,
-        "token_logprobs": list(logprobs),
-        "top_logprobs": [{text: value} for text, value in zip(texts, logprobs, strict=True)] if top else None,
+        "token_logprobs": list(delta.logprobs),
+        "top_logprobs": None if delta.top_logprobs is None else _by_text(tokenizer, delta),
         "text_offset": offsets[:-1],
     }
+
+
+def _by_text(tokenizer: Tokenizer | None, delta: Delta) -> list[dict[str, float]]:
+    """For each place, the log probabilities of its most likely tokens and of the chosen one, by their texts."""
+    places = []
+    chosen_ones = zip(delta.token_ids, delta.logprobs or (), strict=True)
+    for chosen, ranked in zip(chosen_ones, delta.top_logprobs or (), strict=True):
+        values: dict[str, float] = {}
+        for token_id, logprob in (*ranked, chosen):
+            values.setdefault(token_text(tokenizer, token_id)[0], logprob)
+        places.append(values)
+    return places

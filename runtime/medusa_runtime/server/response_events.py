@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from medusa_runtime.server.generation import Step
 from medusa_runtime.server.ids import random_hex
 from medusa_runtime.server.output.parts import Arguments, Call, Content, Part, Reasoning
+from medusa_runtime.server.schema.answers import TokenLogprob
 
 Kind = Literal["message", "reasoning", "function_call"]
 
@@ -30,6 +32,7 @@ class Item:
         name: Name of the function.
         id: Its identifier.
         call_id: Identifier of the function call.
+        logprobs: Log probabilities of the tokens of a message, if they were asked for.
     """
 
     kind: Kind
@@ -37,6 +40,7 @@ class Item:
     name: str = ""
     id: str = ""
     call_id: str = field(default_factory=lambda: f"call_{random_hex(24)}")
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.id = self.id or f"{_PREFIXES[self.kind]}_{random_hex(48)}"
@@ -46,7 +50,7 @@ class Item:
         """The part that holds its text."""
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": self.text}
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
 
     def answer(self, status: str, *, is_empty: bool = False) -> dict[str, Any]:
         """The item as a JSON object.
@@ -71,18 +75,12 @@ class Item:
         return {"type": self.kind, "id": self.id, "role": "assistant", "content": content, "status": status}
 
 
-def items_of(parts: Iterable[Part]) -> list[Item]:
-    """The items of a complete answer. An answer without text has an empty message."""
-    items: list[Item] = []
-    for part in parts:
-        kind = _KINDS[type(part)]
-        if isinstance(part, Call):
-            items.append(Item(kind, part.arguments, part.name))
-        elif items and items[-1].kind == kind:
-            items[-1].text += part.text
-        else:
-            items.append(Item(kind, part.text))
-    return items or [Item("message")]
+def items_of(steps: Iterable[Step], logprobs: Sequence[TokenLogprob]) -> list[Item]:
+    """The items of a complete answer. An answer without text has an empty message. Arguments as for ``add``."""
+    events = ResponseEvents()
+    for _ in (*events.add(steps, logprobs), *events.finish()):
+        pass
+    return events.items
 
 
 class ResponseEvents:
@@ -96,14 +94,38 @@ class ResponseEvents:
         self.items: list[Item] = []
         self._number = 0
         self._open = False
+        self._unplaced: list[TokenLogprob] = []  # of tokens whose text has not come
 
     def numbered(self, kind: str, **facts: object) -> dict[str, object]:
         """An event with the next number."""
         number, self._number = self._number, self._number + 1
         return {"type": kind, "sequence_number": number, **facts}
 
-    def add(self, part: Part) -> Iterator[dict[str, object]]:
-        """The events of a part of the answer."""
+    def add(self, steps: Iterable[Step], logprobs: Sequence[TokenLogprob]) -> Iterator[dict[str, object]]:
+        """The events of what steps add to the answer.
+
+        Log probabilities of a step go with the last text of a message in it, those of a step without any text with what
+        comes next. A step of reasoning or calls alone has none.
+
+        Args:
+            steps: The steps.
+            logprobs: Log probabilities of all their tokens; empty if they were not asked for.
+        """
+        place = 0
+        for step in steps:
+            self._unplaced += logprobs[place : place + step.count]
+            place += step.count
+            last = max((index for index, part in enumerate(step.parts) if isinstance(part, Content)), default=None)
+            for index, part in enumerate(step.parts):
+                yield from self._add_part(part, self._take_unplaced() if index == last else [])
+            if step.parts:
+                self._unplaced = []
+
+    def _take_unplaced(self) -> list[TokenLogprob]:
+        taken, self._unplaced = self._unplaced, []
+        return taken
+
+    def _add_part(self, part: Part, logprobs: list[TokenLogprob]) -> Iterator[dict[str, object]]:
         kind = _KINDS[type(part)]
         if isinstance(part, Call):
             yield from self._end()
@@ -120,7 +142,8 @@ class ResponseEvents:
             return
         facts = {"content_index": 0, "delta": part.text}
         if kind == "message":
-            yield self._of_item("response.output_text.delta", **facts, logprobs=[])
+            self.items[-1].logprobs += logprobs
+            yield self._of_item("response.output_text.delta", **facts, logprobs=logprobs)
         else:
             yield self._of_item("response.reasoning_text.delta", **facts)
 
@@ -128,6 +151,8 @@ class ResponseEvents:
         """The events at the end of the answer."""
         if not self.items:
             yield from self._begin(Item("message"))
+        if self.items[-1].kind == "message":  # the token that ends the answer, say
+            self.items[-1].logprobs += self._take_unplaced()
         yield from self._end()
 
     def _of_item(self, kind: str, **facts: object) -> dict[str, object]:
@@ -151,7 +176,7 @@ class ResponseEvents:
             yield self._of_item("response.function_call_arguments.done", name=item.name, arguments=item.text)
         else:
             kind = "output_text" if item.kind == "message" else "reasoning_text"
-            more: dict[str, object] = {"logprobs": []} if item.kind == "message" else {}
+            more: dict[str, object] = {"logprobs": [*item.logprobs]} if item.kind == "message" else {}
             yield self._of_item(f"response.{kind}.done", content_index=0, text=item.text, **more)
             yield self._of_item("response.content_part.done", content_index=0, part=item.part)
         yield self.numbered(

@@ -13,9 +13,12 @@ from medusa_runtime.server.api import Api, Asked
 from medusa_runtime.server.chat import template_variables
 from medusa_runtime.server.chat_prompt import chat_prompt
 from medusa_runtime.server.constraints import constraints_of
-from medusa_runtime.server.generation import Generation
+from medusa_runtime.server.errors import ApiError
+from medusa_runtime.server.generation import Delta, Generation
 from medusa_runtime.server.ids import random_hex
+from medusa_runtime.server.logprobs import token_logprobs
 from medusa_runtime.server.response_events import Item, ResponseEvents, items_of
+from medusa_runtime.server.schema.answers import TokenLogprob
 from medusa_runtime.server.schema.chat import Function, FunctionCall, Message, MessageToolCall, Tool
 from medusa_runtime.server.schema.responses import InputItem, ResponsesRequest
 from medusa_runtime.server.streaming import Events
@@ -28,6 +31,8 @@ from medusa_runtime.server.translate import (
     request_options,
 )
 
+# The item of ``include`` that asks for log probabilities.
+_LOGPROBS = "message.output_text.logprobs"
 # A response's JSON object, which has the type of OpenAI's ``Response``.
 Response = dict[str, Any]
 
@@ -57,6 +62,9 @@ class ResponseJob:
         settings, service = api.settings, api.service
         check_model(settings.names, request.model)
         check_served(request)
+        if request.top_logprobs and _LOGPROBS not in (request.include or ()):
+            message = f"top_logprobs needs log probabilities: add {_LOGPROBS!r} to include."
+            raise ApiError(400, message, "invalid_value", param="top_logprobs")
         effort = request.reasoning.effort if request.reasoning else None
         tools = [
             Tool(type="function", function=Function(**tool.model_dump(exclude={"type"})))
@@ -80,7 +88,13 @@ class ResponseJob:
         )
         constraints = choice.constrained(api.form, prompt, constraints_of(request))
         options = request_options(
-            service, request, constraints, index=0, logprobs=False, timeout=settings.request_seconds
+            service,
+            request,
+            constraints,
+            index=0,
+            logprobs=_LOGPROBS in (request.include or ()),
+            top_logprobs=request.top_logprobs or 0,
+            timeout=settings.request_seconds,
         )
         options["max_new_tokens"] = most
         options["shown_token_ids"] = api.form.shown_token_ids
@@ -95,7 +109,7 @@ class ResponseJob:
     async def answer(self) -> Response:
         """The complete response."""
         (delta,) = await self.generation.whole()
-        return self._response(items_of(delta.parts), delta.finish_reason)
+        return self._response(items_of(delta.steps, self._logprobs(delta)), delta.finish_reason)
 
     async def events(self) -> AsyncGenerator[Events]:
         """The events of the response."""
@@ -105,13 +119,16 @@ class ResponseJob:
         reason = None
         async with aclosing(self.generation.deltas(self.api.settings.keep_alive_seconds)) as steps:
             async for deltas in steps:
-                added = [event for delta in deltas for part in delta.parts for event in events.add(part)]
+                added = [event for delta in deltas for event in events.add(delta.steps, self._logprobs(delta))]
                 if added or not deltas:
                     yield added
                 reason = deltas[-1].finish_reason if deltas else None
         kind = "response.incomplete" if reason == "length" else "response.completed"
         ended = [*events.finish()]
         yield [*ended, events.numbered(kind, response=self._response(events.items, reason))]
+
+    def _logprobs(self, delta: Delta) -> list[TokenLogprob]:
+        return token_logprobs(self.api.service.tokenizer, delta)
 
     def _response(self, items: Sequence[Item], reason: str | None) -> Response:
         request = self.request
@@ -140,6 +157,7 @@ class ResponseJob:
                 {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
                 for tool in request.tools or ()
             ],
+            "top_logprobs": request.top_logprobs or 0,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
             "usage": None

@@ -30,7 +30,6 @@ _NEUTRAL: dict[str, tuple[Sequence[Any], str]] = {
     "prediction": ((), _OTHER),
     "web_search_options": ((), _OTHER),
     "suffix": (("",), _OTHER),
-    "top_logprobs": ((0,), "Responses have no log probabilities: use chat completions."),
     "truncation": (("disabled",), "Prompts are not cut: shorten the input."),
     "previous_response_id": ((), _STORED),
     "conversation": ((), _STORED),
@@ -64,6 +63,7 @@ def request_options(
     *,
     index: int,
     logprobs: bool,
+    top_logprobs: int,
     timeout: float | None,
 ) -> RequestOptions:
     """The options of one of the answers that a request asks for, without its length and stop strings.
@@ -74,6 +74,7 @@ def request_options(
         constraints: The constraints of all its answers (``constraints_of``).
         index: Index of the answer. With a seed, each answer has a seed of its own.
         logprobs: True if the answer needs log probabilities.
+        top_logprobs: Number of most likely tokens that it needs for each place.
         timeout: Seconds after which the request ends.
 
     Raises:
@@ -83,6 +84,7 @@ def request_options(
         "sampling": sampling_params(service, body, index),
         "constraints": constraints,
         "logprobs": logprobs,
+        "top_logprobs": top_logprobs,
         "ignore_eos": bool(body.ignore_eos),
         "timeout": timeout,
     }
@@ -108,25 +110,6 @@ def sampling_params(service: MedusaService, body: SamplingFields, index: int) ->
         min_p=body.min_p or 0.0,
         seed=seed,
     )
-
-
-def check_top_logprobs(
-    service: MedusaService, body: SamplingFields, constraints: Constraints | None, field: str, number: int
-) -> None:
-    """Refuses a request for more log probabilities than the graph gives.
-
-    The graph gives that of the chosen token. In a greedy answer without constraints this is the most likely token.
-
-    Raises:
-        ApiError: More is asked for.
-    """
-    is_best = is_greedy(service, body) and constraints is None
-    if number > 1 or (number == 1 and not is_best):
-        raise unsupported(
-            field,
-            "The graph gives the log probability of the chosen token alone: use 0, or 1 for greedy answers "
-            "(temperature 0, no constraints), whose chosen token is the most likely one.",
-        )
 
 
 def check_model(names: Sequence[str], model: str | None) -> None:

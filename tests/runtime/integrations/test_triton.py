@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from medusa_export import write_triton_repository
-from medusa_runtime import Bundle, MedusaEngine
+from medusa_runtime import Bundle, MedusaEngine, SamplingParams
 from support import triton_server
 
 pytestmark = [
@@ -87,6 +87,21 @@ def test_outputs_follow_the_conventions_of_the_backend_for_vllm(web: httpx.Clien
     assert found["cumulative_logprob"] == pytest.approx(sum(expected.logprobs or ()), rel=1e-4)
     tokens = [next(iter(place)) for place in json.loads(found["logprobs"])]
     assert tokens == [str(token) for token in expected.token_ids]
+
+
+def test_the_most_likely_tokens_have_their_ranks(web: httpx.Client, engine: MedusaEngine) -> None:
+    parameters = {"temperature": 1.5, "seed": 3, "max_tokens": 8, "logprobs": 2}
+    body = asked("the cat", return_logprobs=True, exclude_input_in_output=True, parameters=parameters)
+    places = json.loads(web.post(f"{MODEL}/generate", json=body).json()["logprobs"])
+    expected = engine.generate(
+        "the cat", max_new_tokens=8, ignore_eos=True, sampling=SamplingParams(temperature=1.5, seed=3), logprobs=True,
+        top_logprobs=2,
+    )  # fmt: skip
+    assert expected.top_logprobs is not None
+    for token, top, found in zip(expected.token_ids, expected.top_logprobs, places, strict=True):
+        assert next(iter(found)) == str(token)
+        assert [found[str(one.token_id)]["rank"] for one in top] == [1, 2]
+        assert all("rank" in facts or listed == str(token) for listed, facts in found.items())
 
 
 def test_parameters_may_be_text_and_several_answers_come_side_by_side(web: httpx.Client, engine: MedusaEngine) -> None:

@@ -76,6 +76,40 @@ def test_log_probabilities(client: openai.OpenAI, engine: MedusaEngine) -> None:
     assert all(token.top_logprobs == [] for token in streamed)
 
 
+def test_the_most_likely_tokens_of_sampled_answers(client: openai.OpenAI, engine: MedusaEngine) -> None:
+    """In a stream and without one, with penalties, with a stop string, and beside tokens that are not among them."""
+    plain = engine.generate(HI, max_new_tokens=30, sampling=SamplingParams(temperature=1.2, seed=4)).text
+    fields: Any = {**GREEDY, "temperature": 1.2, "seed": 4, "logprobs": True, "top_logprobs": 20, "stop": plain[9:11]}
+    expected = engine.generate(
+        HI,
+        max_new_tokens=30,
+        stop=plain[9:11],
+        sampling=SamplingParams(temperature=1.2, seed=4),
+        logprobs=True,
+        top_logprobs=20,
+    )
+    assert expected.top_logprobs is not None
+    wanted = [[top.logprob for top in place] for place in expected.top_logprobs]
+    (choice,) = client.chat.completions.create(**fields).choices
+    assert choice.finish_reason == "stop" and choice.logprobs is not None and choice.logprobs.content is not None
+    found = choice.logprobs.content
+    assert [[top.logprob for top in token.top_logprobs] for token in found] == [
+        pytest.approx(values, abs=1e-4) for values in wanted
+    ]
+    assert any(token.token not in [top.token for top in token.top_logprobs[:1]] for token in found)
+    streamed = [
+        token
+        for part in client.chat.completions.create(**fields, stream=True)
+        if part.choices[0].logprobs is not None
+        for token in part.choices[0].logprobs.content or ()
+    ]
+    assert [token.top_logprobs for token in streamed] == [token.top_logprobs for token in found]
+    penalties = client.chat.completions.create(**{**fields, "presence_penalty": 1.5, "top_logprobs": 3, "n": 2})
+    for answer in penalties.choices:
+        assert answer.logprobs is not None and answer.logprobs.content
+        assert all(len(token.top_logprobs) == 3 for token in answer.logprobs.content)
+
+
 def test_an_answer_ends_at_a_stop_string(client: openai.OpenAI, engine: MedusaEngine) -> None:
     text = engine.generate(HI, max_new_tokens=30).text
     for stop in (text[5:7], ["never there", text[5:7]]):
@@ -120,9 +154,7 @@ def test_parts_of_text_and_fields_without_effect(client: openai.OpenAI) -> None:
         ({"structured_outputs": {"regex": 5}}, 400, "invalid_value", "structured_outputs"),
         ({"tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
-        ({"top_logprobs": 2, "logprobs": True}, 400, "unsupported_parameter", "top_logprobs"),
-        ({"top_logprobs": 1, "logprobs": True, "temperature": 1}, 400, "unsupported_parameter", "top_logprobs"),
-        ({"top_logprobs": 1, "logprobs": True, "presence_penalty": 1}, 400, "unsupported_parameter", "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, 400, "invalid_value", "top_logprobs"),
         ({"top_logprobs": 1}, 400, "invalid_value", "top_logprobs"),
         ({"colour": "red"}, 400, "unknown_parameter", "colour"),
         ({"messages": []}, 400, "invalid_value", "messages"),

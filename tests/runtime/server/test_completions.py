@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from medusa_runtime import MedusaEngine
+from medusa_runtime import MedusaEngine, SamplingParams
 
 
 def test_completions_of_every_kind_of_prompt(client: openai.OpenAI, engine: MedusaEngine) -> None:
@@ -43,13 +43,37 @@ def test_log_probabilities_have_places_in_the_text(client: openai.OpenAI, engine
         assert expected.text[place:].startswith(token) or "�" in token
 
 
+def test_the_most_likely_tokens_are_listed_beside_the_chosen_one(client: openai.OpenAI, engine: MedusaEngine) -> None:
+    params = SamplingParams(temperature=1.5, seed=2)
+    expected = engine.generate("Hi", max_new_tokens=12, sampling=params, logprobs=True, top_logprobs=5)
+    assert expected.logprobs is not None and expected.top_logprobs is not None
+    fields: Any = {"model": "tiny", "prompt": "Hi", "temperature": 1.5, "seed": 2, "max_tokens": 12, "logprobs": 5}
+    logprobs = client.completions.create(**fields).choices[0].logprobs
+    assert logprobs is not None and logprobs.top_logprobs is not None and logprobs.tokens is not None
+    beside = 0
+    for token, logprob, top, found in zip(
+        logprobs.tokens, expected.logprobs, expected.top_logprobs, logprobs.top_logprobs, strict=True
+    ):
+        assert found[token] == pytest.approx(logprob, abs=1e-4)
+        assert max(found.values()) == pytest.approx(top[0].logprob, abs=1e-4)
+        assert len(found) in (5, 6)
+        beside += len(found) == 6
+    assert beside
+    streamed: list[dict[str, float]] = []
+    lenient = openai.OpenAI(base_url=client.base_url, api_key="none")  # see above
+    for part in lenient.completions.create(**fields, stream=True):
+        if part.choices[0].logprobs is not None:
+            streamed += part.choices[0].logprobs.top_logprobs or ()
+    assert streamed == logprobs.top_logprobs
+
+
 @pytest.mark.parametrize(
     ("fields", "code"),
     [
         ({"best_of": 3}, "unsupported_parameter"),
         ({"suffix": "end"}, "unsupported_parameter"),
         ({"echo": True, "logprobs": 0}, "unsupported_parameter"),
-        ({"logprobs": 3}, "unsupported_parameter"),
+        ({"logprobs": 6}, "invalid_value"),
         ({"prompt": []}, "invalid_type"),
         ({"prompt": [101]}, "invalid_value"),
         ({"prompt": [-1]}, "invalid_value"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from medusa_runtime.request import RankedToken
 from medusa_runtime.server.errors import ApiError
 from medusa_runtime.server.generation import Delta
 from medusa_runtime.server.logprobs import token_text
@@ -25,6 +27,7 @@ class Answered:
         text: Text that no response held yet.
         token_ids: Tokens that no response held yet.
         logprobs: Log probabilities of these tokens, if they were asked for.
+        top_logprobs: The most likely tokens in their places, if they were asked for.
         sum_of_logprobs: That of all tokens so far.
         finish_reason: The reason of its end, once it has ended.
     """
@@ -32,6 +35,7 @@ class Answered:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[Sequence[RankedToken], ...] = ()
     sum_of_logprobs: float = 0.0
     finish_reason: str | None = None
 
@@ -40,12 +44,13 @@ class Answered:
         self.text += delta.content
         self.token_ids += tuple(delta.token_ids)
         self.logprobs += tuple(delta.logprobs or ())
+        self.top_logprobs += tuple(delta.top_logprobs or ())
         self.sum_of_logprobs += math.fsum(delta.logprobs or ())
         self.finish_reason = delta.finish_reason
 
     def clear(self) -> None:
         """Forgets what a response holds now."""
-        self.text, self.token_ids, self.logprobs = "", (), ()
+        self.text, self.token_ids, self.logprobs, self.top_logprobs = "", (), (), ()
 
 
 def response_of(
@@ -90,10 +95,24 @@ def _texts(values: Sequence[str]) -> Any:
 
 
 def _logprobs(answer: Answered, tokenizer: Tokenizer | None) -> str:
-    """The log probabilities of tokens as JSON, in the form of vLLM's backend. The rank of a token is not known."""
-    return json.dumps(
-        [
-            {str(token): {"logprob": logprob, "decoded_token": token_text(tokenizer, token)[0]}}
-            for token, logprob in zip(answer.token_ids, answer.logprobs, strict=False)
-        ]
-    )
+    """The log probabilities of tokens as JSON, in the form of vLLM's backend.
+
+    A place has the chosen token first, then the most likely ones. The rank of others than these is not known.
+    """
+    places = []
+    for token, logprob, top in itertools.zip_longest(answer.token_ids, answer.logprobs, answer.top_logprobs):
+        if logprob is None:
+            break
+        ranks = {ranked.token_id: rank for rank, ranked in enumerate(top or (), 1)}
+        values = {token: logprob} | dict(top or ())
+        places.append(
+            {
+                str(listed): {
+                    "logprob": value,
+                    **({"rank": ranks[listed]} if listed in ranks else {}),
+                    "decoded_token": token_text(tokenizer, listed)[0],
+                }
+                for listed, value in values.items()
+            }
+        )
+    return json.dumps(places)

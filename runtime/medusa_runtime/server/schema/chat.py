@@ -69,7 +69,7 @@ class ChatRequest(CompletionFields):
         messages: The messages.
         max_completion_tokens: As ``max_tokens``, which it overrides.
         logprobs: If true, the answer has the log probability of each token.
-        top_logprobs: Number of most likely tokens to give for each place. Above 0 only for greedy answers, and then 1.
+        top_logprobs: Number of most likely tokens to give for each place; needs ``logprobs``.
         tools: The functions that the model may call.
         tool_choice: ``none``, ``auto``, which is the default, ``required``, a function, or allowed tools.
         parallel_tool_calls: If false, the answer has one tool call at most.

@@ -19,7 +19,7 @@ class CompletionRequest(CompletionFields):
     Attributes:
         prompt: A text, token ids, or a list of either.
         echo: If true, the answer begins with the prompt.
-        logprobs: Number of most likely tokens to give for each place. Above 0 only for greedy answers, and then 1.
+        logprobs: Number of most likely tokens to give for each place, besides the log probability of each token.
         best_of: Equal to ``n``.
         suffix: Is refused.
     """

@@ -69,9 +69,10 @@ class ResponsesRequest(SamplingFields):
         conversation: Is refused: conversations are not stored.
         prompt: Is refused: prompts are not stored.
         background: Must not be true.
-        top_logprobs: 0.
+        top_logprobs: Number of most likely tokens to give for each place; needs ``include``.
         max_tool_calls: Is refused: no tools run here.
-        include: Has no effect, as have the fields behind it.
+        include: ``message.output_text.logprobs`` asks for log probabilities. Other items have no effect.
+        metadata: Has no effect, as have the fields behind it.
     """
 
     input: str | Annotated[Items[InputItem], Field(min_length=1)]
