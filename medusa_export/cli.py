@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import click
@@ -32,6 +37,20 @@ COMMANDS = {
 }
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """While the block lasts, SIGTERM raises ``SystemExit``, so that files that are not whole are removed."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class _Commands(click.Group):
     """Loads a command's module when the command is used."""
 
@@ -51,7 +70,8 @@ class _Commands(click.Group):
     def invoke(self, context: click.Context) -> object:
         limit_openmp_threads(os.environ)  # before a command imports torch
         try:
-            return super().invoke(context)
+            with _ended_in_order():
+                return super().invoke(context)
         except OSError as error:
             if error.errno == errno.EPIPE:  # click ends quietly
                 raise

@@ -94,11 +94,12 @@ def _linked(target: Path) -> Path:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, replace_existing: bool = True) -> Iterator[Path]:
     """Gives a folder to fill, which replaces ``target`` when the block ends without an error.
 
     Args:
         target: The folder to write.
+        replace_existing: If False, a folder with files that is there at the end is an error.
 
     Raises:
         OSError: The folder can't be written. The block may raise others of ``WRITE_ERRORS``.
@@ -113,15 +114,31 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         mode = partial.stat().st_mode & 0o666  # the mode of new files in this place
         for file in filter(Path.is_file, partial.rglob("*")):
             file.chmod(mode)  # as above
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
+        _move(partial, target, replace_existing=replace_existing)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: Path, target: Path, *, replace_existing: bool) -> None:
+    """Moves a folder to its place. If that fails, the folder that was there stays."""
+    if not (replace_existing and target.exists()):
+        try:
+            partial.rename(target)  # takes the place of an empty folder, too
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise FileExistsError(errno.EEXIST, "another process has written to it meanwhile") from error
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old)
 
 
 def check_target(target: Path, *, replace_existing: bool, marker: str = "medusa.json", noun: str = "bundle") -> None:

@@ -27,14 +27,17 @@ def save_quantized(
     tokenizer: PreTrainedTokenizerBase | None,
     matrices: Mapping[str, BlockWeight],
     folder: Path,
+    *,
+    replace_existing: bool = True,
 ) -> None:
-    """Writes a checkpoint. A folder that is there is replaced.
+    """Writes a checkpoint.
 
     Args:
         model: The model that the matrices are of.
         tokenizer: The model's tokenizer; None to write none.
         matrices: The quantized matrices, by the names of their modules.
         folder: The folder to write.
+        replace_existing: Replace a folder that is there.
 
     Raises:
         OutputError: It can't be written.
@@ -45,7 +48,7 @@ def save_quantized(
     for name, matrix in matrices.items():
         state |= {f"{name}.{part}": tensor for part, tensor in _packed(matrix).items()}
     try:
-        with atomic_folder(folder) as partial:
+        with atomic_folder(folder, replace_existing=replace_existing) as partial:
             save_torch_state_dict({name: tensor.cpu() for name, tensor in state.items()}, partial)
             model.generation_config.save_pretrained(partial)
             config = {**model.config.to_dict(), "architectures": [type(model).__name__]}

@@ -108,7 +108,7 @@ def quantize(
 
     for_each_linear(base, samples, rounded, on_progress, smoothing=smoothing)
     on_progress(Progress(f"writing {target}"))
-    save_quantized(base, tokenizer, found, target)
+    save_quantized(base, tokenizer, found, target, replace_existing=overwrite)
     return found
 
 

@@ -114,7 +114,7 @@ def write_bundle(
     )
     try:
         check_target(target, replace_existing=replace_existing)
-        with atomic_folder(target) as folder:
+        with atomic_folder(target, replace_existing=replace_existing) as folder:
             graphs = _write_graphs(graph, folder, on_progress)
             _write_texts(step.model, tokenizer, folder, target)
             files = {

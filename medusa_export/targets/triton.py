@@ -90,7 +90,7 @@ def write_triton_repository(
     target = Path(output) / name
     check_target(target, replace_existing=overwrite, marker=_CONFIG, noun="model")
     try:
-        with atomic_folder(target) as folder:
+        with atomic_folder(target, replace_existing=overwrite) as folder:
             (folder / _CONFIG).write_text(_config(rows), encoding="utf-8")
             (folder / _VERSION).mkdir()
             (folder / _VERSION / "model.py").write_text(_MODEL, encoding="utf-8")

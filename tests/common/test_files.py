@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,37 @@ def test_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for here in (Path(), tmp_path, Path(".."), tmp_path.parent):
         with pytest.raises(ExportError, match="holds the working directory"):
             check_target(here, replace_existing=True)
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_of_two_processes_that_write_one_folder_one_wins(tmp_path: Path, replaces: bool) -> None:
+    target = tmp_path / "bundle"
+    for owner in ("first", "second"):
+        with contextlib.ExitStack() as stack:
+            if owner == "second" and not replaces:
+                stack.enter_context(pytest.raises(OSError, match="another process has written to it"))
+            folder = stack.enter_context(atomic_folder(target, replace_existing=replaces))
+            (folder / owner).touch()
+    assert [path.name for path in target.iterdir()] == ["second" if replaces else "first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_can_not_be_moved_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def fails(path: Path, to: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError("no")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no"), atomic_folder(target) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_a_folder_that_can_not_be_made_is_refused_before_the_work(

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 
-def interrupt(command: Sequence[str], at: Sequence[str]) -> tuple[int, str]:
-    """Interrupts a command at the first line on stderr that holds one of ``at``.
+def interrupt(command: Sequence[str], at: Sequence[str], *, by: signal.Signals = signal.SIGINT) -> tuple[int, str]:
+    """Sends a command the signal ``by`` at the first line on stderr that holds one of ``at``.
 
     Returns:
         Its exit code, and what it wrote to stderr after that line.
@@ -23,7 +23,7 @@ def interrupt(command: Sequence[str], at: Sequence[str]) -> tuple[int, str]:
         assert process.stderr is not None
         for line in process.stderr:
             if any(words in line for words in at):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(by)
                 break
         errors = process.stderr.read()
         process.wait(60)

@@ -149,7 +149,7 @@ def write_engine(
         build_seconds=built.seconds,
     )
     try:
-        with atomic_folder(target) as folder:
+        with atomic_folder(target, replace_existing=replace_existing) as folder:
             (folder / ENGINE).write_bytes(built.data)
             carried = [DESCRIPTION, *(name for name in bundle.files if name not in (*GRAPHS, WEIGHTS))]
             for name in carried:
