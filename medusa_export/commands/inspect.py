@@ -65,7 +65,7 @@ def _facts(bundle: Bundle, engine: CompiledEngine | None) -> Table:
     model, heads, tree = bundle.model, bundle.heads, bundle.tree
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{model.name} ({model.model_type}), {bundle.dtype}")
-    facts.add_row("", f"{model.num_layers} layers, {_states(bundle)}")
+    facts.add_row("", f"{model.num_layers} layers, {_states(bundle)}; {bundle.entry_bytes / 1024:,.1f} KiB per token")
     facts.add_row("", f"vocabulary {model.vocab_size:,}, up to {model.max_positions:,} positions")
     for name, text in _stored(bundle):
         facts.add_row(name, Text(text))
