@@ -164,7 +164,14 @@ class GrammarWalk:
         """Writes the masks of a node and of all below it. The matcher is behind the node before and afterwards."""
         matcher = self._matcher
         matcher.unsafe_compute_mask_ptr(masks[node].ctypes.data, masks[node].nbytes)
-        if not children[node] or matcher.is_stopped():
+        if matcher.is_stopped():  # end tokens alone may follow, which a request may ask to ignore
+            below = list(children[node])
+            while below:
+                last = below.pop()
+                masks[last] = masks[node]
+                below += children[last]
+            return
+        if not children[node]:
             return
         forced = matcher.compute_ff_tokens()
         if forced:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -12,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from medusa_runtime import Bundle, Constraints, Grammar, MedusaEngine, MedusaService, RequestError, SamplingParams
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH
+from medusa_runtime.constraints.grammar import GrammarWalk
 from medusa_runtime.text.tokenizer import Tokenizer
 from support.right_drafts import RightDrafts
 from support.stock import Stock
@@ -230,6 +232,18 @@ def test_a_grammar_that_ends_early_ends_the_answer(tiny_bundle: Bundle) -> None:
     assert answers[0].token_ids[-1] == 5
     assert answers[0].finish_reason == "stop"
     assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_behind_the_end_of_a_grammar_end_tokens_alone_may_follow(tiny_bundle: Bundle) -> None:
+    tokenizer = Tokenizer.load(tiny_bundle.folder)
+    assert tokenizer is not None
+    walk = GrammarWalk(Grammar.regex("[0-9]{2}"), tokenizer.description, tiny_bundle.model.vocab_size, [5])
+    digits = tokenizer.encode("12", add_special_tokens=False)
+    drafted, parents = np.array([digits[1], 5, 5, 7]), [-1, 0, 1, 2]
+    for known in (digits, [5]):
+        walk.extend(known)
+        bits = np.unpackbits(walk.masks(drafted, parents)[:3], axis=1, bitorder="little")
+        assert [row.nonzero()[0].tolist() for row in bits] == [[5], [5], [5]]
 
 
 def test_a_grammar_that_is_none_is_refused(tiny_bundle: Bundle) -> None:
