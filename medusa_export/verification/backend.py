@@ -56,9 +56,7 @@ def verify_backend(
         chunks = [min(chunk, opened.max_tokens or chunk) for chunk in options.prefill_chunks]
         plan = Plan.answered(bundle, step, prompts, replace(options, prefill_chunks=chunks), on_progress)
         on_progress(Progress(f"comparing steps of {opened.name}"))
-        steps = StepChecks(
-            bundle, step, opened.name, opened, (), plan.rounded, rounds_activations=bundle.weights.has_integers
-        )
+        steps = StepChecks(bundle, step, opened.name, opened, (), plan.rounded, rounds=bundle.weights.has_integers)
         checks = steps.run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
         checks += generation_checks(engine, plan, on_progress)

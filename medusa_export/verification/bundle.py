@@ -56,7 +56,7 @@ def verify_bundle(
         on_progress(Progress(f"comparing steps of {graph}"))
         rounds = bundle.weights.has_integers and (graph != GRAPH or bundle.weights.activations is not None)
         tolerances = plan.rounded if rounds else plan.tolerances
-        steps = graph_checks(bundle, step, graph, tolerances, rounds_activations=rounds)
+        steps = graph_checks(bundle, step, graph, tolerances, rounds=rounds or bundle.kv_cache is not None)
         checks += steps.run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
         checks += generation_checks(engine, plan, on_progress)

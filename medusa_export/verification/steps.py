@@ -27,7 +27,7 @@ _ELEMENT_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT1
 
 
 def graph_checks(
-    bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances, *, rounds_activations: bool = False
+    bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances, *, rounds: bool = False
 ) -> StepChecks:
     """Prepares the checks of one graph of a bundle in ONNX Runtime, logits included."""
     contract = graph == GRAPH
@@ -35,7 +35,7 @@ def graph_checks(
     extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
     data = with_outputs(bundle, bundle.folder / graph, extra)
     backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
-    return StepChecks(bundle, step, graph, backend, extra, tolerances, rounds_activations=rounds_activations)
+    return StepChecks(bundle, step, graph, backend, extra, tolerances, rounds=rounds)
 
 
 def with_outputs(bundle: Bundle, path: Path, names: Sequence[str]) -> bytes:
@@ -61,8 +61,9 @@ class StepChecks:
         compiled: The backend to check; ``run`` closes it.
         extra: Names of inner values that it returns by ``extra_output``.
         tolerances: Differences that pass.
-        rounds_activations: The backend's products round their inputs. Then most near ties fall otherwise than in the
-            reference: other drafts are counted, and a scenario may end before all lengths of paths were accepted.
+        rounds: The backend rounds inputs of products, or entries of caches, to 8 bits. Then many near ties fall
+            otherwise than in the reference: other drafts are counted, and a scenario may end before all lengths of
+            paths were accepted.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class StepChecks:
         extra: Sequence[str],
         tolerances: Tolerances,
         *,
-        rounds_activations: bool = False,
+        rounds: bool = False,
     ) -> None:
-        self._rounds_activations = rounds_activations
+        self._rounds = rounds
         self._other_drafts = 0
         self._bundle, self._step, self._tolerances = bundle, step, tolerances
         self._tree = bundle.tree
@@ -95,7 +96,7 @@ class StepChecks:
         finally:
             self._compiled.close()
         self._integers.figures = {f"accepted_{length}": times for length, times in sorted(self._accepted.items())}
-        if self._rounds_activations:
+        if self._rounds:
             self._integers.figures["other_drafts"] = self._other_drafts
         else:
             self._require_all_lengths()
@@ -202,7 +203,7 @@ class StepChecks:
         if wrong is None:
             return False
         name, a, b = wrong
-        if name == "next_input_ids" and self._rounds_activations and a[0] == b[0]:
+        if name == "next_input_ids" and self._rounds and a[0] == b[0]:
             self._other_drafts += 1
             return False
         margin = self._margin(name, row, output, a, b)
