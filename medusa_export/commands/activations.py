@@ -58,7 +58,9 @@ def command(
     with shown_progress(quiet=quiet) as on_progress:
         with extra("train"):
             from medusa_export import activations
+            from medusa_export.common.files import check_files
 
+        check_files(output)
         ranges = activations(
             model,
             data,

@@ -77,10 +77,12 @@ def command(
     with shown_progress(quiet=quiet) as on_progress:
         from medusa_export import BenchPeers, bench, bench_prompts
         from medusa_export.benchmarks.report import earlier_report, regressions
+        from medusa_export.common.files import check_files
 
         if plot is not None:
             with extra("train"):
                 from medusa_export.plots import plot_sizes
+        check_files(json_path, markdown, plot)
         asked = None if prompts is None else bench_prompts(prompts)
         earlier = None if compare is None else earlier_report(compare)  # read now, as the report may replace it
         result = bench(

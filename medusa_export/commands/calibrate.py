@@ -67,9 +67,11 @@ def command(
     with shown_progress(quiet=quiet) as on_progress:
         with extra("train"):
             from medusa_export import calibrate
+            from medusa_export.common.files import check_files
             from medusa_export.plots import plot_calibration
             from medusa_export.training.report import calibration_table
 
+        check_files(output, plot)
         calibration = calibrate(
             model,
             heads,

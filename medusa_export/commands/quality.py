@@ -57,10 +57,11 @@ def command(
     with shown_progress(quiet=quiet) as on_progress:
         with extra("train"):
             from medusa_export import quality
-            from medusa_export.common.files import write_text
+            from medusa_export.common.files import check_files, write_text
             from medusa_export.evaluation.report import closeness_table, heads_table
             from medusa_export.plots import plot_quality
 
+        check_files(json_path, plot)
         found = quality(
             bundles,
             model,

@@ -91,10 +91,11 @@ def command(
     """
     with shown_progress(quiet=quiet) as on_progress:
         from medusa_export import verify
-        from medusa_export.common.files import write_text
+        from medusa_export.common.files import check_files, write_text
         from medusa_export.verification.report import as_json, as_junit
         from medusa_export.verification.verify import read_prompts
 
+        check_files(json_path, junit_path)
         outcome = verify(
             bundle,
             model,

@@ -190,6 +190,24 @@ def _check_writable(target: Path, noun: str) -> None:
         )
 
 
+def check_files(*targets: Path | None) -> None:
+    """Refuses files that can't be written, before the work whose results they hold.
+
+    Args:
+        targets: The files to write; None for those that are not asked for.
+
+    Raises:
+        OutputError: A target is a folder, or the folder above it is a file or can't be written to.
+    """
+    for target in filter(None, targets):
+        if target.is_dir():
+            raise OutputError(f"{target} can't be written: it is a folder. Give a file.")
+        parent = next(path for path in target.absolute().parents if path.exists())
+        if not parent.is_dir() or not (target.exists() or os.access(parent, os.W_OK | os.X_OK)):
+            reason = "this user can't write to it" if parent.is_dir() else "it is a file"
+            raise OutputError(f"{target} can't be written, because of {parent}: {reason}. Give another file.")
+
+
 def write_text(target: Path, text: str) -> None:
     """Writes a text file, whole or not at all.
 

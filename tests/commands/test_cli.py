@@ -175,6 +175,24 @@ def test_usage_errors(arguments: tuple[str, ...], words: str) -> None:
     assert words in output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("calibrate", "none", "--heads", "none", "--data", "none", "-o"),
+        ("activations", "none", "--data", "none", "-o"),
+        ("verify", "none", "--model", "none", "--json"),
+        ("bench", "none", "--json"),
+        ("quality", "none", "--model", "none", "--json"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_report_that_can_not_be_written_is_refused_first(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "file").touch()
+    code, output = run(*arguments, tmp_path / "file" / "report.json")
+    assert code == 1
+    assert "can't be written, because of" in output
+
+
 def test_an_unusable_request(tiny_bundle: Bundle) -> None:
     for arguments, words in (
         (("",), "The prompt is empty"),

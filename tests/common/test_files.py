@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from medusa_export.cli import main
 from medusa_export.common.errors import ExportError, OutputError
-from medusa_export.common.files import atomic_folder, check_target, write_text
+from medusa_export.common.files import atomic_folder, check_files, check_target, write_text
 
 
 def test_links_stay_links(tmp_path: Path) -> None:
@@ -82,6 +82,20 @@ def test_a_folder_that_can_not_be_made_is_refused_before_the_work(
     with pytest.raises(ExportError, match="this user can't write to"):
         check_target(tmp_path / "new" / "bundle", replace_existing=False)
     check_target(Path("/tmp/new/bundle"), replace_existing=False)  # nothing is written
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    check_files(None, tmp_path / "file", tmp_path / "new" / "a.json", Path("/dev/null"))
+    with pytest.raises(OutputError, match="it is a folder"):
+        check_files(tmp_path)
+    with pytest.raises(OutputError, match="file: it is a file"):
+        check_files(None, tmp_path / "file" / "a.json")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write to every folder
+    with pytest.raises(OutputError, match="this user can't write to it"):
+        check_files(tmp_path / "a.json")
 
 
 def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
