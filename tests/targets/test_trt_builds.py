@@ -252,5 +252,5 @@ def test_smollm2_is_built_within_its_bounds(
     )
     limits = choose_limits(bundle, max_batch=4, max_seq_len=2048)
     built = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, TARGETS)).build()
-    assert sum(built.layers.values()) < 2700
+    assert sum(built.layers.values()) < 2750
     assert built.data.nbytes < most * bundle.files["model.onnx.data"].size
