@@ -90,7 +90,7 @@ def _check_kv_cache(bundle: Bundle) -> None:
     if bundle.kv_cache is not None:
         raise EngineBuildError(
             f"This bundle has a K/V cache in {bundle.kv_cache}, and TensorRT takes only floating-point numbers there.",
-            remedy="Export the bundle without --kv-cache.",
+            remedy="Export the bundle without `kv_cache`.",
         )
 
 
