@@ -35,7 +35,7 @@ class Tolerances:
         if rounds_activations:
             return cls(max_abs=3.0, cosine=0.98, norm_ratio=0.1, margin=1.5)
         if kv_cache is not None:
-            return cls(max_abs=1.0, cosine=0.998, norm_ratio=5e-2, margin=0.25)
+            return cls(max_abs=1.5, cosine=0.995, norm_ratio=0.1, margin=0.5)
         if dtype == "float32":
             return cls(max_abs=1e-2, cosine=0.99999, norm_ratio=1e-3, margin=1e-4)
         return cls(max_abs=0.5, cosine=0.999, norm_ratio=2e-2, margin=0.25)
