@@ -149,5 +149,5 @@ def test_backends_that_take_no_integer_caches_say_so(bundle: Bundle, tmp_path: P
     with pytest.raises(BackendError, match="K/V cache in int8, which was never tried with onnxruntime-cuda"):
         OnnxRuntimeOnHost(bundle)
     pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(EngineBuildError, match=r"K/V cache in int8, .* Export the bundle without --kv-cache"):
+    with pytest.raises(EngineBuildError, match=r"K/V cache in int8, .* Export the bundle without `kv_cache`"):
         build_engine(bundle, tmp_path / "engine", targets=["sm89"])
