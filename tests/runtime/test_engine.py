@@ -17,6 +17,7 @@ import medusa_runtime
 from medusa_runtime import BackendError, Bundle, BundleError, MedusaEngine, RequestError, errors
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import DESCRIPTION, ONNXRUNTIME_BATCH_GRAPH
+from medusa_runtime.bundles.contract import CONTRACT_VERSION
 from medusa_runtime.decoding.latency import CACHE_FILE
 from support.decoding import TREE, greedy
 from support.stock import Stock
@@ -272,7 +273,7 @@ def test_unusable_bundles(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"lacks its file model\.onnx\.data"):
         Bundle.load(folder)
     folder = fresh("newer")
-    edit(folder, contract_version=6)
+    edit(folder, contract_version=CONTRACT_VERSION + 1)
     with pytest.raises(BundleError, match="version"):
         Bundle.load(folder)
     acceptance = {"source": "calibrated", "node_values": [1.0] * 9}

@@ -126,6 +126,7 @@ class GrammarWalk:
     def __init__(self, grammar: Grammar, tokenizer: str, vocab_size: int, end_token_ids: Sequence[int]) -> None:
         self._matcher = _matcher(grammar.source, tokenizer, vocab_size, tuple(end_token_ids)).deep_copy()
         self._bytes = mask_bytes(vocab_size)
+        self._end_tokens = frozenset(end_token_ids)
         self._check()
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -135,9 +136,11 @@ class GrammarWalk:
             RequestError: The grammar does not allow them, as other constraints exclude all that it allows. Or it became
                 too complex, perhaps in ``masks``.
         """
-        known = self._matcher.is_stopped() or self._matcher.try_consume_tokens(list(map(int, tokens))) == len(tokens)
+        taken = 0 if self._matcher.is_stopped() else self._matcher.try_consume_tokens(list(map(int, tokens)))
         self._check()
-        if not (known or self._matcher.is_stopped()):
+        # Behind the grammar's end come end tokens alone, which a request may ask to ignore.
+        left = tokens[taken:]
+        if left and not (self._matcher.is_stopped() and self._end_tokens.issuperset(left)):
             raise RequestError(NOTHING_LEFT)
 
     def masks(self, drafted: NDArray[np.int64], parents: Sequence[int]) -> NDArray[np.uint8]:
