@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -266,3 +267,34 @@ def test_verify_says_that_it_was_not_run(tiny_model_folder: Path, untrained_bund
     code, output = run("verify", engine, "--model", tiny_model_folder, "-q")
     assert code == 1
     assert "holds an engine, which has no graph" in output
+
+
+def test_a_builder_that_is_collected_while_another_is_made_stops_nothing(tiny_bundle: Bundle) -> None:
+    """In a process of its own: without a pause of garbage collection, TensorRT waits for its own lock forever."""
+    program = """
+import sys
+from medusa_export.targets.tensorrt import builder
+from medusa_export.targets.tensorrt.options import BuildOptions
+from medusa_runtime import Bundle
+from medusa_runtime.backends.tensorrt.library import import_tensorrt
+from medusa_runtime.bundles.compiled import EngineLimits
+
+library, bundle = import_tensorrt("tensorrt-rtx"), Bundle.load(sys.argv[1])
+options = BuildOptions(EngineLimits(max_batch=1, capacity=64, max_prefill=16), ("sm89",))
+first = [builder.EngineBuilder(library, bundle, options)]
+called = []
+
+class Log(library.trt.ILogger):
+    def log(self, severity, text):
+        called.append(text)
+        garbage, kept = list(first), []
+        first.clear()
+        garbage.append(garbage)
+        del garbage
+        kept += ([] for _ in range(100_000))  # enough for a collection
+
+builder.error_log = lambda *_, **__: Log()
+builder.EngineBuilder(library, bundle, options)
+assert called
+"""
+    subprocess.run([sys.executable, "-c", program, str(tiny_bundle.folder)], check=True, timeout=120)

@@ -25,6 +25,7 @@ from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, error_log
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import Profile
 from medusa_runtime.bundles.contract import fixed_shape
+from medusa_runtime.common.collection import collection_paused
 from medusa_runtime.errors import BackendError
 
 
@@ -84,7 +85,9 @@ class EngineBuilder:
                 remedy="Drop `timing_cache`. The runtime keeps the kernels that it compiles beside the engine.",
             )
         self.log = error_log(trt, ignore=NO_DRIVER if self.options.targets else None)
-        self._builder = trt.Builder(self.log)
+        # It calls the log with a lock held, which a builder that is collected there takes, too.
+        with collection_paused():
+            self._builder = trt.Builder(self.log)
 
     def parse(self) -> None:
         """Parses the graph, with caches of a fixed capacity and TensorRT's rewrites.

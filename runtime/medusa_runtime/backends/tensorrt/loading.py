@@ -14,6 +14,7 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import REBUILD, CompiledEngine
 from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.bundles.listed_folder import read_cache_file, write_cache_file
+from medusa_runtime.common.collection import collection_paused
 from medusa_runtime.errors import BackendError, OutOfDeviceMemoryError
 
 MAX_KERNELS_BYTES = 2**30
@@ -132,7 +133,9 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
         )
     _check_memory(bundle, description, cuda)
     log = error_log(library.trt)
-    runtime = library.trt.Runtime(log)
+    # A builder calls the log with a lock held that a collected one takes, too. So may a runtime.
+    with collection_paused():
+        runtime = library.trt.Runtime(log)
     data = description.engine.read_bytes()
     _check_validity(library.trt, runtime, data, description)
     engine = runtime.deserialize_cuda_engine(data)
