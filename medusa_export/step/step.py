@@ -138,7 +138,7 @@ class MedusaStep(nn.Module):
 
     Attributes:
         states: The model's states.
-        kv_cache: As given.
+        kv_cache: The type that keys and values are stored in; None for the model's.
         short_positions: The longest prompt with the first of two sets of rotary frequencies; None if the model has one.
         kernels: The functions that write to caches and attend. Only a step that isn't traced may have others.
     """

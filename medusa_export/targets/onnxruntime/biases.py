@@ -43,13 +43,13 @@ def filled_slots(graph: ir.Graph) -> ir.Value:
     return next(node.outputs[0] for node in graph if node.op_type == "ReduceMax")
 
 
-def bias_of(graph: ir.Graph, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Makes a bias of a mask: 0 where the mask lets a query look, and -inf elsewhere. A mask of numbers is a bias."""
+def bias_of(graph: ir.Graph, mask: ir.Value, dtype: ir.DataType, unseen: float = -np.inf) -> ir.Value:
+    """Makes a bias of a mask: 0 where the mask lets a query look, ``unseen`` elsewhere. A mask of numbers is a bias."""
     if mask.dtype != ir.DataType.BOOL:
         return mask
     pair = [
         initializer(graph, name, np.array(number, dtype=dtype.numpy()))
-        for name, number in ((_SEEN, 0.0), (_UNSEEN, -np.inf))
+        for name, number in ((_SEEN, 0.0), (_UNSEEN, unseen))
     ]
     node, maker = ir.node("Where", [mask, *pair]), mask.producer()
     assert maker is not None

@@ -9,7 +9,8 @@ from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, replace_value, shape_of
 from medusa_export.graph.rewrites.rewrite import Rewrite
 from medusa_export.targets.onnxruntime.attentions import attentions
-from medusa_export.targets.onnxruntime.constants import initializer, integers
+from medusa_export.targets.onnxruntime.biases import bias_of
+from medusa_export.targets.onnxruntime.constants import integers
 
 
 class ReadSharedHeadsOnce(Rewrite):
@@ -69,20 +70,13 @@ def _bias(graph: ir.Graph, mask: ir.Value, dtype: ir.DataType, groups: int, kv_h
 
     Where a query doesn't look, it is half of the least number: a sum with a score is finite, and its weight is 0.
     """
-    maker, build, bias = mask.producer(), Builder(graph), mask
+    bias = bias_of(graph, mask, dtype, unseen=float(np.finfo(dtype.numpy()).min / 2))
+    maker, build = bias.producer(), Builder(graph)
     assert maker is not None
-    if mask.dtype == ir.DataType.BOOL:
-        numbers = dtype.numpy()
-        pair = {"bias_seen": 0, "bias_unseen": np.finfo(numbers).min / 2}
-        bias = build(
-            "Where", [mask, *(initializer(graph, name, np.array(value, numbers)) for name, value in pair.items())]
-        )
-        bias.type, bias.shape = ir.TensorType(dtype), mask.shape
     if groups > 1:
         if shape_of(mask)[1] == 1:
             bias = build("Concat", [bias] * groups, axis=-2)
         else:  # each head has a bias of its own: ALiBi
             bias = build("Reshape", [bias, integers(graph, f"bias_{kv_heads}", [0, kv_heads, -1, 0])])
-    if build.nodes:
-        graph.insert_after(maker, build.nodes)
+    graph.insert_after(maker, build.nodes)
     return bias
