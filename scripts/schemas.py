@@ -62,7 +62,7 @@ def drawn(folders: Sequence[Path], count: int, seed: int) -> list[tuple[str, Any
 
 
 def checked(engine: MedusaEngine, schema: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the answers under a schema have shown, as a JSON object.
+    """Answers a prompt under a schema in several ways and returns the figures, as a JSON object.
 
     Args:
         engine: The engine.
@@ -95,7 +95,7 @@ def checked(engine: MedusaEngine, schema: dict[str, Any], arguments: argparse.Na
 
 
 def facts(schema: dict[str, Any], result: GenerationResult) -> dict[str, Any]:
-    """Whether an answer has ended and is valid."""
+    """Returns if an answer has ended, and if it is valid."""
     if result.finish_reason != "stop":
         return {"ended": False}
     try:

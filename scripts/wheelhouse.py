@@ -138,7 +138,7 @@ def _version_of(wheel: Path) -> Version:
 
 
 def _requirements(wheel: Path) -> Iterator[Requirement]:
-    """What a wheel says that it needs."""
+    """Reads the requirements of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
         metadata = HeaderParser().parsestr(archive.read(name).decode())
@@ -146,7 +146,7 @@ def _requirements(wheel: Path) -> Iterator[Requirement]:
 
 
 def _applies(requirement: Requirement, target: Target, extra: str) -> bool:
-    """Whether a machine needs it, for the package itself (``extra`` is empty) or for an extra."""
+    """Returns True if a machine needs it, for the package itself (``extra`` is empty) or for an extra."""
     if requirement.marker is None:
         return not extra
     needed = requirement.marker.evaluate({**target.environment, "extra": extra})
@@ -154,7 +154,7 @@ def _applies(requirement: Requirement, target: Target, extra: str) -> bool:
 
 
 def own_requirements(extras: Iterable[str]) -> list[Requirement]:
-    """What this project needs, with extras; extras of its own are followed.
+    """Reads the requirements of this project, with extras; extras of its own are followed.
 
     Raises:
         SystemExit: There is no extra of a name.

@@ -75,7 +75,7 @@ class RequestHandle(Closeable):
         return self._result()
 
     async def aresult(self) -> GenerationResult:
-        """As ``result``, for asyncio. If the awaiting task is cancelled, the request goes on."""
+        """Waits for the complete answer, for asyncio. If the awaiting task is cancelled, the request goes on."""
         while not self.done:
             await self._change(lambda: self.done)
         return self._result()
@@ -187,7 +187,7 @@ class RequestHandle(Closeable):
             listener()
 
     def close(self) -> None:
-        """As ``cancel``. A ``with`` block calls it at its end."""
+        """Cancels the request. A ``with`` block calls it at its end."""
         self.cancel()
 
 

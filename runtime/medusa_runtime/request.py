@@ -146,7 +146,7 @@ def _mean(counts: Counter[int]) -> float:
 
 
 class RankedToken(NamedTuple):
-    """One of the most likely tokens in a place of an answer.
+    """A token that the base model finds likely in a place of an answer.
 
     Attributes:
         token_id: The token.

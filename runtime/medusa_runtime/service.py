@@ -269,7 +269,7 @@ class MedusaService(Closeable):
         on_chunk: Callable[[Chunk], None] | None = None,
         **options: Unpack[RequestOptions],
     ) -> RequestHandle:
-        """As ``submit``, for asyncio: a thread checks and encodes the prompt, while the event loop goes on.
+        """Submits a request, for asyncio: a thread checks and encodes the prompt, while the event loop goes on.
 
         A task that is cancelled meanwhile cancels its request. Requests of concurrent tasks may queue in any order.
         """
@@ -291,13 +291,13 @@ class MedusaService(Closeable):
             raise
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> GenerationResult:
-        """As ``generate``, for asyncio. A task that is cancelled cancels its request."""
+        """Waits for a complete answer, for asyncio. A task that is cancelled cancels its request."""
         handle = await self.asubmit(prompt, **options)
         with handle:
             return await handle.aresult()
 
     async def astream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncIterator[Chunk]:
-        """As ``stream``, for asyncio. The request is submitted when the first chunk is asked for."""
+        """Yields chunks, for asyncio. The request is submitted when the first chunk is asked for."""
         handle = await self.asubmit(prompt, **options)
         with handle:
             async for chunk in handle:

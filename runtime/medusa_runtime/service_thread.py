@@ -117,14 +117,14 @@ class ServiceThread:
         self._ends.put((job, error))  # without notifying: the thread sleeps only while no request runs or waits
 
     def drain(self, timeout: float | None) -> bool:
-        """As ``MedusaService.drain``."""
+        """Refuses new requests and waits for those that run, for ``MedusaService.drain``."""
         self.check_thread()
         with self.changed:
             self._accepting = False
             return self.changed.wait_for(lambda: self.scheduler.is_idle or self._has_ended, timeout)
 
     def close(self) -> None:
-        """As ``MedusaService.close``."""
+        """Ends all requests and the thread, for ``MedusaService.close``."""
         with self.changed:
             self._accepting = False
             self._closing = True

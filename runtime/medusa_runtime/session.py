@@ -57,7 +57,7 @@ class ChatSession:
             return self._said(text, self._service.generate(self._asked(text), **options))
 
     async def asend(self, text: str, **options: Unpack[RequestOptions]) -> GenerationResult:
-        """As ``send``, for asyncio."""
+        """Sends a message and waits for the answer, like ``send``, for asyncio."""
         with self._taking_turn():
             return self._said(text, await self._service.agenerate(self._asked(text), **options))
 

@@ -1,4 +1,4 @@
-"""What stages share: their options, their report, and a random model where no other is at hand."""
+"""The objects that stages share: their options, their report, and a random model where no other is at hand."""
 
 from __future__ import annotations
 

@@ -114,5 +114,5 @@ def _calibrated(context: Context, name: str, heads: str | Path, data: Path) -> C
 
 
 def _top1(found: Calibration) -> list[float]:
-    """How often the best candidate of each head is right."""
+    """The share of places in which the best candidate of each head is right."""
     return [head[0] for head in found.accuracies]

@@ -164,7 +164,7 @@ def test_the_processor_is_named(tmp_path: Path) -> None:
 
 
 class StandInGenai(ModuleType):
-    """As much of onnxruntime-genai 0.18 as the bench uses: its sequence lacks the token that ends an answer."""
+    """The part of onnxruntime-genai 0.18 that the bench uses: its sequence lacks the token that ends an answer."""
 
     STOP = 2
 

@@ -1,4 +1,4 @@
-"""What is written appears whole, where it was asked for, or not at all."""
+"""Files appear whole, where they were asked for, or not at all."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_the_troubleshooting_page_quotes_real_messages() -> None:
 
 
 def in_order(parts: list[str], text: str) -> bool:
-    """Whether a text holds all parts, each after the one before."""
+    """Returns True if a text holds all parts, each after the one before."""
     end = 0
     for part in parts:
         start = text.find(part, end)

@@ -1,4 +1,4 @@
-"""What the compiler makes of a step, beyond what ``test_families`` shows."""
+"""The graph of a step, beyond what ``test_families`` shows."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_reasons_of_a_bundle(stock: Stock) -> None:
 
 
 def test_bundles_without_counts_load(stock: Stock, tmp_path: Path) -> None:
-    """As older versions wrote them."""
+    """Bundles of older versions lack the counts."""
     bundle = stock.export("llama").bundle
     folder = tmp_path / "bundle"
     folder.mkdir()

@@ -130,7 +130,7 @@ def test_conversion_keeps_a_reduced_vocabulary_and_the_dtype(tmp_path: Path) -> 
 
 
 def test_a_reduced_vocabulary_fits_no_v01(tmp_path: Path) -> None:
-    """What reads that layout projects to the whole vocabulary."""
+    """The readers of that layout project to the whole vocabulary."""
     tensors = reference(shared=True) | {"token_map": torch.arange(5, 50, 3).int()}
     folder, output = converted(tmp_path, written(tmp_path / "heads", tensors), "v0.1")
     assert "error: The layout v0.1 has no place for heads that can propose some of the tokens only" in output

@@ -212,7 +212,7 @@ def test_tokenizer_round_trip(folder: Path, tmp_path: Path, capfd: pytest.Captur
 
 
 def test_a_tokenizer_that_is_a_sentencepiece_model_alone(tmp_path: Path) -> None:
-    """As checkpoints of the first Llama, and of those trained from it, have it."""
+    """The form in checkpoints of the first Llama, and of those trained from it."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Why is the sky blue?", "The quick brown fox jumps over the lazy dog."] * 20),

@@ -1,4 +1,4 @@
-"""What ends an answer: each source counts, and a template's own end is found in every shape of template."""
+"""The tokens that end an answer: each source counts, and a template's own end is found in every shape of template."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_settings_that_json_lacks_are_kept_as_text() -> None:
 
 
 def test_every_setting_of_transformers_is_known() -> None:
-    """One that is new there counts as one that is not applied, which this list must not claim of what has no effect."""
+    """A setting that is new there counts as one that is not applied. The list must not name one without effect."""
     defaults = GenerationConfig().to_dict()
     changing = {
         "bad_words_ids", "begin_suppress_tokens", "constraints", "diversity_penalty", "dola_layers", "early_stopping",

@@ -164,7 +164,7 @@ def test_a_graph_stores_the_integers_of_the_file(kind: str, tmp_path: Path) -> N
 
 
 def kinds_of(model: LoadedModel, types: WeightTypes) -> dict[str, set[str]]:
-    """How a graph stores the matrices of each part."""
+    """Returns the types in which a graph stores the matrices of each part."""
     step = MedusaStep(model.model, None, Tree()).eval()
     weights = StepWeights(step, model.readers, blocks=model.blocks, packed=model.packed)
     found: dict[str, set[str]] = {}

@@ -320,7 +320,7 @@ _OWN_ATTENTION = {
 
 @pytest.mark.parametrize("kind", _OWN_ATTENTION)
 def test_a_family_that_chooses_its_attention_is_named(tmp_path: Path, kind: str) -> None:
-    """It is named before its weights are read: the folder holds none."""
+    """The model is refused before its weights are read: the folder holds none."""
     config = AutoConfig.for_model(kind, vocab_size=101, **_OWN_ATTENTION[kind])
     assert not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._can_set_attn_implementation()
     config.save_pretrained(tmp_path)

@@ -191,7 +191,7 @@ with engine:
 @pytest.mark.parametrize("program", [FORK_SERVICE, FORK_ENGINE], ids=["service", "engine"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_of_fork_gets_errors_and_ends(tiny_bundle: Bundle, program: str) -> None:
-    """It lacks the threads that would answer. Without the errors it would wait for them, also at its exit."""
+    """A child lacks the threads that would answer. Without the errors it would wait for them, also at its exit."""
     ended = run(program, tiny_bundle.folder)
     assert (ended.returncode, ended.stderr) == (8, "")
 

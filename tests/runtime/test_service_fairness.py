@@ -54,7 +54,7 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
 
 
 def test_a_long_prompt_moves_in_parts(service: MedusaService, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It moves to a larger block, and to the other rows once it decodes. Its text is right."""
+    """The row moves to a larger block, and to the other rows once it decodes. Its text is right."""
     monkeypatch.setattr("medusa_runtime.decoding.room.MOVED_AT_ONCE", 60)
     monkeypatch.setattr("medusa_runtime.decoding.loop.MOVED_BESIDES", 50)
     expected = service.generate([4] * 300, max_new_tokens=30).token_ids

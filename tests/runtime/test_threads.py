@@ -169,7 +169,7 @@ def test_a_backend_that_fails_and_recovers(engine: MedusaEngine, monkeypatch: py
 
 
 def test_a_session_takes_one_turn_at_a_time(tiny_bundle: Bundle) -> None:
-    """One of two turns at the same time would be lost."""
+    """Of two turns at the same time, one would be lost."""
     gate = Gate(tiny_bundle, rows=2)
     with MedusaService(tiny_bundle, gate, Tokenizer.load(tiny_bundle.listed), tree_size=4) as service:
         session = service.session()

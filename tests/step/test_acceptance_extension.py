@@ -32,7 +32,12 @@ RULES = ("exact", "typical", "top-2")
 
 @dataclass
 class Expected:
-    """What a step has to give, by brute force: its tokens, and whether one of them is not the base model's choice."""
+    """The outputs that a step should give, found by brute force.
+
+    Attributes:
+        tokens: Its tokens.
+        is_relaxed: True if one of them is not the base model's choice.
+    """
 
     tokens: list[int]
     is_relaxed: bool

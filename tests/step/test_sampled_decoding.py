@@ -49,7 +49,7 @@ def joint_distribution(bundle: Bundle, prompt: list[int], length: int, params: S
 
 
 def sampled(backend: Backend, tree: Tree, size: int, length: int, params: SamplingParams, times: int) -> Counter[tuple]:
-    """What ``times`` requests with seeds of their own emit first, 8 rows at a time."""
+    """The first tokens of ``times`` requests with seeds of their own, 8 rows at a time."""
     counts: Counter[tuple] = Counter()
     accepted = 0
     for first in range(0, times, backend.rows):

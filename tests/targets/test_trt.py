@@ -116,7 +116,7 @@ def test_which_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_timing_cache(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a flavor that measures does with one; TensorRT-RTX, in its place here, has the same calls and ignores it."""
+    """Stands for a flavor that measures kernels; TensorRT-RTX, in its place here, has the same calls and ignores it."""
     library = libraries.TensorRTLibrary("tensorrt", import_tensorrt("tensorrt-rtx").trt)
     path = tmp_path / "cache"
     options = BuildOptions(EngineLimits(1, 64, 16), ("sm89",), opt_level=0, timing_cache=path)

@@ -86,7 +86,7 @@ def test_labels_are_the_assistants_tokens(template: str, start: str, end: str) -
 
 
 def test_the_token_that_ends_a_turn_is_a_label() -> None:
-    """As in Phi-3: a special token ends a turn, but it is not the tokenizer's end-of-sequence token."""
+    """The template of Phi-3: a special token ends a turn, but it is not the tokenizer's end-of-sequence token."""
     tokenizer = make_tokenizer(260)
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
     assert "<|end|>" not in tokenizer.all_special_tokens
@@ -111,7 +111,7 @@ def test_answers_may_repeat_the_tag_that_opens_a_thought() -> None:
 
 @pytest.mark.parametrize("kind", ["normalizer", "pre-tokenizer"])
 def test_words_that_begin_with_a_space(kind: str) -> None:
-    """As in Llama 2 and Mistral, where the space after ``[/INST]`` is part of the answer's first token."""
+    """The templates of Llama 2 and Mistral, where the space after ``[/INST]`` is part of the answer's first token."""
     words = ["<unk>", "▁[INST]", "▁[/INST]", "▁yes", "▁Really?", "▁I", "▁think", "▁so."]
     bare = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, "<unk>"))
     if kind == "normalizer":

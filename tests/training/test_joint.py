@@ -5,19 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
 
 from medusa_export.cli import main
 from medusa_export.heads.files import load_heads
@@ -25,11 +18,10 @@ from medusa_export.heads.modules import MedusaHeads
 from medusa_export.models.checkpoints import load_model
 from medusa_export.training.conversations import Sample
 from medusa_export.training.features import _compute
-from medusa_export.training.job import SETTINGS
 from medusa_export.training.joint import JointLoss, Lora, _Ramp, adapt, collate, perplexity
 from medusa_export.training.medusa1 import HEAD_DECAY, HeadLoss
-from medusa_export.training.run import _last_complete
 from support.tiny_models import tiny_model
+from support.training import history, train
 
 SAMPLES = [
     Sample([5, 6, 7, 8, 9, 10, 11, 12], [False, False, True, True, True, True, True, True]),
@@ -77,7 +69,7 @@ def test_online_and_cached_hidden_states_give_one_loss(conditioned: bool) -> Non
 
 
 def test_the_loss_of_medusa2() -> None:
-    """It is KL(p_original || p) over the assistant's tokens plus λ times the heads' loss."""
+    """The loss is KL(p_original || p) over the assistant's tokens plus λ times the heads' loss."""
     model = tiny_model("llama")
     before = copy.deepcopy(model)
     heads = fresh(model)
@@ -167,7 +159,7 @@ def test_heads_see_the_base_model_without_its_dropout() -> None:
 
 
 def test_perplexity() -> None:
-    """It equals the mean over all assistant tokens, computed sample by sample."""
+    """The loss equals the mean over all assistant tokens, computed sample by sample."""
     model = tiny_model("llama")
     expected = []
     for sample in SAMPLES:
@@ -175,29 +167,6 @@ def test_perplexity() -> None:
         places = [i for i in range(1, len(sample.input_ids)) if sample.is_label[i]]
         expected += [-float(logits[i - 1, sample.input_ids[i]]) for i in places]
     assert perplexity(model, [SAMPLES[:2], SAMPLES[2:]]) == pytest.approx(math.exp(sum(expected) / len(expected)))
-
-
-@pytest.fixture(scope="module")
-def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
-    with path.open("w") as file:
-        for i in range(40):
-            answer = f"The answer is {i % 7}, and that is all there is to say."
-            messages = [{"role": "user", "content": f"Prompt {i}"}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
-
-
-OPTIONS = ("--epochs", 2, "--batch-size", 32, "--conversations", 4, "--heldout", 0.2, "-q")
-
-
-def train(model: Path, talks: Path, out: Path, *options: object) -> list[str]:
-    shape = () if "--heads" in options else ("--num-heads", 2)
-    return [str(a) for a in ("train", model, "--data", talks, "-o", out, *OPTIONS, *shape, *options)]
-
-
-def history(out: Path, name: str) -> list[dict[str, float]]:
-    return [entry for entry in json.loads((out / "training.json").read_text())[name] if "eval_loss" in entry]
 
 
 @pytest.mark.slow
@@ -243,22 +212,6 @@ def test_hidden_states_computed_in_each_epoch(tiny_model_folder: Path, talks: Pa
     assert figures[-1]["eval_loss"] < figures[0]["eval_loss"]
 
 
-@pytest.mark.parametrize("begun", [pytest.param("online", marks=pytest.mark.slow), "cached"])
-def test_a_training_continues_in_the_way_that_it_began(
-    tiny_model_folder: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
-) -> None:
-    out = tmp_path / "out"
-    arguments = train(tiny_model_folder, talks, out)
-    assert CliRunner().invoke(main, [*arguments, "--hidden-states", begun]).exit_code == 0
-    before = (out / "medusa_lm_head.safetensors").read_bytes()
-    room = 0 if begun == "cached" else 1 << 50
-    monkeypatch.setattr("medusa_export.training.job.size_of", lambda *_: (1 << 49) - room)
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert (out / "features").is_dir() == (begun == "cached")
-    assert (out / "medusa_lm_head.safetensors").read_bytes() == before
-
-
 def test_several_data_sets_share_no_held_out_prompt(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
     from medusa_export.training.dataset import load_sources
 
@@ -271,133 +224,3 @@ def test_several_data_sets_share_no_held_out_prompt(tiny_model_folder: Path, tal
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, (result.output, result.exception)
     assert len(list((tmp_path / "out" / "features").iterdir())) == 4
-
-
-def run_and_kill(arguments: list[str], ready: Any) -> None:
-    """Starts a command, and kills it with SIGKILL as soon as ``ready`` returns True."""
-    process = subprocess.Popen([sys.executable, "-m", "medusa_export", *arguments], stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 120
-        while not ready():
-            assert process.poll() is None, process.stderr and process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_killed_distillation_continues(tiny_model_folder: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"Prompt number {i}" for i in range(60)))
-
-    def arguments(out: Path) -> list[str]:
-        options = ("--prompts", prompts, "--batch-size", 4, "-n", 24, "--temperature", 1, "-q")
-        return [str(a) for a in ("distill", tiny_model_folder, "-o", out, *options)]
-
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert CliRunner().invoke(main, arguments(whole)).exit_code == 0
-    run_and_kill(arguments(broken), lambda: len(list((broken / "answers").glob("0*.jsonl"))) >= 5)
-    assert not (broken / "train.jsonl").exists()
-    assert CliRunner().invoke(main, arguments(broken)).exit_code == 0
-    for name in ("train.jsonl", "heldout.jsonl"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_killed_training_continues(tiny_model_folder: Path, talks: Path, tmp_path: Path) -> None:
-    options = ("--recipe", "medusa2", "--joint-epochs", 3)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert CliRunner().invoke(main, train(tiny_model_folder, talks, whole, *options)).exit_code == 0
-    arguments = train(tiny_model_folder, talks, broken, *options)
-    for stage in ("checkpoints", "joint_checkpoints"):
-        run_and_kill(arguments, lambda: any((broken / stage).glob("checkpoint-*/trainer_state.json")))  # noqa: B023
-        assert not (broken / "medusa_lm_head.safetensors").exists()
-    assert CliRunner().invoke(main, arguments).exit_code == 0
-    for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
-        expected = load_file(whole / name)
-        for key, tensor in load_file(broken / name).items():
-            torch.testing.assert_close(tensor, expected[key], msg=key)
-    for stage in ("training", "joint"):
-        for found, expected in zip(history(broken, stage), history(whole, stage), strict=True):
-            assert (found["epoch"], found["eval_loss"]) == pytest.approx((expected["epoch"], expected["eval_loss"]))
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_model_folder: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training by both stages of Medusa-2 that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole")
-    assert CliRunner().invoke(main, train(tiny_model_folder, talks, out, "--recipe", "medusa2")).exit_code == 0
-    return out
-
-
-@pytest.mark.slow
-def test_a_training_killed_between_its_stages_continues(
-    tiny_model_folder: Path, talks: Path, whole: Path, tmp_path: Path
-) -> None:
-    """LoRA's initial weights don't depend on random numbers that the process drew before."""
-    broken = tmp_path / "broken"
-    shutil.copytree(whole / "checkpoints", broken / "checkpoints")
-    shutil.copy(whole / SETTINGS, broken)
-    assert CliRunner().invoke(main, train(tiny_model_folder, talks, broken, "--recipe", "medusa2")).exit_code == 0
-    for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_an_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
-    for steps, text in ((9, "{}"), (10, '{"epoch": 1}'), (11, '{"epo'), (12, None)):
-        folder = tmp_path / f"checkpoint-{steps}"
-        folder.mkdir()
-        if text is not None:
-            (folder / "trainer_state.json").write_text(text)
-        for part in ("optimizer.pt", "scheduler.pt"):
-            (folder / part).touch()
-    (tmp_path / "checkpoint-13").mkdir()
-    (tmp_path / "checkpoint-13" / "trainer_state.json").write_text("{}")  # without the optimizer
-    assert _last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert _last_complete(tmp_path / "none") is None
-
-
-@pytest.mark.slow
-def test_the_main_process_goes_first(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        """
-import sys, time
-from pathlib import Path
-from medusa_export.training.processes import Processes
-
-processes, flag = Processes(None), Path(sys.argv[1])
-with processes.main_first():
-    assert processes.is_main or flag.is_file()
-    if processes.is_main:
-        time.sleep(1)
-        flag.touch(exist_ok=False)
-"""
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, script, tmp_path / "flag"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "flag").is_file()
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_two_processes_train_together(tiny_model_folder: Path, talks: Path, whole: Path, tmp_path: Path) -> None:
-    # accelerate starts several processes only for GPUs. So GPUs are requested, and then not used.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher = [*launch, "-m", "medusa_export"]
-    arguments = train(tiny_model_folder, talks, tmp_path / "out", "--recipe", "medusa2")
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Accuracy on held-out prompts") == 1
-    figures = history(tmp_path / "out", "training")
-    assert figures[-1]["eval_loss"] < figures[0]["eval_loss"]
-    # Held-out figures before the first step don't depend on the number of processes.
-    first, other = history(whole, "training")[0], figures[0]
-    assert other["eval_head1_top10"] == pytest.approx(first["eval_head1_top10"])

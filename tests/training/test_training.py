@@ -141,7 +141,7 @@ def test_options_of_new_heads_are_refused_with_given_heads(data: Path, tiny_mode
 
 
 def test_heads_are_not_written_into_a_models_folder(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
-    """It is refused before the training starts."""
+    """The folder is refused before the training starts."""
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     command = ["train", tmp_path / "model", "--data", data, "-o", tmp_path / "model", "-q"]
     result = CliRunner().invoke(main, [*map(str, command)])

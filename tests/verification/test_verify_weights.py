@@ -164,7 +164,7 @@ def test_a_loader_that_errs_is_found(tmp_path: Path, kind: str, fault: Callable[
 
 
 def test_weights_that_nobody_read_or_wrote_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the loader's own report of them were wrong."""
+    """Stands for a loader whose own report of them is wrong."""
     tiny_model("llama").save_pretrained(tmp_path)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:

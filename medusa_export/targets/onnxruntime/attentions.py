@@ -38,7 +38,7 @@ def caches_of(node: ir.Node) -> list[ir.Value]:
 
 
 def reads_caches(node: ir.Node) -> bool:
-    """Whether an attention reads its keys and values as they are in the caches, and both have one head_dim."""
+    """Returns True if an attention reads keys and values of one head_dim as they are in the caches."""
     caches = caches_of(node)
     sizes = {shape_of(cache)[3] for cache in caches}
     return len(sizes) == 1 and all(producer(cache, "TensorScatter") for cache in caches)
@@ -70,7 +70,7 @@ class IntegerCache:
 
 
 def reads_integers(node: ir.Node) -> bool:
-    """Whether an attention reads keys and values of one head_dim in caches of 8-bit integers."""
+    """Returns True if an attention reads keys and values of one head_dim in caches of 8-bit integers."""
     caches = caches_of(node)
     return len({shape_of(cache)[3] for cache in caches}) == 1 and all(map(IntegerCache.of, caches))
 

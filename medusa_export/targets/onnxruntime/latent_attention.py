@@ -111,7 +111,7 @@ class _LatentAttention:
 
 
 def _is_constant(weight: ir.Value) -> bool:
-    """Whether ONNX Runtime knows a weight while it loads a graph. Weights in half precision are cast then."""
+    """Returns True if ONNX Runtime knows a weight while it loads a graph. It casts those in half precision then."""
     cast = producer(weight, "Cast")
     return weight.is_initializer() or (cast is not None and given(cast.inputs[0]).is_initializer())
 

@@ -38,7 +38,7 @@ class SkipMasksInPlainSteps(Rewrite):
         return len(full)
 
     def _sees_all(self, graph: ir.Graph, bias: ir.Value) -> bool:
-        """Whether the one token of a plain step sees all slots behind the margin, whatever the length."""
+        """Returns True if the one token of a plain step sees all slots behind the margin, whatever the length."""
         margin = self.step.margin
         where = bias.producer()
         assert where is not None

@@ -42,7 +42,7 @@ class Ranked(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What one row emits in a step.
+    """The tokens that one row emits in a step, with their log probabilities.
 
     Attributes:
         tokens: The tokens.
@@ -76,7 +76,7 @@ class StepResult:
     top_logprobs: NDArray[np.float32] | None = None
 
     def emitted(self, row: int) -> Emitted:
-        """What a row emits."""
+        """Returns the valid tokens of a row."""
         count = int(self.count[row])
         logprobs = None if self.logprobs is None else self.logprobs[row, :count].tolist()
         ranked = None

@@ -109,7 +109,7 @@ class Room(ABC):
 
     @abstractmethod
     def make_in_part(self, row: int, size: int) -> int:
-        """As ``make`` for one row, but moves about ``MOVED_AT_ONCE`` entries at a time.
+        """Makes room for one row, like ``make``, but moves about ``MOVED_AT_ONCE`` entries at a time.
 
         If it gives that number, there is more to move: call it again before the step.
         """
@@ -273,7 +273,7 @@ class MovedRoom(Room):
         self._grouped, self._wanted = [], []
 
     def _move_in_part(self, rows: Sequence[int], entries: int) -> int | None:
-        """As ``_arrange``, in parts; None if more calls are needed."""
+        """Arranges rows in parts, like ``_arrange``. Returns None if more calls are needed."""
         if not self._mover.approach(rows, self._slots.capacity(entries), MOVED_AT_ONCE):
             return None
         return self._arrange(rows, entries)

@@ -64,7 +64,7 @@ class Clients:
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer that a request asks for.
+    """An answer that a request asks for, before it is submitted.
 
     Attributes:
         prompt: Index of the prompt.

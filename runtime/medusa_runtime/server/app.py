@@ -167,7 +167,7 @@ def _add_models(app: FastAPI, api: Api) -> None:
 
     @app.get("/v1/models/{name:path}", responses=errors)
     async def model(name: str) -> Model:
-        """One of the models."""
+        """Describes a model that the server has."""
         if name not in api.settings.names:
             raise ApiError(404, f"The model {name!r} does not exist.", "model_not_found", param="model")
         return facts(name)

@@ -19,7 +19,7 @@ from medusa_runtime.server.schema.answers import FinishReason, Usage
 
 @dataclass
 class Choice:
-    """One of the answers.
+    """An answer that a request asks for, while it is generated.
 
     Attributes:
         index: Its index.
@@ -81,10 +81,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step adds to an answer.
+    """The part of an answer that one decoding step adds.
 
     Attributes:
-        parts: The parts of its text.
+        parts: Its text, in parts of one kind each.
         count: The number of its tokens.
     """
 
@@ -94,12 +94,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step adds to an answer, or a complete answer.
+    """The part of an answer that some decoding steps add, or a complete answer.
 
     Attributes:
         choice: The answer.
-        steps: What each step adds to its text.
-        token_ids: The tokens.
+        steps: The part that each step adds.
+        token_ids: The tokens of these steps.
         logprobs: Their log probabilities, if they were asked for.
         top_logprobs: The most likely tokens in their places, if they were asked for.
         result: The result, at the end.

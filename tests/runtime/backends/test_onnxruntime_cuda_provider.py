@@ -50,7 +50,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(bundle: Path, stubs: Path, rows: int) -> dict[str, Any]:
-    """What ``support.stub_cuda.measure`` prints."""
+    """The figures that ``support.stub_cuda.measure`` prints."""
     places = [PROVIDER, ROOT, ROOT / "runtime", ROOT / "tests"]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": os.pathsep.join(map(str, places))}
     command = [sys.executable, "-m", "support.stub_cuda.measure", str(bundle), str(rows)]

@@ -219,7 +219,7 @@ def logged(backend: TensorRTBackend) -> list[str]:
 
 @pytest.mark.parametrize("size", [1, 4, 9])
 def test_the_engine_submits_steps_ahead(machine: Machine, expected: list[list[int]], size: int) -> None:
-    """It submits no step that max_new_tokens makes useless. Lookup is off, as its steps wait for the last tokens."""
+    """It submits no step behind max_new_tokens. Lookup is off, as its steps wait for the last tokens."""
     backend = machine.backend()
     engine = MedusaEngine(machine.bundle, backend, None)
     log = logged(backend)

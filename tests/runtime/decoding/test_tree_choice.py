@@ -126,9 +126,9 @@ def speed(tree: TreeChoice | int, right: float, seconds: dict[int, float], answe
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("right", [0.02, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7])
 def test_it_is_as_fast_as_the_best_size(table: str, right: float) -> None:
-    """It is within 2 % of the best fixed size, which may be plain decoding, and within 10 % in its first answer.
+    """Decoding is within 2 % of the best fixed size, and within 10 % in the first answer.
 
-    The bundle promises that a draft is right with a chance of 0.55.
+    The best size may be one, which is plain decoding. The bundle promises that a draft is right with a chance of 0.55.
     """
     seconds, chain = TABLES[table], Tree(tuple((0,) * depth for depth in range(1, 6)))
     promised = Acceptance("calibrated", tuple(0.55**depth for depth in range(6)))

@@ -1,4 +1,4 @@
-"""What those who run a server need: keys, limits, health, metrics, comments, cancellation, and an end in order."""
+"""Operations of a server: keys, limits, health, metrics, comments, cancellation, and an end in order."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def test_wrong_stop_strings(stop: Any, words: str) -> None:
 
 
 def test_stop_strings_have_bounds() -> None:
-    """One more character, or one more string, is refused."""
+    """The limits are allowed; a character or a string more is refused."""
     assert len(check_stop([str(i) for i in range(MAX_STOP_STRINGS)])) == MAX_STOP_STRINGS
     assert check_stop("x" * MAX_STOP_CHARACTERS)
     with pytest.raises(RequestError, match="257 stop strings"):

@@ -69,7 +69,7 @@ def measure(bundle: Bundle, rows: int) -> dict[str, Any]:
 
 
 def captured(bundle: Bundle, stub: Stub) -> dict[str, Any]:
-    """What steps of fixed sizes do once they are captured as CUDA graphs, or why they can't be."""
+    """The calls of steps of fixed sizes once they are captured as CUDA graphs, or why they can't be."""
     try:
         step = FixedStep(bundle, bundle.tree.size, capacity=256, length=13)
         for _ in range(3):  # until it is captured

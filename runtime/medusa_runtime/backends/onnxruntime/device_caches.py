@@ -107,7 +107,7 @@ class DeviceCaches:
             on_device.update_inplace(pending)
 
     def scrub(self, row: int, length: int) -> None:
-        """As ``Backend.scrub``, for a row of ``length`` entries."""
+        """Overwrites the slots that a row of ``length`` entries does not use, for ``Backend.scrub``."""
         committed = self._bundle.slots.committed(length)
         for value in self.values:
             cache = value.numpy()

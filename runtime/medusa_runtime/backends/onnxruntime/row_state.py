@@ -90,7 +90,7 @@ class RowState:
         return array
 
     def assign(self, row: int, draws: Draws | None) -> None:
-        """As ``Backend.assign``."""
+        """Gives a row to a request, for ``Backend.assign``."""
         if self._sampling is not None:
             self._sampling.assign(row, draws)
         elif draws is not None:

@@ -141,7 +141,7 @@ class TensorRTBackend:
 
     @property
     def drafts(self) -> NDArray[np.int64]:
-        """As of the last step, fetched from the device."""
+        """The trees that the last step drafted, fetched from the device."""
         if not self._drafts_shown:
             doing = "fetching the drafted trees"
             self._stream.download(self._buffers.drafts, self._buffers.address["next_input_ids"], doing)

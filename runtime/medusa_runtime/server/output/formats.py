@@ -68,7 +68,7 @@ _PROBE = "probefunction"
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model's answers are parsed.
+    """The syntax of a model's answers, for their parser.
 
     Attributes:
         tools: The format of its tool calls; None if it has none that is known.

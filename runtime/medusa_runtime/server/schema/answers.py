@@ -97,7 +97,7 @@ class ChatMessage(TypedDict):
 
 
 class ChatChoice(TypedDict):
-    """One of the answers to a chat."""
+    """An answer to a chat. A request may ask for several."""
 
     index: int
     message: ChatMessage
@@ -155,7 +155,7 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionChoice(TypedDict):
-    """One of the completions."""
+    """A completion of a prompt. A request may ask for several."""
 
     index: int
     text: str
@@ -201,7 +201,7 @@ class Tokens(TypedDict):
 
 
 class ErrorFacts(TypedDict):
-    """What was wrong with a request."""
+    """The error that ended a request, as the API describes errors."""
 
     message: str
     type: str
