@@ -77,7 +77,7 @@ class MedusaEngine(Closeable):
         self._closed = False
         self._failure: Exception | None = None
         self._turn = 0  # the number of the newest stream, which may use the backend
-        self._interrupted = False  # a step was left by an exception that is no Exception
+        self._interrupted = False  # an exception that is no ``Exception``, such as KeyboardInterrupt, left a step
         self._requests = threading.RLock()  # held while a request begins, and by ``generate`` to its end
         self._backend_use = CriticalSection("This engine")
         keep_in_children(backend)
@@ -229,11 +229,11 @@ class MedusaEngine(Closeable):
         self._loop.end_all(RequestError(_OVERTAKEN))
 
     def advance(self, job: Job, turn: int) -> None:
-        """Runs one step of a stream; for the stream.
+        """Runs one step of a stream. ``GenerationStream`` calls it.
 
         Args:
             job: The stream's request.
-            turn: The number of its turn.
+            turn: The number of the stream's turn.
 
         Raises:
             RequestError: The engine is closed, it has begun another request, or this call interrupts a step.

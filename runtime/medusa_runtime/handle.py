@@ -143,17 +143,17 @@ class RequestHandle(Closeable):
             self.unlisten(notify)
 
     def listen(self, notify: Callable[[], None]) -> None:
-        """Has a function called for each chunk and for the end, in the service's thread.
+        """Registers a function to be called for each chunk and for the end, in the service's thread.
 
         Args:
-            notify: The function. It must return at once. It is also called now, for what has come already.
+            notify: The function. It must return at once. It is also called now, for chunks that have come already.
         """
         with self._changed:
             self._listeners.append(notify)
         notify()
 
     def unlisten(self, notify: Callable[[], None]) -> None:
-        """Ends what ``listen`` began. A call that is under way may still come."""
+        """Removes a function that ``listen`` registered. A call of it that has begun may still come."""
         with self._changed:
             self._listeners.remove(notify)
 
@@ -170,7 +170,7 @@ class RequestHandle(Closeable):
         with self._changed:
             self._chunks.append(chunk)
             self._changed.notify_all()
-        self._tell_listeners()
+        self._notify_listeners()
 
     def end(self, outcome: GenerationResult | MedusaError) -> None:
         """Receives the end from the service: the complete answer, or the error that ended the request."""
@@ -179,9 +179,9 @@ class RequestHandle(Closeable):
             self._outcome = outcome
             self._on_cancel = _do_nothing  # it may hold the handle; a cycle would stay until garbage is collected
             self._changed.notify_all()
-        self._tell_listeners()
+        self._notify_listeners()
 
-    def _tell_listeners(self) -> None:
+    def _notify_listeners(self) -> None:
         """Calls all listeners, without the lock: the reader that a listener wakes takes it first of all."""
         for listener in tuple(self._listeners):
             listener()

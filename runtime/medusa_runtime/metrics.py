@@ -142,7 +142,7 @@ class PrometheusMetrics(Metrics):
 
     @classmethod
     def in_own_registry(cls) -> tuple[Self, Any]:
-        """Makes metrics in a registry of their own; gives both."""
+        """Makes metrics in a new registry; returns the metrics and the registry."""
         try:
             from prometheus_client import CollectorRegistry
         except ImportError:

@@ -104,7 +104,7 @@ class Stats:
         accepted_lengths: Number of steps by the number of tokens that they emitted.
         tree_sizes: Number of steps by the number of nodes that they verified.
         queue_seconds: Seconds from submission until the request got a row. 0 in an engine, which has no queue.
-        prefill_seconds: Seconds from then until the first token.
+        prefill_seconds: Seconds from getting the row until the first token.
         decode_seconds: Seconds from the first token to the last.
     """
 
@@ -150,7 +150,7 @@ class RankedToken(NamedTuple):
 
     Attributes:
         token_id: The token.
-        logprob: Its log p by the base model's own distribution.
+        logprob: Its log probability in the base model's own distribution.
     """
 
     token_id: int
@@ -164,8 +164,8 @@ class Chunk:
     Attributes:
         text: The text.
         token_ids: The tokens.
-        logprobs: Log p of each token by the base model's own distribution, before temperature and cut-offs. None if
-            the request did not ask for log probabilities.
+        logprobs: The log probability of each token in the base model's own distribution, before temperature and
+            cut-offs. None if the request did not ask for log probabilities.
         top_logprobs: For each token, the most likely tokens in its place, in descending order. The token itself need
             not be among them. None if the request did not ask for them.
     """

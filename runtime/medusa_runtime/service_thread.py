@@ -1,7 +1,7 @@
 """The thread of a service: it owns the backend, and runs steps of the decode loop until the service is closed.
 
-A failure that no request has caused ends the requests that run. If none runs or waits, the service has failed. So it
-has if the device is lost.
+A failure that no request has caused ends the requests that run. The service itself fails if no request runs or waits
+then, or if the device is lost.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ServiceThread:
         self._has_ended = False
         self.thread = threading.Thread(target=self._run, name="medusa-service", daemon=True)
 
-    # What callers' threads do.
+    # Methods for the threads of callers.
 
     def start(self) -> None:
         """Starts the thread and waits until it has measured steps, so that nothing else runs on these cores meanwhile.
@@ -137,7 +137,7 @@ class ServiceThread:
         if threading.current_thread() is self.thread:
             raise RequestError("A hook for metrics can't wait for its own service: do this in another thread.")
 
-    # What the thread itself does.
+    # Methods that run in the thread itself.
 
     def _run(self) -> None:
         try:

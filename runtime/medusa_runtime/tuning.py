@@ -8,7 +8,8 @@ CAPACITY_STEP = 64
 # Free slots per row that are not worth moving rows for, to give their memory back.
 SPARE_SLOTS = 128
 
-# While entries are moved in parts, the last part may copy this fraction of a part besides: 1/8.
+# Entries are moved in parts. The call that copies the last part may finish the move if that copies no more than a
+# fraction of one part besides: 1/8.
 LAST_MOVE = 8
 
 # Blocks of work per thread in ONNX Runtime. Threads fetch blocks where each would have a fixed share, so a thread that
@@ -55,10 +56,10 @@ DEEPEST_LOOKUP = 8
 # Earlier places in the text that are compared, the latest first.
 PLACES = 16
 
-# Accepted tokens per expected one, before any are counted. Calibration promises more than texts of other kinds hold.
+# Accepted tokens per expected one, before any are counted. Texts of other kinds than the calibration's accept fewer.
 FIRST_ACCURACY = 0.8
 
-# A tree is used only if it promises this much more speed than plain decoding: measured step times are no more exact.
+# A tree is used only if its expected speed exceeds plain decoding by this share: measured step times are no more exact.
 LEAST_GAIN = 0.03
 
 # Measured steps: entries of each row, rounds that do not count, and the fewest and most rounds in all.

@@ -1,14 +1,14 @@
-"""The interface of backends: what a bundle's graph is run by.
+"""The interface of backends. A backend runs the graph of a bundle.
 
 A backend holds the state of a fixed number of rows: their caches, pending entries and drafted trees. The host sees the
 tokens that a step emits, and how many entries each row has committed.
 
-``Backend`` is what every backend does. Its capabilities are protocols of their own, and each has a function that tells
+``Backend`` has the methods of every backend. Each capability is a protocol of its own, with a function that checks
 whether a backend has it:
 
 =================  =====================  ==============================================================
-``StepsAhead``     ``can_step_ahead``     A step is submitted before the one before it has ended.
-``MovesRows``      ``can_move_rows``      Rows that step together are brought together; others cost nothing.
+``StepsAhead``     ``can_step_ahead``     A step can be submitted before the previous one has ended.
+``MovesRows``      ``can_move_rows``      Rows of a step become neighbours in memory; other rows cost nothing.
 ``CopiesRows``     ``can_copy_rows``      A row takes over the first entries of another one.
 ``GivesOutputs``   ``can_give_outputs``   Values inside the graph can be read after a step.
 ``FixedCapacity``  ``has_fixed_capacity`` A request that is too long is refused before it waits for a row.
@@ -34,7 +34,7 @@ class Ranked(NamedTuple):
 
     Attributes:
         tokens: [places, 20], or all tokens of a smaller vocabulary.
-        logprobs: As ``tokens``, log p by the base model's own distribution.
+        logprobs: As ``tokens``, their log probabilities in the base model's own distribution.
     """
 
     tokens: NDArray[np.int64]
@@ -47,7 +47,7 @@ class Emitted(NamedTuple):
     Attributes:
         tokens: The tokens.
         logprobs: Their log probabilities; None if the bundle is greedy only.
-        ranked: The most likely tokens at their places; None if the step did not give them. The next step overwrites it.
+        ranked: The most likely tokens at these places; None if the step gave none. The next step overwrites them.
     """
 
     tokens: list[int]
@@ -62,11 +62,11 @@ class StepResult:
     Attributes:
         tokens: [rows, M + 1]; the first ``count[b]`` of row b are valid. The arrays are overwritten by the next step.
         count: [rows]. It is 0 for a row whose logits are not finite: that row emits nothing and keeps its state.
-        logprobs: [rows, M + 1], log p of these tokens by the base model's own distribution, for rows that were
-            assigned ``Draws``; None if the bundle is greedy only.
+        logprobs: [rows, M + 1], log probabilities of these tokens in the base model's own distribution, for rows that
+            were assigned ``Draws``; None if the bundle is greedy only.
         top_tokens: [rows, Q, 20], the most likely tokens at the first Q of these places, for rows whose ``Draws`` ask
-            for them; otherwise they may be anything, or None. A vocabulary of fewer tokens has all of them here.
-        top_logprobs: As ``top_tokens``, their log p by the base model's own distribution.
+            for them; undefined or None for others. A vocabulary of fewer tokens has all of them here.
+        top_logprobs: As ``top_tokens``, their log probabilities in the base model's own distribution.
     """
 
     tokens: NDArray[np.int64]
@@ -118,7 +118,7 @@ class Backend(Protocol):
     def lengths(self) -> NDArray[np.int64]:
         """Committed entries of each row, [rows], in host memory; only to be read.
 
-        While no step is in flight, it is always the same array, which shows later changes.
+        While no step is in flight, this is always the same array, and later changes show in it.
         """
         ...
 
@@ -180,7 +180,7 @@ class Backend(Protocol):
                 the first S nodes of the tree that they drafted, at most T.
             prompts: Chunks of prompts by row, each of at most S tokens; only of rows that take part.
             rows: The rows that take part, all if None. The other rows keep their length, entries, pending entries and
-                drafts; their places in the result mean nothing.
+                drafts; their places in the result are undefined.
 
         Raises:
             BackendError: A row has no room for the step, or the graph failed. Unless the device itself has failed, all
@@ -194,7 +194,7 @@ class Backend(Protocol):
 
 
 class StepsAhead(Backend, Protocol):
-    """A backend that takes the next step into the device's queue before the last one has been looked at.
+    """A backend that queues the next step on the device before the host has read the result of the last one.
 
     Two steps may be in flight. ``step``, ``reset``, ``truncate`` and ``copy`` wait for them and discard their tokens.
     """
@@ -222,7 +222,7 @@ class StepsAhead(Backend, Protocol):
 
 
 class MovesRows(Backend, Protocol):
-    """A backend that brings rows together that step together, so that a step costs nothing for the other rows.
+    """A backend that makes the rows of a step neighbours in memory, so that the other rows cost nothing.
 
     ``step`` moves rows by itself where it has to. These methods let the caller choose when, and how much at a time.
     """
@@ -258,11 +258,11 @@ class CopiesRows(Backend, Protocol):
     """A backend that copies entries from one row to another."""
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Makes the first ``length`` entries of ``source`` those of ``target``, whose next step has to be a prefill.
+        """Copies the first ``length`` entries of a row to another one. The next step of ``target`` must be a prefill.
 
         Args:
             source: A row with at least ``length`` entries; it keeps its state.
-            target: A row with room for them; what it held is lost. If it is ``source`` itself, the row is truncated.
+            target: A row with room for them; its own entries are lost. If it is ``source`` itself, it is truncated.
             length: Entries to copy; 0 empties ``target``.
 
         Raises:
@@ -275,7 +275,7 @@ class LongRows(Backend, Protocol):
     """A backend that runs bundles whose model has other rotary frequencies for long requests."""
 
     def set_long(self, row: int, is_long: bool) -> None:
-        """Sets which frequencies a row takes from its next step on: those of long requests, or as at first the others.
+        """Sets the rotary frequencies of a row from its next step on: those of long requests, or else the usual ones.
 
         The entries that the row keeps must be of the same kind.
 

@@ -48,12 +48,12 @@ class BackendKind:
 
     Attributes:
         name: Its name.
-        open: Opens it; raises ``BackendError`` if it can't run here. It imports what it needs itself, so that a kind
-            can be registered where its library is not installed.
+        open: Opens the backend; raises ``BackendError`` if it can't run here. The function imports its library itself,
+            so that a kind can be registered where the library is not installed.
         runs: The folders that it runs: ``bundle``, or the flavor of a compiled engine.
         auto_order: Its place among the backends that ``auto`` tries; lower ones come first. None if ``auto`` never
             takes it.
-        is_available: Tells at once whether ``auto`` should try it on this machine.
+        is_available: Returns at once whether ``auto`` should try it on this machine.
     """
 
     name: str

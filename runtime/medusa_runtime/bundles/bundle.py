@@ -48,7 +48,7 @@ class Bundle:
         folder: The folder that holds ``medusa.json``.
         model: The base model.
         states: The model's states, in the order of the graph's inputs.
-        dtype: Type that it computes in. Weights and states have it, unless they name one of their own.
+        dtype: The type that the graph computes in. Weights and states have this type, unless they name another one.
         tree: The draft tree.
         acceptance: Acceptance estimates of the tree's nodes.
         heads: The heads; None without heads.

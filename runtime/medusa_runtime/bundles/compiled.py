@@ -24,7 +24,7 @@ from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.errors import BundleError
 
 ENGINE = "model.engine"
-# The oldest contract version of an engine: since then, engines have their tensors from ``medusa.json``.
+# The oldest contract version of an engine that can be read. Older engines list their tensors in ``engine.json``.
 _OLDEST = 3
 REBUILD = "Build it again with 'medusa-export trt'."
 

@@ -93,7 +93,7 @@ class GraphFacts:
         left_out: Why the bundle does not have the graph; None if it has.
         panel: Slots that attention sums together, in a graph whose attention gives a row the same bits for any tree
             size (see ``SlotLayout.size_within_panel``); None in other graphs, and in older bundles.
-        rows_differ: True if rows of such a graph differ all the same, because products of experts do.
+        rows_differ: True if rows of a graph with panels still differ between tree sizes: products of experts do.
     """
 
     rewrites: Mapping[Name, Annotated[int, Meta(ge=0)]] = field(default_factory=dict)

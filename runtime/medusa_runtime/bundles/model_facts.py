@@ -72,8 +72,8 @@ def states_of(where: Path, states: States | None, model: AnyModelFacts, margin: 
 
     Args:
         where: The description, for messages.
-        states: The states that it lists; None in bundles of contract version 3 and older.
-        model: What it says about the model.
+        states: The states that the description lists; None in bundles of contract version 3 and older.
+        model: The description's facts about the model.
         margin: M, the depth of the tree.
 
     Raises:

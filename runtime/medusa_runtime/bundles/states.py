@@ -44,7 +44,7 @@ class State:
 
     Attributes:
         name: Its name, such as ``key_3``. The graph reads ``past_key_3`` and gives ``present_key_3``.
-        kind: What it holds.
+        kind: The content of an entry.
         shape: The shape of an entry, [N, d]: heads and size of a head.
         margin: Slots in front of entry 0 (M).
         readers: The indices of the layers that read it, in order. The first one writes it.

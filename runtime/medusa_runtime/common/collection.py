@@ -1,4 +1,4 @@
-"""Python's garbage collection, paused."""
+"""Pauses Python's garbage collection."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class EditedTokens:
 
     def __init__(self, constraints: Constraints, prompt_ids: Sequence[int]) -> None:
         self._has_penalties = constraints.has_penalties
-        self._place: dict[int, int] = {}  # of each token in the arrays
+        self._place: dict[int, int] = {}  # the place of each token in the arrays
         self._tokens = np.zeros(16, np.int64)
         self._values = np.zeros((3, 16), np.float32)
         biases = {**constraints.logit_bias, **dict.fromkeys(constraints.banned_token_ids, -np.inf)}
@@ -64,7 +64,7 @@ class EditedTokens:
         """The edited tokens of a step, at least one.
 
         Args:
-            drafted: The tokens that the step verifies, which penalties may change the logits of, too.
+            drafted: The tokens that the step verifies. Penalties may change their logits, too.
         """
         known = len(self._place)
         others = set(drafted) - self._place.keys() if self._has_penalties else set()

@@ -26,7 +26,7 @@ _ANY_OBJECT = {"type": "object"}
 # A key of llguidance in a schema: white space as Python's ``json.dumps`` writes it. Where white space is free, a small
 # model may add it without end.
 ONE_LINE = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-_VOCABULARIES, _GRAMMARS = 4, 64  # kept for further requests
+_VOCABULARIES, _GRAMMARS = 4, 64  # numbers that are kept for further requests
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Grammar:
             one_line: If True, the only white space between values is one space behind each comma and colon.
 
         Raises:
-            RequestError: It is no JSON object.
+            RequestError: The schema is no JSON object.
         """
         try:
             known = json.loads(schema) if isinstance(schema, str) else dict(schema)
@@ -85,7 +85,7 @@ class Grammar:
         """Text of a grammar in llama.cpp's notation, whose first rule is ``root``.
 
         Raises:
-            RequestError: It can't be read.
+            RequestError: The text can't be read.
         """
         from llguidance import gbnf_to_lark
 
@@ -99,7 +99,7 @@ class Grammar:
         """The grammar as a part of a rule of another grammar, in Lark's notation.
 
         Raises:
-            RequestError: It consists of several grammars.
+            RequestError: The grammar consists of several grammars.
         """
         if not self.source.lstrip().startswith("{"):
             return f"%lark {{\n{self.source}\n}}"
@@ -133,8 +133,8 @@ class GrammarWalk:
         """Takes in tokens of the text.
 
         Raises:
-            RequestError: The grammar does not allow them, as other constraints exclude all that it allows. Or it became
-                too complex, perhaps in ``masks``.
+            RequestError: The grammar does not allow the tokens, because other constraints exclude all that it allows.
+                Or the grammar became too complex, perhaps in ``masks``.
         """
         taken = 0 if self._matcher.is_stopped() else self._matcher.try_consume_tokens(list(map(int, tokens)))
         self._check()
@@ -146,7 +146,7 @@ class GrammarWalk:
     def masks(self, drafted: NDArray[np.int64], parents: Sequence[int]) -> NDArray[np.uint8]:
         """The tokens that the grammar allows after each node, as ``RowConstraints.masks`` gives them.
 
-        It raises nothing, since a step may have other rows. ``extend`` says if it failed.
+        This method raises nothing, since a step may have other rows. After a failure ``extend`` raises the error.
 
         Args:
             drafted: [S], the token of each node, the root's first. A draft may be replaced.

@@ -19,7 +19,7 @@ ALL_TOKENS = 255  # a byte of a mask with all bits set
 
 
 class RowConstraints:
-    """The constraints of a request, and what they have to know of its text so far.
+    """The constraints of a request, and the facts about its text so far that they depend on.
 
     Args:
         constraints: The constraints.
@@ -92,7 +92,7 @@ class RowConstraints:
                 where the grammar leaves one token only.
 
         Returns:
-            [S, ⌈V / 8⌉]. What it says of nodes that can't be accepted means nothing.
+            [S, ⌈V / 8⌉]. The values of nodes that can't be accepted are undefined.
         """
         if self._walk is None and not self._early:
             return None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from medusa_runtime.bundles.contract import mask_bytes
 from medusa_runtime.constraints.row import ALL_TOKENS, RowConstraints
 
-_FEWEST_EDITS = 64  # where the number of edited tokens is rounded up
+_FEWEST_EDITS = 64  # the least number of edited tokens, where it is rounded up
 _EDIT_VALUES = ("edit_bias", "edit_count", "edit_seen")
 
 

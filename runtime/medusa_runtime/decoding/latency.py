@@ -61,7 +61,7 @@ class LatencyTable:
 
 
 def measured_tables(bundle: Bundle, backend: Backend) -> dict[int, LatencyTable]:
-    """The tables of this machine by number of rows, ascending; none if trees can't be faster than plain decoding.
+    """The tables of this machine by number of rows, ascending; empty if trees can't be faster than plain decoding.
 
     Raises:
         BackendError: The graph failed, or there is no memory.

@@ -1,7 +1,7 @@
-"""The decode loop: everything that engine and service do with a backend.
+"""The decode loop, which drives a backend for engine and service.
 
 ``DecodeLoop.step`` admits requests, takes in one chunk of one prompt, runs a decoding step of the rows whose prompt is
-complete, and delivers what that emitted. ``MedusaEngine`` calls it with one row in the caller's thread.
+complete, and delivers the emitted tokens. ``MedusaEngine`` calls it with one row in the caller's thread.
 ``MedusaService`` calls it with several rows in a thread of its own.
 
 A failure ends the requests that caused it, and no others:
@@ -87,10 +87,10 @@ class DecodeLoop(Endings):
         self.clock = clock
 
     def step(self) -> None:
-        """Admits requests, takes in chunks of prompts, decodes, and delivers what was emitted.
+        """Admits requests, takes in chunks of prompts, decodes, and delivers the emitted tokens.
 
-        Where each step runs over all rows, it is one step for all of that. Otherwise one chunk of one prompt is taken
-        in by a step of its own.
+        Where each step of the backend runs over all rows, one step does all of that. Otherwise a step of its own takes
+        in one chunk of one prompt.
         """
         if not self._in_flight:
             self.admit()
@@ -219,8 +219,8 @@ class DecodeLoop(Endings):
         """Runs one step in which all prompts go on by a chunk and all other rows decode.
 
         Returns:
-            False if it is to be done in steps of their own: no prompt goes on, the step failed without an effect, or a
-            request has an answer that depends on the tree size, which a chunk makes larger.
+            False if prompts and decoding need separate steps: no prompt goes on, the step failed without an effect, or
+            the answer of a request depends on the tree size, which a chunk makes larger.
         """
         with self.changed:
             prefilling = self.scheduler.all_prefilling()

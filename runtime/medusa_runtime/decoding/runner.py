@@ -1,4 +1,4 @@
-"""The runner: steps of a backend, one at a time or ahead of the host, and what is left of a row when one fails."""
+"""The runner: runs steps of a backend, one at a time or ahead of the host, and checks the rows of a failed step."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class StepRunner:
 
     Args:
         bundle: The bundle that the backend runs.
-        backend: The backend. Its exceptions that are no errors of this project become ``BackendError``.
+        backend: The backend. Exceptions of other libraries become ``BackendError``.
         sizes: The tree sizes of steps.
 
     Attributes:

@@ -337,7 +337,7 @@ def _constraints(
 
 
 def check_tree_size(bundle: Bundle, tree_size: object) -> int:
-    """A number of nodes as Python's integer; raises ``RequestError`` unless the bundle's tree has at least as many."""
+    """A number of nodes as Python's integer; raises ``RequestError`` if the bundle's tree has fewer nodes."""
     largest = bundle.tree.size
     if not _is_integer(tree_size) or not 1 <= tree_size <= largest:
         raise RequestError(f"tree_size is {shown(tree_size)}: this bundle's tree allows 1 to {largest}, or 'auto'.")

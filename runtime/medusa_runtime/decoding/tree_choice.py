@@ -31,7 +31,7 @@ class AcceptanceCount:
     """Accepted tokens, and the number that the bundle's estimates led to expect.
 
     Attributes:
-        prior: Weight of what was known before, in accepted tokens.
+        prior: Weight of the accuracy that is assumed beforehand, in accepted tokens.
         fading: Factor by which a step reduces earlier counts.
         accepted: Accepted tokens.
         expected: Expected tokens.
@@ -131,7 +131,7 @@ class TreeChoice:
         return max(self._best(measured, kind, self._accuracies(rows, kind))[0] for kind in kinds)
 
     def _measured(self, rows: int) -> int | None:
-        """The number of rows of the table that holds for this many rows."""
+        """The number of rows of the table to use for steps of ``rows`` rows; None if there is no table for them."""
         return next((count for count in self._tables if count >= rows), None)
 
     def _accuracies(self, rows: Sequence[int], kinds: Sequence[bool]) -> list[float]:

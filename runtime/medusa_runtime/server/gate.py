@@ -91,7 +91,7 @@ class Gate:
             return host
         kind, _, key = headers.get("authorization", "").partition(" ")
         data = key.strip().encode("latin-1", "replace") if kind.lower() == "bearer" else b""
-        matches = [hmac.compare_digest(data, known) for known in self._keys]  # all, so that time tells nothing
+        matches = [hmac.compare_digest(data, known) for known in self._keys]  # all keys, so that the time shows nothing
         if not any(matches):
             message = "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'."
             raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

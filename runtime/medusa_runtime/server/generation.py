@@ -38,7 +38,7 @@ class Choice:
     calls: int = 0
 
     def ready(self) -> Iterator[Delta]:
-        """Yields what has come since the last call: the steps' additions in one, and the end with the result.
+        """Yields a delta of all steps since the last call, and at the end one with the result.
 
         Raises:
             MedusaError: The answer ended with an error.
@@ -165,9 +165,9 @@ class Generation:
         return [await choice.whole() for choice in self.choices]
 
     async def deltas(self, quiet_seconds: float) -> AsyncGenerator[list[Delta]]:
-        """Yields what steps add to the answers, as it comes: a list with a delta per answer, and one more at its end.
+        """Yields lists of deltas, as steps end: one delta per answer, and one more at the answer's end.
 
-        Steps that came meanwhile are in one delta.
+        A delta holds all steps of an answer since the last list.
 
         Args:
             quiet_seconds: Seconds without a step after which an empty list is yielded.
@@ -237,7 +237,7 @@ class Generation:
 
 
 def _ready(choices: Sequence[Choice]) -> tuple[list[Delta], MedusaError | None]:
-    """Returns what has come of some answers, and the error that ended one of them."""
+    """Returns the new deltas of some answers, and the error that ended one of them."""
     found: list[Delta] = []
     try:
         for choice in choices:

@@ -102,7 +102,7 @@ class ResponseEvents:
         return {"type": kind, "sequence_number": number, **facts}
 
     def add(self, steps: Iterable[Step], logprobs: Sequence[TokenLogprob]) -> Iterator[dict[str, object]]:
-        """The events of what steps add to the answer.
+        """The events for the parts that steps add to the answer.
 
         Log probabilities of a step go with the last text of a message in it, those of a step without any text with what
         comes next. A step of reasoning or calls alone has none.

@@ -13,7 +13,7 @@ from medusa_runtime.service import MedusaService
 
 
 class SettingError(MedusaError):
-    """A setting of the server that makes no sense."""
+    """A setting of the server that can't be used: unknown, out of range or of the wrong type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,10 @@ class Settings:
 
     Attributes:
         bundle: The bundle's folder.
-        backend: As for ``MedusaService.load``; ``rows``, ``threads`` and ``max_queue``, too.
+        backend: Name of the backend, as for ``MedusaService.load``.
         rows: Requests that run at a time.
         threads: CPU threads of one step; None for all that this process may use.
-        device: Number of the GPU that runs a compiled engine; ``gpu_memory`` is as for ``MedusaService.load``.
+        device: Number of the GPU that runs a compiled engine, among those that CUDA sees.
         gpu_memory: Memory of that GPU that may be used, in bytes, or as a fraction up to 1; None for all.
         max_queue: Requests that may wait for a row.
         model_names: Names of the model; the folder's name if there are none.
@@ -85,7 +85,7 @@ class Settings:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the model. Answers hold the first. Each chunk of a stream asks for it, so it is found out once."""
+        """Names of the model; answers hold the first. Cached, because each chunk of a stream needs it."""
         return self.model_names or (self.bundle.resolve().name,)
 
     def load_service(self, metrics: Metrics | None = None) -> MedusaService:

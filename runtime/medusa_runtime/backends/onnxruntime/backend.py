@@ -71,7 +71,7 @@ class OnnxRuntimeBackend(SessionBackend):
         self._staged = StagedRows(self._state.bound) if rows > 1 else None
         self._bindings: dict[tuple[Block, int, int, bool], Binding] = {}
         self._windows: dict[tuple[int, ...], Window] = {}
-        self._known_changes = 0  # of the store, at which these windows were found
+        self._known_changes = 0  # the store's count of changes when these windows were found
         self._rule = self._row_rule(graph)
 
     def _row_rule(self, graph: Path | bytes) -> RowRule:
@@ -167,10 +167,10 @@ class OnnxRuntimeBackend(SessionBackend):
     def _exact_step(
         self, size: int, prompts: Mapping[int, Sequence[int]], rows: Sequence[int]
     ) -> tuple[int, Mapping[int, Sequence[int]]]:
-        """Size and prompts of a step with the same results, in which each row has the bits that it always has.
+        """Size and prompts of a step with the same results, in which the bits of a row don't depend on other rows.
 
-        A larger step has tokens that count for nothing. A plain step is made one by taking in the root of each tree as
-        a prompt. A tree loses its last node instead, since a further one might be in the next panel.
+        A chunk of a prompt becomes larger by tokens that count for nothing. So does a plain step, which takes in the
+        root of each tree as a prompt. A tree loses its last node instead: a further one might be in the next panel.
         """
         if self._rule.allows(size * len(rows)):
             return size, prompts
@@ -201,8 +201,8 @@ class OnnxRuntimeBackend(SessionBackend):
         """The binding for steps of neighbouring rows.
 
         Args:
-            window: Their caches.
-            direct: True if the arrays of all rows are bound, which are in the order of the caches; else the staged.
+            window: The places of these rows.
+            direct: True to bind the arrays of all rows, which are in the order of the caches; False for staged copies.
         """
         count = len(window.rows)
         key = (window.block, window.start, count, direct)
@@ -233,7 +233,7 @@ class OnnxRuntimeBackend(SessionBackend):
 
 
 def _warn_of_inexact(version: str, bundle: Bundle) -> None:
-    """Says that the tokens of a bundle may depend on the tree size."""
+    """Logs a warning that the tokens of a bundle may depend on the tree size."""
     reason = (
         f"it computes in {bundle.dtype}, has a head_dim of {max(state.shape[1] for state in bundle.states)}, or is a "
         "mixture of experts"

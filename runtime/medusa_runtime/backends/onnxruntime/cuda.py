@@ -1,6 +1,6 @@
 """ONNX Runtime on an NVIDIA GPU: caches and pending entries stay in its memory.
 
-Its graph carries accepted entries over by itself, as the standard one does. Token ids, lengths and drafts are
+The graph carries accepted entries over by itself, as the standard one does. Token ids, lengths and drafts are
 some hundred bytes a step and go through the host.
 """
 
@@ -60,7 +60,7 @@ class OnnxRuntimeCudaBackend(SessionBackend):
                 "pip install 'medusa-export[gpu]', in place of the package onnxruntime."
             )
         if hasattr(ort, "preload_dlls"):
-            # It loads CUDA and cuDNN from where pip installed them, and prints what it doesn't find.
+            # ONNX Runtime loads CUDA and cuDNN from pip's packages, and prints the names of libraries that are missing.
             with contextlib.redirect_stdout(sys.stderr):
                 ort.preload_dlls()
         super().__init__(bundle, cuda_graph(bundle), self.provider, rows=rows, threads=threads, pending=False)

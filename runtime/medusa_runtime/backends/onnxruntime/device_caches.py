@@ -1,7 +1,7 @@
 """Caches and pending entries of all rows, as values of ONNX Runtime on a device.
 
-ONNX Runtime copies whole values between host and device, and no parts. So what changes single rows, which is seldom
-needed, goes through the host.
+ONNX Runtime copies whole values between host and device, and no parts. So changes of single rows, which are rare, go
+through the host.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class DeviceCaches:
             binding.values.bind_ortvalue_output(f"next_{name}", following)
 
     def commit_pending(self) -> None:
-        """Makes what a step left the pending entries; call it once the step has succeeded."""
+        """Makes the entries that a step wrote the pending entries. Call it once the step has succeeded."""
         for values in self.pending.values():
             values.reverse()
 
     def truncate(self, row: int, newest: int, length: int) -> None:
-        """Makes pending what is pending once a row of ``newest`` entries is cut to ``length`` of them, at least one."""
+        """Sets the pending entries of a row that is cut from ``newest`` entries to ``length``, at least one."""
         if newest == length:
             return
         layout, values = self._bundle.slots, dict(zip(self._bundle.states, self.values, strict=True))

@@ -1,7 +1,7 @@
 """Moves memory to huge pages of Linux, in which a processor finds an address faster.
 
-A step reads all weights once. They lie in thousands of pages of 4 KiB, more than a processor remembers the addresses
-of. A huge page has 2 MiB.
+A step reads all weights once. They lie in thousands of pages of 4 KiB, and a processor remembers the addresses of fewer
+pages than that. A huge page has 2 MiB.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def use_huge_pages(before: Sequence[Region], patience: float) -> int:
 
     Args:
         before: ``private_memory`` at an earlier time.
-        patience: Seconds of this thread's processor time after which the rest is left to the kernel. On a busy machine
-            they take longer, as everything does.
+        patience: Seconds of this thread's processor time after which the rest is left to the kernel.
 
     Returns:
         The number of huge pages.

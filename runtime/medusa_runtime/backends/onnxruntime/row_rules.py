@@ -19,7 +19,7 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.facts import WeightFacts
 from medusa_runtime.bundles.matrices import MatrixFacts
 
-# Matrices of the test: long enough sums, and as many rows of W as a kernel takes at once.
+# Sizes of the matrices that are tried: sums that are long enough, and as many rows as a kernel takes at once.
 _COLUMNS, _OUTPUTS, _ROWS = 1024, 96, 8
 _LEAST_BLOCK = 16
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -54,10 +54,10 @@ class _Format(NamedTuple):
 
 
 def row_rule(ort: Any, bundle: Bundle) -> RowRule:
-    """The rule for the derived graphs of a bundle, by its products whose results reach its tokens. Heads only draft.
+    """The rule for the derived graphs of a bundle, by the products whose results reach its tokens. Heads only draft.
 
-    It is ``NONE`` for a bundle with weights in integers whose rows depend on each other in any case: one that computes
-    in fp16, one with a head_dim above 256, and a mixture of experts.
+    The rule is ``NONE`` for bundles with weights in integers whose rows depend on each other in any case: those that
+    compute in fp16, those with a head_dim above 256, and mixtures of experts.
 
     Args:
         ort: The module ``onnxruntime``.
@@ -80,7 +80,7 @@ def _formats(matrices: Sequence[MatrixFacts]) -> set[_Format]:
 
 
 def _asked_formats(weights: WeightFacts) -> set[_Format]:
-    """The formats that the products of an older bundle may have: smaller blocks than it was asked for, too."""
+    """The formats that the products of an older bundle may have. Blocks may be smaller than the export asked for."""
     kinds = {_BITS[kind] for kind in (weights.layers, weights.lm_head) if kind in _BITS}
     sizes = [size for size in (16, 32, 64, 128, 256) if _LEAST_BLOCK <= size <= weights.block_size]
     return {_Format(bits, size, bits == 4 and not weights.symmetric) for bits in kinds for size in sizes}

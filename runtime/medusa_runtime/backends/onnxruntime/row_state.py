@@ -46,7 +46,9 @@ class RowState:
         self, bundle: Bundle, rows: int, inputs: Collection[str], outputs: Collection[str], *, pending: bool
     ) -> None:
         self._bundle, self._rows = bundle, rows
-        self._next: list[tuple[NDArray[Any], NDArray[Any]]] = []  # state, and what a step makes of it
+        self._next: list[
+            tuple[NDArray[Any], NDArray[Any]]
+        ] = []  # the state that a step reads, and the one that it writes
         self.bound: list[Bound] = []
         tokens = (rows, bundle.slots.most_committed)
         self.is_prefill = self._bind(np.zeros(rows, np.bool_), input_name="is_prefill")
@@ -83,7 +85,7 @@ class RowState:
         return array
 
     def _bind_state(self, array: NDArray[Any], input_name: str | None, output: str) -> NDArray[Any]:
-        """Binds an array that a step reads, and another one for what the step makes of it."""
+        """Binds the array of a state that a step reads, and a second array for the state that the step writes."""
         if input_name is not None:
             self._bind(array, input_name=input_name)
         self._next.append((array, self._bind(np.zeros_like(array), output=output)))
@@ -147,7 +149,7 @@ class RowState:
     def new_rankings(self, count: int) -> dict[str, NDArray[Any]]:
         """Arrays for the most likely tokens that the next step of ``count`` rows gives, by output.
 
-        They hold nothing, and are the same as before, in a step in which no row asks for them.
+        In a step in which no row asks for them, the arrays are empty, and the same ones each time.
         """
         return self._rankings_of(count, self._ranked) if self._ranked else self._none_ranked[count]
 
@@ -168,7 +170,7 @@ class RowState:
             )
 
     def commit(self, rows: list[int] | None) -> None:
-        """Makes what a step left of these rows their state; the other rows keep theirs. All rows if None."""
+        """Makes the state that a step wrote the state of these rows; all rows if None. Other rows keep theirs."""
         for array, following in self._next:
             if rows is None:
                 np.copyto(array, following)

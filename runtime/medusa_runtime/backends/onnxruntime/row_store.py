@@ -127,7 +127,7 @@ class RowStore:
         if not any(self._lengths[row] for row in rows):
             return True
         growth = self._growth_of(rows, capacity)
-        # All slots count: memory that is new is cleared in pages, whatever is written to them.
+        # All slots count, not only those with entries: the system clears new memory in whole pages.
         before = self.moved
         self._copy_some(growth, -(-at_most * self._num_states // growth.block.capacity))
         return growth.copied == len(rows) * self._num_states and self.moved - before <= at_most // LAST_MOVE
@@ -177,7 +177,7 @@ class RowStore:
             old = self._block_of(row)
             if old is not None:
                 before = old.rows.index(row)
-                # Entries that came after the copy, and the M newest of then: they were pending and may have changed.
+                # Entries that came after the copy, and those that were pending then, which may have changed.
                 begin, end = copied, self._margin + int(self._lengths[row])
                 for new, there in zip(block.caches, old.caches, strict=True):
                     new[:, place, :, begin:end] = there[:, before, :, begin:end]

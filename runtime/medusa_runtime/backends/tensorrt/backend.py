@@ -52,7 +52,7 @@ class TensorRTBackend:
         library: The TensorRT to run it; the engine's flavor if None.
         cuda: The CUDA runtime on a device; NVIDIA's if None, on the GPU of number ``device``.
         device: The number of the GPU.
-        capture: True if steps are captured as CUDA graphs; False to measure what that brings.
+        capture: True if steps are captured as CUDA graphs; False to compare speeds without them.
         gpu_memory: Memory that may be used, in bytes, or as a fraction up to 1; rows that don't fit are left out.
 
     Raises:
@@ -290,7 +290,7 @@ class TensorRTBackend:
         return np.array([step.added.get(row, int(count[row])) if count[row] else 0 for row in range(self._rows)])
 
     def _settle(self) -> None:
-        """Discards what steps in flight emit, and takes note of what they commit."""
+        """Discards the tokens of steps in flight, and takes note of the entries that they commit."""
         while self._submitted:
             self.collect()
 
@@ -321,7 +321,7 @@ class TensorRTBackend:
     def _store_choices(
         self, size: int, prompts: Mapping[int, Sequence[int]], idle: tuple[int, ...], doing: str
     ) -> ChoiceSizes:
-        """Stores what rows sample with on the device."""
+        """Stores the inputs for sampling and constraints on the device."""
         rows = [row for row in range(self._rows) if row not in idle]
         if self._choices is None or not self._choices.draws_in(size, prompts, rows):
             return ChoiceSizes()

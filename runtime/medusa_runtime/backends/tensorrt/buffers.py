@@ -33,7 +33,7 @@ class ResultSlot:
     Attributes:
         memory: All results, side by side.
         result: The same memory as arrays, without the most likely tokens.
-        with_rankings: As ``result``, with them.
+        with_rankings: As ``result``, with the most likely tokens.
         done: Recorded behind the copy to this memory.
     """
 
@@ -118,7 +118,7 @@ class Buffers:
         self._slots: list[ResultSlot] = []
 
     def allocate(self, in_flight: int) -> list[ResultSlot]:
-        """Allocates everything. After a failure ``closing`` gives back what there was memory for.
+        """Allocates everything. After a failure ``closing`` gives back the memory that was allocated before it.
 
         Args:
             in_flight: Steps that may be in flight.
@@ -222,7 +222,7 @@ class Buffers:
             self._stream.zero_rows(first.address, first.pitch, (stop - start) * first.size, heads, doing)
 
     def upload_flags(self, num_tokens: Sequence[int], is_prefill: Sequence[bool], doing: str) -> None:
-        """Writes what each row does in the steps that follow, [B] each."""
+        """Writes the number of tokens and the kind of work of each row in the steps that follow, [B] each."""
         self._stream.synchronize(doing)  # until then the device may still read what is written next
         self.num_tokens[:], self.is_prefill[:] = num_tokens, is_prefill
         self._stream.upload(self.address["num_tokens"], self.num_tokens, doing)

@@ -50,12 +50,12 @@ class DeviceChoices:
     def __init__(self, bundle: Bundle, rows: int, buffers: Buffers, stream: Stream) -> None:
         self._buffers, self._stream = buffers, stream
         self._sampling = SamplingRows.of(bundle, rows, rounds_up=True)
-        self._changed = True  # since the values of rows were stored on the device
+        self._changed = True  # True if rows have changed since their values were stored on the device
         self._stored: Mapping[str, NDArray[Any]] | None = None  # the constraints on the device
         self._staged: dict[str, NDArray[np.uint8]] = {}  # the memory that they are copied from
         # The device copies from page-locked memory by itself.
         self._exponentials = buffers.pin(buffers.shape(buffers.specs["exponentials"]), np.float32)
-        self._has_places = False  # once they are on the device, where they stay the same
+        self._has_places = False  # True once the places are on the device, where they stay the same
         for name, array in self._sampling.inputs.items():
             self._sampling.inputs[name] = buffers.pin(array.shape, array.dtype)
             self._sampling.inputs[name][:] = array

@@ -176,7 +176,7 @@ class Cuda:
         return array
 
     def unpin(self, array: NDArray[Any]) -> None:
-        """Gives the memory of an array back that ``pinned`` made."""
+        """Gives back the memory of an array that ``pinned`` made."""
         self.call("freeing pinned memory", "cudaFreeHost", array.ctypes.data)
 
 

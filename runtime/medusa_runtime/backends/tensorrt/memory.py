@@ -1,4 +1,4 @@
-"""The memory that a compiled engine takes on a GPU, computed from its description, before anything is taken."""
+"""The memory that a compiled engine takes on a GPU, computed from its description before any is allocated."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class DeviceMemory:
             total: Bytes of the GPU's memory, for the same.
 
         Raises:
-            OutOfDeviceMemoryError: Not even one row fits. The message says what would.
+            OutOfDeviceMemoryError: Not even one row fits. The message says how to make a smaller engine.
         """
         rows = min(most, (budget - self.weights - self.scratch) // self.row)
         if rows < 1:

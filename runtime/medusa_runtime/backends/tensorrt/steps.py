@@ -66,7 +66,7 @@ class EngineSteps:
     ) -> None:
         self._loaded, self._buffers, self._stream, self._bundle = loaded, buffers, stream, bundle
         self._rows, self._capacity, self._captures = rows, capacity, capture
-        # By size, and what tokens are chosen with; the one that was used last is the last one.
+        # By tree size and sizes of the inputs for sampling, in the order of their last use.
         self._decoders: dict[tuple[int, ChoiceSizes], _Decoder] = {}
         self._capturing = False
         self._prefiller: Any = None

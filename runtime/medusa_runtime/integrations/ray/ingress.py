@@ -20,7 +20,7 @@ from medusa_runtime.server.settings import Settings
 from medusa_runtime.server.streaming import DONE, event
 
 _SENT = ("type", "asgi", "http_version", "method", "scheme", "path", "query_string", "headers", "client", "server")
-# Endpoints whose answer tells of one replica.
+# Endpoints whose answer describes one replica.
 _OF_ONE = ("/metrics", "/status")
 
 

@@ -31,7 +31,7 @@ class TritonPythonModel:
         """Loads the bundle.
 
         Args:
-            args: What Triton says of the model. The parameters of its configuration are fields of ``Settings``;
+            args: Triton's facts about the model. The parameters of its configuration are fields of ``Settings``;
                 ``bundle`` is relative to the folder of the model's version.
 
         Raises:

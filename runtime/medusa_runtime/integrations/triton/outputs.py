@@ -40,7 +40,7 @@ class Answered:
     finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
-        """Adds what a step brought."""
+        """Adds the tokens and the text of a step."""
         self.text += delta.content
         self.token_ids += tuple(delta.token_ids)
         self.logprobs += tuple(delta.logprobs or ())
@@ -49,14 +49,14 @@ class Answered:
         self.finish_reason = delta.finish_reason
 
     def clear(self) -> None:
-        """Forgets what a response holds now."""
+        """Forgets tokens and text once a response holds them."""
         self.text, self.token_ids, self.logprobs, self.top_logprobs = "", (), (), ()
 
 
 def response_of(
     answers: Sequence[Answered], returned: frozenset[str], prompt_tokens: int, tokenizer: Tokenizer | None
 ) -> Any:
-    """The response that holds what answers got since the last one.
+    """The response with the tokens and texts that answers got since the last response.
 
     Args:
         answers: The answers of the request.

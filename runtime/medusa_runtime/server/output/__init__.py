@@ -1,1 +1,1 @@
-"""Parsers of the model's text: reasoning and tool calls are told apart from the content, also while text streams."""
+"""Parsers of the model's text: they separate reasoning and tool calls from the content, also while text streams."""

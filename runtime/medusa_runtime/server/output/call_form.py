@@ -13,7 +13,7 @@ from medusa_runtime.server.output.parts import Arguments, Call, Part
 
 # Calls in one answer. A small model may repeat a call without end.
 _MOST_CALLS = 8
-# Keys of a schema that may speak of properties that it does not name.
+# Keys of a JSON schema that may allow properties that the schema does not name.
 _FURTHER = frozenset(
     [
         "additionalProperties",

@@ -16,7 +16,7 @@ CALLS = CallForm(opening=OPEN, begin="", middle=ARGUMENTS, between=OPEN, quotes=
 
 
 class MistralParser:
-    """Finds tool calls behind the mark, up to the next mark or the end. What is no call is content."""
+    """Finds tool calls behind the mark, up to the next mark or the end. Other text is content."""
 
     def __init__(self) -> None:
         self._text = Text()

@@ -16,7 +16,7 @@ def is_open(prompt: str) -> bool:
 
 
 class ReasoningParser:
-    """Tells reasoning at the start of a text apart, and leaves the rest to another parser.
+    """Separates reasoning at the start of a text, and leaves the rest to another parser.
 
     Line breaks beside the marks belong to neither part.
 
