@@ -1,4 +1,4 @@
-"""Measures decoding speed with a bundle: the whole way in one call.
+"""Measures decoding speed with a bundle: ``medusa_export.bench``.
 
 Everything runs in turns, on the same prompts, against plain decoding in the same engine.
 """

@@ -88,7 +88,7 @@ class Contestants:
             name: Its name.
             load: Loads it.
             weights: How it stores its weights.
-            since: Memory of the process before a part of it was loaded, in bytes; that of now if None.
+            since: Memory of the process before a part of the contestant was loaded, in bytes; None for the present one.
         """
         before = resident() if since is None else since
         contestant = load()

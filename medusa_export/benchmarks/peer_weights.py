@@ -29,8 +29,8 @@ class StoredWeights:
 
     Attributes:
         kind: The storage, such as ``fp32``, ``int4, blocks of 32`` or ``Q4_1``.
-        same: They are the numbers of the bundle. Peers with unquantized weights share those of an unquantized bundle of
-            the same dtype. All others have their own: rounded by themselves, or in a format of their own.
+        same: True if the numbers are those of the bundle. Peers with unquantized weights share the numbers of an
+            unquantized bundle of the same dtype. All others have numbers of their own, which they round themselves.
     """
 
     kind: str

@@ -39,17 +39,27 @@ if TYPE_CHECKING:
 @click.option("--threads", type=COUNT, help="CPU threads of each contestant. [default: all]")
 @click.option("--plain", type=PATH, help="Also measure this bundle of the model without heads.")
 @click.option("--model", help="Also measure transformers' generate with this model.")
-@click.option("--genai", type=PATH, multiple=True, help="Also measure onnxruntime-genai with this folder. Repeatable.")
-@click.option("--llama-cpp", type=PATH, multiple=True, help="Also measure llama.cpp with this GGUF file. Repeatable.")
+@click.option(
+    "--genai",
+    type=PATH,
+    multiple=True,
+    help="Also measure onnxruntime-genai with this model's folder. May be given more than once.",
+)
+@click.option(
+    "--llama-cpp",
+    type=PATH,
+    multiple=True,
+    help="Also measure llama.cpp with this GGUF file. May be given more than once.",
+)
 @click.option("--json", "json_path", type=PATH, help="Write a JSON report to this file.")
 @click.option("--markdown", type=PATH, help="Write tables to this file.")
 @click.option("--plot", type=PATH, help="Write a plot of speed against tree size to this PNG.")
-@click.option("--compare", type=PATH, help="Fail if the bench is behind this earlier report.")
+@click.option("--compare", type=PATH, help="Fail if a ratio is worse than in this earlier JSON report.")
 @option_with_default(
     "--tolerance",
     kind=click.FloatRange(0),
     default=defaults.BENCH_TOLERANCE,
-    text="Share by which a ratio may be behind --compare.",
+    text="Share by which a ratio may be worse than in --compare.",
 )
 @quiet_option
 def command(
@@ -72,7 +82,7 @@ def command(
 ) -> None:
     """Measure BUNDLE: tokens per second, tokens per step, and the cost of a step.
 
-    Everything runs in turns, against plain decoding (tree size 1) in the same engine.
+    All contestants answer in turns, and are compared with plain decoding (tree size 1) in the same engine.
     """
     with shown_progress(quiet=quiet) as on_progress:
         from medusa_export import BenchPeers, bench, bench_prompts

@@ -53,7 +53,9 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
     metavar="ID",
     help="End at this token, too. May be given more than once.",
 )
-@click.option("--temperature", type=float, help="Sample at this temperature. Without sampling options it is greedy.")
+@click.option(
+    "--temperature", type=float, help="Sample at this temperature. Without sampling options, decode greedily."
+)
 @click.option("--top-k", type=int, help="Sample from this number of the most likely tokens.")
 @click.option("--top-p", type=float, help="Sample from the most likely tokens that have this probability together.")
 @click.option("--min-p", type=float, help="Sample from tokens with at least this share of the best one's probability.")
@@ -69,7 +71,7 @@ def _tree_size(_: click.Context, __: click.Parameter, value: str) -> int | str:
 @click.option(
     "--lookup/--no-lookup", default=True, show_default=True, help="Also propose tokens by lookup in the text."
 )
-@click.option("--backend", default="auto", show_default=True, help="The backend that runs the bundle.")
+@click.option("--backend", default="auto", show_default=True, help="The backend that runs BUNDLE.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result and its statistics as JSON instead.")
 def command(

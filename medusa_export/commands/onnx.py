@@ -35,7 +35,9 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 @click.command("onnx", cls=Command)
 @click.argument("model")
 @click.option("--heads", metavar="PATH", help="Trained heads: a file, a folder or a hub id, in any published format.")
-@click.option("--init-heads", type=click.IntRange(1, 16), metavar="K", help="Attach K fresh, untrained heads.")
+@click.option(
+    "--init-heads", type=click.IntRange(1, 16), metavar="K", help="Attach K untrained heads, to try the pipeline."
+)
 @click.option("--no-heads", is_flag=True, help="Decode plainly, with a tree of one node.")
 @click.option(
     "--tree",
@@ -72,22 +74,23 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 @click.option(
     "--weights",
     type=click.Choice(WEIGHT_TYPES),
-    help="Store matrices as integers with a scale per block and embeddings as int8; in fp16 or bf16, cast to fp32 when "
-    "the bundle is loaded; or as fp8 (e4m3) with a scale per row, for engines. [default: the type of --dtype]",
+    help="Storage type of the matrices. int8, int4: integers with a scale per block, and embeddings as int8. fp16, "
+    "bf16: cast to fp32 when the bundle is loaded. fp8: e4m3 with a scale per row, for engines. "
+    "[default: the type of --dtype]",
 )
 @click.option(
     "--lm-head-weights",
     type=_OWN_TYPE,
-    help="The same for the output projection. With int4 it is rounded even if the file holds it in 8 bits; with "
-    "--weights int4 alone it then stays in 8 bits. [default: as --weights]",
+    help="Storage type of the output projection; dtype is the type of --dtype. int4 also rounds a projection that the "
+    "file holds in 8 bits, which --weights int4 alone keeps. [default: as --weights]",
 )
 @click.option(
-    "--head-weights", type=_OWN_TYPE, help="The same for the projections of the heads. [default: as --weights]"
+    "--head-weights", type=_OWN_TYPE, help="Storage type of the projections of the heads. [default: as --weights]"
 )
 @click.option(
     "--embedding-weights",
     type=click.Choice((_UNCHANGED, "int8", *DTYPES)),
-    help="The same for the input embeddings. [default: int8 with --weights int8 or int4; --dtype with fp8]",
+    help="Storage type of the input embeddings. [default: int8 with --weights int8 or int4; dtype with fp8]",
 )
 @option_with_default(
     "--block-size",
@@ -103,9 +106,9 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
-    help="Store no block with a zero point or offset, or give each rounded block of int4 a zero point. Zero points are "
-    "more exact, and slower. With --symmetric, blocks of a file that have zero points or minima are rounded again. "
-    "[default: keep the blocks of the file, and round others to symmetric ones]",
+    help="--asymmetric gives each rounded block of int4 a zero point, which is more exact, and slower. --symmetric "
+    "stores no zero points and offsets: blocks of a file that have some are rounded again. [default: keep the blocks "
+    "of a file as they are, and round all others without zero points]",
 )
 @click.option(
     "--kv-cache",

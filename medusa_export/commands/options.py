@@ -82,7 +82,7 @@ def dtype_option(owner: str) -> Decorator:
     """The option ``--dtype`` of a command that runs a model.
 
     Args:
-        owner: Whose weights have this type.
+        owner: The owner of the weights, in the genitive, such as ``the model's``.
     """
     text = f"Type of {owner} weights. [default: bf16 on a GPU, else fp32]"
     return click.option("--dtype", type=click.Choice(DTYPES), help=text)

@@ -22,7 +22,7 @@ from medusa_export.common import defaults
 @click.command("triton", cls=Command)
 @click.argument("bundle", type=PATH)
 @output_option("The model repository. It may hold other models.")
-@click.option("--name", help="Name of the model. [default: that of the bundle's folder]")
+@click.option("--name", help="Name of the model. [default: the name of BUNDLE's folder]")
 @option_with_default("--rows", kind=COUNT, default=defaults.SERVICE_ROWS, text="Requests that run at a time.")
 @click.option("--copy", is_flag=True, help="Copy the bundle into the repository, instead of linking to it.")
 @overwrite_option("a model of this name")

@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--backend",
-    help="Check this backend instead: tensorrt or tensorrt-rtx if BUNDLE is a compiled engine, or onnxruntime-cuda.",
+    help="Check this backend instead of ONNX Runtime on the CPU: onnxruntime-cuda, or tensorrt or tensorrt-rtx if "
+    "BUNDLE is a compiled engine.",
 )
 @click.option(
     "--offload",

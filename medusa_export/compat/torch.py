@@ -5,17 +5,17 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
 * ``tree_flatten``, ``tree_unflatten``: the arguments of a decoder layer as a flat list, and back. Without them, layers
   that pass tensors in tuples or dictionaries could not share a trace.
 * ``FakeTensorMode``: runs a model on shapes alone. Without it, reading the shape of a cache would run a step.
-* ``quiet_tracing``: torch.onnx prints progress, and the three libraries log remarks on each weight. Without it all that
-  is on the terminal.
+* ``quiet_tracing``: torch.onnx prints progress, and the three libraries log remarks on each weight. Without it they
+  appear on the terminal.
 * ``export_program``: torch keeps the shapes of each operation that it traced, to find them again for equal inputs. With
   free dimensions, to find a shape again costs more than to compute it. It also keeps a stack trace of each operation,
   which nothing reads. Without it, an export takes a tenth longer, and one that is traced a second time a third.
 * ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
-  Ours has a few of them, and each is another name of one that has, or its form in place. The second trace also writes
-  ``flatten`` and ``unflatten`` as views, which is done here. torch.onnx traces the program once more, to write casts
-  out where torch casts by itself. Casts change no shape and no type of a result, so those that are known hold. It also
-  reads the signatures of all its translations each time; here they are read once. Without it, an export of a small
-  model takes twice as long.
+  A step has a few of them. Each is a second name, or the in-place form, of an operation that has a translation, so it
+  is renamed here. The second trace also writes ``flatten`` and ``unflatten`` as views, which is done here. torch.onnx
+  traces the program a third time, to write casts out where torch casts by itself. These casts change no shape and no
+  type of a result, so the results of the first trace are kept. torch.onnx also reads the signatures of all its
+  translations for each export; here they are read once. Without it, an export of a small model takes twice as long.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 __all__ = ["FakeTensorMode", "export_program", "quiet_tracing", "tracing_once", "tree_flatten", "tree_unflatten"]
 
 aten = torch.ops.aten
-_OTHER_NAMES: dict[Any, Any] = {  # operations, and the names under which torch.onnx translates them
+_OTHER_NAMES: dict[Any, Any] = {  # operations without a translation, and those with one that do the same
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.detach_.default: aten.detach.default,  # it changes no value
@@ -50,13 +50,13 @@ _OTHER_NAMES: dict[Any, Any] = {  # operations, and the names under which torch.
     aten.to.dtype_layout: aten._to_copy.default,
     aten.to.device: aten._to_copy.default,
 }
-_ARITHMETIC: dict[Any, Any] = {  # operations that change their first argument, and those that give a new tensor
+_ARITHMETIC: dict[Any, Any] = {  # operations in place, and those that return a new tensor
     aten.add_.Tensor: aten.add.Tensor,
     aten.div_.Tensor: aten.div.Tensor,
     aten.mul_.Tensor: aten.mul.Tensor,
     aten.sub_.Tensor: aten.sub.Tensor,
 }
-_IN_PLACE: dict[Any, Any] = {  # with those that give a tensor of the type of their first argument
+_IN_PLACE: dict[Any, Any] = {  # the same, with operations whose result always has the type of the first argument
     **_ARITHMETIC,
     aten.clamp_.default: aten.clamp.default,
     aten.scatter_.src: aten.scatter.src,
@@ -154,7 +154,7 @@ _signature = functools.cache(_schemas.op_signature_from_function)
 
 
 def _promote(promoter: Any, node: torch.fx.Node) -> Any:
-    """Writes out the casts of an operation's arguments. Returns its result as tracing found it, where it did."""
+    """Writes out the casts of an operation's arguments. Returns the result that tracing recorded, if there is one."""
     with promoter._set_current_node(node):
         rule = type_promotion.get_type_promotion_rule(node, promoter.type_promotion_table)
         if rule is not None:

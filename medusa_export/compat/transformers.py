@@ -5,8 +5,8 @@ Tried with transformers 5.24.0.
 * ``quiet_libraries``: transformers shows a progress bar for the tensors of a GGUF file whatever its settings say. It
   and the hub's library report and warn of much that a user can do nothing about. Without it all that is on the
   terminal.
-* ``has_causal_lm``, ``calls_attention_interface``, ``has_state``: the public interface doesn't tell. Without them, a
-  model that can't be exported fails later and with a worse message, or is exported wrongly.
+* ``has_causal_lm``, ``calls_attention_interface``, ``has_state``: the public interface lacks these facts. Without them,
+  a model that can't be exported fails later and with a worse message, or is exported wrongly.
 * ``is_larger``, ``model_class``: ``AutoModelForCausalLM`` takes no weights in memory without a path, and lacks
   a class for most models of images and text. Without them, a weight format would have to write its weights to a folder
   first.

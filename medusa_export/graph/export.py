@@ -64,7 +64,7 @@ def build_graph(
         step: The step, in eval mode.
         on_progress: Receives reports.
         weights: The weights; those in the step's memory if None.
-        types: How the graph stores them; in their dtype if None.
+        types: The storage types of the weights; their own dtypes if None.
         activations: Ranges of the inputs of products, which round their inputs to 8 bits then.
 
     Raises:

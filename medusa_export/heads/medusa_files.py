@@ -237,7 +237,7 @@ def _check_layout(heads: MedusaHeads, layout: str) -> None:
 
 
 def _named_projections(heads: MedusaHeads, lm_head: nn.Linear | None, layout: str) -> Iterator[tuple[str, Tensor]]:
-    """The projections to write: none if the base model's does, one for all heads, or one per head."""
+    """The projections to write: none if it is the base model's, one for all heads, or one per head."""
     common = heads.common_projection
     known = common is not None and _is_lm_head(common, heads.token_map, lm_head)
     if layout == "v2" and not known:

@@ -17,7 +17,8 @@ from medusa_export.common.files import write_bytes
 
 _FORMAT = "medusa-export activations 1"
 _MAXIMA, _ERROR = ".maxima", ".error"
-# How far columns of unlike ranges are made alike before they are rounded. The weights take over what the columns lose.
+# The exponent of the factors that make the ranges of columns alike before they are rounded: 0 leaves the ranges as they
+# are, 1 makes them equal. The weights are multiplied by the factors.
 _EVENNESS = 0.65
 _SMALLEST = 1e-5
 # Values of 8 bits on each side of zero.
@@ -104,6 +105,6 @@ class ActivationRanges:
         for name in [name.removesuffix(_MAXIMA) for name in tensors if name.endswith(_MAXIMA)]:
             maxima, lost = tensors[name + _MAXIMA], tensors.get(name + _ERROR)
             if maxima.ndim != 1 or not maxima.isfinite().all() or (maxima < 0).any() or lost is None:
-                raise CheckpointError(f"{source} is damaged: the range of {name} is not one. Measure again.")
+                raise CheckpointError(f"{source} is damaged: the range of {name} can't be used. Measure again.")
             inputs[name] = InputRange(maxima, float(lost[0]))
         return cls(inputs, facts.get("model", ""), int(facts.get("tokens", "0")))

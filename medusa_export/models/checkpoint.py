@@ -77,9 +77,10 @@ class LoadedModel:
         mismatched: Weights of other shapes in the files: name, shape in the files, shape in the model.
         readers: Functions that read the weights that are still in the files, by the weights' names in the model. In
             the model these weights are placeholders, which have a shape and a dtype, but no values.
-        blocks: Those of these weights that blocks of integers hold exactly, by the same names. A matrix in a stack has
-            the stack's name, a point, and its place.
-        packed: How those of these weights are stored that are dequantized when they are read, by the same names.
+        blocks: The weights among these that blocks of integers hold exactly, by the same names. The name of a matrix
+            in a stack is the stack's name, a point, and the matrix's place.
+        packed: The storage, in words, of the weights among these that are dequantized when they are read, by the same
+            names.
     """
 
     model: PreTrainedModel
@@ -134,7 +135,7 @@ class Checkpoint(abc.ABC):
 
         Args:
             config: The configuration.
-            precision: How the model computes.
+            precision: The type of the weights, and the attention.
         """
         with weights_left_in_files() as left:
             loaded = self.load(config, precision)

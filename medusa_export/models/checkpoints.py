@@ -107,7 +107,7 @@ def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer that transformers has in Python only: it can't be written as a ``tokenizer.json``.
 
     Raises:
-        CheckpointError: The tokenizer is such a one.
+        CheckpointError: The tokenizer has no fast version.
     """
     if not tokenizer.is_fast:
         raise CheckpointError(

@@ -70,7 +70,7 @@ class _OpenTensor:
         """The tensor's dtype.
 
         Raises:
-            CheckpointError: The file has a type that PyTorch has not.
+            CheckpointError: PyTorch lacks the type of the stored values.
         """
         if self._type not in _DTYPES:
             raise CheckpointError(f"The tensor {self._name} is stored as {self._type}, which can't be read.")

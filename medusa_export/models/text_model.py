@@ -217,7 +217,7 @@ def _behind_projection(
         The cap, or None; and the number that logits are divided by.
 
     Raises:
-        ModelNotSupportedError: It does something else.
+        ModelNotSupportedError: The larger model changes logits in another way.
     """
     size, vocab = decoder.config.hidden_size, int(projection.weight.shape[0])  # type: ignore[index]
     logits = torch.linspace(-50.0, 50.0, vocab).view(1, 1, vocab)

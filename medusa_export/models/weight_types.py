@@ -1,4 +1,4 @@
-"""The storage types of a bundle's weights, as an export is asked for them."""
+"""The storage types of a bundle's weights, as a caller asks an export for them."""
 
 from __future__ import annotations
 

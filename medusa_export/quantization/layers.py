@@ -19,7 +19,7 @@ from medusa_export.training.conversations import Sample
 
 @dataclass(frozen=True)
 class LinearInputs:
-    """A linear layer, and what its inputs are like.
+    """A linear layer, and the second moments of its inputs.
 
     Attributes:
         name: The module's name in the model.

@@ -1,4 +1,4 @@
-"""Quantizes a model with GPTQ: the whole way in one call."""
+"""Quantizes a model with GPTQ: ``medusa_export.quantize``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Products with integers round their inputs in blocks of columns. One large column takes the precision of its whole block.
 A linear layer computes the same if a column of its input is divided by a number, and the column of its weight is
-multiplied by it. The division costs nothing in what makes the input:
+multiplied by it. The division costs nothing where it changes the weights that make the input:
 
 * a norm: its weights are divided;
 * ``up_proj`` before ``down_proj``, and ``v_proj`` before ``o_proj``: the rows of the first weight are divided.

@@ -1,9 +1,9 @@
 """Constraints inside a step: biases, bans, penalties on the text so far, and the tokens that a grammar allows.
 
 The host lists for each row the tokens whose logits may change, the *edited* tokens: those with a bias, and with
-penalties those of the text and of the drafted tree. What a penalty does to a token depends on how often it occurred.
-The host counts the text up to the root. The step adds what occurs between the root and each node. So every node has the
-logits that plain decoding would have after the same tokens.
+penalties those of the text and of the drafted tree. The effect of a penalty on a token depends on how often the token
+occurred. The host counts the text up to the root. The step adds the tokens between the root and each node. So every
+node has the logits that plain decoding would have after the same tokens.
 
 A step in which no token is drawn has no nodes to constrain, so nothing here computes anything then.
 """
@@ -24,7 +24,7 @@ class ConstraintInputs:
 
     Attributes:
         edit_tokens: [B, 1, P], the edited tokens. A row that has fewer repeats one of its own.
-        edit_bias: [B, 1, P], what is added to the logit of each of them.
+        edit_bias: [B, 1, P], the number that is added to the logit of each of them.
         edit_count: [B, 1, P], the number of times that each is in the answer.
         edit_seen: [B, 1, P], 1 for each that is in the prompt or in the answer, and 0 for others.
         repetition_penalty: [B, 1, 1], logits of tokens in the text are divided by it, or multiplied if negative.

@@ -21,9 +21,9 @@ _LARGEST = 127
 def rounded(entries: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds entries to 8-bit integers.
 
-    An entry with a number that is not finite gets such a scale. ONNX Runtime's ``ReduceMax`` skips NaN, so the mean is
-    looked at, too. It is never above the maximum, except in the last bit. An entry of zeros has a scale of 0, and
-    integers that mean nothing.
+    An entry that holds NaN or infinity gets a scale that is not finite. ONNX Runtime's ``ReduceMax`` skips NaN, so the
+    scale is computed from the mean, too. The mean exceeds the maximum in the last bit at most. An entry of zeros has a
+    scale of 0, and its integers are undefined.
 
     Args:
         entries: [B, N, S, d].

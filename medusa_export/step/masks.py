@@ -17,7 +17,7 @@ class MaskKind:
 
     Attributes:
         window: Tokens that a token attends to, itself included; None for all.
-        chunk: Size of the chunks of a text, in tokens, beyond which no token looks; None for no such chunks.
+        chunk: Size of the chunks of a text, in tokens. A token attends to its own chunk only. None without chunks.
         bias: The biases of the scores; None without them.
         dtype: Type of the biases.
     """

@@ -1,7 +1,7 @@
 """Greedy decoding in PyTorch whose state stays on the device: a step of each tree size is one CUDA graph.
 
-``EagerBackend`` is the reference, and copies state between host and device in each step. This is what a GPU is
-measured with: a step is one launch, and the host reads nothing but the emitted tokens.
+``EagerBackend``, the reference, copies state between host and device in each step. Speed on a GPU is measured with this
+module instead: a step is one launch, and the host reads nothing but the emitted tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ReplayedSteps:
                 for spec in pending_specs(step.states, str(step.model.dtype).removeprefix("torch."))
             ]
             self._emitted = torch.zeros(1, step.tree.max_depth + 2, dtype=torch.int64)
-        # What the host reads. The copy to it lets the host go on only if the memory is pinned.
+        # The tokens that the host reads. The host need not wait for the copy to them if the memory is pinned.
         self._read = torch.zeros(self._emitted.shape, dtype=torch.int64, pin_memory=self._pinned)
 
     @torch.no_grad()
@@ -106,13 +106,13 @@ class ReplayedSteps:
                 for tensor, before in zip(state, kept, strict=True):
                     tensor.copy_(before)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()  # all share memory for what lasts no longer than a step
+        graph = torch.cuda.CUDAGraph()  # all graphs share the memory of values that last one step
         with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool):
             self._advance(self._drafts[:, :size], prefill=False)
         return graph
 
     def _advance(self, ids: Tensor, *, prefill: bool) -> None:
-        """Runs a step, and copies what the next one reads to where it reads it."""
+        """Runs a step, and copies its state to the inputs of the next step."""
         with self.device:
             output = self._step(
                 StepInputs(

@@ -41,7 +41,7 @@ class SamplingInputs:
         min_p: [B]; 0 is off.
         typical_epsilon: [B], the ε of typical acceptance; 0 is exact acceptance.
         typical_alpha: [B], the alpha of typical acceptance.
-        constraints: What changes or forbids the logits of tokens.
+        constraints: The inputs for biases, penalties and forbidden tokens.
     """
 
     exponentials: Tensor

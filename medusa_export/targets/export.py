@@ -1,4 +1,4 @@
-"""Exports a model with heads to a bundle: the whole way in one call."""
+"""Exports a model with heads to a bundle: ``medusa_export.export``."""
 
 from __future__ import annotations
 

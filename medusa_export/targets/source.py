@@ -33,9 +33,9 @@ class Source:
         tokenizer: Its tokenizer; None for a bundle without one.
         path: The folder, file or hub id that it was read from; None for a loaded model.
         name: The model's name.
-        readers: Functions that read the weights that are placeholders in the model.
-        blocks: Those of these weights that the files hold in blocks of integers.
-        packed: How the files store those of these weights that are dequantized when they are read.
+        readers: Functions that read the weights that are placeholders in the model, by the weights' names.
+        blocks: The weights among these that the files hold in blocks of integers, by name.
+        packed: The storage, in words, of the weights among these that are dequantized when they are read, by name.
     """
 
     model: PreTrainedModel

@@ -106,7 +106,7 @@ def _run(
     what: str,
     on_progress: OnProgress,
 ) -> None:
-    """Runs a model over texts, and shows the inputs [N, K] of each linear layer, in fp32."""
+    """Runs a model over texts, and passes the inputs [N, K] of each linear layer to ``see``, in fp32."""
     with _shown(model, see):
         for number, text in enumerate(texts):
             on_progress(Progress(what, number, len(texts)))

@@ -186,7 +186,7 @@ def _asked(options: TrainOptions, shape: HeadShape | None, *, dtype: str) -> dic
 def _run(
     job: TrainingJob, heads: DraftHeads, options: TrainOptions, *, fresh: bool, on_progress: OnProgress
 ) -> dict[str, History]:
-    """Runs the stages of a recipe, and returns what each logged."""
+    """Runs the stages of a recipe, and returns the log of each."""
     histories: dict[str, History] = {}
     bf16 = bool(options.bf16)
     if options.recipe == "medusa1" or fresh:

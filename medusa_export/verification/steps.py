@@ -61,9 +61,9 @@ class StepChecks:
         compiled: The backend to check; ``run`` closes it.
         extra: Names of inner values that it returns by ``extra_output``.
         tolerances: Differences that pass.
-        rounds: The backend rounds inputs of products, or entries of caches, to 8 bits. Then many near ties fall
-            otherwise than in the reference: other drafts are counted, and a scenario may end before all lengths of
-            paths were accepted.
+        rounds: The backend rounds inputs of products, or entries of caches, to 8 bits. Then many near ties have another
+            winner than in the reference. So differing drafts are only counted, and a scenario may end before all
+            lengths of paths were accepted.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class StepChecks:
         self._logits = {value: _Logits(f"{name}: {value.replace('_', ' ')}", tolerances) for value in extra}
         self._integers = Check(f"{name}: integers of a step")
         self._accepted: Counter[int] = Counter()
-        self._turns: Counter[int] = Counter()  # scenarios' steps by the depth that their draft is right down to
+        self._turns: Counter[int] = Counter()  # steps of scenarios, by the depth down to which their draft is right
 
     def run(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> list[Check]:
         """Runs all scenarios, groups of prompts by tree size and chunk size, and returns the checks."""

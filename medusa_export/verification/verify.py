@@ -1,4 +1,4 @@
-"""Checks a bundle, or a backend that runs it, against PyTorch: the whole way in one call."""
+"""Checks a bundle, or a backend that runs it, against PyTorch: ``medusa_export.verify``."""
 
 from __future__ import annotations
 

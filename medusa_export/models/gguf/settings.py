@@ -248,6 +248,6 @@ def _apply_end_tokens(config: Any, metadata: Metadata) -> None:
     named = [metadata.values.get(key) for key in _END_TOKENS]
     if named[0] is None and metadata.values.get("tokenizer.ggml.model") == "llama":
         named[0] = 2  # llama.cpp's for a vocabulary of SentencePiece
-    # Some files say "none" by an id that there isn't.
+    # Some files say that there is no such token by an id outside the vocabulary.
     found = list(dict.fromkeys(token for token in named if token is not None and 0 <= token < config.vocab_size))
     config.eos_token_id = found[0] if len(found) == 1 else found or None

@@ -1,7 +1,8 @@
-"""Adapters for models that compute by themselves what only a step knows. They hold while a model runs in a step.
+"""Adapters: functions that replace parts of a model's code while it runs in a step.
 
-An adapter looks at one module of a model, and says which of its attributes, or of its code's, are replaced. There is a
-file for each subject: ``attention``, ``latent``, ``experts``, ``rotary`` and ``activations``.
+They are for models that compute by themselves values that only a step knows, such as positions and masks. An adapter
+takes one module of a model, and yields the attributes of it, or of its Python module, to replace. There is a file for
+each subject: ``attention``, ``latent``, ``experts``, ``rotary`` and ``activations``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ def activation_adapter(module: nn.Module) -> Iterator[Replacement]:
 
 
 def _largest(mlp: Any, inputs: Tensor) -> Tensor:
-    """``Gemma3nTextMLP._gaussian_topk``: sets all but the largest activations to zero, as if they were normal."""
+    """``Gemma3nTextMLP._gaussian_topk``: sets all but the largest activations to zero.
+
+    The limit is a quantile of the normal distribution that has their mean and deviation.
+    """
     deviations = NormalDist().inv_cdf(mlp.activation_sparsity)
     cutoff = inputs.mean(-1, keepdim=True) + inputs.std(-1, keepdim=True, unbiased=False) * deviations
     return torch.relu(inputs - cutoff)

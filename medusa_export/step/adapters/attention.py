@@ -78,7 +78,7 @@ def _falcon(
 
 
 def _attn(attention: Any, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None = None) -> tuple[Tensor, None]:
-    """``_attn`` of GPT-J, GPT-Neo and CodeGen. Scores of GPT-Neo have no factor, and its local layers a window."""
+    """``_attn`` of GPT-J, GPT-Neo and CodeGen. GPT-Neo does not scale scores, and its local layers have a window."""
     scale = 1.0 / getattr(attention, "scale_attn", 1.0)
     window = attention.config.window_size if getattr(attention, "attention_type", None) == "local" else None
     output = attention_forward(attention, query, key, value, None, scale, window)[0]

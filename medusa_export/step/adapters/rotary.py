@@ -30,7 +30,7 @@ _COMPLEX = {"Llama4TextRotaryEmbedding": 2, "DeepseekV2RotaryEmbedding": 1}
 
 
 def rotary_adapter(module: nn.Module) -> Iterator[Replacement]:
-    """Replaces what a rotary embedding, or an attention layer, computes from positions in a way of its own."""
+    """Replaces the code of rotary embeddings and attention layers that computes from positions in its own way."""
     part: Any = module
     axis = _COMPLEX.get(type(module).__name__)
     if axis is not None:

@@ -21,7 +21,7 @@ class FuseBlockWeights(Rewrite):
 
     1. x Wᵀ becomes ``MatMulNBits``, where a ``DequantizeLinear`` with blocks along its columns computes W.
 
-    It reads the same bytes of the file of weights: what is [N, K] integers there is [N, K / block_size, bytes] here.
+    It reads the same bytes of the file of weights. There they are integers [N, K], here bytes [N, K / block_size, …].
     Zero points in the middle of the range are left out, because the operator assumes them.
 
     Precondition: Matrices are those of ``QuantizeWeights``, in the file of weights.

@@ -22,7 +22,7 @@ def write_new_entries_only(cache: ir.Value, margin: int, slots: ir.Value) -> Non
     """Makes the ``TensorScatter`` of a cache write new entries only. Layers may share a cache: it is done once.
 
     Args:
-        cache: The cache that it gives.
+        cache: The updated cache, the output of the ``TensorScatter``.
         margin: M. Without a margin there are no pending entries.
         slots: [B], where the new entries begin.
     """

@@ -15,7 +15,7 @@ class SpellOutFloat8Weights(Rewrite):
 
     1. ``DequantizeLinear`` of such numbers with a scale per row becomes a ``Cast`` and a ``Mul``.
 
-    ONNX Runtime computes these once, while it loads the graph. A ``DequantizeLinear`` it would compute in each step.
+    ONNX Runtime computes these once, while it loads the graph. It would compute a ``DequantizeLinear`` in each step.
 
     Precondition: Matrices are those of ``StoreFloat8Weights``.
     """

@@ -30,7 +30,7 @@ _LONGEST_SUM = 256
 _FACTOR = 2.0
 # The least exponent of a weight. Lower ones give numbers below 1e-38, which take a processor ten times as long.
 _LEAST_EXPONENT = -80.0
-# Equal columns of the denominators. Of a single one, sums over panels would be in another order.
+# Equal columns of the denominators. With a single column, sums over panels would be in another order.
 _COLUMNS = 16
 # [B, 1, S, P, panel] to [B, 1, P, S, panel].
 _BY_PANELS = (0, 1, 3, 2, 4)
@@ -41,7 +41,7 @@ class MakeAttentionRowExact(Rewrite):
 
     It is for bundles with weights in integers, and for those with caches of integers. Products with such weights round
     activations to 8 bits, and such caches round entries. So a difference in the last bit of an attention would become
-    one of a 256th.
+    a difference of 1 / 256.
 
     1. ``Attention`` becomes two ``FusedMatMul``, a softmax of plain operators, and sums over panels of ``PANEL`` slots.
        A panel is summed in the order of its slots, and panels in their order. Weights below exp(-80) of the largest one

@@ -14,10 +14,10 @@ from medusa_export.targets.onnxruntime.constants import integers
 
 
 class ReadSharedHeadsOnce(Rewrite):
-    """Makes further tokens of query heads that share a key head, and a bias of each mask.
+    """Turns query heads that share a key head into further tokens of one head, and masks into biases.
 
-    1. A mask of ``Attention`` becomes a bias, once for all layers that have it. CUDA's kernels take biases, and a mask
-       would be made one in each layer.
+    1. A mask of ``Attention`` becomes a bias, once for all layers that have it. CUDA's kernels take biases, so ONNX
+       Runtime would turn a mask into a bias in each layer.
     2. Queries [B, N, S, d] become [B, Nk, N / Nk · S, d], and the output is turned back. Both have their elements in
        the same order, so nothing is moved. For heads in groups, ONNX Runtime's kernels for CUDA first copy the whole
        cache once per query head.
@@ -44,7 +44,7 @@ class ReadSharedHeadsOnce(Rewrite):
 
 
 def _merge_groups(graph: ir.Graph, node: ir.Node, heads: int, kv_heads: int) -> None:
-    """Makes further tokens of the query heads of one attention."""
+    """Turns the query heads of one attention into further tokens."""
     output = node.outputs[0]
     before, after = Builder(graph), Builder(graph)
     node.replace_input_with(

@@ -55,7 +55,7 @@ def _heads(split: ir.Node) -> Heads | None:
 
 
 def _split_after(graph: ir.Graph, split: ir.Node, heads: Heads) -> None:
-    """Replaces a split and what turns its parts into heads."""
+    """Replaces a split and the operators that turn its parts into heads."""
     head_dim = shape_of(heads[0])[3]
     assert isinstance(head_dim, int)
     build = Builder(graph)

@@ -16,7 +16,7 @@ from medusa_export.targets.onnxruntime.constants import initializer, integers
 
 
 class SkipUnusedHeads(Rewrite):
-    """Gives products of heads that a step does not draft with no rows, so that their matrices are not read.
+    """Gives no rows to products of heads that a step does not draft with, so that their matrices are not read.
 
     1. A product with a stack of matrices [K, C, N], one for each head, becomes K products and a ``Concat``.
     2. A step of S tokens reads nothing of the heads behind the first S - 1. Of K products that a ``Concat`` stacks, the
@@ -44,8 +44,8 @@ class _StepCounts(NamedTuple):
     """Numbers of a step that its number of tokens decides.
 
     Attributes:
-        matrices: [K + 1], 1 for each head that drafts, 0 for each other one; then the number of these.
-        padding: [6], the padding for these behind the first axis of three.
+        matrices: [K + 1], 1 for each head that drafts and 0 for each other head; then the number of other heads.
+        padding: [6], the pads of a ``Pad`` that adds zeros for the other heads at the end of the first of three axes.
     """
 
     matrices: ir.Value
@@ -128,7 +128,7 @@ def _stacked_products(stack: ir.Node) -> list[ir.Node]:
 
 
 def _leave_out(graph: ir.Graph, stack: ir.Node, products: Sequence[ir.Node], counts: _StepCounts) -> None:
-    """Gives the products of heads that do not draft no rows."""
+    """Gives no rows to the products of heads that do not draft."""
     source = given(products[0].inputs[0])
     split = producer(source, "Split")
     build = Builder(graph, f"{stack.name}/rows")

@@ -1,4 +1,4 @@
-"""Compiles a bundle to a TensorRT engine: the whole way in one call."""
+"""Compiles a bundle to a TensorRT engine: ``medusa_export.build_engine``."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class EngineBuilder:
         """Builds the engine in a thread, so that an interrupt can cancel it.
 
         Args:
-            on_fraction: Receives how much of the build is done, from 0 to 1.
+            on_fraction: Receives the finished share of the build, from 0 to 1.
 
         Raises:
             EngineBuildError: The builder failed.

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-# Receives how much of a build is done, from 0 to 1.
+# Receives the finished share of a build, from 0 to 1.
 OnFraction = Callable[[float], None]
 
 
@@ -15,7 +15,7 @@ def build_monitor(trt: Any, on_fraction: OnFraction) -> Any:
 
     Args:
         trt: TensorRT's Python module.
-        on_fraction: Receives how much of the build is done.
+        on_fraction: Receives the finished share of the build.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # its base class is known only at run time

@@ -15,7 +15,7 @@ from medusa_runtime.bundles.compiled import EngineLimits
 
 # Slots per row, and tokens per chunk, of an engine whose options leave them open: at most these.
 MOST_SLOTS, MOST_PREFILL = 4096, 512
-# The first architecture that has each type of weights. All have those that are not named.
+# The first architecture that has each type of weights. All architectures have the types that are not named.
 _FIRST_ARCHITECTURES = {"int4": 80, "fp8": 89}
 _ARCHITECTURE = re.compile(r"sm_?(\d{2,3})", re.IGNORECASE)
 

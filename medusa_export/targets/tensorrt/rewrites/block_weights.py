@@ -14,7 +14,7 @@ _MIDDLES = {4: 8, 8: 128}
 
 
 class SignBlockWeights(Rewrite):
-    """Gives TensorRT matrices in blocks of integers as it reads them fast: signed ones of 4 bits.
+    """Turns matrices in blocks of integers into the form that TensorRT reads fast: signed 4-bit integers.
 
     1. ``DequantizeLinear`` of unsigned 4-bit integers with zero points z in the middle m of the range becomes one of
        signed integers without zero points. TensorRT has no unsigned types of weights.

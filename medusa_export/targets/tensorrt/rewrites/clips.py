@@ -12,8 +12,8 @@ from medusa_export.graph.rewrites.rewrite import Rewrite
 class SpellOutClips(Rewrite):
     """Makes ``Max`` and ``Min`` of a ``Clip`` of whole numbers.
 
-    1. ``Clip`` becomes ``Max`` with its lower bound and ``Min`` with its upper one. A bound that is left out is left
-       out.
+    1. ``Clip`` becomes ``Max`` with its lower bound and ``Min`` with its upper one. A ``Clip`` with one bound becomes
+       one node.
 
     TensorRT's parser does the same, but also bounds by the limits of the type, and reshapes the bounds.
 

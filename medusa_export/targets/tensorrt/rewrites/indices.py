@@ -29,7 +29,7 @@ class NarrowIndices(Rewrite):
 
 
 def _narrow(graph: ir.Graph, gather: ir.Node, narrow: dict[ir.Value, ir.Value]) -> bool:
-    """Replaces the indices of one gather. ``narrow`` holds indices of 32 bits by those of 64."""
+    """Replaces the indices of one gather. ``narrow`` maps indices of 64 bits to the same ones of 32 bits."""
     data, index = gather.inputs
     if data is None or index is None or index.dtype != ir.DataType.INT64 or data.dtype == ir.DataType.INT64:
         return False

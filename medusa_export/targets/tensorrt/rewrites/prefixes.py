@@ -33,7 +33,7 @@ class LookUpPrefixes(Rewrite):
 
 
 def _look_up(graph: ir.Graph, node: ir.Node, ranges: dict[ir.Value | None, ir.Value]) -> bool:
-    """Replaces one ``Slice``. ``ranges`` holds the values 0 … n - 1 by n."""
+    """Replaces one ``Slice``. ``ranges`` maps n to the numbers 0 … n - 1."""
     table, begin, end, axes = node.inputs[:4]
     axis, step = constant(axes), node.inputs[4] if len(node.inputs) == 5 else None
     if table is None or table.shape is None or axis is None or axis.size != 1:

@@ -27,7 +27,7 @@ class FoldQueryGroups(Rewrite):
 
 
 def _fold(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.Value]) -> bool:
-    """Folds the groups of one attention. ``masks`` holds the copies of masks, by mask and number."""
+    """Folds the groups of one attention. ``masks`` maps a mask and a number to that number of copies."""
     query, key, _, mask = node.inputs[:4]
     result = node.outputs[0]
     if query is None or key is None or mask is None or query.shape is None or key.shape is None:
