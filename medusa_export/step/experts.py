@@ -33,8 +33,23 @@ def expert_products(rows: Tensor, weights: Tensor, counts: Tensor, transposed: b
         [P, N].
     """
     matrices = weights if transposed else weights.transpose(1, 2)
+    if rows.is_cuda:
+        return products_of_all(rows, matrices, counts)
     groups = torch.split(rows, counts.tolist())
     return torch.cat([group @ matrix for group, matrix in zip(groups, matrices, strict=True)])
+
+
+def products_of_all(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """Multiplies all rows with the matrix of each expert, and keeps those of its group.
+
+    On a GPU the sizes of the groups are values that the host would wait for, and a step that waits can't be captured.
+    Arguments are those of ``expert_products``, with ``matrices`` as [E, K, N].
+    """
+    place, ends = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1), counts.cumsum(0)
+    products = rows @ matrices[0]
+    for expert in range(1, matrices.shape[0]):
+        products = torch.where(place < ends[expert - 1], products, rows @ matrices[expert])
+    return products
 
 
 @expert_products.register_fake

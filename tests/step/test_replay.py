@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from medusa_export.step import experts
 from medusa_export.step.attention import attention
+from medusa_export.step.experts import expert_products, products_of_all
 from medusa_export.step.fused import FUSED, fused_attention
 from medusa_export.step.replay import ReplayedSteps
 from medusa_export.step.sampling import SamplingInputs, draw
@@ -74,6 +77,27 @@ def test_draws_touch_no_other_device() -> None:
         whole = torch.zeros(1, 9, dtype=torch.int64)
         ancestors = torch.zeros(1, 9, 9)
         draw(torch.zeros(1, 9, 101), whole, torch.zeros(9, dtype=torch.int64), ancestors, zeros_to_draw_with(9))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_products_of_experts_read_no_sizes(transposed: bool) -> None:
+    """``expert_products`` is one operator, too. Sizes of groups are values of the GPU."""
+    torch.manual_seed(0)
+    rows, counts = torch.randn(9, 16), torch.tensor([4, 0, 5, 0])
+    weights = torch.randn(4, 16, 8)
+    matrices = weights if transposed else weights.transpose(1, 2).contiguous()
+    expected = expert_products(rows, matrices, counts, transposed)
+    torch.testing.assert_close(products_of_all(rows, weights, counts), expected)
+    elsewhere = [tensor.to("meta") for tensor in (rows, weights, counts)]
+    with torch.no_grad(), OneDevice():
+        assert products_of_all(*elsewhere).shape == expected.shape
+
+
+def test_products_of_experts_on_a_gpu_are_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(experts, "products_of_all", lambda *given: asked.append(given))
+    expert_products._init_fn(SimpleNamespace(is_cuda=True), torch.zeros(4, 16, 8), torch.zeros(4), True)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
