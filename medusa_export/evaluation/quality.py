@@ -40,7 +40,7 @@ class HeadQuality:
     """Hit rates of heads on held-out text.
 
     Attributes:
-        accuracies: [K][R], the share of positions at which head k's candidate of rank r is right; not cumulative.
+        accuracies: By head k and rank r, the share of positions at which this candidate is right; not cumulative.
         tokens_per_step: Expected tokens per step with the bundle's tree, lookup hits included.
     """
 

@@ -32,7 +32,7 @@ class Calibration:
     """Measured frequencies with which heads' candidates, and whole paths of them, are right.
 
     Attributes:
-        accuracies: [K][R], the probability that head k's candidate of rank r is right; not cumulative.
+        accuracies: By head k and rank r, the probability that this candidate is right; not cumulative.
         paths: The probability that a whole path of ranks is right in a step, by path; empty if paths were not counted.
             Heads tend to be right together, so this is more than the product of accuracies.
         hit_paths: The same for steps with a lookup hit, whose tokens count as candidates of rank 0, also below the
