@@ -49,6 +49,9 @@ class Answer:
         """Receives the next chunk."""
         self.chunks.append(chunk)
 
+    def wake(self) -> None:
+        """Does nothing: the reader runs the steps itself."""
+
     def end(self, outcome: GenerationResult | MedusaError) -> None:
         """Receives the end."""
         self.outcome = outcome

@@ -143,7 +143,7 @@ class RequestHandle(Closeable):
             self.unlisten(notify)
 
     def listen(self, notify: Callable[[], None]) -> None:
-        """Registers a function to be called for each chunk and for the end, in the service's thread.
+        """Registers a function to be called for new chunks and for the end, in the service's thread.
 
         Args:
             notify: The function. It must return at once. It is also called now, for chunks that have come already.
@@ -166,9 +166,13 @@ class RequestHandle(Closeable):
             return chunks
 
     def put(self, chunk: Chunk) -> None:
-        """Receives the next chunk from the service."""
+        """Receives the next chunk from the service. ``wake`` tells the readers."""
         with self._changed:
             self._chunks.append(chunk)
+
+    def wake(self) -> None:
+        """Tells the readers that chunks have come."""
+        with self._changed:
             self._changed.notify_all()
         self._notify_listeners()
 

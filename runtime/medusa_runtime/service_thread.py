@@ -193,6 +193,7 @@ class ServiceThread:
                 self._end_some()
                 if not self.scheduler.is_idle:
                     return True
+                self.loop.wake_readers()
                 call_hook(self.loop.metrics.load, 0, 0)
                 if not self._closing and self.scheduler.is_idle:  # that hook may have changed it
                     self.changed.wait()

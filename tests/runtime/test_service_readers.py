@@ -11,10 +11,12 @@ from collections.abc import AsyncIterator
 import pytest
 
 from medusa_runtime import (
+    Bundle,
     CallbackError,
     Chunk,
     MedusaEngine,
     MedusaService,
+    Metrics,
 )
 from support.gate import Gate
 from support.prompts import PROMPT
@@ -37,6 +39,26 @@ def test_a_callback_that_raises_ends_its_request_only(service: MedusaService, en
             break
         time.sleep(0.01)
     assert tuple(seen) == expected
+
+
+def test_readers_wake_together_when_the_next_step_runs(tiny_bundle: Bundle, gate: Gate) -> None:
+    """Readers that woke while chunks are delivered would hold up the service's thread, each for itself."""
+    seen: list[str] = []
+
+    class Seen(Metrics):
+        def load(self, waiting: int, running: int) -> None:
+            seen.append("(")
+
+    gate.fail = lambda *_: seen.append(")")
+    gate.open.clear()
+    with MedusaService(tiny_bundle, gate, None, tree_size=1, metrics=Seen()) as service:
+        handles = [service.submit([number + 5], max_new_tokens=9, ignore_eos=True) for number in range(2)]
+        for number, handle in enumerate(handles):
+            handle.listen(lambda name=str(number): seen.append(name))
+        seen.clear()
+        gate.open.set()
+        assert all(len(handle.result(30).token_ids) == 9 for handle in handles)
+    assert "".join(seen).count("(01)") >= 6
 
 
 def test_a_slow_consumer_stalls_nobody(service: MedusaService) -> None:

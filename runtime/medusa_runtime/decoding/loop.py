@@ -26,7 +26,7 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.decoding.chunks import PromptChunks
 from medusa_runtime.decoding.endings import Endings
 from medusa_runtime.decoding.runner import StepRunner
-from medusa_runtime.decoding.scheduler import Admission, Job, Scheduler
+from medusa_runtime.decoding.scheduler import Admission, Job, Receiver, Scheduler
 from medusa_runtime.decoding.sequence import TokenSequence
 from medusa_runtime.decoding.tree_choice import TreeChoice, TreeSizes
 from medusa_runtime.errors import BackendError, DeviceLostError, DoubtfulRowsError, RequestError
@@ -79,11 +79,12 @@ class DecodeLoop(Endings):
         clock: Callable[[], float],
     ) -> None:
         self.sizes = TreeSizes(tree_size, choice or TreeChoice(bundle.acceptance, bundle.tree, {}))
-        self.runner = StepRunner(bundle, backend, self.sizes)
+        self.runner = StepRunner(bundle, backend, self.sizes, self.wake_readers)
         super().__init__(self.runner, Scheduler(backend.rows, max_queue, copies=self.runner.copies), backend, metrics)
         self.prefill_chunk = prefill_chunk
         self.lone_chunk = LONE_CHUNK
         self._chunks = PromptChunks(self.runner, self.evict)
+        self._unread: list[Receiver] = []
         self.clock = clock
 
     def step(self) -> None:
@@ -346,8 +347,19 @@ class DecodeLoop(Endings):
             self.end(job, failure)
             return
         job.receiver.put(chunk)
-        if job.sequence.finish_reason is not None:
+        if job.sequence.finish_reason is None:
+            self._unread.append(job.receiver)
+        else:
             self.end(job, job.sequence.result())
+
+    def wake_readers(self) -> None:
+        """Tells readers of the chunks that the last step has added. It is called when the next step is about to run.
+
+        Python runs one thread at a time, so readers that wake earlier hold up the steps, each for itself.
+        """
+        unread, self._unread = self._unread, []
+        for receiver in unread:
+            receiver.wake()
 
     @contextlib.contextmanager
     def _timed(self, kind: str, rows: int, size: int) -> Iterator[list[int]]:

@@ -31,10 +31,12 @@ class StepsInFlight:
 
     Args:
         backend: The backend.
+        on_wait: Is called before it waits for a step.
     """
 
-    def __init__(self, backend: StepsAhead) -> None:
+    def __init__(self, backend: StepsAhead, on_wait: Callable[[], None]) -> None:
         self._backend = backend
+        self._on_wait = on_wait
         self._sizes: deque[int] = deque()
 
     def __bool__(self) -> bool:
@@ -60,6 +62,7 @@ class StepsInFlight:
             size = next_size()
             self._backend.submit(size, None, [row])
             self._sizes.append(size)
+        self._on_wait()
         while True:
             size = self._sizes.popleft()
             result = self._backend.collect()
@@ -78,6 +81,7 @@ class StepRunner:
         bundle: The bundle that the backend runs.
         backend: The backend. Exceptions of other libraries become ``BackendError``.
         sizes: The tree sizes of steps.
+        on_wait: Is called before it waits for a step. Other threads have Python to themselves from then on.
 
     Attributes:
         backend: The backend, which raises errors of this project only.
@@ -85,12 +89,15 @@ class StepRunner:
         in_flight: Steps ahead of the host; None if the backend can't do that.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, sizes: TreeSizes) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, sizes: TreeSizes, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
         self.backend = backend = shielded(backend)
         self._bundle = bundle
         self._sizes = sizes
+        self._on_wait = on_wait
         self.room = _room(bundle, backend, sizes)
-        self.in_flight = StepsInFlight(backend) if can_step_ahead(backend) else None
+        self.in_flight = StepsInFlight(backend, on_wait) if can_step_ahead(backend) else None
         self._copier = backend if can_copy_rows(backend) else None
         self._long_rows = backend if bundle.model.short_positions is not None and can_set_long(backend) else None
 
@@ -265,6 +272,7 @@ class StepRunner:
         self.room.make(rows, size)
         # Where the state is on a device, comparing it costs more than it is worth.
         before = self._state() if self.in_flight is None else None
+        self._on_wait()
         try:
             return self.backend.step(size, prompts, rows)
         except (DeviceLostError, DoubtfulRowsError):

@@ -41,6 +41,10 @@ class Receiver(Protocol):
         """Receives the next chunk."""
         ...
 
+    def wake(self) -> None:
+        """Tells the readers that chunks have come. An end tells them, too."""
+        ...
+
     def end(self, outcome: GenerationResult | MedusaError) -> None:
         """Receives the end: the complete answer, or the error that ended the request."""
         ...

@@ -52,6 +52,7 @@ def test_answers_of_one_request_come_as_they_are_and_quiet_time_is_told() -> Non
         second.put(Chunk("b", (1,)))
         end(second, "b")
         first.put(Chunk("a", (1,)))
+        first.wake()
         found: list[Delta] = []
         while len(found) < 3:
             found += await anext(deltas)
@@ -92,6 +93,8 @@ def test_a_reader_that_a_listener_wakes_finds_the_handle_free() -> None:
     handle.listen(wake)
     chunk = Chunk("a", (1,))
     handle.put(chunk)
+    assert found == [[]]
+    handle.wake()
     end(handle, "a")
     assert found == [[], [chunk], []]
 
@@ -111,6 +114,7 @@ def test_the_event_loop_is_woken_once_for_a_whole_answer(monkeypatch: pytest.Mon
         for number in range(5):
             await asyncio.sleep(0)
             handle.put(Chunk(str(number), (number,)))
+            handle.wake()
         end(handle, "01234")
         assert (await result).text == "01234" and len(woken) == 1
 
