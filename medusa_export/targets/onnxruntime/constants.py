@@ -22,3 +22,8 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 def integers(graph: ir.Graph, name: str, values: int | list[int]) -> ir.Value:
     """Integers as a constant of a graph, by its name."""
     return initializer(graph, name, np.array(values, dtype=np.int64))
+
+
+def target_shape(graph: ir.Graph, *axes: int) -> ir.Value:
+    """The shape that a ``Reshape`` makes, as a constant of a graph. 0 keeps an axis, -1 is what the others leave."""
+    return integers(graph, f"shape_{'_'.join(map(str, axes))}", list(axes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -12,7 +13,7 @@ from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
 from medusa_export.targets.onnxruntime.attentions import attentions, preceding
 from medusa_export.targets.onnxruntime.biases import bias_of, filled_slots, narrow_masks
 from medusa_export.targets.onnxruntime.cache_writes import first_new_slots, write_new_entries_only
-from medusa_export.targets.onnxruntime.constants import CONTRIB, integers
+from medusa_export.targets.onnxruntime.constants import CONTRIB, integers, target_shape
 
 
 class AbsorbLatentExpansion(Rewrite):
@@ -126,6 +127,7 @@ class _Absorption:
 
     def __init__(self, graph: ir.Graph, margin: int) -> None:
         self._graph = graph
+        self._shape = partial(target_shape, graph)
         self._margin = margin
         self._slots = first_new_slots(graph, margin)
         narrow_masks(graph, margin)
@@ -176,6 +178,3 @@ class _Absorption:
         """Columns of a weight [rank, N, columns]. ONNX Runtime computes them once, while it loads the graph."""
         bounds = (integers(self._graph, f"column_{bound}", [bound]) for bound in (start, end))
         return build("Slice", [weight, *bounds, integers(self._graph, "third_axis", [2])])
-
-    def _shape(self, *axes: int) -> ir.Value:
-        return integers(self._graph, f"shape_{'_'.join(map(str, axes))}", list(axes))

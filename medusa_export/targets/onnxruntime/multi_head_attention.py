@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, shape_of
 from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
 from medusa_export.targets.onnxruntime.attentions import attentions, require_caches
+from medusa_export.targets.onnxruntime.biases import bias_of
 from medusa_export.targets.onnxruntime.cache_writes import first_new_slots, write_new_entries_only
-from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
+from medusa_export.targets.onnxruntime.constants import CONTRIB, integers
 from medusa_export.targets.onnxruntime.heads_layout import flat, replace_merged_heads
 
 # [B, S, N, g, d] to [B, g, S, N, d], and back.
@@ -111,22 +111,16 @@ class _Fusion:
         )
 
     def _bias(self, mask: ir.Value, groups: int) -> ir.Value:
-        """[B, 1, g · S, C]: 0 where the mask lets a query look, and -inf elsewhere. A mask of numbers is a bias."""
-        if mask.dtype != ir.DataType.BOOL:
-            return mask
+        """The bias [B, 1, g · S, C] of a mask, made once."""
         key = (mask, groups)
         if key not in self._biases:
-            maker = mask.producer()
-            assert maker is not None
-            pair = [
-                initializer(self._graph, name, np.array(number, dtype=np.float32))
-                for name, number in (("seen", 0.0), ("unseen", -np.inf))
-            ]
-            build = Builder(self._graph)
-            bias = build("Where", [mask, *pair])
+            bias = bias_of(self._graph, mask, ir.DataType.FLOAT)
             if groups > 1:
+                maker = bias.producer()
+                assert maker is not None
+                build = Builder(self._graph)
                 repeated = build("Expand", [bias, integers(self._graph, f"groups_{groups}", [1, groups, 1, 1])])
                 bias = build("Reshape", [repeated, integers(self._graph, "bias_rows", [0, 1, -1, 0])])
-            self._graph.insert_after(maker, build.nodes)
+                self._graph.insert_after(maker, build.nodes)
             self._biases[key] = bias
         return self._biases[key]

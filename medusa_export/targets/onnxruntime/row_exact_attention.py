@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from medusa_export.targets.onnxruntime.attentions import (
 )
 from medusa_export.targets.onnxruntime.biases import bias_of, filled_slots, narrow_masks
 from medusa_export.targets.onnxruntime.cache_writes import first_new_slots, write_new_entries_only
-from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers
+from medusa_export.targets.onnxruntime.constants import CONTRIB, initializer, integers, target_shape
 from medusa_export.targets.onnxruntime.rotary_tables import RotaryTables
 from medusa_runtime.bundles.slots import PANEL
 
@@ -109,6 +110,7 @@ class _Replacement:
 
     def __init__(self, graph: ir.Graph, margin: int, positions: int) -> None:
         self._graph = graph
+        self._shape = partial(target_shape, graph)
         self._margin = margin
         self._tables = RotaryTables(graph, positions)
         self._biases: dict[tuple[ir.Value, int], ir.Value] = {}
@@ -170,9 +172,6 @@ class _Replacement:
         largest = build("ReduceMax", [build("ReduceMax", [scores, last], keepdims=1), panels], keepdims=1)
         exponents = build("Max", [build("Sub", [scores, largest]), _number(build, "least_exponent", _LEAST_EXPONENT)])
         return build("Sub", [build("Exp", [exponents]), self._least_weight])
-
-    def _shape(self, *axes: int) -> ir.Value:
-        return integers(self._graph, f"shape_{'_'.join(map(str, axes))}", list(axes))
 
     def _bias(self, mask: ir.Value, groups: int) -> ir.Value:
         """The bias [B, 1, P, g · S, panel] of a mask, made once."""
