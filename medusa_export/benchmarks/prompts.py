@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 from medusa_export.common.errors import DatasetError
 
@@ -33,7 +33,7 @@ def bench_prompts(path: Path | None = None) -> list[BenchPrompt]:
     Raises:
         DatasetError: The file can't be read, or holds no prompts.
     """
-    source: Any = path if path is not None else files("medusa_export") / "data" / "bench_prompts.jsonl"
+    source: Path | Traversable = path if path is not None else files("medusa_export") / "data" / "bench_prompts.jsonl"
     try:
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
         found = [BenchPrompt(str(row.get("category", "")), str(row["prompt"])) for row in rows]

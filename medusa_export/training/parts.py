@@ -16,7 +16,7 @@ from medusa_export.common.files import write_bytes
 _NAME = re.compile(r"^(\d{6})-([0-9a-f]{16})\.jsonl$")
 
 
-def to_jsonl(rows: Iterable[Any]) -> bytes:
+def to_jsonl(rows: Iterable[object]) -> bytes:
     """The rows as JSON, one per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
@@ -61,7 +61,7 @@ class Parts:
         """Path of a part."""
         return self._files[number]
 
-    def write(self, number: int, rows: Iterable[Any]) -> None:
+    def write(self, number: int, rows: Iterable[object]) -> None:
         """Adds a part.
 
         Raises:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Self
 
 from medusa_runtime.common.closeable import Closeable
+from medusa_runtime.common.numbers import number_of
 from medusa_runtime.errors import MedusaError, RequestError
 from medusa_runtime.request import Chunk, GenerationResult, Stats
-from medusa_runtime.sampling import number_of
 
 
 class RequestHandle(Closeable):

@@ -20,6 +20,7 @@ from medusa_runtime.bundles.contract import (
     numbers_per_draw,
 )
 from medusa_runtime.bundles.tree import Tree
+from medusa_runtime.common.numbers import integer_of, number_of
 from medusa_runtime.constraints.row import NO_PENALTIES, RowConstraints
 from medusa_runtime.constraints.rows import ConstraintRows
 from medusa_runtime.errors import BackendError, RequestError
@@ -64,10 +65,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         heat = number_of(self.temperature)  # beyond these bounds fp32 rounds it to 0, or all tokens are equally likely
         self._check("temperature", heat == 0 or 1e-30 <= heat <= 1e3, "0, or a number from 1e-30 to 1000")
-        self._check("top_k", 0 <= _integer(self.top_k) <= MAX_TOP_K, f"an integer from 0 (off) to {MAX_TOP_K}")
+        self._check("top_k", 0 <= integer_of(self.top_k) <= MAX_TOP_K, f"an integer from 0 (off) to {MAX_TOP_K}")
         self._check("top_p", 0 < number_of(self.top_p) <= 1, "a number above 0, up to 1")
         self._check("min_p", 0 <= number_of(self.min_p) <= 1, "a number from 0 to 1")
-        self._check("seed", self.seed is None or _integer(self.seed) >= 0, "an integer, 0 or above, or None")
+        self._check("seed", self.seed is None or integer_of(self.seed) >= 0, "an integer, 0 or above, or None")
         self._check("typical_epsilon", 0 < number_of(self.typical_epsilon) <= 1, "a number above 0, up to 1")
         alpha = self.typical_alpha
         self._check(
@@ -101,19 +102,6 @@ class SamplingParams:
             "typical_epsilon": self.typical_epsilon if self.typical else 0.0,
             "typical_alpha": alpha,
         }
-
-
-def _integer(value: object) -> float:
-    """The value, if it is an integer; otherwise NaN, for which every comparison is false."""
-    return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else math.nan
-
-
-def number_of(value: object) -> float:
-    """The value, if it is a number; otherwise NaN, for which every comparison is false."""
-    try:
-        return float(value if isinstance(value, float | np.floating) else _integer(value))
-    except OverflowError:
-        return math.inf
 
 
 GREEDY = SamplingParams(temperature=0.0)

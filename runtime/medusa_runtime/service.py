@@ -19,6 +19,7 @@ from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.common.closeable import Closeable, State
+from medusa_runtime.common.numbers import number_of
 from medusa_runtime.common.processes import close_at_exit, keep_in_children, native_work
 from medusa_runtime.common.steady_clock import SteadyClock
 from medusa_runtime.decoding.loop import DecodeLoop
@@ -36,7 +37,6 @@ from medusa_runtime.request import (
     check_names,
     generation_options,
 )
-from medusa_runtime.sampling import number_of
 from medusa_runtime.service_thread import ServiceThread
 from medusa_runtime.session import ChatSession
 from medusa_runtime.text.tokenizer import Tokenizer

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 # Receives the finished share of a build, from 0 to 1.
 OnFraction = Callable[[float], None]
 
@@ -48,7 +49,7 @@ def build_monitor(trt: Any, on_fraction: OnFraction) -> Any:
     return Monitor()
 
 
-def in_thread(work: Callable[[], Any], cancel: Callable[[], None]) -> Any:
+def in_thread(work: Callable[[], T], cancel: Callable[[], None]) -> T:
     """Runs ``work`` in a thread, so that an interrupt reaches this one.
 
     Args:
@@ -61,7 +62,7 @@ def in_thread(work: Callable[[], Any], cancel: Callable[[], None]) -> Any:
     Raises:
         KeyboardInterrupt: It was interrupted; ``work`` has ended.
     """
-    outcome: list[Any] = []
+    outcome: list[T] = []
     failure: list[BaseException] = []
 
     def run() -> None:

@@ -1,1 +1,1 @@
-"""Processes, threads and clocks."""
+"""Processes, threads, clocks, and checks of numbers."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-
+from medusa_runtime.common.numbers import is_integer, number_of
 from medusa_runtime.constraints.grammar import Grammar
 from medusa_runtime.errors import RequestError
 
@@ -54,7 +51,7 @@ class Constraints:
                 f"logit_bias must map at most {MAX_BIASES:,} token ids to numbers, such as {{17: -2.5}}."
             )
         for token, bias in self.logit_bias.items():
-            if not _is_integer(token) or token < 0 or not -1e3 <= _number(bias) <= 1e3:
+            if not is_integer(token) or token < 0 or not -1e3 <= number_of(bias) <= 1e3:
                 raise RequestError(
                     f"logit_bias maps {token!r} to {bias!r}: expected a token id and a number from -1000 to 1000."
                 )
@@ -62,14 +59,14 @@ class Constraints:
         if not isinstance(banned, Sequence) or len(banned) > MAX_BIASES:
             raise RequestError(f"banned_token_ids must be a list of at most {MAX_BIASES:,} token ids.")
         for token in banned:
-            if not _is_integer(token) or token < 0:
+            if not is_integer(token) or token < 0:
                 raise RequestError(f"One of banned_token_ids is {token!r}: expected a token id.")
-        self._check("min_new_tokens", _is_integer(self.min_new_tokens) and self.min_new_tokens >= 0, "0 or above")
+        self._check("min_new_tokens", is_integer(self.min_new_tokens) and self.min_new_tokens >= 0, "0 or above")
         self._check(
-            "repetition_penalty", 1e-3 <= _number(self.repetition_penalty) <= 1e3, "a number from 0.001 to 1000"
+            "repetition_penalty", 1e-3 <= number_of(self.repetition_penalty) <= 1e3, "a number from 0.001 to 1000"
         )
         for name in ("frequency_penalty", "presence_penalty"):
-            self._check(name, -1e3 <= _number(getattr(self, name)) <= 1e3, "a number from -1000 to 1000")
+            self._check(name, -1e3 <= number_of(getattr(self, name)) <= 1e3, "a number from -1000 to 1000")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise RequestError(f"grammar is a {type(self.grammar).__name__}: expected a Grammar, or None.")
 
@@ -87,17 +84,3 @@ class Constraints:
         """True if nothing is demanded."""
         edits = self.logit_bias or self.banned_token_ids or self.min_new_tokens or self.has_penalties
         return not edits and self.grammar is None
-
-
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _number(value: object) -> float:
-    """The value, if it is a number; otherwise NaN, for which every comparison is false."""
-    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf

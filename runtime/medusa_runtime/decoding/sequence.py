@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self, TypeGuard, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 
 from medusa_runtime.backends.base import Ranked
 from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.contract import MAX_TOP_LOGPROBS
+from medusa_runtime.common.numbers import is_integer
 from medusa_runtime.constraints.grammar import GrammarWalk
 from medusa_runtime.constraints.options import Constraints
 from medusa_runtime.constraints.row import RowConstraints
@@ -339,14 +340,14 @@ def _constraints(
 def check_tree_size(bundle: Bundle, tree_size: object) -> int:
     """A number of nodes as Python's integer; raises ``RequestError`` if the bundle's tree has fewer nodes."""
     largest = bundle.tree.size
-    if not _is_integer(tree_size) or not 1 <= tree_size <= largest:
+    if not is_integer(tree_size) or not 1 <= tree_size <= largest:
         raise RequestError(f"tree_size is {shown(tree_size)}: this bundle's tree allows 1 to {largest}, or 'auto'.")
     return int(tree_size)
 
 
 def check_integer(name: str, value: object, *, at_least: int | None = None) -> int:
     """A value as Python's integer, which never overflows; raises ``RequestError`` if it is none, or below a bound."""
-    if not _is_integer(value) or (at_least is not None and value < at_least):
+    if not is_integer(value) or (at_least is not None and value < at_least):
         least = "" if at_least is None else f" of at least {at_least}"
         raise RequestError(f"{name} is {shown(value)}: expected an integer{least}.")
     return int(value)
@@ -357,7 +358,3 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise RequestError(f"{name} is {shown(value)}: expected True or False.")
     return bool(value)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -270,7 +270,7 @@ def _described(body: type[BaseModel], answer: Any, *, streams: bool = False) -> 
     }
 
 
-def _json(data: Any, status_code: int = 200) -> Response:
+def _json(data: object, status_code: int = 200) -> Response:
     return Response(json.dumps(data), status_code, media_type="application/json")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import ValidationError
 from starlette.responses import Response
@@ -118,7 +117,7 @@ def _of_validation(error: ValidationError) -> ApiError:
     return ApiError(400, words.format(field=field, message=message), code, param=field or None)
 
 
-def _path(location: Sequence[Any]) -> str:
+def _path(location: Sequence[int | str]) -> str:
     """The field of a mistake, such as ``messages[0].content``. Names of types in a union are left out."""
     path = ""
     for part in location:
