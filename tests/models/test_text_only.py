@@ -44,10 +44,11 @@ def test_its_text_model_decodes_as_the_whole(tmp_path: Path, name: str) -> None:
     text = load_model(source, dtype=torch.float32, attn_implementation=ATTENTION_NAME, text_only=True)
     check = weights_check(source, text, "float32")
     assert check.passed, check.notes
-    backend = EagerBackend(make_step(text, random_heads(text)), rows=2)
-    for size, chunk in zip((1, 3, 8, 9), (64, 7, 16, 7), strict=True):
-        result = decode(backend, TREE, PROMPTS, expected, size=size, chunk=chunk, count=COUNT)
-        assert result.tokens == expected, (size, chunk)
+    step = make_step(text, random_heads(text))
+    step.sampling = False
+    # tests/graph/test_attention_forms.py has the attention of these models with other trees and chunks.
+    result = decode(EagerBackend(step, rows=2), TREE, PROMPTS, expected, size=9, chunk=7, count=COUNT)
+    assert result.tokens == expected
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -155,15 +156,21 @@ def differing(first: NDArray[np.float32], second: NDArray[np.float32]) -> int:
     return int((first.view(np.int32) != second.view(np.int32)).sum())
 
 
-@pytest.mark.parametrize("kind", PARAMETERS)
-@pytest.mark.parametrize(
-    ("graph", "threads"),
-    [
-        (ONNXRUNTIME_GRAPH, 1),
-        pytest.param(ONNXRUNTIME_GRAPH, 7, marks=pytest.mark.slow),
-        (ONNXRUNTIME_BATCH_GRAPH, 2),
-    ],
-)
+def ways() -> list[Any]:
+    """Each kind with each graph. Seven threads share the work in other parts: of fp32, integers and 8-bit caches."""
+    threads = {ONNXRUNTIME_GRAPH: 1, ONNXRUNTIME_BATCH_GRAPH: 2}
+    found = [
+        pytest.param(kind, graph, number, marks=() if kind in QUICK else pytest.mark.slow)
+        for graph, number in threads.items()
+        for kind in KINDS
+    ]
+    for kind in KINDS:
+        mark = pytest.mark.slow if kind in ("grouped", "integer_caches_int4") else pytest.mark.exhaustive
+        found.append(pytest.param(kind, ONNXRUNTIME_GRAPH, 7, marks=mark))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "graph", "threads"), ways())
 def test_each_node_of_a_tree_has_the_bits_of_plain_decoding(kind: str, graph: str, threads: int, stock: Stock) -> None:
     bundle = exported(stock, kind)
     steps = Logits(bundle, graph, threads=threads)
