@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,15 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from gpu_stages.context import Context
 from gpu_stages.report import as_markdown, outcome, plot, publish
+from medusa_export.common.errors import MissingExtraError
 from medusa_export.common.files import write_text
 
 PACKAGES = (
     "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings",
 )  # fmt: skip
 ROOT = Path(__file__).parents[1]
+# A stage that has less time does not begin: PyTorch and transformers take some seconds to import.
+_LEAST_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,12 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.run is not None:
         return run_stage(options)
+    for words in lacking():
+        print(f"note: {words}", file=sys.stderr)
+    ends = time.monotonic() + (options.total or float("inf"))
     for name in selected(options.stages):
         print(f"{name} …", file=sys.stderr, flush=True)
-        stage = supervise(name, options)
+        stage = supervise(name, options, ends)
         print(f"{name}: {outcome(stage)}, {stage['wall_seconds']:.0f} s", file=sys.stderr, flush=True)
     report = joined(options)
     write_text(options.out / "gpu_check.json", json.dumps(report, indent=1) + "\n")
@@ -102,6 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, help="a bundle of them, instead of an export here")
     parser.add_argument("--seconds", type=float, help="time of a measurement of throughput; 60, or 1 in a dry run")
     parser.add_argument("--limit", type=float, help="the most seconds of a stage, below its own limit")
+    parser.add_argument("--total", type=float, help="the most seconds of all stages together; later ones are cut")
     parser.add_argument("--publish", action="store_true", help="put the report into docs/")
     parser.add_argument("--run", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -124,16 +133,27 @@ def selected(wanted: str) -> list[str]:
     return [name for name in STAGES if name in exact or any(name.startswith(w) for w in words if w not in exact)]
 
 
-def supervise(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a stage in a process of its own, stops it at its limit, and returns its report."""
-    stage = STAGES[name]
+def supervise(name: str, options: argparse.Namespace, ends: float = float("inf")) -> dict[str, Any]:
+    """Runs a stage in a process of its own, stops it at its limit, and returns its report.
+
+    Args:
+        name: The stage.
+        options: The options of the command.
+        ends: The time of ``time.monotonic`` at which all stages must have ended.
+    """
+    stage, started = STAGES[name], time.monotonic()
     limit = min(stage.dry_limit if options.device == "cpu" else stage.limit, options.limit or float("inf"))
     file = options.out / f"{name}.json"
+    if ends - started < min(limit, _LEAST_SECONDS):
+        facts = {"refused": f"`--total` left no time: `--stages {name}` runs it.", "wall_seconds": 0.0, "limit": limit}
+        if not file.exists():  # else what an earlier run found is kept
+            write_text(file, json.dumps(facts, indent=1) + "\n")
+        return facts
+    limit = min(limit, ends - started)
     file.unlink(missing_ok=True)
-    started = time.monotonic()
     command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
     process = subprocess.Popen(command, start_new_session=True)  # noqa: S603  # this script itself
-    facts: dict[str, Any] = {}
+    facts = {}
     try:
         code = process.wait(limit)
         if code:
@@ -164,10 +184,35 @@ def run_stage(options: argparse.Namespace) -> int:
     try:
         getattr(importlib.import_module(f"gpu_stages.{module}"), function)(context)
     except Exception as error:  # noqa: BLE001  # the report keeps it, and other stages go on
+        if is_of_a_package(error):
+            context.note(refused=f"A package is missing. {error}")
+            return 0
         traceback.print_exc()
         context.note(failed=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         return 1
     return 0
+
+
+def is_of_a_package(error: Exception) -> bool:
+    """True if an error says that a package of others is not installed."""
+    own = ("medusa_export", "medusa_runtime", "gpu_stages")
+    module = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else None
+    return isinstance(error, MissingExtraError) or (module is not None and module not in own)
+
+
+def lacking() -> list[str]:
+    """Sentences about packages that the project needs and that this machine lacks, or has in another version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = []
+    for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["export"]]):
+        try:
+            there = version(requirement.name)
+        except PackageNotFoundError:
+            found.append(f"{requirement.name} is not installed; the project needs {requirement}.")
+            continue
+        if not requirement.specifier.contains(there, prereleases=True):
+            found.append(f"This is {requirement.name} {there}; the project needs {requirement}.")
+    return found
 
 
 def joined(options: argparse.Namespace) -> dict[str, Any]:
@@ -187,7 +232,8 @@ def joined(options: argparse.Namespace) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Facts about this machine: the GPU, if there is one, and versions of packages."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "gpu": None, "driver": None, "versions": {}}
+    facts: dict[str, Any] = {"python": platform.python_version(), "gpu": None, "driver": None, "lacking": lacking()}
+    facts["versions"] = {}
     for package in PACKAGES:
         try:
             facts["versions"][package] = version(package)

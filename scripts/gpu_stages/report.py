@@ -16,6 +16,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     lines = [f"# GPU check: {_card(report)}", "", f"{report['date']}. Versions:", ""]
     lines += [f"- {package} {number or 'not installed'}" for package, number in report["machine"]["versions"].items()]
+    lines += [f"- {words}" for words in report["machine"].get("lacking", [])]
     if report["dry"]:
         lines += [
             "",
@@ -46,6 +47,16 @@ def _details(stage: Mapping[str, Any]) -> list[str]:
     lines = [f"{stage[key].strip()}\n" for key in ("refused", "failed") if key in stage]
     if "step_ms" in stage:
         lines += _step_table(stage)
+    elif "launched_step_ms" in stage:
+        lines += [f"- {size} nodes without CUDA graphs: {ms:.2f} ms" for size, ms in stage["launched_step_ms"].items()]
+    if "least_ms" in stage:
+        lines.append(
+            f"- weights of {stage['weight_bytes'] / 1e9:.1f} GB are read in {stage['least_ms']:.2f} ms at the "
+            f"{stage['copy_bytes_per_second'] / 1e12:.2f} TB/s of a copy"
+        )
+    for family, ways in (stage.get("families") or {}).items():
+        words = [f"{way}: {'equal' if isinstance(rows, list) and all(rows) else rows}" for way, rows in ways.items()]
+        lines.append(f"- tokens of {family} against transformers, {'; '.join(words)}")
     for key, title in (("tokens_per_second", "tokens/s"), ("not_on_the_gpu", "not on the GPU"), ("top1", "top-1")):
         if isinstance(stage.get(key), Mapping):
             lines += [f"- {title}, {name}: {_short(value)}" for name, value in stage[key].items()]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from gpu_stages import backends, report, torch_steps
+from gpu_stages import backends, report, torch_exact, torch_steps
 from gpu_stages.context import Context
 from medusa_runtime import Bundle
 from medusa_runtime.backends.tensorrt import backend as backend_module
@@ -97,6 +97,88 @@ def test_a_stage_that_takes_too_long_is_stopped(
     script.write_text("raise SystemExit(7)\n")
     found = gpu_check.supervise("torch-exact", options(tmp_path))
     assert found["failed"] == "The process ended with code 7."
+
+
+def test_stages_share_a_total(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage is cut to what is left, and doesn't begin where that is next to nothing."""
+    monkeypatch.setattr(gpu_check, "_LEAST_SECONDS", 0.5)
+    script = tmp_path / "slow.py"
+    script.write_text("import time; time.sleep(60)\n")
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    ends = time.monotonic() + 1.5
+    assert gpu_check.supervise("torch-exact", options(tmp_path), ends)["stopped"]
+    assert time.monotonic() < ends + 20
+    found = gpu_check.supervise("torch-steps", options(tmp_path), ends)
+    assert found["refused"] == "`--total` left no time: `--stages torch-steps` runs it."
+    assert json.loads((tmp_path / "torch-steps.json").read_text()) == found
+    gpu_check.supervise("torch-exact", options(tmp_path), ends)
+    assert json.loads((tmp_path / "torch-exact.json").read_text())["stopped"]  # what an earlier run found is kept
+    for name in ("torch-exact", "torch-steps"):
+        assert f"| {name} | " in report.as_markdown(gpu_check.joined(options(tmp_path)))
+
+
+def test_a_package_that_is_missing_is_a_refusal(
+    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Context) -> None:
+        raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate.utils")
+
+    monkeypatch.setattr(torch_steps, "run", fail)
+    assert gpu_check.run_stage(options(tmp_path, run="torch-steps")) == 0
+    found = json.loads((tmp_path / "torch-steps.json").read_text())
+    assert found == {"refused": "A package is missing. No module named 'accelerate'"}
+    assert not gpu_check.is_of_a_package(ModuleNotFoundError("", name="medusa_export.gone"))
+
+
+def test_packages_of_other_versions_are_named(gpu_check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"transformers": "4.57.1"}
+
+    def version(name: str) -> str:
+        if name == "msgspec":
+            raise gpu_check.PackageNotFoundError(name)
+        return there.get(name, "2026.1" if name != "torch" else "2.11.0+cu130")
+
+    monkeypatch.setattr(gpu_check, "version", version)
+    assert gpu_check.lacking() == [
+        "msgspec is not installed; the project needs msgspec>=0.19.",
+        "This is transformers 4.57.1; the project needs transformers<6,>=5.16.",
+    ]
+
+
+def test_steps_are_timed_where_no_graph_can_be_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch_steps, "_measure_graphs", refuse)
+    context = Context(torch.device("cpu"), tmp_path, "torch-steps")
+    with torch.set_grad_enabled(True), pytest.raises(RuntimeError, match=r"No CUDA graphs: .* not permitted"):
+        torch_steps.run(context)
+    assert set(context.report["launched_step_ms"]) == set(torch_steps.CHOSEN)
+    stage = {**json.loads((tmp_path / "torch-steps.json").read_text()), "wall_seconds": 1.0, "limit": 9}
+    text = report.as_markdown(
+        {"date": "", "dry": False, "machine": {"gpu": "", "versions": {}}, "stages": {"a": stage}}
+    )
+    assert "- 16 nodes without CUDA graphs: " in text and "- no CUDA graphs: RuntimeError: operation" in text
+
+
+def test_a_family_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = torch_exact._greedy
+
+    def fail_once(model: Any, prompt: list[int], count: int) -> list[int]:
+        if model.config.model_type == "llama":
+            raise RuntimeError("no kernel")
+        return greedy(model, prompt, count)
+
+    monkeypatch.setattr(torch_exact, "_greedy", fail_once)
+    monkeypatch.setattr(torch_exact, "DRY_TOKENS", 3)
+    context = Context(torch.device("cpu"), tmp_path, "torch-exact")
+    with torch.set_grad_enabled(True):
+        torch_exact.run(context)
+    assert context.report["wrong"] == ["llama"] and not context.report["agrees"]
+    assert context.report["families"]["mistral"] == {"backend": [True] * 3, "replayed": [True] * 3}
+    text = "\n".join(report._details(context.report))
+    assert "- tokens of llama against transformers, made: RuntimeError: no kernel" in text
+    assert "- tokens of mistral against transformers, backend: equal; replayed: equal" in text
 
 
 def test_a_failure_is_reported_in_its_words(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
