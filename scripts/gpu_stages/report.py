@@ -9,6 +9,19 @@ from pathlib import Path
 from typing import Any
 
 PLAIN = "tree size 1"
+# Sentences, and the findings of a stage that they need.
+_FACTS = {
+    "weights of {weight_bytes:,} bytes, {context_tokens:,} tokens before each step": ("weight_bytes", "context_tokens"),
+    "a copy moves {copy_bytes_per_second:,.0f} bytes/s, so reading the weights takes {least_ms:.2f} ms": (
+        "copy_bytes_per_second",
+        "least_ms",
+    ),
+    "{name}: a bundle of {bytes:,} bytes with a tree of {nodes} nodes": ("name", "bytes", "nodes"),
+    "exported in {seconds:.0f} s, as greedy only in {greedy_only_seconds:.0f} s": ("seconds", "greedy_only_seconds"),
+    "an engine of {network_layers:,} layers, built in {build_seconds:.0f} s": ("network_layers", "build_seconds"),
+    "{compared:,} comparisons with PyTorch": ("compared",),
+    "{nodes_per_step:.1f} nodes per step with `auto`": ("nodes_per_step",),
+}
 _BLOCK = re.compile(r"(<!-- gpu checks: begin -->\n).*?(<!-- gpu checks: end -->)", re.DOTALL)
 
 
@@ -45,18 +58,28 @@ def outcome(stage: Mapping[str, Any]) -> str:
 
 def _details(stage: Mapping[str, Any]) -> list[str]:
     lines = [f"{stage[key].strip()}\n" for key in ("refused", "failed") if key in stage]
+    lines += [
+        "- " + words.format(**{field: stage[field] for field in fields})
+        for words, fields in _FACTS.items()
+        if all(field in stage for field in fields)
+    ]
+    return lines + _times(stage) + _findings(stage)
+
+
+def _times(stage: Mapping[str, Any]) -> list[str]:
     if "step_ms" in stage:
-        lines += _step_table(stage)
-    elif "launched_step_ms" in stage:
-        lines += [f"- {size} nodes without CUDA graphs: {ms:.2f} ms" for size, ms in stage["launched_step_ms"].items()]
-    if "least_ms" in stage:
-        lines.append(
-            f"- weights of {stage['weight_bytes'] / 1e9:.1f} GB are read in {stage['least_ms']:.2f} ms at the "
-            f"{stage['copy_bytes_per_second'] / 1e12:.2f} TB/s of a copy"
-        )
+        return ["", *_step_table(stage)]
+    launched = stage.get("launched_step_ms") or {}
+    return [f"- {size} nodes without CUDA graphs: {ms:.2f} ms" for size, ms in launched.items()]
+
+
+def _findings(stage: Mapping[str, Any]) -> list[str]:
+    lines = []
     for family, ways in (stage.get("families") or {}).items():
         words = [f"{way}: {'equal' if isinstance(rows, list) and all(rows) else rows}" for way, rows in ways.items()]
         lines.append(f"- tokens of {family} against transformers, {'; '.join(words)}")
+    if stage.get("not_on_the_gpu") == {}:
+        lines.append("- all nodes are on the GPU")
     for key, title in (("tokens_per_second", "tokens/s"), ("not_on_the_gpu", "not on the GPU"), ("top1", "top-1")):
         if isinstance(stage.get(key), Mapping):
             lines += [f"- {title}, {name}: {_short(value)}" for name, value in stage[key].items()]

@@ -158,10 +158,12 @@ def test_graphs_give_way_where_memory_is_scarce(
     assert not machine.left
 
 
+@pytest.mark.parametrize("raises", [False, True])
 def test_contexts_give_way_where_memory_is_scarce(
-    tiny_bundle: Bundle, description: CompiledEngine, expected: list[tuple[int, ...]]
+    tiny_bundle: Bundle, description: CompiledEngine, expected: list[tuple[int, ...]], raises: bool
 ) -> None:
     machine = Machine(tiny_bundle, description)
+    machine.trt.raises = raises
     backend = machine.backend(ROWS)
     machine.trt.context_size, machine.cuda.memory_limit = 2**20, machine.cuda.used + 3 * 2**20 + 2**19
     with MedusaService(tiny_bundle, backend, None, tree_size=1, prefill_chunk=8) as service:

@@ -210,7 +210,9 @@ def test_stages_are_chosen_by_name_or_by_its_beginning(gpu_check: Any) -> None:
 STAGE = {
     "wall_seconds": 12.0, "limit": 60, "agrees": True, "step_ms": {"1": 10.0, "64": 10.8},
     "launched_step_ms": {"64": 33}, "overhead": {"1": 1.0, "64": 1.08}, "tokens_per_second": {"auto": 321.4},
-    "host_gap_ms": 0.02, "notes": ["well"], "uncaptured": [{"tree_size": 9, "draws": 0, "words": "no memory"}],
+    "host_gap_ms": 0.02, "notes": ["well"], "compared": 1234, "network_layers": 2675, "build_seconds": 17.2,
+    "not_on_the_gpu": {}, "weight_bytes": 13_500_000_000, "context_tokens": 512, "nodes_per_step": 16.0,
+    "uncaptured": [{"tree_size": 9, "draws": 0, "words": "no memory"}],
 }  # fmt: skip
 
 
@@ -225,7 +227,8 @@ def test_a_report_becomes_a_page_and_a_row(tmp_path: Path) -> None:
     for part in (
         "| against the first | 1.00 | 1.08 |", "| without CUDA graphs, ms |  | 33.00 |", "no library\n", "not run",
         "- tensorrt not installed", "steps of 9 are no CUDA graphs: no memory",
-        "the host's part of a plain step is 0.020",
+        "the host's part of a plain step is 0.020", "an engine of 2,675 layers, built in 17 s",
+        "1,234 comparisons with PyTorch", "all nodes are on the GPU", "weights of 13,500,000,000 bytes, 512 tokens",
     ):  # fmt: skip
         assert part in text
     found["stages"]["tensorrt"] = STAGE

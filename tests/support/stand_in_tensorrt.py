@@ -130,6 +130,12 @@ class StandInTensorRT:
         """The error message of a call that fails now; None if it succeeds."""
         return "an illegal memory access was encountered" if self.cuda.is_lost else self.fault(function)
 
+    def gives_none(self, log: Any, words: str) -> None:
+        """Fails in a call that gives an object."""
+        if self.raises:
+            raise RuntimeError(words)
+        log.log(ILogger.ERROR, words)
+
     def compile_at_run_time(self) -> None:
         """Behaves like TensorRT-RTX, which compiles kernels at run time."""
         self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
@@ -147,8 +153,7 @@ class StandInTensorRT:
                 self.cuda.context_bytes += len(data)
                 weakref.finalize(engine, _give_back, self.cuda, len(data))
                 return engine
-            log.log(ILogger.ERROR, words)
-            return None
+            return self.gives_none(log, words)
 
         runtime = SimpleNamespace(deserialize_cuda_engine=load)
         if hasattr(self, "EngineValidity"):
@@ -207,8 +212,7 @@ class StandInEngine:
         except Refused:
             words = "Out of memory: a context can't be allocated"
         if words is not None:
-            self.log.log(ILogger.ERROR, words)
-            return None
+            return self.trt.gives_none(self.log, words)
         return StandInContext(self)
 
 

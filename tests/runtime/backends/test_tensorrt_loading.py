@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from medusa_runtime.bundles.compiled import CompiledEngine
 from medusa_runtime.errors import OutOfDeviceMemoryError
 from support.machine import PROMPTS, Machine
 from support.stand_in_cuda import StandInCuda, cudaError_t
-from support.stand_in_tensorrt import EngineInvalidityDiagnostics
+from support.stand_in_tensorrt import EngineInvalidityDiagnostics, RuntimeConfig
 
 
 def test_kernels_compiled_at_run_time_are_kept(
@@ -41,6 +42,26 @@ def test_kernels_compiled_at_run_time_are_kept(
         machine.backend()
 
 
+def test_kernels_that_can_not_be_read_or_kept_are_compiled_again(
+    tiny_bundle: Bundle, tiny_engine: CompiledEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the cache is of another driver")
+
+    folder = shutil.copytree(tiny_engine.folder, tmp_path / "engine")
+    kept = folder / ".kernels.sm89.cache"
+    kept.write_bytes(b"of another driver")
+    machine = Machine(tiny_bundle, replace(tiny_engine, folder=folder))
+    machine.trt.compile_at_run_time()
+    cache = SimpleNamespace(deserialize=fail, serialize=fail)
+    monkeypatch.setattr(RuntimeConfig, "create_runtime_cache", lambda _: cache)
+    backend = machine.backend()
+    backend.step(13, {0: PROMPTS[0]})
+    backend.close()
+    assert kept.read_bytes() == b"of another driver"
+    assert not machine.left
+
+
 Break = Callable[[Machine], None]
 
 
@@ -59,8 +80,10 @@ def test_engines_that_are_not_for_this_machine(machine: Machine, spoil: Break, w
         machine.backend()
 
 
-def test_an_engine_that_can_not_be_loaded(machine: Machine) -> None:
+@pytest.mark.parametrize("raises", [False, True])
+def test_an_engine_that_can_not_be_loaded(machine: Machine, raises: bool) -> None:
     """TensorRT refuses the file, although its digest is right; or the GPU has too little memory."""
+    machine.trt.raises = raises
     machine.trt.unloadable = "Magic tag does not match"
     with pytest.raises(BackendError, match=r"can't load .*model\.engine on a stand-in: Magic tag .* Build it again"):
         machine.backend()

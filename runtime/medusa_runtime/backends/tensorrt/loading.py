@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +39,18 @@ class KernelCache:
             self._cache = config.create_runtime_cache()
             kept = read_cache_file(self._path, at_most=MAX_KERNELS_BYTES)
             if kept is not None:
-                self._cache.deserialize(kept)
+                with contextlib.suppress(RuntimeError):  # kernels that it can't read are compiled again
+                    self._cache.deserialize(kept)
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """Writes the file if the folder can be written to. A service may mount it read-only."""
         if self._cache is None:
             return
-        data = self._cache.serialize()
-        if data is not None:  # None: TensorRT can't serialise it
+        data = None
+        with contextlib.suppress(RuntimeError):  # without the file, kernels are compiled again
+            data = self._cache.serialize()
+        if data is not None:
             write_cache_file(self._path, memoryview(data))
 
 
@@ -82,22 +87,24 @@ class LoadedEngine:
             eager: Compile the kernels for its shapes at once, if the flavor compiles at run time. Otherwise they are
                 compiled beside the steps, which suits shapes that come once.
         """
-        trt = self.library.trt
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        kinds = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
-        if kinds is None:
-            context = self.engine.create_execution_context(strategy)
-        else:
-            config = self.engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if eager else kinds.LAZY
-            self.kernels.attach(config)
-            context = self.engine.create_execution_context(config)
+        context = _attempt(self.log, self._make_context, eager)
         if context is None:
             words = self.words()
             kind = OutOfDeviceMemoryError if _is_out_of_memory(words) else BackendError
             raise kind(f"TensorRT made no execution context: {words}")
         return context
+
+    def _make_context(self, eager: bool) -> Any:
+        trt = self.library.trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kinds = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kinds is None:
+            return self.engine.create_execution_context(strategy)
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if eager else kinds.LAZY
+        self.kernels.attach(config)
+        return self.engine.create_execution_context(config)
 
     def words(self) -> str:
         """TensorRT's last error messages, which are forgotten then."""
@@ -138,7 +145,7 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
         runtime = library.trt.Runtime(log)
     data = description.engine.read_bytes()
     _check_validity(library.trt, runtime, data, description)
-    engine = runtime.deserialize_cuda_engine(data)
+    engine = _attempt(log, runtime.deserialize_cuda_engine, data)
     kernels = KernelCache(description.folder / f".kernels.{device.architecture}.cache")
     loaded = LoadedEngine(description, library, device, engine, log, kernels)
     if engine is None:
@@ -154,6 +161,15 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
         )
     _check_tensors(loaded, bundle)
     return loaded
+
+
+def _attempt(log: Any, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls TensorRT. None if it fails: where the C++ interface gives no object, its Python bindings may raise."""
+    try:
+        return call(*arguments)
+    except RuntimeError as error:
+        log.errors.append(str(error))
+        return None
 
 
 def _check_memory(bundle: Bundle, description: CompiledEngine, cuda: Cuda) -> None:
