@@ -1,7 +1,7 @@
 """Answers one prompt as a stream, then compares decoding speed with transformers, one prompt of each kind.
 
 The sample is fixed: of the prompts that ``medusa-export bench`` uses, the first one of each kind. For each prompt the
-contestants answer one after the other, in an order drawn from a fixed seed, so a slow moment of the machine meets all.
+contestants answer one after the other, in an order drawn from a fixed seed, so a slow moment affects all.
 """
 
 from __future__ import annotations

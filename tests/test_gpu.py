@@ -1,4 +1,4 @@
-"""Tests that need an NVIDIA GPU; docs/gpu.md says how to run it. Elsewhere each test is skipped, with the reason."""
+"""Tests that need an NVIDIA GPU; docs/gpu.md says how to run them. Elsewhere each test is skipped, with the reason."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ class MedusaStep(nn.Module):
         draft = self._draft(take_rows(hidden, best).squeeze(1), next_root, nodes.tokens.shape[1])
         added = torch.where(accepted.emits & given.is_prefill, given.num_tokens, accepted.count)
         next_pending = self._carry(cache, slots.carried(accepted.path, added)) if self.tables.depth else []
-        # Last, as a graph for ONNX Runtime moves acceptance and drafting into a branch before it.
+        # Computed last, because a rewrite for ONNX Runtime moves acceptance and drafting into a branch before it.
         top_tokens, top_logprobs = self._rank(nodes, accepted.path, given.ranked_places)
         return StepOutput(
             tokens=tokens,

@@ -166,12 +166,12 @@ class RequestHandle(Closeable):
             return chunks
 
     def put(self, chunk: Chunk) -> None:
-        """Receives the next chunk from the service. ``wake`` tells the readers."""
+        """Receives the next chunk from the service. ``wake`` notifies the readers."""
         with self._changed:
             self._chunks.append(chunk)
 
     def wake(self) -> None:
-        """Tells the readers that chunks have come."""
+        """Notifies the readers of new chunks."""
         with self._changed:
             self._changed.notify_all()
         self._notify_listeners()

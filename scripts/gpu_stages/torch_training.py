@@ -1,4 +1,4 @@
-"""Stages ``torch-training`` and ``torch-heads``: speed of distil, train and calibrate, and heads from more data."""
+"""Stages ``torch-training`` and ``torch-heads``: speed of distill, train and calibrate, and heads from more data."""
 
 from __future__ import annotations
 

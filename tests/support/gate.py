@@ -50,7 +50,7 @@ class AnyGate:
 
 
 class Gate(AnyGate):
-    """The same over the backend on the CPU, which moves rows.
+    """A gate over the backend on the CPU, which moves rows.
 
     Args:
         bundle: The bundle.

@@ -89,7 +89,7 @@ def write_gguf(
         name: The model's name in the file.
         with_tokenizer: Whether the file holds a vocabulary.
         pre: The pre-tokenizer's name in the file; None for no name.
-        kind: How matrices are quantized; None for fp32.
+        kind: The quantization of matrices; None for fp32.
     """
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)

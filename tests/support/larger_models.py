@@ -12,7 +12,7 @@ from medusa_export.compat.transformers import model_class
 from support.tiny_models import COMMON, form_settings, randomize
 
 _TEXT: dict[str, Any] = {**COMMON, "num_hidden_layers": 3}
-del _TEXT["tie_word_embeddings"]  # the larger configuration says it
+del _TEXT["tie_word_embeddings"]  # the larger model's configuration sets it
 _SIGLIP: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,

@@ -34,7 +34,7 @@ def write_compressed(folder: Path, dtype: torch.dtype, layout: str, **weights: A
         folder: The folder, which is created.
         dtype: The dtype of the scales and of the weights that are not packed.
         layout: The library's name of the format.
-        weights: How weights are quantized: arguments of the library's ``QuantizationArgs``.
+        weights: The arguments of the library's ``QuantizationArgs`` for weights.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (

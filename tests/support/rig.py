@@ -25,7 +25,7 @@ class Rig:
 
     Args:
         kind: ``cpu``, or ``stand-in-`` and the number of rows.
-        bundle: The bundle that they run.
+        bundle: The bundle that the backends run.
         folder: A folder for the stand-in's engine.
 
     Attributes:

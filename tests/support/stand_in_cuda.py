@@ -73,7 +73,7 @@ class StandInCuda:
         calls: Number of calls by function.
         fail: The error that the next call of a function returns, by function.
         misuse: Errors of use, which no caller may hide.
-        fault: Returns the error that a call returns, or None; takes the function's name. Is called for each call.
+        fault: Called with the function's name before each call. Returns the error that the call returns, or None.
     """
 
     cudaStreamNonBlocking = 1

@@ -91,8 +91,8 @@ class StandInTensorRT:
         capturable: Whether steps can be captured, as contexts report. None if they can't, and contexts don't report it.
         raises: Whether an error is an exception, as it may be in Python's bindings.
         fails: Error message of the next step; None if it succeeds.
-        fault: Returns the error message of a call, or None if it succeeds; takes the function's name. Is called for
-            each call of an engine or a context that can fail.
+        fault: Called with the function's name before each call of an engine or a context that can fail. Returns the
+            call's error message, or None if it succeeds.
         context_size: Bytes of device memory that a context takes besides its scratch memory.
         unloadable: Error message of loading an engine; None if it succeeds.
         invalid: The reasons for which engines are reported as invalid.

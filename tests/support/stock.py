@@ -105,7 +105,7 @@ class Stock:
         return folder
 
     def family(self, family: str) -> Exported:
-        """Exports the model of a family that most tests share. Few can sample: without it, a graph is traced sooner."""
+        """Exports the model of a family that most tests share. Most can't sample, since that makes tracing slower."""
         return self.export(family, SEEDS.get(family, 0), sampling=family in ("llama", "qwen2", "gemma2"))
 
     def export(

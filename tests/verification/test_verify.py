@@ -1,4 +1,4 @@
-"""``verify`` passes what is right, compares what it says, and writes its reports."""
+"""``verify`` passes correct bundles, makes the comparisons that it lists, and writes its reports."""
 
 from __future__ import annotations
 

@@ -353,9 +353,9 @@ class DecodeLoop(Endings):
             self.end(job, job.sequence.result())
 
     def wake_readers(self) -> None:
-        """Tells readers of the chunks that the last step has added. It is called when the next step is about to run.
+        """Wakes the readers of the chunks that the last step added. Called when the next step is about to run.
 
-        Python runs one thread at a time, so readers that wake earlier hold up the steps, each for itself.
+        Python runs one thread at a time, so each reader that wakes earlier delays the next step.
         """
         unread, self._unread = self._unread, []
         for receiver in unread:

@@ -31,7 +31,7 @@ class StepsInFlight:
 
     Args:
         backend: The backend.
-        on_wait: Is called before it waits for a step.
+        on_wait: Called before the host waits for a step, when other threads can take Python's lock.
     """
 
     def __init__(self, backend: StepsAhead, on_wait: Callable[[], None]) -> None:
@@ -81,7 +81,7 @@ class StepRunner:
         bundle: The bundle that the backend runs.
         backend: The backend. Exceptions of other libraries become ``BackendError``.
         sizes: The tree sizes of steps.
-        on_wait: Is called before it waits for a step. Other threads have Python to themselves from then on.
+        on_wait: Called before the host waits for a step, when other threads can take Python's lock.
 
     Attributes:
         backend: The backend, which raises errors of this project only.

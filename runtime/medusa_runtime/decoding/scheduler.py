@@ -42,7 +42,7 @@ class Receiver(Protocol):
         ...
 
     def wake(self) -> None:
-        """Tells the readers that chunks have come. An end tells them, too."""
+        """Wakes the readers of new chunks. ``end`` wakes them, too."""
         ...
 
     def end(self, outcome: GenerationResult | MedusaError) -> None:

@@ -1,4 +1,4 @@
-"""The memory of an engine on a GPU: computed, said, and bounded."""
+"""The memory of an engine on a GPU: computed, reported, and bounded."""
 
 from __future__ import annotations
 
