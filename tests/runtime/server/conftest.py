@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import openai
 import pytest
 
 from medusa_runtime import Bundle, MedusaEngine, MedusaService
+from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
+from medusa_runtime.text.tokenizer import Tokenizer
 from support.servers import running
+from support.stock import Stock
+from support.tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,17 @@ def served(tiny_bundle: Bundle) -> Iterator[Served]:
         settings = Settings(bundle=tiny_bundle.folder, model_names=("tiny", "other"), keep_alive_seconds=0.05)
         with running(service, metrics, settings) as address:
             yield Served(address, service)
+
+
+@pytest.fixture(scope="session")
+def byte_service(stock: Stock) -> Iterator[MedusaService]:
+    """A service of a tiny random model that knows all bytes and has an end token, so that it can follow grammars."""
+    bundle = stock.export(vocab_size=257).bundle
+    bundle = replace(bundle, model=replace(bundle.model, eos_token_ids=(0,)))
+    backend = OnnxRuntimeBackend(bundle, rows=3, threads=1)
+    tokenizer = Tokenizer(make_tokenizer(257).backend_tokenizer, chat_templates={"default": CHAT_TEMPLATE})
+    with MedusaService(bundle, backend, tokenizer, tree_size=8) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,13 @@ import openai
 import pytest
 
 from medusa_runtime import Grammar, MedusaService, RequestError
-from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.constraints.grammar import GrammarWalk
 from medusa_runtime.server.output.call_form import CallableTool, calls_grammar, closed_schema
 from medusa_runtime.server.output.formats import TOOL_FORMATS
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
-from medusa_runtime.text.tokenizer import Tokenizer
 from support.servers import running
-from support.stock import Stock
-from support.tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
+from support.tiny_tokenizer import make_tokenizer
 
 LOOK = {
     "type": "object",
@@ -50,20 +46,9 @@ def served(service: MedusaService, form: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def service(stock: Stock) -> Iterator[MedusaService]:
-    """A service of a tiny random model that knows all bytes, with an end token."""
-    bundle = stock.export(vocab_size=257).bundle
-    bundle = replace(bundle, model=replace(bundle.model, eos_token_ids=(0,)))
-    backend = OnnxRuntimeBackend(bundle, rows=3, threads=1)
-    tokenizer = Tokenizer(make_tokenizer(257).backend_tokenizer, chat_templates={"default": CHAT_TEMPLATE})
-    with MedusaService(bundle, backend, tokenizer, tree_size=8) as service:
-        yield service
-
-
 @pytest.fixture(scope="module", params=["hermes", "llama3", "mistral", "mistral-list"])
-def client(request: pytest.FixtureRequest, service: MedusaService) -> Iterator[openai.OpenAI]:
-    with served(service, request.param) as client:
+def client(request: pytest.FixtureRequest, byte_service: MedusaService) -> Iterator[openai.OpenAI]:
+    with served(byte_service, request.param) as client:
         yield client
 
 
