@@ -13,7 +13,7 @@ from medusa_export import build_engine, export
 from medusa_export.common.errors import EngineBuildError, OptionError
 from medusa_runtime import BackendError, Bundle, MedusaEngine, MedusaService, SamplingParams
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
+from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_CUDA_GRAPH, ONNXRUNTIME_GRAPH
 from support.on_host import OnnxRuntimeOnHost
 from support.stock import Exported, Stock
 from support.tiny_models import tiny_model
@@ -58,7 +58,13 @@ def test_the_bundle_says_what_its_states_are(bundle: Bundle, stock: Stock) -> No
     heads, size = bundle.states[0].shape
     assert bundle.entry_bytes == 2 * bundle.model.num_layers * heads * (size + 4)
     assert [group.dtype for group in bundle.state_groups] == ["int8", "float32"]
-    assert not bundle.notes
+
+
+def test_there_is_no_graph_that_its_backend_refuses(bundle: Bundle) -> None:
+    assert {name for name in bundle.files if name.endswith(".onnx")} == set(GRAPHS)
+    (note,) = bundle.notes
+    assert note.startswith(f"{ONNXRUNTIME_CUDA_GRAPH} is left out. ")
+    assert note.endswith("keys and values are 8-bit integers, and onnxruntime-cuda does not take them.")
 
 
 @pytest.mark.parametrize("size", [2, 5, 9])

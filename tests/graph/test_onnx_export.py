@@ -23,7 +23,7 @@ from medusa_export.targets.onnxruntime.best_token import SplitArgMax
 from medusa_export.targets.onnxruntime.constants import IR_VERSION
 from medusa_runtime import BackendError, Bundle, Tree
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from medusa_runtime.bundles.bundle import GRAPHS
+from medusa_runtime.bundles.bundle import GRAPHS, ONNXRUNTIME_CUDA_GRAPH
 from support.decoding import TREE, decode, export, greedy, make_step, random_heads
 from support.stock import Stock
 from support.tiny_models import SEEDS, tiny_model
@@ -139,6 +139,9 @@ def test_bfloat16_is_written_and_refused_on_a_cpu(tmp_path: Path) -> None:
     bundle = export(make_step(model, random_heads(model)), tmp_path / "bundle")
     onnx.checker.check_model(str(bundle.graph), full_check=True)
     assert bundle.dtype == "bfloat16"
+    assert "neither fp32 nor fp16, and onnxruntime-cuda takes no other" in (
+        bundle.graphs[ONNXRUNTIME_CUDA_GRAPH].left_out or ""
+    )
     with pytest.raises(BackendError, match="Export it in fp32 or fp16"):
         OnnxRuntimeBackend(bundle)
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 
 from medusa_export.graph.rewrites.building import Builder
 from medusa_export.graph.rewrites.matching import given, replace_value, shape_of
-from medusa_export.graph.rewrites.rewrite import Rewrite
-from medusa_export.targets.onnxruntime.attentions import attentions
+from medusa_export.graph.rewrites.rewrite import NotApplicableError, Rewrite
+from medusa_export.targets.onnxruntime.attentions import attentions, reads_integers
 from medusa_export.targets.onnxruntime.biases import bias_of
 from medusa_export.targets.onnxruntime.constants import integers
 
@@ -23,9 +23,18 @@ class ReadSharedHeadsOnce(Rewrite):
        cache once per query head.
 
     The count is the number of attentions.
+
+    Precondition: Caches are in fp32 or fp16. The backend takes no others, so the graph would only take space.
     """
 
     name = "read_shared_heads_once"
+
+    def requires(self, model: ir.Model) -> None:
+        for node in attentions(model):
+            if reads_integers(node):
+                raise NotApplicableError("keys and values are 8-bit integers, and onnxruntime-cuda does not take them")
+            if given(node.inputs[0]).dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+                raise NotApplicableError("the bundle is neither fp32 nor fp16, and onnxruntime-cuda takes no other")
 
     def apply(self, model: ir.Model) -> int:
         found = attentions(model)
