@@ -47,7 +47,7 @@ FLAVORS = ("auto", "tensorrt", "tensorrt-rtx")
 )
 @click.option("--max-prefill", type=COUNT, help="Tokens of the longest chunk of a prompt. [default: at most 512]")
 @option_with_default(
-    "--opt-level", kind=click.IntRange(0, 5), default=defaults.OPT_LEVEL, text="The builder's optimisation level."
+    "--opt-level", kind=click.IntRange(0, 5), default=defaults.OPT_LEVEL, text="The builder's optimization level."
 )
 @click.option(
     "--timing-cache",

@@ -4,7 +4,7 @@ The rows of all experts come in one tensor, grouped by expert. A ``Split`` with 
 them apart, one product x Wᵀ per expert follows, and a ``Concat``. An expert that no token chose has no rows. Its
 product then costs its call only, and reads no weights. So a step reads the weights of the chosen experts, once.
 
-Matrices are initializers of their own. So they are quantised, laid out and stored as those of linear layers, and blocks
+Matrices are initializers of their own. So they are quantized, laid out and stored as those of linear layers, and blocks
 of integers of their files are kept.
 """
 

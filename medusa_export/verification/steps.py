@@ -39,7 +39,7 @@ def graph_checks(
 
 
 def with_outputs(bundle: Bundle, path: Path, names: Sequence[str]) -> bytes:
-    """Returns a graph of a bundle, serialised, with inner values of the bundle's type as further outputs."""
+    """Returns a graph of a bundle, serialized, with inner values of the bundle's type as further outputs."""
     model = onnx.load(path, load_external_data=False)
     inner = {name for node in model.graph.node for name in node.output}
     missing = [name for name in names if name not in inner]

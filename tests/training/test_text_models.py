@@ -1,4 +1,4 @@
-"""Data, heads, measurements and quantised weights for the text model of a larger model."""
+"""Data, heads, measurements and quantized weights for the text model of a larger model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_heads_of_a_text_model_are_trained_measured_and_converted(larger: Path, 
     assert not any("vision" in name for name in load_file(ranges))
 
 
-def test_a_quantised_text_model_is_a_model_of_its_own(larger: Path, data: Path, tmp_path: Path) -> None:
+def test_a_quantized_text_model_is_a_model_of_its_own(larger: Path, data: Path, tmp_path: Path) -> None:
     quantized = quantize(larger, tmp_path / "int4", [data], text_only=True)
     assert len(quantized) == 21
     alone = load_model(str(tmp_path / "int4"), dtype=torch.float32).state_dict()

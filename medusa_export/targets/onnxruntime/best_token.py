@@ -14,7 +14,7 @@ from medusa_export.targets.onnxruntime.constants import integers
 
 
 class SplitArgMax(Rewrite):
-    """Searches the best block of logits only. ``ReduceMax`` is vectorised in ONNX Runtime, and ``ArgMax`` is not.
+    """Searches the best block of logits only. ``ReduceMax`` is vectorized in ONNX Runtime, and ``ArgMax`` is not.
 
     1. ``ArgMax`` of logits [B, S, V] becomes ``ReduceMax`` over blocks, ``ArgMax`` over their maxima, and ``ArgMax``
        within the best block. Of equal logits the first still wins.

@@ -48,7 +48,7 @@ def build_engine(
         max_seq_len: Slots per row in the caches, for prompt, answer and the tree in flight. If None, as many as the
             model's positions need, at most 4096.
         max_prefill: Tokens of the longest chunk of a prompt; at most 512 if None.
-        opt_level: The builder's optimisation level, 0 to 5.
+        opt_level: The builder's optimization level, 0 to 5.
         timing_cache: A file that keeps measured kernels for later builds; for ``tensorrt`` only.
         overwrite: Replace an engine that is at ``output``.
         on_progress: Receives reports.

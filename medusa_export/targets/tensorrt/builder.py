@@ -34,13 +34,13 @@ class BuiltEngine:
     """A built engine in memory.
 
     Attributes:
-        data: The serialised engine.
+        data: The serialized engine.
         targets: GPU architectures that it runs on.
-        profiles: Its optimisation profiles, in order.
+        profiles: Its optimization profiles, in order.
         layers: Number of layers of the parsed network, by type.
         rewrites: Number of places that each rewrite changed, by its name.
         seconds: Time to parse and build, in seconds.
-        timing_cache: The measured kernels, serialised; None if they are not kept.
+        timing_cache: The measured kernels, serialized; None if they are not kept.
     """
 
     data: memoryview

@@ -27,7 +27,7 @@ class BuildOptions:
     Attributes:
         limits: Rows, slots per row and tokens per step of the engine.
         targets: GPU architectures such as ``sm89``; empty for the GPU of this machine.
-        opt_level: The builder's optimisation level, 0 to 5.
+        opt_level: The builder's optimization level, 0 to 5.
         timing_cache: A file of measured kernels to read and to write; for ``tensorrt`` only.
     """
 

@@ -1,4 +1,4 @@
-"""Optimisation profiles: the ranges of shapes that an engine is optimised for."""
+"""Optimization profiles: the ranges of shapes that an engine is optimized for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ USUAL_TREE = 16
 
 
 def profiles_for(bundle: Bundle, limits: EngineLimits) -> tuple[Profile, Profile]:
-    """Returns the ranges of sizes that the engine is optimised for: a profile for decoding, and one for prefill.
+    """Returns the ranges of sizes that the engine is optimized for: a profile for decoding, and one for prefill.
 
     The optimum has no draws, no constraints and no ranked places, as most steps have none. With an optimum of any draws
     TensorRT-RTX 1.7.1 did not finish within 25 minutes. With 10 of the 26 halvings of the search for the end of a

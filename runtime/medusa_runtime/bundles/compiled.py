@@ -60,7 +60,7 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class Profile:
-    """An optimisation profile of the engine: smallest, usual and largest size of each free dimension.
+    """An optimization profile of the engine: smallest, usual and largest size of each free dimension.
 
     Attributes:
         name: ``decode`` or ``prefill``.
@@ -99,11 +99,11 @@ class CompiledEngine:
         targets: GPU architectures that the engine runs on, such as sm89. By default that of the GPU it was built on.
         bundle_sha256: Digest of the bundle's ``medusa.json``, which in turn holds the digests of the bundle's files.
         limits: Sizes that the engine was built for.
-        profiles: The engine's optimisation profiles, in the engine's order.
+        profiles: The engine's optimization profiles, in the engine's order.
         layers: Number of layers of the parsed network, by type.
         rewrites: Number of places that each rewrite for TensorRT changed, by the rewrite's name, in the order in which
             they ran; empty in older engines.
-        opt_level: The builder's optimisation level.
+        opt_level: The builder's optimization level.
         build_seconds: Seconds that the builder took.
         files: Size and digest of each file in the folder, by name.
     """
@@ -123,7 +123,7 @@ class CompiledEngine:
 
     @property
     def engine(self) -> Path:
-        """Path of the serialised engine."""
+        """Path of the serialized engine."""
         return self.folder / ENGINE
 
     @property

@@ -114,7 +114,7 @@ class LoadedEngine:
 
 
 def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLibrary, cuda: Cuda) -> LoadedEngine:
-    """Deserialises an engine and compares it with the contract.
+    """Deserializes an engine and compares it with the contract.
 
     Args:
         bundle: The bundle that the engine was built from.

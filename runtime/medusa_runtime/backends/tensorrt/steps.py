@@ -19,7 +19,7 @@ from medusa_runtime.bundles.contract import fixed_shape
 from medusa_runtime.errors import BackendError, DeviceLostError, OutOfDeviceMemoryError
 from medusa_runtime.tuning import MOST_CONTEXTS
 
-# The engine's optimisation profiles.
+# The engine's optimization profiles.
 _DECODE, _PREFILL = 0, 1
 
 
