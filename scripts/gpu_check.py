@@ -184,7 +184,7 @@ def run_stage(options: argparse.Namespace) -> int:
     try:
         getattr(importlib.import_module(f"gpu_stages.{module}"), function)(context)
     except Exception as error:  # noqa: BLE001  # the report keeps it, and other stages go on
-        if is_of_a_package(error):
+        if names_missing_package(error):
             context.note(refused=f"A package is missing. {error}")
             return 0
         traceback.print_exc()
@@ -193,8 +193,8 @@ def run_stage(options: argparse.Namespace) -> int:
     return 0
 
 
-def is_of_a_package(error: Exception) -> bool:
-    """True if an error says that a package of others is not installed."""
+def names_missing_package(error: Exception) -> bool:
+    """True if an error says that a package that the project needs is not installed."""
     own = ("medusa_export", "medusa_runtime", "gpu_stages")
     module = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else None
     return isinstance(error, MissingExtraError) or (module is not None and module not in own)

@@ -59,7 +59,7 @@ def run(context: Context) -> None:
 
 
 def _family(context: Context, family: str, count: int) -> dict[str, list[bool] | str]:
-    """For each way to run a step what ``_compared`` finds."""
+    """Returns what ``_compared`` finds for each way to run a step."""
     torch.manual_seed(1)
     config = AutoConfig.for_model(family, **(_SIZES | FAMILIES[family]))
     model = AutoModelForCausalLM.from_config(config).eval().to(context.device)

@@ -127,7 +127,7 @@ def test_a_package_that_is_missing_is_a_refusal(
     assert gpu_check.run_stage(options(tmp_path, run="torch-steps")) == 0
     found = json.loads((tmp_path / "torch-steps.json").read_text())
     assert found == {"refused": "A package is missing. No module named 'accelerate'"}
-    assert not gpu_check.is_of_a_package(ModuleNotFoundError("", name="medusa_export.gone"))
+    assert not gpu_check.names_missing_package(ModuleNotFoundError("", name="medusa_export.gone"))
 
 
 def test_packages_of_other_versions_are_named(gpu_check: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def load_engine(bundle: Bundle, description: CompiledEngine, library: TensorRTLi
 
 
 def _attempt(log: Any, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls TensorRT. None if it fails: where the C++ interface gives no object, its Python bindings may raise."""
+    """Calls TensorRT. Returns None if that fails. Where the C++ interface gives no object, its bindings may raise."""
     try:
         return call(*arguments)
     except RuntimeError as error:
