@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import re
 import textwrap
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from medusa_runtime.backends.tensorrt import buffers, cuda, loading, steps
+from support.script import load_script
 from support.stand_in_cuda import StandInCuda, cudaError_t
 from support.stand_in_tensorrt import StandInContext, StandInEngine
 
+ROOT = Path(__file__).parents[3]
+tensorrt_api: Any = load_script("tensorrt_api")
 FUNCTIONS = sorted(
     name for name, value in vars(StandInCuda).items() if inspect.isfunction(value) and re.match("cuda[A-Z]", name)
 )
@@ -87,3 +94,52 @@ def test_signatures_of_tensorrt() -> None:
             text = textwrap.dedent(getattr(kind, name).__doc__ or "")
             counts = {len(re.findall(r"\w+: ", found)) for found in re.findall(rf"{name}\((self: [^)]*)\)", text)}
             assert len(inspect.signature(getattr(stand_in, name)).parameters) in counts, (name, counts, text[:200])
+
+
+PAGE = (ROOT / "docs/gpu-first-contact.md").read_text(encoding="utf-8")
+# Each word in backquotes: names of calls, properties, classes and constants.
+LISTED = {word for quoted in re.findall(r"`([^`]+)`", PAGE) for word in re.findall(r"\w+", quoted)}
+# Names of TensorRT that only other objects have in the code: arrays, our own builder, ONNX graphs.
+NOT_OF_TENSORRT = {"engine", "itemsize", "metadata", "nbytes", "parse", "reset"}
+ONNXRUNTIME_SOURCES = [
+    *(ROOT / "runtime/medusa_runtime/backends/onnxruntime").glob("*.py"),
+    ROOT / "medusa_export/benchmarks/captured_steps.py",
+    ROOT / "medusa_export/benchmarks/placement.py",
+]
+
+
+def test_all_calls_of_cuda_are_listed() -> None:
+    paths = [path for folder in tensorrt_api.SOURCES for path in folder.glob("*.py")]
+    called = {name for path in paths for name in re.findall(r'"(cuda[A-Z]\w+)"', path.read_text(encoding="utf-8"))}
+    errors = {name for name in called if name.startswith("cudaError")}
+    assert len(called - errors) > 25
+    assert not called - errors - LISTED
+
+
+def test_all_that_is_used_of_tensorrt_is_listed() -> None:
+    record = json.loads(tensorrt_api.RECORD.read_text(encoding="utf-8"))
+    used = tensorrt_api.used_names() & {member.split(".")[-1] for member in record}
+    assert len(used) > 60
+    assert not used - LISTED - NOT_OF_TENSORRT
+
+
+def test_all_that_is_used_of_onnxruntime_is_listed() -> None:
+    """``Binding`` and sessions are the same for a CPU, whose backends call nothing else of ONNX Runtime."""
+    ort = pytest.importorskip("onnxruntime")
+    names = {
+        node.attr
+        for path in ONNXRUNTIME_SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and not node.attr.startswith("_")
+    }
+    kinds = (ort, ort.OrtValue, ort.IOBinding, ort.InferenceSession, ort.SessionOptions)
+    used = {name for name in names if any(name in dir(kind) for kind in kinds)}
+    assert {"ortvalue_from_numpy", "run_with_iobinding", "update_inplace", "preload_dlls"} <= used
+    assert not used - LISTED - {"run"}  # ``run`` is our own
+
+
+@pytest.mark.parametrize("name", sorted({word for word in LISTED if word.startswith("test_")}))
+def test_a_test_that_the_page_names_exists(name: str) -> None:
+    """Such a name may be that of a file, too."""
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert list((ROOT / "tests").rglob(f"{name}.py")) or any(f"def {name}(" in text for text in texts)
