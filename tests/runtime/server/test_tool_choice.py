@@ -240,20 +240,3 @@ def test_schemas_that_are_none_are_refused(client: openai.OpenAI, schema: Any) -
     tools: Any = [{"type": "function", "function": {"name": "look", "parameters": schema}}]
     with pytest.raises(openai.BadRequestError, match="The grammar can't be followed"):
         client.chat.completions.create(**CHAT | {"tools": tools, "tool_choice": "required"})
-
-
-@pytest.mark.slow
-def test_a_real_model_calls_what_it_must_in_the_form_of_hermes(smollm2_bundle: Path) -> None:
-    with (
-        MedusaService.load(smollm2_bundle, rows=3, tree_size=8) as service,
-        served(service, "hermes") as client,
-    ):
-        for fields in ({"temperature": 0}, {"temperature": 1, "seed": 5, "n": 3}):
-            for choice, names in (("required", ["look", "go"]), (GO, ["go"])):
-                answer = client.chat.completions.create(**CHAT | fields | {"tool_choice": choice})
-                for found in answer.choices:
-                    calls = found.message.tool_calls or []
-                    assert calls
-                    for call in calls if found.finish_reason != "length" else calls[:-1]:
-                        assert call.type == "function"
-                        check(call.function, *names)
