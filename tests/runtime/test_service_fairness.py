@@ -35,12 +35,12 @@ def test_a_chunk_and_a_move_take_turns(service: MedusaService, gate: Gate) -> No
     gate.fail = lambda size, prompts, rows: events.append("chunk" if prompts else "decode")
 
     def watched(rows: Sequence[int], capacity: int, at_most: int) -> bool:
-        done = approach(rows, capacity, at_most)
+        done = prepare_arrange(rows, capacity, at_most)
         if not done:
             events.append("move")
         return done
 
-    approach, gate.inner.approach = gate.inner.approach, watched
+    prepare_arrange, gate.inner.prepare_arrange = gate.inner.prepare_arrange, watched
     running = service.submit(PROMPT, max_new_tokens=400)
     next(running)
     assert service.submit([4] * 480, max_new_tokens=20).result(30)
@@ -61,16 +61,16 @@ def test_a_long_prompt_moves_in_parts(service: MedusaService, gate: Gate, monkey
     steps: list[tuple[int, ...]] = []
     gate.fail = lambda size, prompts, rows: steps.append(("chunk", *rows) if prompts else tuple(sorted(rows)))
     parts: list[tuple[int, ...]] = []
-    approach = gate.inner.approach
+    prepare_arrange = gate.inner.prepare_arrange
 
     def watched(rows: Sequence[int], capacity: int, at_most: int) -> bool:
-        done = approach(rows, capacity, at_most)
+        done = prepare_arrange(rows, capacity, at_most)
         if not done:
             steps.append("move")
             parts.append(tuple(rows))
         return done
 
-    gate.inner.approach = watched
+    gate.inner.prepare_arrange = watched
     running = service.submit(PROMPT, max_new_tokens=400)
     next(running)
     steps.clear()

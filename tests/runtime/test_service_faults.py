@@ -69,7 +69,7 @@ def cpu_backend(bundle: Bundle) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(bundle, rows=3, threads=1)
 
 
-CALLS = ["step", "arrange", "approach", "copy", "assign", "reset", "lengths", "drafts"]
+CALLS = ["step", "arrange", "prepare_arrange", "copy", "assign", "reset", "lengths", "drafts"]
 ERRORS = [  # each kind before the call, and one of them after it, too
     (BackendError("broken"), "before"),
     *(
@@ -167,7 +167,7 @@ def test_a_failure_of_one_request_ends_no_other(tiny_bundle: Bundle, engine: Med
         assert running.result(30).token_ids == engine.generate(SHARED, max_new_tokens=300).token_ids
 
 
-@pytest.mark.parametrize("name", ["arrange", "approach", "lengths"])
+@pytest.mark.parametrize("name", ["arrange", "prepare_arrange", "lengths"])
 def test_a_failure_that_no_request_caused_is_tried_again(tiny_bundle: Bundle, engine: MedusaEngine, name: str) -> None:
     """A single failure ends no request, neither while rows are moved nor before a step of several rows."""
     prompts = [[5] * 30, [7] * 11]

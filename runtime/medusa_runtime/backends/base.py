@@ -240,13 +240,13 @@ class MovesRows(Backend, Protocol):
         """
         ...
 
-    def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
-        """Prepares a long ``arrange`` in part: takes about as long as moving ``at_most`` entries.
+    def prepare_arrange(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
+        """Does a part of a long ``arrange`` ahead. It takes about as long as moving ``at_most`` entries.
 
-        Rows may step meanwhile, each where it is.
+        Rows may take steps between these calls, each where it is.
 
         Returns:
-            True if ``arrange`` would take little time now; False if ``approach`` has to be called again first.
+            True if ``arrange`` would take little time now; False if ``prepare_arrange`` has to be called again first.
 
         Raises:
             BackendError: There is no memory for it; nothing has changed.
@@ -320,7 +320,7 @@ def can_step_ahead(backend: Backend) -> TypeGuard[StepsAhead]:
 
 
 def can_move_rows(backend: Backend) -> TypeGuard[MovesRows]:
-    """True if a backend has ``arrange`` and ``approach``."""
+    """True if a backend has ``arrange`` and ``prepare_arrange``."""
     return hasattr(backend, "arrange")
 
 

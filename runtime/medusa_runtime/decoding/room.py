@@ -274,7 +274,7 @@ class MovedRoom(Room):
 
     def _move_in_part(self, rows: Sequence[int], entries: int) -> int | None:
         """Arranges rows in parts, like ``_arrange``. Returns None if more calls are needed."""
-        if not self._mover.approach(rows, self._slots.capacity(entries), MOVED_AT_ONCE):
+        if not self._mover.prepare_arrange(rows, self._slots.capacity(entries), MOVED_AT_ONCE):
             return None
         return self._arrange(rows, entries)
 

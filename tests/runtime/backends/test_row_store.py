@@ -60,11 +60,11 @@ class Laws(RuleBasedStateMachine):
             self.lengths[row] += count
 
     @rule(data=st.data(), count=st.integers(0, 150), at_most=st.integers(1, 300))
-    def approach(self, data: st.DataObject, count: int, at_most: int) -> None:
+    def prepare_arrange(self, data: st.DataObject, count: int, at_most: int) -> None:
         rows = data.draw(st.lists(st.sampled_from(range(len(self.lengths))), min_size=1, unique=True))
         before = self.store.moved
         needed = MARGIN + int(self.lengths[rows].max()) + count
-        if self.store.approach(rows, needed, at_most):
+        if self.store.prepare_arrange(rows, needed, at_most):
             assert self.store.moved - before <= at_most
             self.store.arrange(rows, needed)
 
@@ -135,7 +135,7 @@ def test_rows_move_bit_by_bit_and_go_on_meanwhile() -> None:
             first[:] = 10 * row + np.arange(7)[:, None, None, None]
             second[:] = 10 * row + np.arange(7, 10)[:, None, None, None]
         moved, turns = 0, 0
-        while not store.approach(rows, 2000, 600):
+        while not store.prepare_arrange(rows, 2000, 600):
             assert store.moved - moved <= 300  # three states of ten at a time, of a block twice as long
             moved, turns = store.moved, turns + 1
             for row in rows:
@@ -157,7 +157,7 @@ def test_what_is_pending_may_change_meanwhile() -> None:
     store, lengths = make_store(1, groups=TEN)
     store.arrange([0], 1000)
     lengths[0] = 900
-    assert not store.approach([0], 2000, 600)
+    assert not store.prepare_arrange([0], 2000, 600)
     for group in store.row(0):
         group[:, 0, 900 : 900 + MARGIN] = 5
     store.arrange([0], 2000)
@@ -169,7 +169,7 @@ def test_a_row_that_begins_anew_is_copied_anew() -> None:
     store.arrange([0], 1000)
     lengths[0] = 900
     fill(store, 0, 1)
-    assert not store.approach([0], 2000, 600)
+    assert not store.prepare_arrange([0], 2000, 600)
     lengths[0] = 0
     store.arrange([0], 1000)
     fill(store, 0, 2)
@@ -184,7 +184,7 @@ def test_two_growths_at_a_time() -> None:
         store.arrange([row], 1000)
         lengths[row] = 900
     for _ in range(100):
-        done = [store.approach(rows, 2000, 600) for rows in ([0, 1], [2])]
+        done = [store.prepare_arrange(rows, 2000, 600) for rows in ([0, 1], [2])]
         if all(done):
             break
     assert all(done)

@@ -101,8 +101,8 @@ class OnnxRuntimeBackend(SessionBackend):
         if window is None or window.block.capacity < capacity:
             self._arrange(self._all_rows, capacity, exact=True)
 
-    def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
-        return self._store.approach(rows, capacity, at_most)
+    def prepare_arrange(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
+        return self._store.prepare_arrange(rows, capacity, at_most)
 
     def arrange(self, rows: Sequence[int], capacity: int) -> int:
         before = self._store.moved

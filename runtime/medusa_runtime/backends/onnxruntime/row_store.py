@@ -109,7 +109,7 @@ class RowStore:
         assert window is not None
         return window
 
-    def approach(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
+    def prepare_arrange(self, rows: Sequence[int], capacity: int, at_most: int) -> bool:
         """Fills about ``at_most`` slots of the new block that ``arrange`` would make, if it would make one.
 
         Until ``arrange`` is called, rows may append entries, but the entries that they have now may not change.
