@@ -60,7 +60,7 @@ def test_as_many_rows_as_fit(machine: Machine) -> None:
     assert open_with(machine, 1.0).rows == MOST
     with pytest.raises(OutOfDeviceMemoryError, match=r"One row takes .* MiB.*a stand-in has 1,024 MiB.*several GPUs"):
         open_with(machine, memory.total(1) - 1)
-    for wrong in (0, -1, float("nan"), True, "1"):
+    for wrong in (0, -1, float("nan"), float("inf"), True, "1"):
         with pytest.raises(RequestError, match="gpu_memory is"):
             open_with(machine, wrong)
 

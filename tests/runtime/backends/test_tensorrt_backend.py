@@ -299,6 +299,33 @@ def test_steps_that_do_not_fit(machine: Machine) -> None:
     backend.step(32, {0: [1] * 32})
     with pytest.raises(BackendError, match=r"1 to 3 sequences, not 4.*--max-batch 4"):
         machine.backend(4)
+    with pytest.raises(BackendError, match=r"rows is 0: give at least 1"):
+        machine.backend(0)
+
+
+@pytest.mark.parametrize("drafts_shown", [False, True])
+def test_a_closed_backend_touches_no_memory(machine: Machine, drafts_shown: bool) -> None:
+    """An engine may share its backend with another one, which closes it."""
+    backend = machine.backend(2)
+    backend.step(5, {0: [1, 2, 3]})
+    if drafts_shown:
+        assert backend.drafts.shape == (2, 9)
+    backend.close()
+    calls = machine.cuda.calls.copy()
+    for use in (
+        lambda: backend.step(5),
+        lambda: backend.drafts,
+        lambda: backend.reset(0),
+        lambda: backend.truncate(0, 2),
+        lambda: backend.copy(0, 1, 2),
+        lambda: backend.scrub(0),
+        lambda: backend.assign(0, None),
+        lambda: backend.set_long(0, True),
+    ):
+        with pytest.raises(BackendError, match="This backend is closed: load the engine again"):
+            use()
+    backend.close()
+    assert machine.cuda.calls == calls
 
 
 def test_failures_of_a_step_name_it(machine: Machine) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medusa_runtime.backends.base import StepResult
-from medusa_runtime.backends.tensorrt.buffers import ID, Buffers, Submitted
+from medusa_runtime.backends.tensorrt.buffers import ID, Buffers, ClosedBuffers, Submitted
 from medusa_runtime.backends.tensorrt.choices import ChoiceSizes, DeviceChoices
 from medusa_runtime.backends.tensorrt.cuda import Cuda, Stream
 from medusa_runtime.backends.tensorrt.library import TensorRTLibrary, import_tensorrt
@@ -73,10 +74,12 @@ class TensorRTBackend:
         gpu_memory: float | None = None,
     ) -> None:
         limits = description.limits
-        if not 1 <= rows <= limits.max_batch:
+        if rows < 1:
+            raise BackendError(f"rows is {rows}: give at least 1.")
+        if rows > limits.max_batch:
             raise BackendError(
-                f"The engine in {description.folder} holds 1 to {limits.max_batch} sequences, not {rows}. Build it "
-                f"again with 'medusa-export trt --max-batch {rows}'."
+                f"The engine in {description.folder} holds 1 to {limits.max_batch} sequences, not {rows}. Take fewer "
+                f"rows, or build it again with 'medusa-export trt --max-batch {rows}'."
             )
         library = library or import_tensorrt(description.flavor)
         cuda = cuda or Cuda.open(device)
@@ -391,5 +394,7 @@ class TensorRTBackend:
                 give_back()
             except BackendError as error:  # what can be given back is
                 failures.append(error)
+        closed: Any = ClosedBuffers()
+        self._buffers = self._choices = self._stream = closed
         if failures:
             raise failures[0]

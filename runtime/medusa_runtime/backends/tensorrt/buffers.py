@@ -17,6 +17,7 @@ from medusa_runtime.bundles.bundle import Bundle
 from medusa_runtime.bundles.compiled import EngineLimits
 from medusa_runtime.bundles.contract import TensorSpec, fixed_shape
 from medusa_runtime.bundles.states import State
+from medusa_runtime.errors import BackendError
 from medusa_runtime.sampling import draws_ahead
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
@@ -75,6 +76,13 @@ class Entries:
     pitch: int
     heads: int
     size: int
+
+
+class ClosedBuffers:
+    """Stands in the place of what a closed backend gave back: CUDA would use memory that may be another's by now."""
+
+    def __getattr__(self, _: str) -> Any:
+        raise BackendError("This backend is closed: load the engine again.")
 
 
 class Buffers:

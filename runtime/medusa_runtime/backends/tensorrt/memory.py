@@ -121,6 +121,6 @@ def memory_budget(asked: float, total: int) -> int:
     Raises:
         RequestError: It is neither.
     """
-    if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked < math.inf:
         raise RequestError(f"gpu_memory is {asked!r}: give bytes, or a fraction of the GPU's memory such as 0.9.")
     return min(int(asked * total) if asked <= 1 else int(asked), total)
