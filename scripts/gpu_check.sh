@@ -21,7 +21,7 @@ if [ -n "$offline" ]; then
   # Parts that haven't arrived yet are no error: stages whose packages are missing report that.
   "$python" scripts/wheelhouse_join.py "$offline" || [ $? = 4 ]
   site=$offline/site
-  mkdir -p "$site"
+  mkdir -p "$site" "$offline/files"  # a machine that lacks nothing has no parts
   for wheel in "$offline"/files/*.whl; do
     done_already=$site/.has-$(basename "$wheel")
     if [ -f "$wheel" ] && [ ! -e "$done_already" ]; then
@@ -43,7 +43,7 @@ PYTHON
   # These packages come before those of the machine: onnxruntime-gpu replaces an onnxruntime for CPUs.
   PYTHONPATH=$(cd "$site" && pwd):$PWD:$PWD/runtime${PYTHONPATH:+:$PYTHONPATH}
   export PYTHONPATH
-  model=$(find "$offline/files" -name '*.gguf' 2>/dev/null | head -n 1)
+  model=$(find "$offline/files" -name '*.gguf' | head -n 1)
 else
   . scripts/setup.sh
   python=python

@@ -317,6 +317,15 @@ def test_offline_takes_the_parts_that_have_arrived(tmp_path: Path) -> None:
     assert list((carried / "site").glob("medusa_export-*.dist-info/METADATA"))
 
 
+def test_offline_runs_without_any_part(tmp_path: Path) -> None:
+    """A machine that lacks nothing needs none."""
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    _, words, called = ran(tmp_path / "repository", "--offline", str(carried), "--stages", "torch")
+    assert "holds no part" in words
+    assert called.splitlines()[-1].endswith("scripts/gpu_check.py --stages torch")
+
+
 def test_the_host_gap_is_taken_from_steps_submitted_ahead(tiny_bundle: Bundle, tiny_engine: CompiledEngine) -> None:
     machine = Machine(tiny_bundle, tiny_engine)
     backend = machine.backend()
