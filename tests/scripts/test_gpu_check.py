@@ -42,9 +42,9 @@ def test_every_stage_runs_without_a_gpu(gpu_check: Any, tmp_path: Path, monkeypa
     """The dry run with small sizes. One stage has a process of its own, under its time limit; the others run here."""
     supervise = gpu_check.supervise
 
-    def run_here(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    def run_here(name: str, options: argparse.Namespace, ends: float) -> dict[str, Any]:
         if name == "export":
-            return supervise(name, options)
+            return supervise(name, options, ends)
         started = time.monotonic()
         with torch.set_grad_enabled(True):  # a stage may change it for its whole process
             gpu_check.run_stage(argparse.Namespace(**{**vars(options), "run": name}))
