@@ -237,9 +237,18 @@ def test_plain_decoding_and_one_row_build(stock: Stock) -> None:
     assert EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, options).build().data.nbytes > 100_000
 
 
-@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampling", "most"), [(True, 1.18), pytest.param(False, 1.11, marks=pytest.mark.exhaustive)])
+def test_the_network_of_smollm2_is_within_its_bound(smollm2_bundle: Path) -> None:
+    """In fp32, without a build. It has 30 layers, so each layer of the model may grow by three at most."""
+    bundle = Bundle.load(smollm2_bundle)
+    limits = choose_limits(bundle, max_batch=4, max_seq_len=2048)
+    builder = EngineBuilder(import_tensorrt("tensorrt-rtx"), bundle, BuildOptions(limits, TARGETS))
+    builder.parse()
+    assert builder.network.num_layers < 2650
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("sampling", "most"), [(True, 1.18), (False, 1.11)])
 def test_smollm2_is_built_within_its_bounds(
     smollm2_gguf: str, smollm2_heads: Path, tmp_path: Path, sampling: bool, most: float
 ) -> None:
