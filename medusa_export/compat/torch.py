@@ -8,8 +8,9 @@ Tried with torch 2.13.0, onnx_ir 1.1.0 and onnxscript 0.7.2.
 * ``quiet_tracing``: torch.onnx prints progress, and the three libraries log remarks on each weight. Without it they
   appear on the terminal.
 * ``export_program``: torch keeps the shapes of each operation that it traced, to find them again for equal inputs. With
-  free dimensions, to find a shape again costs more than to compute it. It also keeps a stack trace of each operation,
-  which nothing reads. Without it, an export takes a tenth longer, and one that is traced a second time a third.
+  free dimensions, to find a shape again costs more than to compute it. It also keeps a stack trace of each operation
+  and a second description of its result, with the order of its axes in memory, which nothing reads. Without it, an
+  export takes a seventh longer, and one that is traced a second time a third.
 * ``tracing_once``: torch.onnx traces a traced program a second time, to decompose operations that have no translation.
   A step has a few of them. Each is a second name, or the in-place form, of an operation that has a translation, so it
   is renamed here. The second trace also writes ``flatten`` and ``unflatten`` as views, which is done here. torch.onnx
@@ -33,6 +34,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import config as fx_config
+from torch.fx.experimental import proxy_tensor
 from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration, _schemas
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -100,17 +102,21 @@ def export_program(
 
 @contextlib.contextmanager
 def _nothing_kept() -> Iterator[None]:
-    """Lets torch trace without keeping shapes and stack traces; torch 2.11 keeps no stack traces."""
+    """Lets torch trace without keeping shapes, layouts and stack traces; torch 2.11 keeps no stack traces."""
     from torch._dynamo import config  # noqa: PLC0415  it takes a second to import, and torch.export needs it anyway
 
     name = "do_not_emit_stack_traces"
     kept = getattr(fx_config, name, None)
     if kept is not None:
         setattr(fx_config, name, True)
+    tracer: Any = proxy_tensor
+    described = tracer._extract_tensor_metadata
+    tracer._extract_tensor_metadata = lambda _: None
     try:
         with config.patch(fake_tensor_cache_enabled=False):
             yield
     finally:
+        tracer._extract_tensor_metadata = described
         if kept is not None:
             setattr(fx_config, name, kept)
 
