@@ -32,10 +32,19 @@ PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 SHARED = [(11 * i + 1) % 100 + 1 for i in range(40)]
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
+Answers = list[tuple[list[int], tuple[int, ...]]]  # prompts, each with its answer
+
 
 @pytest.fixture(scope="module")
 def engine(tiny_bundle: Bundle) -> MedusaEngine:
     return MedusaEngine.load(tiny_bundle.folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def answers(engine: MedusaEngine) -> Answers:
+    """Prompts with the same start, and the answer to each."""
+    prompts = [[*SHARED, *range(5 + number)] for number in range(6)]
+    return [(prompt, engine.generate(prompt, max_new_tokens=12).token_ids) for prompt in prompts]
 
 
 class Fragile:
@@ -87,25 +96,24 @@ ERRORS = [  # each kind before the call, and one of them after it, too
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(("error", "when"), ERRORS, ids=repr)
 def test_a_call_that_fails_now_and_then(
-    tiny_bundle: Bundle, engine: MedusaEngine, name: str, error: Exception, when: str
+    tiny_bundle: Bundle, answers: Answers, name: str, error: Exception, when: str
 ) -> None:
-    check_answers(tiny_bundle, engine, Fragile(cpu_backend(tiny_bundle), name, error, when))
+    check_answers(tiny_bundle, answers, Fragile(cpu_backend(tiny_bundle), name, error, when))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", ["step", "reserve", "copy", "assign", "reset", "lengths", "drafts"])
 def test_a_call_of_a_device_that_fails_now_and_then(
-    tiny_bundle: Bundle, engine: MedusaEngine, tmp_path: Path, kind: str, name: str, when: str
+    tiny_bundle: Bundle, answers: Answers, tmp_path: Path, kind: str, name: str, when: str
 ) -> None:
     with rig_of(kind, tiny_bundle, tmp_path) as rig:
-        check_answers(tiny_bundle, engine, Fragile(rig.backend(), name, RuntimeError("odd"), when))
+        check_answers(tiny_bundle, answers, Fragile(rig.backend(), name, RuntimeError("odd"), when))
 
 
-def check_answers(bundle: Bundle, engine: MedusaEngine, fragile: Fragile) -> None:
+def check_answers(bundle: Bundle, answers: Answers, fragile: Fragile) -> None:
     """Each request gets its right answer or a typed error. Later requests are answered."""
-    prompts = [[*SHARED, *range(5 + number)] for number in range(6)]
-    expected = [engine.generate(prompt, max_new_tokens=12).token_ids for prompt in prompts]
+    prompts, expected = zip(*answers, strict=True)
     with MedusaService(bundle, fragile, None, tree_size=4, prefill_chunk=16) as service:
         for every in (2, 3, 7, 19):
             count = iter(range(10**9))
@@ -121,7 +129,7 @@ def check_answers(bundle: Bundle, engine: MedusaEngine, fragile: Fragile) -> Non
         fragile.due = lambda: False
         assert service.state == "ready"
         handles = [service.submit(prompt, max_new_tokens=12) for prompt in prompts]
-        assert [handle.result(30).token_ids for handle in handles] == expected
+        assert tuple(handle.result(30).token_ids for handle in handles) == expected
 
 
 def handle_chunks(handle: Any) -> Iterator[Chunk]:

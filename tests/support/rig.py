@@ -16,7 +16,7 @@ from support.gate import AnyGate, Gate
 from support.machine import Machine, stand_in_engine
 
 CPU = "cpu"
-KINDS = (CPU, "stand-in-4", pytest.param("stand-in-8", marks=pytest.mark.slow))
+KINDS = (CPU, "stand-in-4", pytest.param("stand-in-8", marks=pytest.mark.exhaustive))
 MOST_PREFILL = 64
 
 

