@@ -64,7 +64,7 @@ def test_the_part_that_answers_with_text_is_found_in_a_model_that_speaks(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3", marks=pytest.mark.exhaustive), "qwen2_5_vl"])
 def test_its_bundle_passes_verification(tmp_path: Path, name: str) -> None:
     """The reference is the larger model, and each weight of the text model is found in the files."""
     source = saved(larger_model(name), tmp_path / "model")
