@@ -244,6 +244,7 @@ def test_half_precision_that_overflows_is_told_to_export_fp32(stock: Stock) -> N
         model.get_input_embeddings().weight[POISON] = 1.0
         model.model.layers[0].self_attn.v_proj.weight[0] = 2_000.0
     step = make_step(model.half(), random_heads(model))
+    step.sampling = False  # such a graph is traced in half the time
     bundle = Bundle.load(stock.folder("overflowing-half", lambda out: export(step, out, trained=True)))
     answers = []
     with MedusaEngine.load(bundle.folder) as engine:
