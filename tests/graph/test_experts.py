@@ -105,7 +105,7 @@ def test_blocks_of_a_file_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_experts_are_stored_as_integers(kind: str, folder: Path, tmp_path: Path) -> None:
     """Derived graphs round activations too. In a random model, that makes routers choose other experts."""
-    bundle = medusa_export.export(folder, tmp_path / "b", init_heads=2, top_k=2, weights=kind)
+    bundle = medusa_export.export(folder, tmp_path / "b", init_heads=2, top_k=2, weights=kind, sampling=False)
     graph = onnx.load(bundle.folder / ONNXRUNTIME_GRAPH, load_external_data=False).graph
     fused = [node for node in graph.node if node.op_type == "MatMulNBits" and any("experts" in i for i in node.input)]
     assert len(fused) == 8
@@ -122,7 +122,9 @@ def test_experts_are_stored_as_integers(kind: str, folder: Path, tmp_path: Path)
 def test_matrices_of_experts_that_are_stored_as_one_are_integers_each(tmp_path: Path) -> None:
     """DBRX keeps the rows of all experts in one matrix. Each expert has blocks of its own."""
     tiny_model("dbrx", num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    bundle = medusa_export.export(tmp_path / "model", tmp_path / "b", init_heads=2, top_k=2, weights="int8")
+    bundle = medusa_export.export(
+        tmp_path / "model", tmp_path / "b", init_heads=2, top_k=2, weights="int8", sampling=False
+    )
     step = load_reference(bundle, str(tmp_path / "model"), None)
     assert use_stored_matrices(step, bundle).passed
     names = {name for stored in stored_matrices(bundle) for name in stored.weights if "experts" in name}
