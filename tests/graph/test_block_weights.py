@@ -43,6 +43,7 @@ def bundle(request: pytest.FixtureRequest, model_folder: Path, stock: Stock) -> 
     return Bundle.load(folder)
 
 
+@pytest.mark.slow
 def test_the_standard_graph_holds_the_rounded_weights(bundle: Bundle) -> None:
     model, found = tiny_model("qwen3"), set()
     for stored in stored_matrices(bundle):

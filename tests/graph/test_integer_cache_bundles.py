@@ -48,6 +48,7 @@ def plain(bundle: Bundle) -> list[list[int]]:
     return answers
 
 
+@pytest.mark.slow
 def test_every_graph_computes_what_the_reference_computes(exported: Exported) -> None:
     assert failed(verify(exported.bundle, exported.step)) == set()
 

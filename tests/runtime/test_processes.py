@@ -188,7 +188,9 @@ with engine:
 )
 
 
-@pytest.mark.parametrize("program", [FORK_SERVICE, FORK_ENGINE], ids=["service", "engine"])
+@pytest.mark.parametrize(
+    "program", [pytest.param(FORK_SERVICE, marks=pytest.mark.slow), FORK_ENGINE], ids=["service", "engine"]
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_of_fork_gets_errors_and_ends(tiny_bundle: Bundle, program: str) -> None:
     """A child lacks the threads that would answer. Without the errors it would wait for them, also at its exit."""

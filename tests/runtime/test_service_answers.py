@@ -99,6 +99,7 @@ def test_asyncio_and_threads_at_once(shared: MedusaService, engine: MedusaEngine
         assert [result.result(60).token_ids for result in plain] == [expected] * 4
 
 
+@pytest.mark.slow
 def test_an_fp16_bundle(stock: Stock) -> None:
     """Such a bundle has no derived graph for several rows."""
     bundle = stock.export(dtype="float16").bundle

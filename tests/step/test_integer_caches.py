@@ -14,7 +14,7 @@ from medusa_export.step.integer_caches import restored, rounded
 from medusa_export.step.states import observed_states
 from support.tiny_models import tiny_model
 
-SHAPE = (2, 3, 4, 16)
+SHAPE = (2, 3, 4, 4)
 VALUES = st.floats(-1e6, 1e6, width=32)
 
 

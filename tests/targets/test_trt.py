@@ -31,6 +31,7 @@ from support.decoding import TREE
 from support.interrupts import interrupt
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_that_a_service_needs(tiny_bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "engine"
     arguments = ("trt", tiny_bundle.folder, "-o", out, "--target", "sm80,sm_89", "--max-seq-len", 64, "--opt-level", 0)

@@ -228,6 +228,7 @@ def random_inputs(bundle: Bundle, size: int, draws: int) -> dict[str, np.ndarray
     return feed
 
 
+@pytest.mark.slow
 def test_plain_decoding_and_one_row_build(stock: Stock) -> None:
     bundle = stock.export(heads=False).bundle
     limits = choose_limits(bundle, max_batch=1, max_seq_len=64)

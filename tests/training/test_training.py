@@ -231,7 +231,8 @@ def test_a_draft_vocabulary_that_is_too_large_is_refused(data: Path, tiny_model_
         (20_000, "000000.safetensors can't be written", ()),
         # The checkpoint's weights, which safetensors writes.
         pytest.param(60_000, "A checkpoint can't be written", (), marks=pytest.mark.slow),
-        (90_000, "A checkpoint can't be written", ("--hidden-states", "online")),  # the optimizer, which torch writes
+        # The optimizer, which torch writes.
+        pytest.param(90_000, "A checkpoint can't be written", ("--hidden-states", "online"), marks=pytest.mark.slow),
         pytest.param(
             180_000, "The model can't be written", ("--recipe", "medusa2", "--lora-rank", 1), marks=pytest.mark.slow
         ),

@@ -18,6 +18,8 @@ from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
 from runtime.server.conftest import Served
 
+pytestmark = pytest.mark.slow
+
 HI: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
 LONG = HI | {"max_tokens": 400, "ignore_eos": True}
 # Bodies, the statuses of their answers, and whether the client leaves.

@@ -46,7 +46,10 @@ def served(service: MedusaService, form: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="module", params=["hermes", "llama3", "mistral", "mistral-list"])
+@pytest.fixture(
+    scope="module",
+    params=["hermes", *(pytest.param(form, marks=pytest.mark.slow) for form in ("llama3", "mistral", "mistral-list"))],
+)
 def client(request: pytest.FixtureRequest, byte_service: MedusaService) -> Iterator[openai.OpenAI]:
     with served(byte_service, request.param) as client:
         yield client
