@@ -113,6 +113,7 @@ def test_a_report_as_a_line() -> None:
     assert str(Progress("answering", 1200, 2400, "80 tokens/s")) == "answering: 1,200 of 2,400, 80 tokens/s"
 
 
+@pytest.mark.slow
 def test_a_loaded_model_exports_like_its_folder(
     tiny_model_folder: Path, untrained_bundle: Bundle, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from torch.onnx._internal.fx.passes import type_promotion
 from medusa_export.compat.onnxscript import unread_sources
 from medusa_export.compat.torch import export_program, tracing_once
 
+pytestmark = pytest.mark.slow
+
 RUN_NODE = type_promotion._TypePromotionInterpreter.run_node
 _NUMBERS = torch.tensor([[3.7, -1.2, 0.0], [2.0, 5.5, -4.0]])
 

@@ -85,6 +85,7 @@ def every(count: int, name: str, outcome: object) -> Callable[[str], object]:
     return lambda function: outcome if function == name and not next(numbers) % count else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CUDA_CALLS)
 def test_a_call_of_cuda_that_fails_now_and_then(
     tiny_bundle: Bundle, machine: Machine, expected: list[tuple[int, ...]], name: str

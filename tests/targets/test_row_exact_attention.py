@@ -82,7 +82,7 @@ KINDS = {
     "int8": Kind(overrides={"num_key_value_heads": 4}, weights=WeightTypes.all("int8", block_size=32)),
 }
 # Each kind is an export.
-QUICK = ("grouped", "integer_caches")
+QUICK = ("grouped",)
 PARAMETERS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 # Around the ends of panels: the first new entry is in slot margin + length.
 LENGTHS = (5, 57, 60, 61, 62, 64, 100, 124, 125, 127, 190)

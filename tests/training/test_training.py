@@ -64,6 +64,7 @@ def test_trained_heads_learn_and_decode_losslessly(
     assert tokens[0] == tokens[1] == tokens[2]
 
 
+@pytest.mark.slow
 def test_training_continues_from_its_checkpoint(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     arguments = ["train", tiny_model_folder, "--data", data, "--num-heads", 2, "--batch-size", 16, "-q"]
 
@@ -85,6 +86,7 @@ def test_training_continues_from_its_checkpoint(data: Path, tiny_model_folder: P
         torch.testing.assert_close(again[name], tensor, msg=name)
 
 
+@pytest.mark.slow
 def test_a_training_continues_only_with_its_own_settings(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     """Otherwise it would use another training's checkpoints as its own."""
     rows = tmp_path / "rows.jsonl"
@@ -207,6 +209,7 @@ def test_a_finished_training_changes_nothing(tmp_path: Path, epochs: float) -> N
     assert again.weight == first.weight
 
 
+@pytest.mark.slow
 def test_soft_targets_need_hidden_states_that_are_kept(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     command = ["train", tiny_model_folder, "--data", data, "-o", tmp_path / "out", "--soft", 0.5, "-q"]
     result = CliRunner().invoke(main, [*map(str, command), "--hidden-states", "online"])

@@ -29,6 +29,7 @@ def edit(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Bundle:
     return redescribe(folder)
 
 
+@pytest.mark.slow
 def test_a_wrong_weight_is_caught(copy: Path, step: MedusaStep) -> None:
     data = copy / "model.onnx.data"
     raw = np.fromfile(data, np.float32)
@@ -64,6 +65,7 @@ def test_a_graph_that_gives_no_numbers_is_caught(copy: Path, step: MedusaStep, t
     assert "NaN or infinity" in as_junit(outcome)
 
 
+@pytest.mark.slow
 def test_a_wrong_mask_bit_is_caught(copy: Path, step: MedusaStep) -> None:
     size = 9
 

@@ -27,7 +27,11 @@ Open = Callable[[], Backend]
 
 
 @pytest.fixture(
-    scope="module", params=["eager", "onnxruntime", "onnxruntime, standard", "onnxruntime-cuda", "tensorrt"]
+    scope="module",
+    params=[
+        pytest.param("eager", marks=pytest.mark.slow),
+        *("onnxruntime", "onnxruntime, standard", "onnxruntime-cuda", "tensorrt"),
+    ],
 )
 def opened(request: pytest.FixtureRequest, stock: Stock, tiny_engine: CompiledEngine) -> Iterator[Backend]:
     exported = stock.export()
