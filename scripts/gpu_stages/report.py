@@ -6,22 +6,20 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 PLAIN = "tree size 1"
-# Sentences, and the findings of a stage that they need.
-_FACTS = {
-    "weights of {weight_bytes:,} bytes, {context_tokens:,} tokens before each step": ("weight_bytes", "context_tokens"),
-    "a copy moves {copy_bytes_per_second:,.0f} bytes/s, so reading the weights takes {least_ms:.2f} ms": (
-        "copy_bytes_per_second",
-        "least_ms",
-    ),
-    "{name}: a bundle of {bytes:,} bytes with a tree of {nodes} nodes": ("name", "bytes", "nodes"),
-    "exported in {seconds:.0f} s, as greedy only in {greedy_only_seconds:.0f} s": ("seconds", "greedy_only_seconds"),
-    "an engine of {network_layers:,} layers, built in {build_seconds:.0f} s": ("network_layers", "build_seconds"),
-    "{compared:,} comparisons with PyTorch": ("compared",),
-    "{nodes_per_step:.1f} nodes per step with `auto`": ("nodes_per_step",),
-}
+# Sentences about the findings of a stage. A stage that lacks a finding has no such sentence.
+_FACTS = (
+    "weights of {weight_bytes:,} bytes, {context_tokens:,} tokens before each step",
+    "a copy moves {copy_bytes_per_second:,.0f} bytes/s, so reading the weights takes {least_ms:.2f} ms",
+    "{name}: a bundle of {bytes:,} bytes with a tree of {nodes} nodes",
+    "exported in {seconds:.0f} s, as greedy only in {greedy_only_seconds:.0f} s",
+    "an engine of {network_layers:,} layers, built in {build_seconds:.0f} s",
+    "{compared:,} comparisons with PyTorch",
+    "{nodes_per_step:.1f} nodes per step with `auto`",
+)
 _BLOCK = re.compile(r"(<!-- gpu checks: begin -->\n).*?(<!-- gpu checks: end -->)", re.DOTALL)
 
 
@@ -59,9 +57,9 @@ def outcome(stage: Mapping[str, Any]) -> str:
 def _details(stage: Mapping[str, Any]) -> list[str]:
     lines = [f"{stage[key].strip()}\n" for key in ("refused", "failed") if key in stage]
     lines += [
-        "- " + words.format(**{field: stage[field] for field in fields})
-        for words, fields in _FACTS.items()
-        if all(field in stage for field in fields)
+        "- " + words.format_map(stage)
+        for words in _FACTS
+        if all(field in stage for _, field, _, _ in Formatter().parse(words) if field)
     ]
     return lines + _times(stage) + _findings(stage)
 

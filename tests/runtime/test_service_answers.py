@@ -101,7 +101,7 @@ def test_asyncio_and_threads_at_once(shared: MedusaService, engine: MedusaEngine
 
 @pytest.mark.slow
 def test_an_fp16_bundle(stock: Stock) -> None:
-    """Such a bundle has no derived graph for several rows."""
+    """A bundle in fp16 has no derived graph for several rows."""
     bundle = stock.export(dtype="float16").bundle
     engine = MedusaEngine.load(bundle.folder, threads=1)
     with MedusaService.load(bundle.folder, rows=3, threads=1, tree_size=4) as service:

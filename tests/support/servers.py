@@ -1,4 +1,4 @@
-"""Servers on loopback, in a thread of the test process."""
+"""Servers on loopback, in a thread of the test process, and the arguments of a tool that tests call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
@@ -14,6 +15,14 @@ from medusa_runtime import MedusaService
 from medusa_runtime.server.app import make_app
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
+
+# The JSON schema of the arguments of a tool.
+LOOK: dict[str, Any] = {
+    "type": "object",
+    "properties": {"at": {"enum": ["sky", "sea"]}, "times": {"type": "integer", "minimum": 1, "maximum": 20}},
+    "required": ["at", "times"],
+    "additionalProperties": False,
+}
 
 
 def free_port() -> int:

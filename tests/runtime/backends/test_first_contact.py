@@ -140,6 +140,6 @@ def test_all_that_is_used_of_onnxruntime_is_listed() -> None:
 
 @pytest.mark.parametrize("name", sorted({word for word in LISTED if word.startswith("test_")}))
 def test_a_test_that_the_page_names_exists(name: str) -> None:
-    """Such a name may be that of a file, too."""
+    """A name that begins with ``test_`` may be that of a file, too."""
     texts = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert list((ROOT / "tests").rglob(f"{name}.py")) or any(f"def {name}(" in text for text in texts)

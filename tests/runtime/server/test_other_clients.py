@@ -15,18 +15,11 @@ import pytest
 from medusa_runtime import MedusaService
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
-from support.servers import running
+from support.servers import LOOK, running
 
 pytestmark = pytest.mark.slow  # the clients take seconds to import
 
-SCHEMA: dict[str, Any] = {
-    "title": "look",
-    "description": "Looks at something.",
-    "type": "object",
-    "properties": {"at": {"enum": ["sky", "sea"]}, "times": {"type": "integer", "minimum": 1, "maximum": 20}},
-    "required": ["at", "times"],
-    "additionalProperties": False,
-}
+SCHEMA = {"title": "look", "description": "Looks at something.", **LOOK}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
 FORCED = {"type": "function", "function": {"name": "look"}}
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

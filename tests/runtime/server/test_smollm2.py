@@ -17,18 +17,12 @@ import pytest
 from medusa_runtime import MedusaService
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
-from support.servers import running
+from support.servers import LOOK, running
 
 pytestmark = pytest.mark.slow
 
 QUESTIONS = ["Why is the sky blue?", "Say hello.", "Write a list of three fruits.", "What is 2 + 2?"]
 CHAT: Any = {"model": "smollm2", "messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature": 0}
-LOOK: dict[str, Any] = {
-    "type": "object",
-    "properties": {"at": {"enum": ["sky", "sea"]}, "times": {"type": "integer", "minimum": 1, "maximum": 20}},
-    "required": ["at", "times"],
-    "additionalProperties": False,
-}
 TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": LOOK}}
 
 

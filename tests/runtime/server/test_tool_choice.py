@@ -18,15 +18,9 @@ from medusa_runtime.server.output.call_form import CallableTool, calls_grammar, 
 from medusa_runtime.server.output.formats import TOOL_FORMATS
 from medusa_runtime.server.prometheus import ServerMetrics
 from medusa_runtime.server.settings import Settings
-from support.servers import running
+from support.servers import LOOK, running
 from support.tiny_tokenizer import make_tokenizer
 
-LOOK = {
-    "type": "object",
-    "properties": {"at": {"enum": ["sky", "sea"]}, "times": {"type": "integer", "minimum": 1, "maximum": 20}},
-    "required": ["at", "times"],
-    "additionalProperties": False,
-}
 SCHEMAS = {"look": LOOK, "go": {"type": "object", "properties": {}, "additionalProperties": False}}
 TOOLS: Any = [
     {"type": "function", "function": {"name": "look", "parameters": LOOK}},
