@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import onnx
 import onnxruntime
 from rich import box
 from rich.console import Console
@@ -22,9 +22,9 @@ from rich.table import Table
 from medusa_export.commands.options import sizes as as_sizes
 from medusa_runtime import Bundle
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from medusa_runtime.bundles.bundle import ONNXRUNTIME_GRAPH
 
-NORMS = ("LayerNormalization", "RMSNormalization")
+PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+OF_ATTENTION = ("Attention", "RotaryEmbedding", "TensorScatter", "ScatterND")
 PARTS = (
     "layers: matrix products", "layers: attention", "layers: norms", "layers: all else",
     "lm_head", "heads: matrix products", "accepting and drafting: all else",
@@ -32,33 +32,52 @@ PARTS = (
 FILL, WARM_UP = 64, 3
 
 
-def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """All nodes in order. A node with branches is replaced by the nodes of its branches."""
-    for node in graph.node:
-        branches = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
-        for branch in branches:
-            yield from nodes_of(branch)
-        if not branches:
-            yield node
+@dataclass(frozen=True)
+class Node:
+    """A node as ONNX Runtime runs it, which may be a fusion of several nodes of the file."""
+
+    name: str
+    op_type: str
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any]) -> Node | None:
+        """The node of a profiling event; None for events of other kinds, and for nodes that only run a branch."""
+        op_type = event.get("args", {}).get("op_name", "")
+        if not event["name"].endswith("_kernel_time") or op_type in ("If", "Loop"):
+            return None
+        return cls(event["name"], op_type)
 
 
-def parts_of(graph: onnx.GraphProto) -> dict[str, str]:
-    """The part of the graph that each node belongs to, by the node's name.
+def parts_of(nodes: Sequence[Node]) -> dict[Node, str]:
+    """The part of the graph that each node belongs to.
 
     The layers end at the last norm. The first matrix product after it is ``lm_head``; later ones are of the heads.
+    Norms cut the layers into pieces. A piece with an operator of attention is attention, its products with weights
+    excepted. ``FusedMatMul`` is a product of activations there, and of weights elsewhere.
+
+    Args:
+        nodes: The nodes in the order in which they run.
     """
-    nodes = list(nodes_of(graph))
-    last = max(i for i, node in enumerate(nodes) if node.op_type.endswith(NORMS))
-    found = {}
-    for i, node in enumerate(nodes):
-        product = node.op_type in ("MatMul", "Gemm", "FusedMatMul")
-        if i <= last:
-            kinds = {product: 0, node.op_type.endswith("Attention"): 1, node.op_type.endswith(NORMS): 2}
-            found[node.name] = PARTS[kinds.get(True, 3)]
-        elif product:
-            found[node.name] = PARTS[5 if "lm_head" in found.values() else 4]
+    last = max(i for i, node in enumerate(nodes) if node.op_type.endswith("Normalization"))
+    found: dict[Node, str] = {}
+    piece: list[Node] = []
+    for node in nodes[: last + 1]:
+        if node.op_type in PRODUCTS:
+            found[node] = PARTS[0]
+        if not node.op_type.endswith("Normalization"):
+            piece.append(node)
+            continue
+        is_attention = any(other.op_type.endswith(OF_ATTENTION) for other in piece)
+        for other in piece:
+            kind = 1 if is_attention else 0 if other.op_type == "FusedMatMul" else 3
+            found.setdefault(other, PARTS[kind])
+        found[node] = PARTS[2]
+        piece = []
+    for node in nodes[last + 1 :]:
+        if node.op_type in (*PRODUCTS, "FusedMatMul"):
+            found[node] = PARTS[5 if "lm_head" in found.values() else 4]
         else:
-            found[node.name] = PARTS[6]
+            found[node] = PARTS[6]
     return found
 
 
@@ -94,18 +113,17 @@ def profiled(bundle: Bundle, size: int, steps: int, threads: int) -> list[dict[s
 def main(folder: Path, sizes: list[int], steps: int, threads: int) -> None:
     """Prints milliseconds per step by part of the graph. Each node counts with its fastest run."""
     bundle = Bundle.load(folder)
-    parts = parts_of(onnx.load(folder / ONNXRUNTIME_GRAPH, load_external_data=False).graph)
     columns: dict[int, Counter[str]] = {}
     for size in sizes:
-        durations: dict[str, list[int]] = defaultdict(list)
-        for event in profiled(bundle, size, steps, threads):
-            durations[event["name"]].append(event["dur"])
-        columns[size] = Counter({"whole step": min(durations["model_run"])})
-        for name, taken in durations.items():
-            node = name.removesuffix("_kernel_time")
-            if node != name and node in parts:
-                # The fastest run of each node: on a busy machine other nodes are slow in every step.
-                columns[size][parts[node]] += min(taken)
+        events = sorted(profiled(bundle, size, steps, threads), key=lambda event: event["ts"])
+        columns[size] = Counter({"whole step": min(event["dur"] for event in events if event["name"] == "model_run")})
+        durations: dict[Node, list[int]] = defaultdict(list)
+        for event in events:
+            if (node := Node.of(event)) is not None:
+                durations[node].append(event["dur"])
+        for node, part in parts_of(list(durations)).items():
+            # The fastest run of each node: on a busy machine other nodes are slow in every step.
+            columns[size][part] += min(durations[node])
     table = Table("part", *map(str, sizes), box=box.SIMPLE_HEAD)
     for part in (*PARTS, "whole step"):
         table.add_row(part, *(f"{columns[size][part] / 1e3:.2f}" for size in sizes))
