@@ -11,6 +11,7 @@ from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Verification
 from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.plan import Plan, VerifyOptions, check_same
+from medusa_export.verification.reference_steps import ReferenceSteps
 from medusa_export.verification.steps import StepChecks
 from medusa_runtime.backends import open_backend
 from medusa_runtime.backends.base import Backend
@@ -56,7 +57,8 @@ def verify_backend(
         chunks = [min(chunk, opened.max_tokens or chunk) for chunk in options.prefill_chunks]
         plan = Plan.answered(bundle, step, prompts, replace(options, prefill_chunks=chunks), on_progress)
         on_progress(Progress(f"comparing steps of {opened.name}"))
-        steps = StepChecks(bundle, step, opened.name, opened, (), plan.rounded, rounds=bundle.weights.has_integers)
+        reference = ReferenceSteps(step, opened.rows, most_kept=0)
+        steps = StepChecks(bundle, reference, opened.name, opened, (), plan.rounded, rounds=bundle.weights.has_integers)
         checks = steps.run(plan.prompts, plan.sizes, plan.chunks)
     with MedusaEngine(bundle, open_backend(backend, bundle, check_digests=False), None) as engine:
         checks += generation_checks(engine, plan, on_progress)

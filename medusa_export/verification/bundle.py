@@ -20,6 +20,7 @@ from medusa_export.step.step import MedusaStep
 from medusa_export.verification.checks import Check, Verification
 from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.plan import Plan, VerifyOptions, check_same
+from medusa_export.verification.reference_steps import ReferenceSteps
 from medusa_export.verification.steps import graph_checks
 from medusa_runtime.bundles.bundle import GRAPH, GRAPHS, ONNXRUNTIME_CUDA_GRAPH, Bundle
 from medusa_runtime.engine import MedusaEngine
@@ -51,16 +52,22 @@ def verify_bundle(
     """
     check_same(bundle, step)
     plan = Plan.answered(bundle, step, prompts, options, on_progress)
-    checks: list[Check] = []
+    checks = _steps_of_graphs(bundle, plan, on_progress)
+    with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
+        checks += generation_checks(engine, plan, on_progress)
+    return plan.outcome(checks)
+
+
+def _steps_of_graphs(bundle: Bundle, plan: Plan, on_progress: OnProgress) -> list[Check]:
+    """Compares steps of each graph. The sessions take turns, as several may not fit in memory."""
+    reference, checks = ReferenceSteps(plan.step, rows=2), []
     for graph in _graphs(bundle):
         on_progress(Progress(f"comparing steps of {graph}"))
         rounds = bundle.weights.has_integers and (graph != GRAPH or bundle.weights.activations is not None)
         tolerances = plan.rounded if rounds else plan.tolerances
-        steps = graph_checks(bundle, step, graph, tolerances, rounds=rounds or bundle.kv_cache is not None)
+        steps = graph_checks(bundle, reference, graph, tolerances, rounds=rounds or bundle.kv_cache is not None)
         checks += steps.run(plan.prompts, plan.sizes, plan.chunks)
-    with MedusaEngine.load(bundle.folder, check_digests=False) as engine:
-        checks += generation_checks(engine, plan, on_progress)
-    return plan.outcome(checks)
+    return checks
 
 
 def _graphs(bundle: Bundle) -> list[str]:

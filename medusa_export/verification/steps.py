@@ -12,11 +12,12 @@ import onnx
 from numpy.typing import NDArray
 
 from medusa_export.common.errors import VerificationError
-from medusa_export.step.eager import EagerBackend
-from medusa_export.step.step import MedusaStep, StepOutput
+from medusa_export.step.step import StepOutput
 from medusa_export.verification.checks import Check, Tolerances
 from medusa_export.verification.oracle import oracle_tree
 from medusa_export.verification.reference import Prompt
+from medusa_export.verification.reference_steps import ReferenceSteps
+from medusa_export.verification.rows_in_turn import RowsInTurn
 from medusa_runtime.backends.base import Backend, StepResult, can_give_outputs, can_set_long
 from medusa_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from medusa_runtime.bundles.bundle import GRAPH, ONNXRUNTIME_GRAPH, Bundle
@@ -27,15 +28,15 @@ _ELEMENT_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT1
 
 
 def graph_checks(
-    bundle: Bundle, step: MedusaStep, graph: str, tolerances: Tolerances, *, rounds: bool = False
+    bundle: Bundle, reference: ReferenceSteps, graph: str, tolerances: Tolerances, *, rounds: bool = False
 ) -> StepChecks:
     """Prepares the checks of one graph of a bundle in ONNX Runtime, logits included."""
-    contract = graph == GRAPH
     # Head logits of a derived graph are inside a branch. The candidates that follow from them are compared anyway.
-    extra = ["logits", "head_logits"] if contract and step.heads is not None else ["logits"]
+    extra = ["logits", "head_logits"] if graph == GRAPH and reference.has_heads else ["logits"]
     data = with_outputs(bundle, bundle.folder / graph, extra)
-    backend = OnnxRuntimeBackend(bundle, rows=1 if graph == ONNXRUNTIME_GRAPH else 2, graph=data, extra_outputs=extra)
-    return StepChecks(bundle, step, graph, backend, extra, tolerances, rounds=rounds)
+    kind = RowsInTurn if graph == ONNXRUNTIME_GRAPH else OnnxRuntimeBackend
+    backend = kind(bundle, rows=reference.rows, graph=data, extra_outputs=extra)
+    return StepChecks(bundle, reference, graph, backend, extra, tolerances, rounds=rounds)
 
 
 def with_outputs(bundle: Bundle, path: Path, names: Sequence[str]) -> bytes:
@@ -56,9 +57,9 @@ class StepChecks:
 
     Args:
         bundle: The bundle.
-        step: The reference.
+        reference: The eager module's steps.
         name: Name of the graph or backend, for the names of checks.
-        compiled: The backend to check; ``run`` closes it.
+        compiled: The backend to check, of as many rows; ``run`` closes it.
         extra: Names of inner values that it returns by ``extra_output``.
         tolerances: Differences that pass.
         rounds: The backend rounds inputs of products, or entries of caches, to 8 bits. Then many near ties have another
@@ -69,7 +70,7 @@ class StepChecks:
     def __init__(
         self,
         bundle: Bundle,
-        step: MedusaStep,
+        reference: ReferenceSteps,
         name: str,
         compiled: Backend,
         extra: Sequence[str],
@@ -79,11 +80,10 @@ class StepChecks:
     ) -> None:
         self._rounds = rounds
         self._other_drafts = 0
-        self._bundle, self._step, self._tolerances = bundle, step, tolerances
+        self._bundle, self._tolerances = bundle, tolerances
         self._tree = bundle.tree
         self._rows = compiled.rows
-        self._compiled = compiled
-        self._eager = EagerBackend(step, rows=self._rows)
+        self._compiled, self._reference = compiled, reference
         self._logits = {value: _Logits(f"{name}: {value.replace('_', ' ')}", tolerances) for value in extra}
         self._integers = Check(f"{name}: integers of a step")
         self._accepted: Counter[int] = Counter()
@@ -105,12 +105,11 @@ class StepChecks:
     def _run_all(self, prompts: Sequence[Prompt], sizes: Sequence[int], chunks: Sequence[int]) -> None:
         rng = np.random.default_rng(0)
         groups = [prompts[i : i + self._rows] for i in range(0, len(prompts), self._rows)]
-        for number, group in enumerate(group for group in groups if len(group) == self._rows):
+        for number, group in enumerate(groups):
             size, chunk = sizes[number % len(sizes)], chunks[number // len(sizes) % len(chunks)]
-            self._scenario(group, size, chunk, rng)
-            self._scenario(group, self._tree.size, min(chunks), rng)
-        if 0 < len(prompts) < self._rows:
-            self._scenario([prompts[0]] * self._rows, self._tree.size, min(chunks), rng)
+            full = [*group, *prompts[: self._rows - len(group)]]  # the first prompt again, beside a last one alone
+            self._scenario(full, size, chunk, rng)
+            self._scenario(full, self._tree.size, min(chunks), rng)
 
     def _require_all_lengths(self) -> None:
         unseen = set(range(1, self._tree.max_depth + 2)) - set(self._accepted)
@@ -125,30 +124,30 @@ class StepChecks:
         depth = self._tree.max_depth
         left = [list(prompt.ids) for prompt in prompts]
         emitted: list[list[int]] = [[] for _ in prompts]
+        compared = [*range(self._rows)]  # those that have not differed so far
         self._begin([len(prompt.ids) for prompt in prompts], size, chunk)
         for _ in range(STEPS_PER_SCENARIO + -(-max(map(len, left)) // chunk)):
             parts = {row: rest[:chunk] for row, rest in enumerate(left) if rest}
             width = max([size, *(len(part) for part in parts.values())])
-            for row, prompt in enumerate(prompts):
-                rest = prompt.expected[len(emitted[row]) :]
+            for row in compared:
+                rest = prompts[row].expected[len(emitted[row]) :]
                 if row in parts or not emitted[row]:
                     continue
                 if len(rest) <= depth:  # the reference's answer ends here
                     return
                 node = self._next_node(min(width, self._tree.size), rng)
                 draft = oracle_tree(self._tree, emitted[row][-1], rest, node, self._bundle.model.vocab_size)
-                for backend in (self._compiled, self._eager):
-                    backend.drafts[row] = draft
-            if not self._compare_step(width, parts):
+                self._compiled.drafts[row] = self._reference.drafts[row] = draft
+            output = self._reference.step(width, parts)
+            compared = self._compare_step(width, parts, output, compared)
+            if not compared:
                 return
-            output = self._eager.output
-            assert output is not None
             for row in range(self._rows):
                 if row in parts:
                     left[row] = left[row][chunk:]
                 if not left[row]:
                     count = int(output.count[row])
-                    if row not in parts:
+                    if row not in parts and row in compared:
                         self._accepted[count] += 1
                     emitted[row] += output.tokens[row, :count].tolist()
 
@@ -157,12 +156,13 @@ class StepChecks:
         slots, longest = self._bundle.slots, max(lengths)
         widest = max(size, min(chunk, longest))
         needed = slots.capacity(longest + STEPS_PER_SCENARIO * slots.most_committed, widest + self._tree.size)
-        for backend in (self._compiled, self._eager):
-            backend.reserve(needed)
-            for row, length in enumerate(lengths):
-                backend.reset(row)
-                if can_set_long(backend):
-                    backend.set_long(row, self._bundle.model.is_long(length))
+        is_long = [self._bundle.model.is_long(length) for length in lengths]
+        self._reference.begin(needed, is_long)
+        self._compiled.reserve(needed)
+        for row in range(self._rows):
+            self._compiled.reset(row)
+            if can_set_long(self._compiled):
+                self._compiled.set_long(row, is_long[row])
 
     def _next_node(self, size: int, rng: np.random.Generator) -> int:
         """Chooses the node that the next draft is right down to, at random from the depth that was chosen least."""
@@ -171,19 +171,16 @@ class StepChecks:
         self._turns[depth] += 1
         return int(rng.choice(np.flatnonzero(depths == depth)))
 
-    def _compare_step(self, width: int, parts: dict[int, list[int]]) -> bool:
-        """Runs one step of both. Returns False if a row differs, so that the scenario ends."""
+    def _compare_step(self, width: int, parts: dict[int, list[int]], output: StepOutput, rows: list[int]) -> list[int]:
+        """Runs the same step of the backend, and compares these rows. Returns those that don't differ."""
         got = self._compiled.step(width, parts)
-        lengths = np.array(self._compiled.lengths)
-        self._eager.step(width, parts)
-        output = self._eager.output
-        assert output is not None
         if can_give_outputs(self._compiled):
             for name, logits in self._logits.items():
-                expected = getattr(output, name)
-                logits.add(self._compiled.extra_output(name), expected.float().numpy())
-        parted = [self._compare_row(row, width, got, int(lengths[row]), output) for row in range(self._rows)]
-        return not any(parted)
+                found, expected = self._compiled.extra_output(name), getattr(output, name)
+                if len(found):
+                    logits.add(found[rows], expected[rows].float().numpy())
+        lengths = self._compiled.lengths
+        return [row for row in rows if not self._compare_row(row, width, got, int(lengths[row]), output)]
 
     def _compare_row(self, row: int, width: int, got: StepResult, length: int, output: StepOutput) -> bool:
         """Compares the integers of a row and notes a difference. Returns True if they differ."""

@@ -24,6 +24,7 @@ from medusa_export.verification.checks import Check, Tolerances, Verification
 from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.plan import Plan, VerifyOptions
 from medusa_export.verification.reference import Prompt, reference_tokens
+from medusa_export.verification.reference_steps import ReferenceSteps
 from medusa_export.verification.steps import StepChecks, _Logits, graph_checks
 from medusa_export.verification.verify import PROMPTS as DEFAULT_PROMPTS
 from medusa_runtime import Bundle, MedusaEngine, Tree
@@ -129,17 +130,30 @@ def test_a_wrong_integer_is_no_tie(tiny_bundle: Bundle, step: MedusaStep, kind: 
     """However close some logits may be: the margins of half precision are found everywhere."""
     backend = kind(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph)
     prompts = [Prompt(ids, reference_tokens(step, ids, 40)) for ids in PROMPTS]
-    checks = StepChecks(tiny_bundle, step, "wrong", backend, [], Tolerances.of("float16"))
+    checks = StepChecks(tiny_bundle, ReferenceSteps(step, 2), "wrong", backend, [], Tolerances.of("float16"))
     (integers,) = checks.run(prompts, [9], [5])
     assert not integers.passed
     assert any(note.startswith(words) for note in integers.notes)
 
 
-def test_the_graph_for_several_rows_is_held_against_several(tiny_bundle: Bundle, step: MedusaStep) -> None:
-    tolerances = Tolerances.of("float32")
-    on_cpu = [name for name in GRAPHS if name != ONNXRUNTIME_CUDA_GRAPH]
-    rows = {name: graph_checks(tiny_bundle, step, name, tolerances)._rows for name in on_cpu}
-    assert rows == {GRAPH: 2, ONNXRUNTIME_GRAPH: 1, ONNXRUNTIME_BATCH_GRAPH: 2}
+def test_the_graph_for_several_rows_is_held_against_several(
+    tiny_bundle: Bundle, step: MedusaStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the graph for one row against one at a time."""
+    seen: dict[str, set[int]] = {}
+    run = OnnxRuntimeBackend._run
+
+    def watched(backend: OnnxRuntimeBackend, binding: Any, order: list[int], *others: int) -> None:
+        seen[graph].add(len(order))
+        run(backend, binding, order, *others)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "_run", watched)
+    prompts = [Prompt(ids, reference_tokens(step, ids, 8)) for ids in PROMPTS]
+    reference = ReferenceSteps(step, 2)
+    for graph in (name for name in GRAPHS if name != ONNXRUNTIME_CUDA_GRAPH):
+        seen[graph] = set()
+        graph_checks(tiny_bundle, reference, graph, Tolerances.of("float32")).run(prompts, [9], [5])
+    assert seen == {GRAPH: {2}, ONNXRUNTIME_GRAPH: {1}, ONNXRUNTIME_BATCH_GRAPH: {2}}
 
 
 def test_room_is_asked_for_as_much_as_prompts_need(tiny_bundle: Bundle, step: MedusaStep) -> None:
@@ -153,7 +167,7 @@ def test_room_is_asked_for_as_much_as_prompts_need(tiny_bundle: Bundle, step: Me
 
     backend = Small(tiny_bundle, rows=2, threads=1, graph=tiny_bundle.graph)
     prompts = [Prompt(ids, reference_tokens(step, ids, 40)) for ids in PROMPTS]
-    checks = StepChecks(tiny_bundle, step, "small", backend, [], Tolerances.of("float32"))
+    checks = StepChecks(tiny_bundle, ReferenceSteps(step, 2), "small", backend, [], Tolerances.of("float32"))
     assert checks.run(prompts, [9], [507])[0].passed
     assert max(asked) < 150
 
@@ -163,7 +177,9 @@ def test_prompts_alone_are_not_enough(stock: Stock) -> None:
     exported = stock.export(heads=False)
     backend = OnnxRuntimeBackend(exported.bundle, rows=2, threads=1, graph=exported.bundle.graph)
     prompts = [Prompt(ids, reference_tokens(exported.step, ids, 1)) for ids in PROMPTS]
-    checks = StepChecks(exported.bundle, exported.step, "short", backend, [], Tolerances.of("float32"))
+    checks = StepChecks(
+        exported.bundle, ReferenceSteps(exported.step, 2), "short", backend, [], Tolerances.of("float32")
+    )
     (integers,) = checks.run(prompts, [1], [64])
     assert not integers.passed
     assert "No step accepted 1 tokens" in integers.notes[-1]
