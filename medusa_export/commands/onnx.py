@@ -23,6 +23,7 @@ from medusa_export.commands.options import (
 from medusa_export.commands.progress import shown_progress
 from medusa_export.common import defaults
 from medusa_export.common.dtypes import DTYPES, KV_CACHE_TYPES, WEIGHT_TYPES, Dtype, KvCacheType, WeightType
+from medusa_runtime.common.collection import collection_paused
 
 if TYPE_CHECKING:
     from medusa_export import WeightTypes
@@ -122,6 +123,7 @@ _OWN_TYPE = click.Choice((_UNCHANGED, *WEIGHT_TYPES))
 @overwrite_option("a bundle")
 @quiet_option
 @click.pass_context
+@collection_paused()  # what an export makes lives until it ends: collections would take a tenth of its time
 def command(
     context: click.Context,
     model: str,
@@ -158,8 +160,6 @@ def command(
             "Give exactly one of: --heads PATH (trained heads; a merged MEDUSA-2 model holds its own, so give its "
             "folder), --init-heads K (fresh heads, to try the pipeline), --no-heads (plain decoding)."
         )
-    from medusa_export import export
-
     own = {"lm_head": lm_head_weights, "heads": head_weights, "embeddings": embedding_weights}
     has_integers = not {weights, *own.values()}.isdisjoint(("int8", "int4"))
     refuse_without_effect(context, "top_k", needs="--heads or --init-heads", given=not no_heads)
@@ -167,6 +167,8 @@ def command(
     refuse_without_effect(context, "tree_size", needs="--calibration and the default tree", given=searches)
     for name in ("block_size", "symmetric"):
         refuse_without_effect(context, name, needs="weights in int8 or int4", given=has_integers)
+    from medusa_export import export
+
     with shown_progress(quiet=quiet) as on_progress:
         export(
             model,
