@@ -74,6 +74,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_sessions() -> None:
+    """Opens one session of ONNX Runtime for all tests that run the same graph of the same bundle."""
+    from support.sessions import share_sessions
+
+    share_sessions()
+
+
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
     """Makes each folder once for all workers. Tests only read these folders."""

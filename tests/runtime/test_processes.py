@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from medusa_runtime import Bundle, MedusaEngine, MedusaError
+from medusa_runtime.backends.onnxruntime import session, session_backend
 from medusa_runtime.common import processes as processes_module
 from medusa_runtime.common.processes import ProcessBound, native_work
 
@@ -228,7 +229,8 @@ def test_threads_of_others_keep_their_telemetry(tiny_bundle: Bundle) -> None:
     )
 
 
-def test_what_is_closed_at_exit_is_not_kept_alive(tiny_bundle: Bundle) -> None:
+def test_what_is_closed_at_exit_is_not_kept_alive(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_backend, "open_session", session.open_session)  # one that no other test keeps
     engine = MedusaEngine.load(tiny_bundle.folder, threads=1)
     engine.generate([1, 2, 3], max_new_tokens=3)
     gone = [weakref.ref(engine), weakref.ref(engine.backend), weakref.ref(engine.backend._session)]

@@ -21,7 +21,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from medusa_runtime import Bundle
+from medusa_runtime.bundles.bundle import WEIGHTS
 from medusa_runtime.bundles.contract import TensorSpec
+from support.sessions import shared, version_of
 from support.stand_in_cuda import Refused, StandInCuda
 
 # Inputs with a free dimension besides those of ``input_ids``, the place of it, and its name in the contract.
@@ -108,12 +110,9 @@ class StandInTensorRT:
         self, bundle: Bundle, cuda: StandInCuda, capacity: int, max_tokens: tuple[int, int], graph: Path | None = None
     ) -> None:
         self.bundle, self.cuda, self.capacity, self.max_tokens = bundle, cuda, capacity, max_tokens
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3  # it warns of each cache that it copies
-        self.session = onnxruntime.InferenceSession(
-            str(graph or bundle.graph), options, providers=["CPUExecutionProvider"]
-        )
+        path = graph or bundle.graph
+        versions = version_of(path), version_of(bundle.folder / WEIGHTS)
+        self.session = shared(("stand-in", *versions), lambda: _open(path))
         self.capturable: bool | None = True
         self.raises = False
         self.fails: str | None = None
@@ -327,6 +326,13 @@ class StandInContext:
                 updates = {name.split("_")[0], output.split("_")[0]} == {"past", "present"}
                 own = updates and name.split("_")[1:] == output.split("_")[1:]
                 self.cuda.require(shared == own, f"{output} shares memory with {name}")
+
+
+def _open(graph: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # it warns of each cache that it copies
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 def _capturable(trt: StandInTensorRT, stream: int) -> bool:
