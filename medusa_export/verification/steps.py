@@ -175,10 +175,13 @@ class StepChecks:
         """Runs the same step of the backend, and compares these rows. Returns those that don't differ."""
         got = self._compiled.step(width, parts)
         if can_give_outputs(self._compiled):
+            # Heads draft behind the last accepted node, which is another one where a tie ended otherwise.
+            of_rows = {"head_logits": [row for row in rows if _emitted(got, row) == _emitted(output, row)]}
             for name, logits in self._logits.items():
                 found, expected = self._compiled.extra_output(name), getattr(output, name)
+                compared = of_rows.get(name, rows)
                 if len(found):
-                    logits.add(found[rows], expected[rows].float().numpy())
+                    logits.add(found[compared], expected[compared].float().numpy())
         lengths = self._compiled.lengths
         return [row for row in rows if not self._compare_row(row, width, got, int(lengths[row]), output)]
 
@@ -187,7 +190,7 @@ class StepChecks:
         count, reachable = int(output.count[row]), min(width, self._tree.size)
         found: list[tuple[str, Any, Any]] = [
             # In this order each follows from the one before: emitted tokens, new length, new draft.
-            ("tokens", got.tokens[row, : got.count[row]].tolist(), output.tokens[row, :count].tolist()),
+            ("tokens", _emitted(got, row), _emitted(output, row)),
             ("next_cache_lengths", length, int(output.next_cache_lengths[row])),
             (
                 "next_input_ids",
@@ -224,6 +227,12 @@ class StepChecks:
             best = output.head_logits[row].float().topk(self._tree.top_k + 1, dim=-1).values
             return float((best[..., :-1] - best[..., 1:]).min())
         return float("inf")
+
+
+def _emitted(result: StepResult | StepOutput, row: int) -> list[int]:
+    """The tokens that a row emitted in a step."""
+    tokens: list[int] = result.tokens[row, : int(result.count[row])].tolist()
+    return tokens
 
 
 class _Logits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from medusa_export.cli import main
@@ -25,7 +27,7 @@ from medusa_export.verification.generation import generation_checks
 from medusa_export.verification.plan import Plan, VerifyOptions
 from medusa_export.verification.reference import Prompt, reference_tokens
 from medusa_export.verification.reference_steps import ReferenceSteps
-from medusa_export.verification.steps import StepChecks, _Logits, graph_checks
+from medusa_export.verification.steps import StepChecks, _Logits, graph_checks, with_outputs
 from medusa_export.verification.verify import PROMPTS as DEFAULT_PROMPTS
 from medusa_runtime import Bundle, MedusaEngine, Tree
 from medusa_runtime.backends.base import StepResult
@@ -104,6 +106,39 @@ def test_a_tie_is_shown_and_is_no_failure(stock: Stock) -> None:
     tokens = outcome.checks[-2]
     assert tokens.passed
     assert any(note.startswith("tie: ") for note in tokens.notes)
+
+
+class Tied(OnnxRuntimeBackend):
+    """Emits another token in row 0 of a step without a prompt, and gives head logits behind it."""
+
+    def step(self, size: int, prompts: Any = None, rows: Any = None) -> StepResult:
+        result = super().step(size, prompts, rows)
+        self._is_tied = not prompts
+        if self._is_tied:
+            result.tokens[0, 0] += 1
+        return result
+
+    def extra_output(self, name: str) -> NDArray[Any]:
+        values = super().extra_output(name)
+        if self._is_tied and name == "head_logits":
+            values = np.concatenate([values[:1] + 1.0, values[1:]])
+        return values
+
+
+def test_head_logits_behind_a_tie_are_not_compared(tiny_bundle: Bundle, step: MedusaStep) -> None:
+    """They are those of another node."""
+    prompts = [Prompt(ids, reference_tokens(step, ids, 40)) for ids in PROMPTS]
+    names = ["logits", "head_logits"]
+    graph = with_outputs(tiny_bundle, tiny_bundle.folder / GRAPH, names)
+    backend = Tied(tiny_bundle, rows=2, threads=1, graph=graph, extra_outputs=names)
+    tolerances = replace(Tolerances.of("float32"), margin=np.inf)
+    checks = StepChecks(tiny_bundle, ReferenceSteps(step, 2), "tied", backend, names, tolerances).run(
+        prompts, [9], [64]
+    )
+    logits, heads, integers = checks
+    assert any(note.startswith("tie: tokens of row 0") for note in integers.notes)
+    assert heads.passed and heads.figures["max_abs"] < 1e-3
+    assert logits.passed
 
 
 class OneBehind(OnnxRuntimeBackend):
