@@ -22,6 +22,7 @@ from support.tiny_models import tiny_model
 
 PROMPT = [(7 * i * i + 3) % 101 for i in range(13)]
 SMALL = 7  # tokens
+ROWS = 100  # a step of 100 rows takes hardly longer than one of 8
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def joint_distribution(bundle: Bundle, prompt: list[int], length: int, params: S
 
 
 def sampled(backend: Backend, tree: Tree, size: int, length: int, params: SamplingParams, times: int) -> Counter[tuple]:
-    """The first tokens of ``times`` requests with seeds of their own, 8 rows at a time."""
+    """The first tokens of ``times`` requests with seeds of their own, as many at a time as there are rows."""
     counts: Counter[tuple] = Counter()
     accepted = 0
     for first in range(0, times, backend.rows):
@@ -79,7 +80,7 @@ def sampled(backend: Backend, tree: Tree, size: int, length: int, params: Sampli
 def test_emitted_tokens_have_the_joint_distribution_of_the_model(
     small_bundle: Bundle, size: int, params: SamplingParams
 ) -> None:
-    backend = OnnxRuntimeBackend(small_bundle, rows=8, threads=1)
+    backend = OnnxRuntimeBackend(small_bundle, rows=ROWS, threads=1)
     backend.reserve(64)
     prompt = [token % SMALL for token in PROMPT][: len(PROMPT) % SMALL + 2]
     counts = sampled(backend, small_bundle.tree, size, 3, params, times=4000)
@@ -89,7 +90,7 @@ def test_emitted_tokens_have_the_joint_distribution_of_the_model(
 @pytest.mark.slow
 def test_a_bias_towards_drafts_is_seen(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Accepting what typical acceptance allows is no exact sampling: the test above must see that."""
-    backend = OnnxRuntimeBackend(small_bundle, rows=8, threads=1)
+    backend = OnnxRuntimeBackend(small_bundle, rows=ROWS, threads=1)
     backend.reserve(64)
     prompt = [token % SMALL for token in PROMPT][: len(PROMPT) % SMALL + 2]
     typical = SamplingParams(acceptance="typical", typical_epsilon=0.01)
