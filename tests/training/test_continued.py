@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 
 from medusa_export.cli import main
 from medusa_export.training.job import SETTINGS
+from medusa_export.training.processes import Processes
 from medusa_export.training.run import _last_complete
+from support.forks import run_command, started
+from support.servers import free_port
 from support.training import history, train
 
 
@@ -40,17 +43,17 @@ def test_a_training_continues_in_the_way_that_it_began(
 
 def run_and_kill(arguments: list[str], ready: Any) -> None:
     """Starts a command, and kills it with SIGKILL as soon as ``ready`` returns True."""
-    process = subprocess.Popen([sys.executable, "-m", "medusa_export", *arguments], stderr=subprocess.PIPE)
+    process = started(run_command, arguments)
     try:
         deadline = time.monotonic() + 120
         while not ready():
-            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            assert process.is_alive(), process.exitcode
             assert time.monotonic() < deadline
             time.sleep(0.001)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.long
@@ -119,26 +122,26 @@ def test_an_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
     assert _last_complete(tmp_path / "none") is None
 
 
+def make_flag(flag: Path) -> None:
+    """The main process makes a file, which takes a second. The others find it."""
+    processes = Processes(None)
+    with processes.main_first():
+        assert processes.is_main or flag.is_file()
+        if processes.is_main:
+            time.sleep(1)
+            flag.touch(exist_ok=False)
+
+
 @pytest.mark.slow
 def test_the_main_process_goes_first(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        """
-import sys, time
-from pathlib import Path
-from medusa_export.training.processes import Processes
-
-processes, flag = Processes(None), Path(sys.argv[1])
-with processes.main_first():
-    assert processes.is_main or flag.is_file()
-    if processes.is_main:
-        time.sleep(1)
-        flag.touch(exist_ok=False)
-"""
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, script, tmp_path / "flag"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """With the variables of ``torchrun``; the test below starts processes by ``accelerate launch``."""
+    of_all = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        started(make_flag, tmp_path / "flag", environment=of_all | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert (tmp_path / "flag").is_file()
 
 
