@@ -53,7 +53,8 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet(tiny_bundle: Bundle) -> Iterator[Fleet]:
+def cluster(tiny_bundle: Bundle) -> Iterator[Fleet]:
+    """A cluster that nothing is deployed on yet."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -62,12 +63,18 @@ def fleet(tiny_bundle: Bundle) -> Iterator[Fleet]:
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             with httpx.Client(base_url=f"http://127.0.0.1:{port}/llm", timeout=60) as web:
-                fleet = Fleet(web, tiny_bundle.folder)
-                fleet.deploy()
-                yield fleet
+                yield Fleet(web, tiny_bundle.folder)
         finally:
             serve.shutdown()
             ray.shutdown()
+
+
+@pytest.fixture
+def fleet(cluster: Fleet) -> Fleet:
+    """The fleet, deployed if no test before has done so, or the last one has deleted it."""
+    if "medusa" not in serve.status().applications:
+        cluster.deploy()
+    return cluster
 
 
 @pytest.fixture
@@ -218,5 +225,4 @@ def test_requests_that_run_end_before_their_replica_does(fleet: Fleet) -> None:
         deleting.start()
         *_, last, done = lines
     deleting.join()
-    fleet.deploy()  # for the other tests
     assert done == "data: [DONE]" and json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
