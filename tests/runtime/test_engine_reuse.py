@@ -27,13 +27,18 @@ Opener = Callable[[str], Backend]
 
 @pytest.fixture(scope="module")
 def fresh(tiny_bundle: Bundle) -> Callable[..., tuple[int, ...]]:
-    """Answers of an engine without reusable entries."""
+    """Answers of an engine without reusable entries; each is computed once for all kinds of backends."""
     backend = OnnxRuntimeBackend(tiny_bundle, threads=1)
+    tokenizer = Tokenizer.load(tiny_bundle.listed)
+    known: dict[str, tuple[int, ...]] = {}
 
     def answer(prompt: object, **options: Any) -> tuple[int, ...]:
-        result = MedusaEngine(tiny_bundle, backend, Tokenizer.load(tiny_bundle.listed)).generate(prompt, **options)
-        assert result.stats.cached_tokens == 0
-        return result.token_ids
+        asked = repr((prompt, options))
+        if asked not in known:
+            result = MedusaEngine(tiny_bundle, backend, tokenizer).generate(prompt, **options)
+            assert result.stats.cached_tokens == 0
+            known[asked] = result.token_ids
+        return known[asked]
 
     return answer
 
