@@ -103,6 +103,7 @@ def script_of(page: Path) -> str:
 @pytest.mark.skipif("MEDUSA_SMOLLM2_GGUF" not in os.environ, reason="MEDUSA_SMOLLM2_GGUF is not set")
 @pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
 def test_code_blocks_run(name: str, smollm2_bundle: Path, tmp_path: Path) -> None:
+    (ROOT / ".cache").mkdir(exist_ok=True)  # the model may be elsewhere; a link to nothing would stop its download
     for entry in ("scripts", ".cache"):
         (tmp_path / entry).symlink_to(ROOT / entry)
     search_path = os.pathsep.join(str(package.parent) for package in PACKAGES)
