@@ -28,7 +28,7 @@ class _Begin(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What one step is given.
+    """The inputs of one step.
 
     Attributes:
         width: Tokens per row.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from medusa_runtime.backends.onnxruntime import session, session_backend
 from support.script import load_script
 from support.stock import Stock
 
 
 @pytest.mark.parametrize("kv_cache", [None, "int8"], ids=["fused attention", "attention of plain operators"])
-def test_every_part_takes_time(stock: Stock, kv_cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_backend, "open_session", session.open_session)  # those of other tests don't profile
+def test_every_part_takes_time(stock: Stock, kv_cache: str | None) -> None:
     script = load_script("profile_steps")
     bundle = stock.export(kv_cache=kv_cache).bundle
     arguments = [str(bundle.folder), "--sizes", "1,4", "--steps", "2", "--threads", "1"]

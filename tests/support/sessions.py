@@ -24,7 +24,7 @@ def shared(key: Hashable, opened: Callable[[], Any]) -> Any:
 
 
 def version_of(file: Path) -> Hashable:
-    """What is another after a file was written; None if there is no file."""
+    """A key that changes whenever a file is written; None if there is no file."""
     try:
         facts = file.stat()
     except OSError:
@@ -39,8 +39,8 @@ def share_sessions() -> None:
     def open_session(bundle: Bundle, graph: Path | bytes, *, threads: int, provider: str) -> Any:
         content = hashlib.sha256(graph).digest() if isinstance(graph, bytes) else version_of(graph)
         files = tuple(version_of(bundle.folder / name) for name in (DESCRIPTION, WEIGHTS))
-        kind = session.import_onnxruntime().InferenceSession  # a test may put another one in its place
-        key = (kind, content, files, threads, provider)
+        library = session.import_onnxruntime()  # a test, or a profile, may put other classes in place of these
+        key = (library.InferenceSession, library.SessionOptions, content, files, threads, provider)
         return shared(key, lambda: original(bundle, graph, threads=threads, provider=provider))
 
     session_backend.open_session = open_session
