@@ -24,6 +24,7 @@ from medusa_export.benchmarks.speeds import Speed, by_category, race, speeds
 from medusa_export.common import defaults
 from medusa_export.common.errors import DatasetError, OptionError
 from medusa_export.common.progress import OnProgress, Progress, Task, ignore_progress
+from medusa_runtime.backends.base import rows_differ
 from medusa_runtime.common.cpus import usable_cpus
 from medusa_runtime.engine import MedusaEngine
 
@@ -39,11 +40,13 @@ class BenchResult:
         speeds: The speed of each contestant, by name. ``auto`` chooses its tree size at each step.
         sizes: The speed at each fixed tree size, by its number of nodes; 1 is plain decoding, the baseline.
         categories: Speedup and tokens per step of ``auto``, by category of prompts.
+        rows_differ: True if the backend says that tokens may depend on the tree size (see ``DiffersByRows``).
     """
 
     speeds: Mapping[str, Speed]
     sizes: Mapping[int, Speed]
     categories: Mapping[str, Mapping[str, float]]
+    rows_differ: bool = False
 
     @property
     def auto(self) -> Speed:
@@ -57,6 +60,7 @@ class BenchResult:
             "tokens_per_step": self.auto.tokens_per_step,
             "overhead": self.auto.overhead,
             "tree_size": self.auto.nodes_per_step,
+            "rows_differ": self.rows_differ,
             # Tokens of peers with weights of their own prove nothing.
             "identical": all(speed.identical for speed in self.speeds.values() if speed.comparable),
             "contestants": {name: asdict(speed) for name, speed in self.speeds.items()},
@@ -126,7 +130,8 @@ def bench(
     )
     measured = speeds(answers, names[1], contestants.memory, contestants.weights)
     categories = by_category(answers, [prompt.category for prompt in asked], AUTO, names[1])
-    return BenchResult(measured, {size: measured[name] for size, name in names.items()}, categories)
+    sizes = {size: measured[name] for size, name in names.items()}
+    return BenchResult(measured, sizes, categories, rows_differ(engine.backend))
 
 
 def _encoded(engine: MedusaEngine, prompts: Sequence[BenchPrompt]) -> list[list[int]]:

@@ -133,6 +133,8 @@ def _show(result: BenchResult) -> None:
     Console().print(as_table(result.speeds))
     for sentence in own_weights(result.speeds):
         click.echo(sentence)
+    if result.rows_differ:
+        click.echo("Tokens of this bundle may differ between tree sizes: see docs/concepts/exact.md.")
     auto = result.auto
     click.echo(
         f"'auto' verifies {auto.nodes_per_step:.2g} nodes/step: {auto.tokens_per_step:.2f} tokens/step, "

@@ -136,7 +136,7 @@ def _exactness(bundle: Bundle) -> list[str]:
         RowRule.ANY: "the same for every tree size",
         RowRule.SEVERAL: "the same for every tree size; a plain step computes two tokens",
         RowRule.EVEN: "the same for every tree size; each step computes an even number of tokens",
-        RowRule.NONE: "may differ between tree sizes",
+        RowRule.NONE: "may differ between tree sizes" + (", as attention is fused" if bundle.fused_attention else ""),
     }
     return [f"answers of ONNX Runtime on this processor: {texts[rule]}"]
 

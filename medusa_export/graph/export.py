@@ -54,6 +54,7 @@ def build_graph(
     weights: StepWeights | None = None,
     types: WeightTypes | None = None,
     activations: ActivationRanges | None = None,
+    fused_attention: bool = False,
 ) -> StepGraph:
     """Traces a step and brings the graph into the form of the contract.
 
@@ -66,6 +67,7 @@ def build_graph(
         weights: The weights; those in the step's memory if None.
         types: The storage types of the weights; their own dtypes if None.
         activations: Ranges of the inputs of products, which round their inputs to 8 bits then.
+        fused_attention: Keep ONNX Runtime's attention operators in the derived graphs (see ``StepFacts``).
 
     Raises:
         ModelNotSupportedError: The model needs something that a step can't honour.
@@ -92,6 +94,7 @@ def build_graph(
         weights=types or WeightTypes(),
         activations=activations,
         has_experts=experts > 0,
+        fused_attention=fused_attention,
     )
     rewrites = STANDARD.run(model, facts)
     return StepGraph(model, facts, rewrites, stored_types(model))

@@ -110,6 +110,7 @@ def write_bundle(
         generation=kept_settings(step.model.generation_config),
         weights=graph.step.weights.facts,
         matrices=graph.matrices,
+        fused_attention=graph.step.fused_attention,
         producer={package: version(package) for package in ("medusa-export", "torch", "transformers", "onnxscript")},
     )
     try:

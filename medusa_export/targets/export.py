@@ -59,6 +59,7 @@ def export(
     weights: WeightType | WeightTypes | None = None,
     activations: str | PathLike[str] | ActivationRanges | None = None,
     kv_cache: KvCacheType | None = None,
+    fused_attention: bool = False,
     name: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress = ignore_progress,
@@ -95,6 +96,8 @@ def export(
             round their inputs to 8 bits in these ranges, which makes large trees cheap on CPUs.
         kv_cache: How keys and values are stored: ``int8``, with a scale per token and head, for bundles that compute in
             fp32. In ``dtype`` if None.
+        fused_attention: Use ONNX Runtime's attention operators though weights are integers. On CPUs, steps are faster,
+            and answers may differ between tree sizes. Otherwise attention gives each row the same bits in all steps.
         name: The model's name in the bundle. If None, the name of its folder, file or hub id.
         overwrite: Replace a bundle that is at ``output``.
         on_progress: Receives reports.
@@ -122,6 +125,8 @@ def export(
     with opened_source(model, tokenizer, dtype, with_tokenizer=with_tokenizer, text_only=text_only) as source:
         _check_kv_cache(kv_cache, source.model)
         types = asked.resolved(short_name(source.model.dtype))
+        if fused_attention:
+            _check_fused_attention(types, kv_cache, source.model)
         ends = _end_tokens(source)
         attached = _attached(source, heads, init_heads, measured, on_progress)
         chosen = _chosen_tree(tree, attached, measured, size=tree_size, top_k=top_k)
@@ -135,7 +140,9 @@ def export(
             kv_cache=kv_cache,
         ).eval()
         read = _step_weights(step, source, used)
-        graph = build_graph(step, on_progress, weights=read, types=types, activations=ranges)
+        graph = build_graph(
+            step, on_progress, weights=read, types=types, activations=ranges, fused_attention=fused_attention
+        )
         bundle = write_bundle(
             graph,
             step,
@@ -173,6 +180,19 @@ def _check_kv_cache(kv_cache: str | None, model: PreTrainedModel) -> None:
         raise OptionError(
             f"A K/V cache in {kv_cache} needs a bundle that computes in fp32, not in {short_name(model.dtype)}: give "
             "dtype fp32, or leave `kv_cache` out."
+        )
+
+
+def _check_fused_attention(types: WeightTypes, kv_cache: str | None, model: PreTrainedModel) -> None:
+    """Refuses fused attention where it is the only one, and where there is none."""
+    if kv_cache is not None:
+        raise OptionError(
+            f"A K/V cache in {kv_cache} has no fused attention: leave `kv_cache` or `fused_attention` out."
+        )
+    if not types.has_integers or model.dtype != torch.float32:
+        raise OptionError(
+            "Attention is fused already, unless weights are integers and the bundle computes in fp32: leave "
+            "`fused_attention` out."
         )
 
 

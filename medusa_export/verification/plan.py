@@ -55,8 +55,9 @@ class Plan:
         tolerances: Differences that pass in the standard graph.
         rounded: Differences that pass where products may round their inputs: in derived graphs of bundles with
             matrices of integers, and in all graphs of bundles with rounded activations. Otherwise the same.
-        own_reference: Trees and chunks are compared with plain decoding by the engine itself, and must give the same
-            tokens. That plain decoding is compared with the reference.
+        own_reference: Trees and chunks are compared with plain decoding by the engine itself. They must give the same
+            tokens, unless the backend says that rows differ: then other tokens must be ties in the reference. That
+            plain decoding is compared with the reference.
     """
 
     step: MedusaStep

@@ -164,6 +164,7 @@ def test_a_prompt_that_is_no_utf8(tiny_bundle: Bundle) -> None:
         (("onnx", "m", "-o", "o", "--no-heads", "--top-k", "3"), "--top-k has an effect only with --heads"),
         (("onnx", "m", "-o", "o", "--init-heads", "2", "--tree-size", "9"), "only with --calibration"),
         (("onnx", "m", "-o", "o", "--no-heads", "--block-size", "64"), "only with weights in int8 or int4"),
+        (("onnx", "m", "-o", "o", "--no-heads", "--fused-attention"), "only with weights in int8 or int4"),
         (("onnx", "m", "-o", "o", "--no-heads", "--asymmetric"), "--symmetric/--asymmetric has an effect only"),
         (("generate", "b", "p", "--tree-size", "some"), "neither a number nor 'auto'"),
         (("verify", "b", "--model", "m", "--tree-sizes", "1,many"), "not a list of sizes"),

@@ -27,6 +27,7 @@ class StepFacts:
         weights: How weights are stored.
         activations: Ranges of the inputs of products, for products of 8-bit integers; None for none.
         has_experts: True if layers are mixtures of experts. The tokens decide how many rows their products have.
+        fused_attention: Keep the attention operators of ONNX Runtime in graphs whose rows would then differ.
     """
 
     margin: int
@@ -35,6 +36,7 @@ class StepFacts:
     weights: WeightTypes = field(default_factory=WeightTypes)
     activations: ActivationRanges | None = None
     has_experts: bool = False
+    fused_attention: bool = False
 
 
 @dataclass

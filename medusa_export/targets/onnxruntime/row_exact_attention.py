@@ -58,7 +58,8 @@ class MakeAttentionRowExact(Rewrite):
     Other graphs stay as they are: those with all weights in the dtype that the bundle computes in and caches in fp32,
     with caches in fp16 or bf16, latent caches, sinks, keys and values of different sizes, or a head_dim above 256. So
     do those of mixtures of experts with caches in fp32: the tokens decide how many rows an expert's products have, and
-    with the number of rows their bits may change.
+    with the number of rows their bits may change. With ``StepFacts.fused_attention``, all graphs with caches in fp32
+    stay as they are.
 
     Postcondition: Entries of accepted nodes are no longer written. ``ReplacePendingEntries`` must follow, if M > 0. The
     capacity must be a multiple of ``PANEL``.
@@ -68,7 +69,8 @@ class MakeAttentionRowExact(Rewrite):
 
     def apply(self, model: ir.Model) -> int:
         found = attentions(model)
-        is_needed = self.step.weights.has_integers and not self.step.has_experts
+        weights_need_it = self.step.weights.has_integers and not self.step.has_experts
+        is_needed = weights_need_it and not self.step.fused_attention
         if not all(_is_fit(node) for node in found) or not (is_needed or any(map(reads_integers, found))):
             return 0
         replacement = _Replacement(model.graph, self.step.margin, self.step.max_positions + TABLE_SLACK)

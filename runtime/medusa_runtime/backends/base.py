@@ -314,6 +314,15 @@ class LimitsEdits(Backend, Protocol):
         ...
 
 
+class DiffersByRows(Backend, Protocol):
+    """A backend that knows if its bundle's answers may depend on the tree size."""
+
+    @property
+    def rows_differ(self) -> bool:
+        """True if weights are integers, and the bits of a token's logits depend on the tokens beside it in a step."""
+        ...
+
+
 def can_step_ahead(backend: Backend) -> TypeGuard[StepsAhead]:
     """True if a backend has ``submit`` and ``collect``."""
     return hasattr(backend, "submit")
@@ -347,3 +356,8 @@ def has_fixed_capacity(backend: Backend) -> TypeGuard[FixedCapacity]:
 def limits_edits(backend: Backend) -> TypeGuard[LimitsEdits]:
     """True if a backend has ``max_edits``."""
     return hasattr(backend, "max_edits")
+
+
+def rows_differ(backend: Backend) -> bool:
+    """True if a backend says so (see ``DiffersByRows``)."""
+    return getattr(backend, "rows_differ", False)

@@ -66,6 +66,8 @@ class Bundle:
         weights: The storage types that the export was asked for.
         matrices: The storage types of the matrices that the bundle has, by part; empty in older bundles. They differ
             from ``weights`` where a file's own blocks are kept, or where no block size divides the columns.
+        fused_attention: The export was asked for ONNX Runtime's attention operators, though the weights are integers.
+            Steps are faster, and answers may differ between tree sizes.
         digests_checked: True if the files were compared with their digests.
     """
 
@@ -88,6 +90,7 @@ class Bundle:
     graphs: Mapping[str, GraphFacts] = field(default_factory=dict)
     weights: WeightFacts = field(default_factory=WeightFacts)
     matrices: tuple[MatrixFacts, ...] = ()
+    fused_attention: bool = False
     digests_checked: bool = field(default=True, compare=False)
 
     @property
@@ -178,6 +181,7 @@ class Bundle:
             "dtype": self.dtype,
             "weights": asdict(self.weights),
             "matrices": [asdict(facts) for facts in self.matrices],
+            "fused_attention": self.fused_attention,
             "heads": asdict(self.heads) if self.heads else None,
             "sampling": self.sampling,
             "constraints": self.constraints,
@@ -240,6 +244,7 @@ class _Description(msgspec.Struct):
     graphs: dict[Name, GraphFacts] = msgspec.field(default_factory=dict)
     weights: WeightFacts = msgspec.field(default_factory=WeightFacts)
     matrices: tuple[MatrixFacts, ...] = ()
+    fused_attention: bool = False
 
 
 def _no_bundle(folder: Path) -> str:
@@ -278,6 +283,7 @@ def _bundle(folder: Path, description: _Description, check_digests: bool) -> Bun
         graphs=description.graphs,
         weights=description.weights,
         matrices=description.matrices,
+        fused_attention=description.fused_attention,
         digests_checked=check_digests,
     )
     if (description.inputs, description.outputs) != (bundle.inputs, bundle.outputs):

@@ -75,11 +75,11 @@ class OnnxRuntimeBackend(SessionBackend):
         self._rule = self._row_rule(graph)
 
     def _row_rule(self, graph: Path | bytes) -> RowRule:
-        """The numbers of rows for which steps are exact. Warns if the bundle is one whose steps never are."""
+        """The numbers of rows for which steps are exact. Warns if there are none, and the export did not ask for it."""
         if not self._bundle.weights.has_integers or graph == self._bundle.graph:
             return RowRule.ANY
         rule = row_rule(self._ort, self._bundle)
-        if rule is RowRule.NONE:
+        if rule is RowRule.NONE and not self._bundle.fused_attention:
             _warn_of_inexact(self._ort.__version__, self._bundle)
         return rule
 
@@ -87,6 +87,10 @@ class OnnxRuntimeBackend(SessionBackend):
     def exact_rows(self) -> RowRule:
         """The numbers of rows of a product with integers that give each row the same bits. Steps keep to it."""
         return self._rule
+
+    @property
+    def rows_differ(self) -> bool:
+        return self._rule is RowRule.NONE
 
     @property
     def name(self) -> str:
@@ -222,9 +226,13 @@ class OnnxRuntimeBackend(SessionBackend):
         count = int(self._state.result.count[row])
         if count <= 1 or self._state.is_prefill[row]:
             return
+        nodes = path[:count].tolist()
+        first = next((depth for depth, node in enumerate(nodes) if node != depth), None)
+        if first is None:  # most paths: the likeliest nodes are the first ones of the tree
+            return
         root = self._bundle.slots.slot(int(self.lengths[row]) - count)
         for caches in self._store.row(row):
-            caches[:, :, root + 1 : root + count] = caches[:, :, root + path[1:count]]
+            caches[:, :, root + first : root + count] = caches[:, :, root + path[first:count]]
 
     def close(self) -> None:
         self._close_session()
