@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, truediv
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,10 @@ from medusa_runtime.bundles.tree import Tree
 from medusa_runtime.decoding.latency import LatencyTable
 from medusa_runtime.request import TreeSize
 from medusa_runtime.tuning import FIRST_ACCURACY, LEAST_GAIN
+
+# Accuracies are multiples of one by this number. A choice takes larger ones than 2 for 2.
+_LEVELS = 200
+_MOST_LEVELS = 2 * _LEVELS
 
 
 @dataclass
@@ -48,8 +53,49 @@ class AcceptanceCount:
         self.expected = self.fading * self.expected + expected
 
     def accuracy(self, beforehand: float = FIRST_ACCURACY) -> float:
-        """Accepted tokens per expected one; ``beforehand`` is the value without any count."""
-        return (self.accepted + self.prior * beforehand) / (self.expected + self.prior)
+        """Accepted tokens per expected one, rounded; ``beforehand`` is the value without any count."""
+        return round((self.accepted + self.prior * beforehand) / (self.expected + self.prior) * _LEVELS) / _LEVELS
+
+
+class _Candidates:
+    """The tree sizes of a table of step times, compared with each other in each step.
+
+    Args:
+        table: The table.
+        chances: [T, max_depth] by lookup hit: the chance that the first n nodes are right to each depth, n - 1 first.
+    """
+
+    def __init__(self, table: LatencyTable, chances: Mapping[bool, NDArray[np.float64]]) -> None:
+        self.sizes = list(table.seconds)
+        self._seconds = list(table.seconds.values())
+        # By lookup hit and by accuracy in levels: [sizes] each. Right after a step, when little of numpy is in the
+        # processor's cache, computing these took 0.1 ms.
+        levels = np.arange(_MOST_LEVELS + 1) / _LEVELS
+        self._expected = {
+            hit: _expected_tokens(of_hit[np.array(self.sizes) - 1], levels[:, None, None]).tolist()
+            for hit, of_hit in chances.items()
+        }
+
+    def best(self, kinds: Sequence[bool], accuracies: Sequence[float]) -> tuple[int, float]:
+        """The size with the best expected speed, and that speed relative to plain decoding.
+
+        Args:
+            kinds: True per row that has a lookup hit.
+            accuracies: The accuracy of each row.
+        """
+        tokens = [0.0] * len(self.sizes)
+        for kind, accuracy in zip(kinds, accuracies, strict=True):
+            level = min(round(accuracy * _LEVELS), _MOST_LEVELS)
+            tokens = list(map(add, tokens, self._expected[kind][level]))
+        rates = list(map(truediv, tokens, self._seconds))
+        best = max(range(len(rates)), key=rates.__getitem__)  # the smallest of equally good ones: sizes ascend
+        return self.sizes[best], rates[best] / rates[self.sizes.index(1)] if 1 in self.sizes else math.inf
+
+
+def _expected_tokens(chances: NDArray[np.float64], accuracy: float | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Expected tokens per step, [...], by the chances to each depth, [..., max_depth], and accuracies, [..., 1]."""
+    depths = np.arange(1, chances.shape[-1] + 1)
+    return 1.0 + np.asarray(np.minimum(accuracy**depths * chances, 1.0).sum(-1))
 
 
 class TreeChoice:
@@ -69,7 +115,7 @@ class TreeChoice:
             for hit in (False, True)
         }
         self._tried = {hit: _expected_by_tried(chances) for hit, chances in self._chances.items()}
-        self._tables = dict(tables)
+        self._candidates = {rows: _Candidates(table, self._chances) for rows, table in tables.items()}
         # A count is worth half after about 1,400 steps.
         self._all = {hit: AcceptanceCount(prior=30, fading=0.9995) for hit in (False, True)}
         self._rows: dict[tuple[int, bool], AcceptanceCount] = {}
@@ -78,16 +124,16 @@ class TreeChoice:
     @property
     def largest(self) -> int:
         """The largest tree that may be chosen, in nodes."""
-        return max((size for table in self._tables.values() for size in table.seconds), default=1)
+        return max((size for found in self._candidates.values() for size in found.sizes), default=1)
 
     @property
     def sizes(self) -> dict[int, tuple[int, int]]:
         """Best tree size by number of rows, as (without, with) a lookup hit, for requests of average accuracy."""
         without, with_hit = (
-            {n: self._best(n, [hit] * n, [self.accuracy(hit=hit)] * n)[0] for n in self._tables}
+            {n: found.best([hit] * n, [self.accuracy(hit=hit)] * n)[0] for n, found in self._candidates.items()}
             for hit in (False, True)
         )
-        return {n: (without[n], with_hit[n]) for n in self._tables}
+        return {n: (without[n], with_hit[n]) for n in self._candidates}
 
     def accuracy(self, *, hit: bool) -> float:
         """Accepted tokens per expected one over all requests, in steps with or without a lookup hit."""
@@ -114,7 +160,7 @@ class TreeChoice:
         if measured is None:
             return 1
         kinds = [row in hits for row in rows]
-        best, gain = self._best(measured, kinds, self._accuracies(rows, kinds))
+        best, gain = self._candidates[measured].best(kinds, self._accuracies(rows, kinds))
         place = (measured, any(kinds))
         if best == 1:
             self._grown.discard(place)
@@ -128,32 +174,15 @@ class TreeChoice:
         if measured is None:
             return 1
         kinds = ([hit] * len(rows) for hit in (False, True))
-        return max(self._best(measured, kind, self._accuracies(rows, kind))[0] for kind in kinds)
+        found = self._candidates[measured]
+        return max(found.best(kind, self._accuracies(rows, kind))[0] for kind in kinds)
 
     def _measured(self, rows: int) -> int | None:
         """The number of rows of the table to use for steps of ``rows`` rows; None if there is no table for them."""
-        return next((count for count in self._tables if count >= rows), None)
+        return next((count for count in self._candidates if count >= rows), None)
 
     def _accuracies(self, rows: Sequence[int], kinds: Sequence[bool]) -> list[float]:
         return [self.accuracy_of(row, hit=kind) for row, kind in zip(rows, kinds, strict=True)]
-
-    def _best(self, measured: int, kinds: Sequence[bool], accuracies: Sequence[float]) -> tuple[int, float]:
-        """The size with the best expected speed, and that speed relative to plain decoding.
-
-        Args:
-            measured: Number of rows of the table to use.
-            kinds: True per row that has a lookup hit.
-            accuracies: The accuracy of each row.
-        """
-        seconds = self._tables[measured].seconds
-        sizes = list(seconds)
-        tokens = np.zeros(len(sizes))
-        for kind in {*kinds}:
-            of_kind = [accuracy for accuracy, hit in zip(accuracies, kinds, strict=True) if hit == kind]
-            tokens += self._expected(sizes, of_kind, hit=kind).sum(0)
-        rates = tokens / list(seconds.values())
-        best = int(rates.argmax())  # the smallest of equally good ones: sizes ascend
-        return sizes[best], float(rates[best] / rates[sizes.index(1)]) if 1 in seconds else math.inf
 
     def observe(self, size: int, emitted: Mapping[int, int], hits: Collection[int] = ()) -> None:
         """Counts a step. A node counts as tried if the nodes above it were accepted.
@@ -172,14 +201,7 @@ class TreeChoice:
 
     def expected_tokens(self, size: int, accuracy: float, *, hit: bool = False) -> float:
         """Expected tokens per step of a request with this accuracy."""
-        return float(self._expected([size], [accuracy], hit=hit)[0, 0])
-
-    def _expected(self, sizes: Sequence[int], accuracies: Sequence[float], *, hit: bool) -> NDArray[np.float64]:
-        """Expected tokens per step, [accuracies, sizes]."""
-        chances = self._chances[hit][np.array(sizes) - 1]
-        depths = np.arange(1, chances.shape[1] + 1)
-        by_depth = np.array(accuracies)[:, None, None] ** depths * chances
-        return 1.0 + np.asarray(np.minimum(by_depth, 1.0).sum(-1))
+        return float(_expected_tokens(self._chances[hit][size - 1], accuracy))
 
 
 def _expected_by_tried(chances: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -159,15 +159,14 @@ class RowState:
 
     def take_rankings(self, rankings: Mapping[str, NDArray[Any]], rows: list[int]) -> None:
         """Makes the most likely tokens that a step gave for these rows a part of ``result``."""
+        if not self._ranked and self.result.top_tokens is None:
+            return
         given = {}
         for name, array in rankings.items():
             if array.size:
                 given[name] = np.zeros((self._rows, *array.shape[1:]), array.dtype)
                 given[name][rows] = array
-        if given or self.result.top_tokens is not None:
-            self.result = replace(
-                self.result, top_tokens=given.get("top_tokens"), top_logprobs=given.get("top_logprobs")
-            )
+        self.result = replace(self.result, top_tokens=given.get("top_tokens"), top_logprobs=given.get("top_logprobs"))
 
     def commit(self, rows: list[int] | None) -> None:
         """Makes the state that a step wrote the state of these rows; all rows if None. Other rows keep theirs."""
