@@ -138,7 +138,8 @@ def _print(outcome: Verification) -> None:
 
 
 def _words(limits: Tolerances) -> str:
+    outliers = f", for all but {limits.outliers:.0%} of the tokens" if limits.outliers else ""
     return (
-        f"max abs {limits.max_abs:g}, cosine {limits.cosine:g}, norm ratio ±{limits.norm_ratio:g}; choices between "
-        f"logits within {limits.margin:g} are ties"
+        f"max abs {limits.max_abs:g}, cosine {limits.cosine:g}, norm ratio ±{limits.norm_ratio:g}{outliers}; choices "
+        f"between logits within {limits.margin:g} are ties"
     )

@@ -14,12 +14,15 @@ class Tolerances:
         cosine: Smallest cosine between the logits of one token.
         norm_ratio: Largest distance from 1 of the ratio between the norms of one token's logits.
         margin: Largest difference between two logits of the reference that makes the choice between them a tie.
+        outliers: Largest share of tokens whose logits may differ by more. Rounding is coarse for a few tokens, such as
+            those of drafts that make no sense. Numbers must be finite in any case.
     """
 
     max_abs: float
     cosine: float
     norm_ratio: float
     margin: float
+    outliers: float = 0.0
 
     @classmethod
     def of(cls, dtype: str, *, rounds_activations: bool = False, kv_cache: str | None = None) -> Tolerances:
@@ -33,7 +36,7 @@ class Tolerances:
             kv_cache: Type that keys and values are stored in; None for ``dtype``.
         """
         if rounds_activations:
-            return cls(max_abs=3.0, cosine=0.98, norm_ratio=0.1, margin=1.5)
+            return cls(max_abs=3.0, cosine=0.98, norm_ratio=0.1, margin=1.5, outliers=0.01)
         if kv_cache is not None:
             return cls(max_abs=1.5, cosine=0.995, norm_ratio=0.1, margin=0.5)
         if dtype == "float32":

@@ -86,6 +86,20 @@ def test_no_figure_loses_a_nan_that_came_first_or_last(worst: float) -> None:
         assert all(np.isnan(logits.check.figures[name]) for name in ("max_abs", "cosine", "norm_ratio_error"))
 
 
+@pytest.mark.parametrize(("wrong", "value", "passes"), [(2, 9.0, True), (3, 9.0, False), (1, np.nan, False)])
+def test_few_tokens_may_be_far_away_where_inputs_are_rounded(wrong: int, value: float, passes: bool) -> None:
+    """Of 200 tokens, 1 %; none where nothing is rounded, and none without numbers."""
+    expected = np.ones((200, 4), np.float32)
+    got = expected.copy()
+    got[:wrong, 0] = value
+    for tolerances in (Tolerances.of("float32", rounds_activations=True), Tolerances.of("float32")):
+        logits = _Logits("logits", tolerances)
+        logits.add(got[:100], expected[:100])
+        logits.add(got[100:], expected[100:])
+        assert logits.check.passed == (passes and tolerances.outliers > 0)
+        assert logits.check.mismatches == (0 if logits.check.passed else wrong)
+
+
 def test_nothing_compared_is_a_failure(tiny_bundle: Bundle, step: MedusaStep) -> None:
     assert not Check("empty").passed
     assert not Verification([], verify(tiny_bundle, step).tolerances).passed
