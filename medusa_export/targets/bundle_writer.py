@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -116,13 +117,17 @@ def write_bundle(
     try:
         check_target(target, replace_existing=replace_existing)
         with atomic_folder(target, replace_existing=replace_existing) as folder:
-            graphs = _write_graphs(graph, folder, on_progress)
-            _write_texts(step.model, tokenizer, folder, target)
-            files = {
-                str(path.relative_to(folder)): FileFacts.of(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
+            _write_standard_graph(graph, folder, on_progress)
+            with ThreadPoolExecutor(1) as beside:  # the digest of the weights takes as long as the derived graphs
+                first = {path: beside.submit(FileFacts.of, path) for path in folder.glob(WEIGHTS)}
+                on_progress(Progress("writing graphs"))
+                graphs = {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}
+                _write_texts(step.model, tokenizer, folder, target)
+                files = {
+                    str(path.relative_to(folder)): first[path].result() if path in first else FileFacts.of(path)
+                    for path in sorted(folder.rglob("*"))
+                    if path.is_file()
+                }
             bundle = replace(bundle, files=files, graphs=graphs)
             (folder / DESCRIPTION).write_text(bundle.to_json(), encoding="utf-8")
     except OSError as error:
@@ -130,8 +135,8 @@ def write_bundle(
     return bundle
 
 
-def _write_graphs(graph: StepGraph, folder: Path, on_progress: OnProgress) -> dict[str, GraphFacts]:
-    """Writes the standard graph with the weights, and the graphs that are derived from it."""
+def _write_standard_graph(graph: StepGraph, folder: Path, on_progress: OnProgress) -> None:
+    """Writes the standard graph and the weights."""
     values = graph.model.graph.initializers.values()
     sizes = [value.const_value.nbytes for value in values if value.const_value is not None]
     task = Task("writing weights", sum(size for size in sizes if size > EXTERNAL_THRESHOLD), on_progress, unit=BYTES)
@@ -153,8 +158,6 @@ def _write_graphs(graph: StepGraph, folder: Path, on_progress: OnProgress) -> di
         align_threshold=0,
     )
     task.reach(written)
-    on_progress(Progress("writing graphs"))
-    return {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}
 
 
 def _write_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, target: Path) -> None:

@@ -40,9 +40,24 @@ def _load_extensions() -> None:
 
 def _tidy(model: ir.Model) -> None:
     """Removes unused nodes, which would count among the readers of a value, and sorts the others."""
-    passes.RemoveUnusedNodesPass()(model)
+    _remove_unused_nodes(model.graph)
     if not _is_sorted(model.graph, set()):
         passes.TopologicalSortPass()(model)
+
+
+def _remove_unused_nodes(graph: ir.Graph) -> None:
+    """Removes nodes without readers, also in branches.
+
+    ``RemoveUnusedNodesPass`` takes four times as long: it looks up the schema of each node, for optional outputs.
+    """
+    outputs = frozenset(graph.outputs)
+    for node in reversed(graph):
+        if not any(value in outputs or value.uses() for value in node.outputs):
+            graph.remove(node, safe=True)
+            continue
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _remove_unused_nodes(attribute.as_graph())
 
 
 def _is_sorted(graph: ir.Graph, seen: set[ir.Node]) -> bool:
@@ -136,6 +151,7 @@ class Pipeline:
         _tidy(model)
         for rewrite in self.rewrites:
             counts[rewrite.name] = self._apply(rewrite, model, step)
+        passes.RemoveUnusedNodesPass()(model)  # optional outputs and initializers, too
         model.opset_imports.update(self._domains)
         passes.NameFixPass()(model)  # the nodes of a branch may have names of nodes outside
         return counts
