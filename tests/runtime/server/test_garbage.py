@@ -51,7 +51,8 @@ def garbage() -> Iterator[list[object]]:
 
 
 def _origin(item: object) -> str:
-    return item.f_code.co_filename if isinstance(item, FrameType) else type(item).__module__
+    """The file of a frame, or the module of an object's type, which some libraries set to None."""
+    return item.f_code.co_filename if isinstance(item, FrameType) else str(type(item).__module__)
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
