@@ -119,12 +119,12 @@ def write_bundle(
         with atomic_folder(target, replace_existing=replace_existing) as folder:
             _write_standard_graph(graph, folder, on_progress)
             with ThreadPoolExecutor(1) as beside:  # the digest of the weights takes as long as the derived graphs
-                first = {path: beside.submit(FileFacts.of, path) for path in folder.glob(WEIGHTS)}
+                begun = {path: beside.submit(FileFacts.of, path) for path in folder.glob(WEIGHTS)}
                 on_progress(Progress("writing graphs"))
                 graphs = {GRAPH: GraphFacts(graph.rewrites), **derive_graphs(folder, graph.step)}
                 _write_texts(step.model, tokenizer, folder, target)
                 files = {
-                    str(path.relative_to(folder)): first[path].result() if path in first else FileFacts.of(path)
+                    str(path.relative_to(folder)): begun[path].result() if path in begun else FileFacts.of(path)
                     for path in sorted(folder.rglob("*"))
                     if path.is_file()
                 }
