@@ -23,21 +23,13 @@ from medusa_runtime.backends.onnxruntime.row_rules import RowRule
 from medusa_runtime.bundles.bundle import ONNXRUNTIME_BATCH_GRAPH, ONNXRUNTIME_GRAPH
 from medusa_runtime.request import GenerationResult
 from support.stock import Stock
-from support.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fused") / "model"
-    tiny_model("llama").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fused(source: Path, stock: Stock) -> Bundle:
+def fused(tiny_model_folder: Path, stock: Stock) -> Bundle:
     def fill(folder: Path) -> None:
         options: dict[str, Any] = {"init_heads": 2, "top_k": 3, "with_tokenizer": False, "sampling": False}
-        medusa_export.export(source, folder, weights="int4", fused_attention=True, overwrite=True, **options)
+        medusa_export.export(tiny_model_folder, folder, weights="int4", fused_attention=True, overwrite=True, **options)
 
     return Bundle.load(stock.folder("fused_attention", fill))
 
@@ -86,15 +78,15 @@ def checks(bundle: Bundle, source: Path) -> dict[str, medusa_export.Check]:
 
 
 def test_verify_counts_other_tokens_and_bounds_them(
-    fused: Bundle, source: Path, monkeypatch: pytest.MonkeyPatch
+    fused: Bundle, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong_from(4, monkeypatch)
-    far = checks(fused, source)["tokens, tree size 4"]
+    far = checks(fused, tiny_model_folder)["tokens, tree size 4"]
     assert far.mismatches > 0
     assert not far.passed
     logits = generation.reference_logits
     monkeypatch.setattr(generation, "reference_logits", lambda *arguments: logits(*arguments) * 0.01)
-    near = checks(fused, source)["tokens, tree size 4"]
+    near = checks(fused, tiny_model_folder)["tokens, tree size 4"]
     assert near.passed
     assert near.figures["ties"] == len(PROMPTS)
     assert 0 < near.figures["largest_tie_margin"] < 1.5
@@ -109,8 +101,10 @@ def test_verify_counts_other_tokens_and_bounds_them(
     ],
 )
 def test_it_is_refused_where_it_has_no_effect(
-    options: dict[str, Any], words: str, source: Path, tmp_path: Path
+    options: dict[str, Any], words: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=words):
-        medusa_export.export(source, tmp_path / "bundle", with_tokenizer=False, fused_attention=True, **options)
+        medusa_export.export(
+            tiny_model_folder, tmp_path / "bundle", with_tokenizer=False, fused_attention=True, **options
+        )
     assert not (tmp_path / "bundle").exists()
