@@ -14,8 +14,8 @@ class Tolerances:
         cosine: Smallest cosine between the logits of one token.
         norm_ratio: Largest distance from 1 of the ratio between the norms of one token's logits.
         margin: Largest difference between two logits of the reference that makes the choice between them a tie.
-        outliers: Largest share of tokens whose logits may differ by more. Rounding is coarse for a few tokens, such as
-            those of drafts that make no sense. Numbers must be finite in any case.
+        outliers: Largest share of tokens whose logits may differ by more, since rounding is coarse for a few of them.
+            Numbers must be finite in any case.
     """
 
     max_abs: float
